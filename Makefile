@@ -1,0 +1,42 @@
+# make train | test | check | bench: each sets up .venv first; a second call does not install again.
+PYTHON ?= python3
+BIN := .venv/bin
+# Another build of torch: make TORCH_INDEX=https://... (see pytorch.org)
+TORCH_INDEX ?=
+RUN ?= runs/quick
+# Threads that wait must not spin: on a busy machine two-thread regions are many times slower otherwise.
+TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
+
+.PHONY: train test test-slow check bench clean
+
+train: .venv/installed
+	$(BIN)/python train_distributed.py --config launch/presets/quick.yaml --run_dir $(RUN)
+	$(BIN)/textgen evaluate $(RUN) --data validation
+	@cat $(RUN)/samples.md | sed -n '/^## /h;/^## /!H;$${x;p;}'
+	@echo "loss curve: $(RUN)/loss.png"
+
+test: .venv/installed
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-slow: .venv/installed
+	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu"
+
+check: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/training.py
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv module: install it (Debian: apt install python3-venv)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet torch -c constraints.txt --index-url $(TORCH_INDEX))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

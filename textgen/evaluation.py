@@ -1,0 +1,129 @@
+"""Bits per byte of whole documents: sums of nats and bytes, reduced once over all processes."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from textgen.data import Split
+from textgen.model import LSTMLanguageModel
+
+Tokens = NDArray[np.integer[Any]]
+
+# Tokens of each document read in one call; longer ones carry the state over. Bounds the memory of a batch.
+SCORE_WINDOW = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What documents cost under a model: sums, and the usual figures made of them."""
+
+    nats: float
+    tokens: int  # end-of-text tokens included
+    bytes: int
+    documents: int
+    seconds: float
+
+    @property
+    def nats_per_token(self) -> float:
+        """Cross-entropy per token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity per token; compare it between equal tokenizers only."""
+        return math.exp(self.nats_per_token)
+
+    def word_perplexity(self, words: int) -> float:
+        """Perplexity per whitespace-separated word: comparable between tokenizers."""
+        return math.exp(self.nats / words)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Code length in bits of all documents, their ends included, over their UTF-8 bytes."""
+        return self.nats / math.log(2) / self.bytes
+
+
+def split_documents(split: Split, limit: int | None = None) -> tuple[list[Tokens], int]:
+    """Return documents of a split as token arrays, and their bytes: all, or `limit` evenly spaced ones."""
+    count = split.num_documents if limit is None else min(limit, split.num_documents)
+    chosen = [i * split.num_documents // count for i in range(count)]
+    documents: list[Tokens] = [split.document(i) for i in chosen]
+    return documents, int(split.num_bytes[chosen].sum(dtype=np.int64))
+
+
+@torch.no_grad()
+def score(
+    accelerator: Accelerator,
+    model: LSTMLanguageModel,
+    documents: Sequence[Tokens],
+    num_bytes: int,
+    *,
+    bos_id: int,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> Score:
+    """Score documents, each from a zero state and `bos_id` on to its own end-of-text token. Collective.
+
+    Documents of like length share a batch; what stands beside a document, and how many processes share the work,
+    changes its score by rounding only.
+
+    Args:
+        accelerator: the processes; precision is that of its autocast.
+        model: the bare model, on the accelerator's device.
+        documents: token ids, each ending with the end-of-text token.
+        num_bytes: UTF-8 bytes of all of them.
+        bos_id: the first input of each.
+        batch_size: documents read side by side.
+        progress: show a bar on standard error.
+    """
+    started = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
+    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    own = batches[accelerator.process_index :: accelerator.num_processes]
+    show = progress and accelerator.is_main_process and sys.stderr.isatty()
+    for batch in tqdm(own, desc="scoring", unit="batch", disable=not show, leave=False):
+        nats += _score_batch(accelerator, model, [documents[i] for i in batch], bos_id)
+    total = float(accelerator.reduce(nats, "sum"))
+    model.train(was_training)
+    return Score(
+        nats=total, tokens=sum(len(d) for d in documents), bytes=num_bytes, documents=len(documents),
+        seconds=time.perf_counter() - started,
+    )  # fmt: skip
+
+
+def _score_batch(
+    accelerator: Accelerator, model: LSTMLanguageModel, documents: list[Tokens], bos_id: int
+) -> torch.Tensor:
+    """Return the summed nats of documents sorted by falling length: a float64 scalar."""
+    device = accelerator.device
+    longest = len(documents[0])
+    targets = np.full((len(documents), longest), -1, dtype=np.int64)  # -1 is not scored
+    for row, document in enumerate(documents):
+        targets[row, : len(document)] = document
+    inputs = np.full_like(targets, bos_id)
+    inputs[:, 1:] = np.maximum(targets[:, :-1], 0)
+    state = model.zero_state(len(documents))
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    for start in range(0, longest, SCORE_WINDOW):
+        rows = sum(len(d) > start for d in documents)  # the shorter ones have ended
+        state = (state[0][:, :rows], state[1][:, :rows])
+        window = np.s_[:rows, start : start + SCORE_WINDOW]
+        x, y = (torch.from_numpy(a[window]).to(device) for a in (inputs, targets))
+        with accelerator.autocast():
+            part, state = model(x, state, y)
+        nats += part
+    return nats

@@ -1,0 +1,103 @@
+"""What the launcher promised against what was got: processes, device, precision."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import DistributedDataParallelKwargs
+
+from textgen.config import Precision
+
+
+class LaunchError(ValueError):
+    """A launch that would train something else than was asked for; the message is one line."""
+
+
+def start(
+    mixed_precision: Precision | None, *, batch_size: int = 1, gradient_accumulation_steps: int = 1
+) -> Accelerator:
+    """Join the other processes and choose device and precision. Collective: every process calls it, first of all.
+
+    Args:
+        mixed_precision: what the flag says; None leaves it to accelerate's config file, then to the hardware.
+        batch_size: global batch that processes and micro-batches must divide.
+        gradient_accumulation_steps: micro-batches in it.
+
+    Raises:
+        LaunchError: the batch cannot be divided, the environment contradicts the settings, the precision is not to be
+            had on this device, or not all promised processes came.
+    """
+    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    if batch_size % (promised * gradient_accumulation_steps):
+        raise LaunchError(
+            f"batch_size {batch_size} is not divisible by {promised} processes x "
+            f"{gradient_accumulation_steps} gradient_accumulation_steps"
+        )
+    said = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if said not in ("1", str(gradient_accumulation_steps)):
+        raise LaunchError(
+            f"accelerate's environment says gradient_accumulation_steps {said}, "
+            f"`--gradient_accumulation_steps` {gradient_accumulation_steps}: set it by the flag alone"
+        )
+    os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if use_cpu and promised > 1:
+        # Without it accelerate would look for a GPU backend and leave every process alone in a world of one.
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+    precision = resolve_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), use_cpu=use_cpu)
+    accelerator = Accelerator(
+        cpu=use_cpu,
+        mixed_precision=precision,
+        gradient_accumulation_steps=1,  # micro-batches are ours: accelerate would average uneven sums
+        dataloader_config=DataLoaderConfiguration(
+            split_batches=True,
+            even_batches=False,
+            dispatch_batches=False,
+            use_seedable_sampler=False,
+            non_blocking=True,
+        ),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.num_processes != promised:
+        raise LaunchError(f"the launcher promised {promised} processes, accelerate joined {accelerator.num_processes}")
+    if accelerator.mixed_precision != precision:
+        raise LaunchError(f"asked for mixed_precision {precision}, accelerate gives {accelerator.mixed_precision}")
+    return accelerator
+
+
+def resolve_precision(flag: Precision | None, environment: str | None, *, use_cpu: bool) -> str:
+    """Return the precision: the flag's, else accelerate's (its yaml or launch flag), else bf16 where hardware has it.
+
+    Raises:
+        LaunchError: float16 on a CPU, or a precision that textgen does not know.
+    """
+    precision = flag or environment
+    if precision is None:
+        return "bf16" if has_bfloat16(use_cpu=use_cpu) else "no"
+    if precision not in ("no", "bf16", "fp16"):
+        raise LaunchError(f"mixed_precision {precision} is not one of `no`, `bf16`, `fp16`")
+    if precision == "fp16" and use_cpu:
+        raise LaunchError("mixed_precision fp16 is not to be had on a CPU: use `--mixed_precision bf16` or `no`")
+    return precision
+
+
+def has_bfloat16(*, use_cpu: bool) -> bool:
+    """Tell whether the hardware multiplies bfloat16 matrices itself, and so faster than float32."""
+    if not use_cpu:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def describe(accelerator: Accelerator) -> str:
+    """Return the first line of a run: processes, device, precision."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    processes = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
+    slow = accelerator.mixed_precision == "bf16" and not has_bfloat16(use_cpu=device.type == "cpu")
+    note = " (bf16 without hardware for it is slow: `--mixed_precision no`)" if slow else ""
+    return f"{processes}, {device.type} ({name}), mixed_precision {accelerator.mixed_precision}{note}"

@@ -1,0 +1,335 @@
+"""LSTMLanguageModel: one forward for training, scoring and single decoding steps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Self
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+
+from textgen.config import ModelConfig
+from textgen.noise import uniform
+
+# (hidden, cell), each (num_layers, batch, hidden_size)
+State = tuple[Tensor, Tensor]
+
+# Logits alive at a time. A step of 128 x 64 tokens and 8,192 pieces would have 2^26 of them, three times over with
+# softmax and gradient; in chunks they stay in a processor's cache, on a GPU they only must not be small.
+LOGITS_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+_FORMAT = "textgen.lstm.1"
+
+
+class ModelFileError(ValueError):
+    """A model directory that cannot be read; the message is one line."""
+
+
+@dataclass(frozen=True)
+class DropoutMasks:
+    """What locked dropout needs to draw its masks, one per lane and step: a pure function, kept by no generator."""
+
+    seed: int
+    step: int
+    lanes: Tensor  # (batch,) int64, global lane of each row
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of a linear layer, summed, whose logits never exist all at once.
+
+    The gradients are made in the forward pass, while a chunk's logits are at hand, and only scaled in the backward
+    pass: three matrix products a chunk, as in the plain way, instead of the four of recomputation.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, dtype: torch.dtype
+    ) -> Tensor:
+        with_gradient = any(ctx.needs_input_grad[:3])  # type: ignore[attr-defined]
+        low_x, low_weight = x.to(dtype), weight.to(dtype)
+        grad_x = torch.empty_like(low_x) if with_gradient else None
+        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        total = torch.zeros((), device=x.device)
+        rows = max(LOGITS_CHUNK.get(x.device.type, 1 << 24) // len(weight), 1)
+        for start in range(0, len(x), rows):
+            part, wanted = low_x[start : start + rows], targets[start : start + rows, None]
+            logits = (part @ low_weight.T).float().add_(bias)  # (rows, vocab_size)
+            scored = wanted >= 0  # (rows, 1)
+            wanted = wanted.clamp(min=0)
+            normalizer = logits.logsumexp(1, keepdim=True)
+            total += ((normalizer - logits.gather(1, wanted)) * scored).sum()
+            if grad_x is None:
+                continue
+            # d nats / d logits = softmax - one-hot, zero where the target is not scored
+            slope = (
+                logits.sub_(normalizer).exp_().scatter_add_(1, wanted, logits.new_full((1, 1), -1.0).expand_as(wanted))
+            )
+            slope = slope.mul_(scored)
+            grad_bias += slope.sum(0)
+            low_slope = slope.to(dtype)
+            torch.mm(low_slope, low_weight, out=grad_x[start : start + rows])
+            grad_weight += low_slope.T @ part
+        if grad_x is not None:
+            ctx.save_for_backward(grad_x, grad_weight, grad_bias)
+            ctx.x_dtype = x.dtype  # type: ignore[attr-defined]
+        return total
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        grad_x, grad_weight, grad_bias = ctx.saved_tensors  # type: ignore[attr-defined]
+        grad_x = (grad_x.float() * grad).to(ctx.x_dtype)  # type: ignore[attr-defined]
+        return grad_x, grad_weight * grad, grad_bias * grad, None, None
+
+
+def summed_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
+    """Sum the cross-entropy of a linear output layer without holding all its logits.
+
+    Args:
+        x: (rows, size).
+        weight: (vocab_size, size).
+        bias: (vocab_size,).
+        targets: (rows,) int64; -1 is not scored.
+
+    Returns:
+        Nats, a float32 scalar. Products are taken in autocast's dtype where it is on, everything else in float32.
+    """
+    device = x.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    with torch.autocast(device, enabled=False):
+        nats: Tensor = _SummedCrossEntropy.apply(x, weight, bias, targets, dtype)  # type: ignore[no-untyped-call]
+    return nats
+
+
+class LSTMLayer(nn.Module):
+    """One LSTM layer with torch's fused kernel and a compute dtype of its own.
+
+    Weights stay in float32 and are cast at each call. `nn.LSTM` is not used: autocast on CUDA runs it in float16
+    whatever was asked for, and `flatten_parameters` makes all its tensors views of one storage, which safetensors
+    would store once. torch's second bias only adds to the first, so there is one.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
+        self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(4 * hidden_size))
+
+    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+        """Run over a window.
+
+        Args:
+            x: (batch, time, input_size).
+            state: hidden and cell, each (1, batch, hidden_size).
+
+        Returns:
+            (batch, time, hidden_size) and the new state, in autocast's dtype where it is on, else the weights'.
+        """
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight_ih.dtype
+        weights = self._packed(dtype)
+        with torch.autocast(device, enabled=False):
+            y, hidden, cell = torch.lstm(
+                x.to(dtype), [s.to(dtype) for s in state], weights,
+                has_biases=True, num_layers=1, dropout=0.0, train=self.training, bidirectional=False, batch_first=True,
+            )  # fmt: skip
+        return y, (hidden, cell)
+
+    def _packed(self, dtype: torch.dtype) -> list[Tensor]:
+        """Return weights and biases in `dtype`; on CUDA as views of one buffer, as cuDNN wants them."""
+        weights = [self.weight_ih, self.weight_hh, self.bias, torch.zeros_like(self.bias)]
+        if self.weight_ih.device.type != "cuda":
+            return [w.to(dtype) for w in weights]
+        flat = torch.cat([w.flatten().to(dtype) for w in weights])
+        parts = torch.split(flat, [w.numel() for w in weights])
+        return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
+
+
+class LSTMLanguageModel(nn.Module):
+    """Embedding, stacked LSTM, projection and output layer.
+
+    Args:
+        config: the shape.
+        vocab_size: number of tokens.
+        unigram_counts: (vocab_size,) how often each token occurs in training text; the output bias starts at their
+            log frequency, which saves the first hundred or so steps.
+        text: what stands between text and tokens, kept in config.json: `tokenizer_sha256`, `normalization`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        vocab_size: int,
+        *,
+        unigram_counts: Tensor | None = None,
+        text: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__()
+        self.config, self.vocab_size, self.text = config, vocab_size, dict(text or {})
+        self.embedding = nn.Embedding(vocab_size, config.embedding_dim)
+        sizes = [config.embedding_dim] + [config.hidden_size] * config.num_layers
+        self.layers = nn.ModuleList(LSTMLayer(a, b) for a, b in pairwise(sizes))
+        num_norms = config.num_layers if config.layer_norm else 0
+        self.norms = nn.ModuleList(nn.LayerNorm(config.hidden_size) for _ in range(num_norms))
+        self.projection: nn.Module = nn.Identity()
+        if config.hidden_size != config.embedding_dim and config.tie_weights:
+            self.projection = nn.Linear(config.hidden_size, config.embedding_dim)
+        output_size = config.embedding_dim if config.tie_weights else config.hidden_size
+        self.output = nn.Linear(output_size, vocab_size)
+        if config.tie_weights:
+            self.output.weight = self.embedding.weight
+        self._initialize(unigram_counts)
+
+    @torch.no_grad()
+    def _initialize(self, unigram_counts: Tensor | None) -> None:
+        """Draw initial weights from torch's default generator."""
+        nn.init.normal_(self.embedding.weight, std=self.config.embedding_dim**-0.5)
+        for layer in self.layers:
+            assert isinstance(layer, LSTMLayer)
+            nn.init.xavier_uniform_(layer.weight_ih)
+            for gate in layer.weight_hh.chunk(4):
+                nn.init.orthogonal_(gate)
+            layer.bias.chunk(4)[1].fill_(1.0)  # forget gate open (Jozefowicz et al. 2015, section 2.2)
+        if not self.config.tie_weights:
+            nn.init.normal_(self.output.weight, std=self.config.hidden_size**-0.5)
+        self.output.bias.zero_()
+        if unigram_counts is not None:
+            frequency = (unigram_counts.float() + 1) / (unigram_counts.float() + 1).sum()
+            self.output.bias.copy_(frequency.log())
+
+    @property
+    def num_parameters(self) -> int:
+        """Number of trained values, a tied matrix counted once."""
+        return sum(p.numel() for p in self.parameters())
+
+    def zero_state(self, batch_size: int) -> State:
+        """Return the state before any text: two float32 zeros (num_layers, batch_size, hidden_size)."""
+        shape = (self.config.num_layers, batch_size, self.config.hidden_size)
+        zeros = torch.zeros(shape, device=self.embedding.weight.device)
+        return zeros, zeros.clone()
+
+    def forward(
+        self, tokens: Tensor, state: State, targets: Tensor | None = None, *, masks: DropoutMasks | None = None
+    ) -> tuple[Tensor, State]:
+        """Read a window of tokens.
+
+        Args:
+            tokens: (batch, time) int64.
+            state: hidden and cell, each (num_layers, batch, hidden_size), as an earlier call returned them.
+            targets: (batch, time) int64, the token after each; -1 is not scored.
+            masks: draws dropout in training; None, or a `dropout` of 0, leaves it out.
+
+        Returns:
+            Without targets the logits (batch, time, vocab_size), with them the nats summed over all targets, a
+            scalar; both float32. And the new state, in the dtype the LSTM computed in.
+        """
+        x, state = self._features(tokens, state, masks)
+        if targets is None:
+            return self.output(x).float(), state  # (batch, time, vocab_size)
+        return summed_cross_entropy(x.flatten(0, 1), self.output.weight, self.output.bias, targets.flatten()), state
+
+    def _features(self, tokens: Tensor, state: State, masks: DropoutMasks | None) -> tuple[Tensor, State]:
+        """Return what the output layer sees (batch, time, embedding_dim or hidden_size), and the new state."""
+        x = self._drop(self.embedding(tokens), masks, 0)  # (batch, time, embedding_dim)
+        hidden, cell = [], []
+        for i, layer in enumerate(self.layers):
+            before = x
+            if i > 0 and self.norms:
+                x = self.norms[i - 1](x)
+            x, (h, c) = layer(x, (state[0][i : i + 1], state[1][i : i + 1]))  # (batch, time, hidden_size)
+            if i > 0 and self.config.residual:
+                x = x + before
+            x = self._drop(x, masks, i + 1)
+            hidden.append(h)
+            cell.append(c)
+        if self.norms:
+            x = self.norms[-1](x)
+        return self.projection(x), (torch.cat(hidden), torch.cat(cell))
+
+    def _drop(self, x: Tensor, masks: DropoutMasks | None, site: int) -> Tensor:
+        """Apply locked dropout to x (batch, time, size): the same units of a lane are left out at all times."""
+        if masks is None or self.config.dropout == 0:
+            return x
+        lanes, units = masks.lanes[:, None], torch.arange(x.shape[2], device=x.device)
+        kept = uniform(masks.seed, masks.step, site, lanes, units) >= self.config.dropout  # (batch, size)
+        return x * (kept / (1 - self.config.dropout)).to(x.dtype)[:, None]
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return what a file holds: float32 copies on the CPU by name, a tied output matrix left out."""
+        skip = {"output.weight"} if self.config.tie_weights else set()
+        return {k: v.detach().cpu().clone() for k, v in self.state_dict().items() if k not in skip}
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Set all weights from what `state_tensors` returned.
+
+        Raises:
+            ModelFileError: a name or a shape differs.
+        """
+        own = self.state_tensors()
+        if tensors.keys() != own.keys():
+            raise ModelFileError(f"weights have other names than the model: {sorted(tensors.keys() ^ own.keys())}")
+        for name, tensor in tensors.items():
+            if tensor.shape != own[name].shape:
+                raise ModelFileError(
+                    f"weight `{name}` is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
+                )
+        self.load_state_dict(tensors, strict=False)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Write `config.json` and `model.safetensors` into a directory, as `from_pretrained` reads them."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        config = {"format": _FORMAT, "vocab_size": self.vocab_size, "text": self.text, **asdict(self.config)}
+        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
+        # Serialised by safetensors, written by us: its own `save_file` makes files of mode 0600 whatever the umask.
+        (directory / WEIGHTS_NAME).write_bytes(save(self.state_tensors(), metadata={"format": "pt"}))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path) -> Self:
+        """Read a model from a directory, or from a repository of the Hugging Face hub.
+
+        Raises:
+            ModelFileError: there is no such model, or its files do not fit.
+        """
+        directory = resolve_model_directory(name)
+        try:
+            values = json.loads((directory / CONFIG_NAME).read_text())
+            if values.pop("format", None) != _FORMAT:
+                raise ModelFileError(f"`{directory / CONFIG_NAME}` is not a textgen model: `format` is not {_FORMAT}")
+            vocab_size = values.pop("vocab_size")
+            text = values.pop("text", {})
+            model = cls(ModelConfig(**values), vocab_size, text=text)
+            model.load_tensors(load_file(directory / WEIGHTS_NAME))
+        except ModelFileError:
+            raise
+        except Exception as error:  # JSON, safetensors and dataclasses each raise their own
+            raise ModelFileError(f"`{directory}` holds no readable model: {error}") from error
+        return model
+
+
+def resolve_model_directory(name: str | Path) -> Path:
+    """Return the directory of a model: `name` itself where it is one, else a snapshot fetched from the hub.
+
+    Raises:
+        ModelFileError: neither a directory with a config nor a repository that can be reached.
+    """
+    path = Path(name)
+    if (path / CONFIG_NAME).is_file():
+        return path
+    if path.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
+        raise ModelFileError(f"`{name}` has no `{CONFIG_NAME}`: not a checkpoint directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = [CONFIG_NAME, WEIGHTS_NAME, "tokenizer.model"]
+        return Path(snapshot_download(str(name), allow_patterns=files, etag_timeout=3))
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ModelFileError(f"`{name}` is no directory and cannot be read from the hub: {reason}") from error

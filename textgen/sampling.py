@@ -1,0 +1,85 @@
+"""Pure filters on logits, then a draw."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from textgen.noise import uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is drawn."""
+
+    temperature: float = 1.0
+    """divides the logits; 0 takes the likeliest token"""
+    top_k: int | None = None
+    """draw from the k likeliest tokens only"""
+    top_p: float | None = None
+    """draw from the fewest tokens whose probabilities reach p"""
+    max_new_tokens: int = 200
+    """stop after this many tokens"""
+    seed: int = 42
+    """decides the draws"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"`temperature` must be finite and at least 0: {self.temperature}")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"`top_k` must be at least 1: {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be above 0 and at most 1: {self.top_p}")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1: {self.max_new_tokens}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"`seed` must be at least 0 and below 2^63: {self.seed}")
+
+
+def keep_top_k(logits: Tensor, k: int) -> Tensor:
+    """Set all but the k largest of logits (..., vocab_size) to -inf; equals of the k-th stay."""
+    threshold = logits.topk(min(k, logits.shape[-1])).values[..., -1:]
+    return logits.masked_fill(logits < threshold, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float) -> Tensor:
+    """Set all but the nucleus of logits (..., vocab_size) to -inf: the fewest tokens whose probabilities reach p.
+
+    Source: Holtzman et al., "The curious case of neural text degeneration" (2020), section 3.1.
+    """
+    ordered, order = logits.sort(descending=True, stable=True)
+    probabilities = ordered.softmax(-1)
+    outside = probabilities.cumsum(-1) - probabilities >= p  # what stands before a token already reaches p
+    outside[..., 0] = False
+    return logits.masked_fill(torch.zeros_like(outside).scatter(-1, order, outside), -math.inf)
+
+
+def draw(logits: Tensor, config: SamplingConfig, *, samples: Tensor, step: int) -> Tensor:
+    """Draw one token per row.
+
+    The draw is the argmax of probabilities over exponential noise, in logarithms (the Gumbel-max trick). The noise is
+    a hash of (seed, sample, step, token): a row's draw depends on nothing but its own logits and numbers, not on the
+    batch, the device or a generator.
+
+    Args:
+        logits: (batch, vocab_size).
+        config: temperature, filters and seed.
+        samples: (batch,) int64, the number of each row's sample.
+        step: how many tokens were drawn before.
+
+    Returns:
+        (batch,) int64.
+    """
+    if config.temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / config.temperature
+    if config.top_k is not None:
+        logits = keep_top_k(logits, config.top_k)
+    if config.top_p is not None:
+        logits = keep_top_p(logits, config.top_p)
+    tokens = torch.arange(logits.shape[-1], device=logits.device)
+    gumbel = -(-uniform(config.seed, samples[:, None], step, tokens).log()).log()  # (batch, vocab_size)
+    return (logits + gumbel).argmax(-1)

@@ -1,0 +1,540 @@
+"""Training: build or resume, then step, log, evaluate, save."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from textgen import launch
+from textgen.checkpoint import (
+    CheckpointError,
+    checkpoint_path,
+    checkpoints,
+    prune,
+    read_tensors,
+    read_trainer,
+    save_checkpoint,
+)  # fmt: skip
+from textgen.config import TrainConfig
+from textgen.data import Epoch, TokenStore, build_loader, prepare_store, windows_per_epoch
+from textgen.evaluation import Score, score, split_documents
+from textgen.generation import sample_all
+from textgen.model import DropoutMasks, LSTMLanguageModel, State
+from textgen.optim import build_optimizer, learning_rate
+from textgen.report import draw_loss_curve
+from textgen.sampling import SamplingConfig
+from textgen.tracking import Progress, Tracker, say
+
+log = logging.getLogger("textgen")
+
+# Settings that may differ between a checkpoint and its resumption: they change what is told or kept, not what is
+# learnt. Data and tokenizer are compared by content instead.
+HARMLESS = {
+    "run_dir", "log_every", "keep_last", "resume", "resume_override", "dry_run", "sample_prompts",
+    "sample_temperatures", "sample_tokens", "tracking", "data", "tokenizer", "max_minutes", "evaluate_every",
+    "evaluate_documents", "gradient_accumulation_steps",
+}  # fmt: skip
+
+# Share of `max_minutes` that is spent on timing steps, at most; they are not counted and leave no trace.
+TIMING_SHARE = 0.05
+
+
+class TrainingError(ValueError):
+    """A training that cannot go on; the message is one line."""
+
+
+@dataclass(kw_only=True)
+class Progression:
+    """The training state beside weights and optimizer: plain numbers, saved as JSON."""
+
+    step: int = 0
+    total_steps: int
+    epoch_nats: float = 0.0
+    epoch_tokens: int = 0
+    best_loss: float = math.inf
+    best_step: int | None = None
+    evaluations_without_better: int = 0
+    finished: bool = False
+
+
+@dataclass(kw_only=True)
+class Training:
+    """What outlives a step."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    store: TokenStore
+    bare: LSTMLanguageModel
+    model: nn.Module
+    """`bare` as Accelerate prepared it"""
+    optimizer: AcceleratedOptimizer
+    progression: Progression
+    average: LSTMLanguageModel | None = None
+    """holds the averaged weights, where they are wanted"""
+    lane_states: list[State] = field(default_factory=list)
+    """LSTM state of this process's lanes, one entry per micro-batch"""
+    wandb_id: str | None = None
+
+    @property
+    def best_weights(self) -> LSTMLanguageModel:
+        """The model to score, sample and publish."""
+        return self.average or self.bare
+
+
+def train(config: TrainConfig) -> None:
+    """Train as the config says, or go on where the run's newest checkpoint stands. Collective.
+
+    Raises:
+        CorpusError, DataError, TokenizerError, LaunchError, CheckpointError, TrainingError: what is wrong, in a line.
+    """
+    accelerator = launch.start(
+        config.mixed_precision,
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+    log.info("%s", launch.describe(accelerator))
+    store = prepare_store(config.data, config.tokenizer)
+    training = build(config, accelerator, store)
+    if config.dry_run:
+        describe_cost(training)
+        return
+    resumed = resume(training)
+    if resumed and training.progression.finished:
+        say_main(accelerator, f"`{config.run_dir}` has finished at step {training.progression.step}: nothing to do")
+        return
+    if config.max_minutes is not None and not resumed:
+        training.progression.total_steps = min(training.progression.total_steps, fit_steps(training))
+    if accelerator.is_main_process:
+        write_run_files(training)
+    settings = asdict(config) | {"parameters": training.bare.num_parameters}
+    tracker = Tracker(
+        accelerator, config.tracking, Path(config.run_dir), settings,
+        wandb_id=training.wandb_id, first_step=training.progression.step,
+    )  # fmt: skip
+    training.wandb_id = tracker.wandb_id
+    log.info("%s", describe_training(training))
+    try:
+        run_steps(training, tracker)
+    finally:
+        tracker.finish()
+
+
+def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore) -> Training:
+    """Build model, optimizer and the counting of steps."""
+    set_seed(config.seed)
+    text = {"tokenizer_sha256": store.tokenizer.sha256, "normalization": store.record["normalization"]}
+    counts = store.unigram_counts
+    bare = LSTMLanguageModel(config.model, len(counts), unigram_counts=counts, text=text)
+    optimizer = build_optimizer(bare, config, accelerator.device)
+    model, prepared = accelerator.prepare(bare, optimizer)
+    average = None
+    if config.ema_decay is not None:
+        average = LSTMLanguageModel(config.model, len(counts), text=text).to(accelerator.device).requires_grad_(False)
+        average.load_state_dict(bare.state_dict())
+    total = config.max_epochs * steps_per_epoch(config, store)
+    return Training(
+        config=config, accelerator=accelerator, store=store, bare=bare, model=model, optimizer=prepared,
+        average=average, progression=Progression(total_steps=min(total, config.max_steps or total)),
+    )  # fmt: skip
+
+
+def steps_per_epoch(config: TrainConfig, store: TokenStore) -> int:
+    """Return the optimizer steps of one epoch; raise DataError where the text is too short for one."""
+    return windows_per_epoch(store.split("train"), batch_size=config.batch_size, seq_len=config.seq_len)
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+def run_steps(training: Training, tracker: Tracker) -> None:
+    """Take all remaining steps: log, evaluate, sample and save by the way. Collective."""
+    config, accelerator, now = training.config, training.accelerator, training.progression
+    per_epoch = steps_per_epoch(config, training.store)
+    step_tokens = config.batch_size * config.seq_len
+    bits_per_nat = 1 / math.log(2) / training.store.bytes_per_token("train")  # nats per token to bits per byte
+    bar = Progress(total=now.total_steps, done=now.step, main=accelerator.is_main_process)
+    nats, since, waited, mark = torch.zeros((), device=accelerator.device), 0, 0.0, time.perf_counter()
+    stop = False
+    for micro_batches, waiting in step_batches(training, now.total_steps):
+        nats += train_step(training, micro_batches)
+        now.step, since, waited = now.step + 1, since + 1, waited + waiting
+        last = now.step == now.total_steps
+        epoch_end = now.step % per_epoch == 0
+        evaluating = last or now.step % (config.evaluate_every or per_epoch) == 0
+        if now.step % config.log_every == 0 or evaluating or epoch_end:
+            total = float(accelerator.reduce(nats, "sum"))
+            if not math.isfinite(total):
+                raise TrainingError(f"the loss turned to {total} by step {now.step}; the last checkpoint is untouched")
+            loss, seconds = total / (since * step_tokens), time.perf_counter() - mark
+            now.epoch_nats, now.epoch_tokens = now.epoch_nats + total, now.epoch_tokens + since * step_tokens
+            values = {
+                "tokens": now.step * step_tokens,
+                "train/loss": loss,
+                "train/bits_per_byte": loss * bits_per_nat,
+                "train/learning_rate": learning_rate(now.step - 1, now.total_steps, config),
+                "train/tokens_per_second": since * step_tokens / seconds,
+                "train/data_share": waited / seconds,
+            }
+            tracker.log(now.step, values)
+            bar.update(now.step, values)
+            nats.zero_()
+            since, waited = 0, 0.0
+            mark = time.perf_counter()
+        if epoch_end or last:
+            average = now.epoch_nats / now.epoch_tokens
+            say_main(
+                accelerator,
+                f"Epoch [{math.ceil(now.step / per_epoch)}/{config.max_epochs}], Avg Loss: {average:.4f} "
+                f"({average * bits_per_nat:.4f} bits per byte)",
+            )
+        if epoch_end:
+            now.epoch_nats, now.epoch_tokens = 0.0, 0
+        if evaluating:
+            stop = evaluate_and_save(training, tracker, limit=None if last else config.evaluate_documents)
+            mark = time.perf_counter()
+        if stop:
+            break
+    bar.close()
+
+
+def step_batches(training: Training, until: int) -> Iterator[tuple[list[dict[str, Tensor]], float]]:
+    """Yield each remaining step's micro-batches, dealt to this process by Accelerate, and the seconds waited for them.
+
+    Sets the lanes' states to zero at the start of an epoch.
+    """
+    config, now = training.config, training.progression
+    split = training.store.split("train")
+    per_epoch = steps_per_epoch(config, training.store)
+    micro = config.gradient_accumulation_steps
+    while now.step < until:
+        number, window = divmod(now.step, per_epoch)
+        epoch = Epoch(split, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed, epoch=number)
+        last = min(per_epoch, window + until - now.step)
+        loader = training.accelerator.prepare(
+            build_loader(epoch, micro_batches=micro, first_window=window, last_window=last)
+        )
+        if window == 0 or not training.lane_states:
+            rows = config.batch_size // (micro * training.accelerator.num_processes)
+            training.lane_states = [training.bare.zero_state(rows) for _ in range(micro)]
+        batches = iter(loader)
+        for _ in range(window, last):
+            started = time.perf_counter()
+            micro_batches = list(islice(batches, micro))
+            yield micro_batches, time.perf_counter() - started
+
+
+def train_step(training: Training, micro_batches: Sequence[dict[str, Tensor]], *, rate: float | None = None) -> Tensor:
+    """Take one optimizer step. Collective.
+
+    Each micro-batch's nats are summed and divided once by the step's tokens over all processes, so that neither the
+    number of processes nor of micro-batches shows in the gradient.
+
+    Args:
+        training: weights, optimizer and lane states are changed in place.
+        micro_batches: this process's rows of each.
+        rate: overrides the learning rate of the step.
+
+    Returns:
+        Nats summed over this process's tokens, on the device: nothing waits for it.
+    """
+    config, accelerator, model = training.config, training.accelerator, training.model
+    step = training.progression.step
+    scale = accelerator.num_processes / (config.batch_size * config.seq_len)  # DDP averages over processes
+    nats = torch.zeros((), device=accelerator.device)
+    for i, batch in enumerate(micro_batches):
+        masks = DropoutMasks(config.seed, step, batch["lanes"]) if config.model.dropout else None
+        with accelerator.no_sync(model) if i + 1 < len(micro_batches) else nullcontext():
+            part, (hidden, cell) = model(batch["tokens"], training.lane_states[i], batch["targets"], masks=masks)
+            accelerator.backward(part * scale)
+        training.lane_states[i] = hidden.detach(), cell.detach()
+        nats += part.detach()
+    if config.max_grad_norm is not None:
+        accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    for group in training.optimizer.param_groups:
+        group["lr"] = learning_rate(step, training.progression.total_steps, config) if rate is None else rate
+    training.optimizer.step()
+    training.optimizer.zero_grad()
+    if training.average is not None and rate is None:
+        assert config.ema_decay is not None
+        decay = min(config.ema_decay, (1 + step) / (10 + step))  # early weights are soon forgotten
+        averaged: list[Tensor] = list(training.average.parameters())
+        current: list[Tensor] = list(training.bare.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+    return nats
+
+
+def evaluate_and_save(training: Training, tracker: Tracker, *, limit: int | None) -> bool:
+    """Score the validation split, sample, write a checkpoint; return whether training should stop. Collective."""
+    config, accelerator, now = training.config, training.accelerator, training.progression
+    score = evaluate(training, limit)
+    now.evaluations_without_better += 1
+    if score is not None:
+        tracker.log(now.step, {"valid/loss": score.nats_per_token, "valid/bits_per_byte": score.bits_per_byte})
+        if score.nats_per_token < now.best_loss:
+            now.best_loss, now.best_step, now.evaluations_without_better = score.nats_per_token, now.step, 0
+        say_main(
+            accelerator,
+            f"step {now.step}: valid loss {score.nats_per_token:.4f}, {score.bits_per_byte:.4f} bits per byte "
+            f"({score.documents} documents, {score.seconds:.0f} s)",
+        )
+    patience = config.early_stopping_patience
+    stop = score is not None and patience is not None and now.evaluations_without_better >= patience
+    if stop:
+        say_main(accelerator, f"stopping early: no better validation loss in {patience} evaluations")
+    now.finished = stop or now.step == now.total_steps
+    save(training)
+    if accelerator.is_main_process:
+        write_samples(training)
+        draw_loss_curve({"": Path(config.run_dir)}, Path(config.run_dir) / "loss.png")
+    return stop
+
+
+def evaluate(training: Training, limit: int | None) -> Score | None:
+    """Score the validation split, if there is one. Collective."""
+    if "validation" not in training.store.record["splits"]:
+        return None
+    documents, num_bytes = split_documents(training.store.split("validation"), limit)
+    bos_id = training.store.tokenizer.bos_id
+    return score(training.accelerator, training.best_weights, documents, num_bytes, bos_id=bos_id, progress=True)
+
+
+def write_samples(training: Training) -> None:
+    """Append samples at every temperature to samples.md, and print one."""
+    config, model = training.config, training.best_weights
+    model.eval()
+    lines = [f"## step {training.progression.step}\n"]
+    for temperature in config.sample_temperatures:
+        sampling = SamplingConfig(temperature=temperature, max_new_tokens=config.sample_tokens, seed=config.seed)
+        for sample in sample_all(model, training.store.tokenizer, config.sample_prompts, sampling):
+            lines.append(f"- temperature {temperature}: **{sample.prompt}**{sample.text}")
+    with open(Path(config.run_dir) / "samples.md", "a", encoding="utf-8") as file:
+        file.write("\n".join(lines) + "\n\n")
+    model.train()
+
+
+# --- saving and resuming ---------------------------------------------------------------------------------------------
+
+
+def save(training: Training) -> None:
+    """Write a checkpoint of this step. Collective: LSTM states are gathered."""
+    config, accelerator, now = training.config, training.accelerator, training.progression
+    lanes = gather_lanes(training)
+    if accelerator.is_main_process:
+        tensors = {"lanes": lanes, "optimizer": optimizer_tensors(training)}
+        if training.average is not None:
+            tensors["weights"] = training.bare.state_tensors()
+        trainer = {
+            "progression": asdict(now),
+            "config": asdict(config),
+            "mixed_precision": accelerator.mixed_precision,
+            "data": training.store.key,
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+            "wandb_id": training.wandb_id,
+        }
+        save_checkpoint(
+            checkpoint_path(Path(config.run_dir), now.step), model=training.best_weights,
+            tokenizer=training.store.tokenizer, trainer=trainer, tensors=tensors,
+        )  # fmt: skip
+        prune(Path(config.run_dir), keep_last=config.keep_last, best_step=now.best_step)
+    accelerator.wait_for_everyone()
+
+
+def gather_lanes(training: Training) -> dict[str, Tensor]:
+    """Gather the LSTM states of all lanes: hidden and cell, (num_layers, batch_size, hidden_size) by global lane."""
+    gathered: dict[str, list[Tensor]] = {"hidden": [], "cell": []}
+    for hidden, cell in training.lane_states:
+        for name, value in (("hidden", hidden), ("cell", cell)):
+            # Accelerate gathers along the first dimension, in the order of processes: that of the lanes
+            everyone = training.accelerator.gather(value.transpose(0, 1).contiguous())
+            gathered[name].append(everyone.transpose(0, 1))
+    return {name: torch.cat(parts, 1) for name, parts in gathered.items()}
+
+
+def optimizer_tensors(training: Training) -> dict[str, Tensor]:
+    """Return Adam's state as `slot.parameter name` -> tensor."""
+    state = training.optimizer.state
+    return {
+        f"{slot}.{name}": value
+        for name, parameter in training.bare.named_parameters()
+        for slot, value in state.get(parameter, {}).items()
+    }
+
+
+def resume(training: Training) -> bool:
+    """Load the checkpoint that `resume` names, if any; return whether there was one.
+
+    Raises:
+        CheckpointError: it cannot be read, or settings that change the result differ.
+    """
+    config, accelerator = training.config, training.accelerator
+    if config.resume == "never":
+        if next(checkpoints(Path(config.run_dir)), None):
+            raise CheckpointError(
+                f"`{config.run_dir}` holds a training and `--resume never` would overwrite it: "
+                "remove it or name another `--run_dir`"
+            )
+        return False
+    directory = Path(config.resume)
+    if config.resume == "auto":
+        newest = next(checkpoints(Path(config.run_dir)), None)
+        if newest is None:
+            return False
+        directory = newest[1]
+    trainer = read_trainer(directory)
+    compare_settings(training, trainer, directory)
+    total = training.progression.total_steps
+    training.progression = Progression(**trainer["progression"])
+    if config.max_minutes is None and total != training.progression.total_steps:
+        training.progression.total_steps = total
+        training.progression.finished = training.progression.step >= total
+    training.wandb_id = trainer["wandb_id"]
+    weights = "weights" if training.average is not None else "model"
+    training.bare.load_tensors(read_tensors(directory, weights))
+    if training.average is not None:
+        training.average.load_tensors(read_tensors(directory, "model"))
+    load_optimizer(training, read_tensors(directory, "optimizer"))
+    lanes = read_tensors(directory, "lanes")
+    training.lane_states = own_lanes(training, (lanes["hidden"], lanes["cell"]))
+    if accelerator.scaler and trainer["scaler"]:
+        accelerator.scaler.load_state_dict(trainer["scaler"])
+    log.info("resuming from `%s`", directory)
+    return True
+
+
+def own_lanes(training: Training, state: State) -> list[State]:
+    """Return this process's part of the states of all lanes, per micro-batch."""
+    accelerator, micro = training.accelerator, training.config.gradient_accumulation_steps
+    parts = []
+    for i in range(micro):
+        hidden, cell = (
+            s.chunk(micro, 1)[i].chunk(accelerator.num_processes, 1)[accelerator.process_index] for s in state
+        )
+        parts.append((hidden.to(accelerator.device), cell.to(accelerator.device)))
+    return parts
+
+
+def load_optimizer(training: Training, tensors: dict[str, Tensor]) -> None:
+    """Set Adam's state from what `optimizer_tensors` returned."""
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        slot, _, name = key.partition(".")
+        slots.setdefault(name, {})[slot] = tensor
+    names = [name for name, _ in training.bare.named_parameters()]
+    if slots.keys() != set(names):
+        raise CheckpointError(f"optimizer state is of other parameters: {sorted(slots.keys() ^ set(names))}")
+    groups = training.optimizer.state_dict()["param_groups"]
+    training.optimizer.load_state_dict({"state": {i: slots[n] for i, n in enumerate(names)}, "param_groups": groups})
+
+
+def compare_settings(training: Training, trainer: dict[str, Any], directory: Path) -> None:
+    """Raise CheckpointError where a setting that changes the result is not the checkpoint's; note the other ones."""
+    then, now = trainer["config"], json.loads(json.dumps(asdict(training.config)))
+    then = then | {"data content": trainer["data"], "mixed_precision": trainer["mixed_precision"]}
+    now = now | {"data content": training.store.key, "mixed_precision": training.accelerator.mixed_precision}
+    harmless = HARMLESS
+    if training.config.lr_schedule == "constant":
+        harmless = HARMLESS | {"max_steps", "max_epochs"}  # no step depends on how many there will be
+    for name in sorted(now):
+        if now[name] == then.get(name):
+            continue
+        message = f"`{name}` is {now[name]}, `{directory}` was made with {then.get(name)}"
+        if name not in harmless and not training.config.resume_override:
+            raise CheckpointError(
+                f"{message}: `--resume_override` goes on all the same, another `--run_dir` starts anew"
+            )
+        if name in ("max_epochs", "max_steps") or name not in harmless:
+            log.info("%s", message)
+
+
+# --- what a training costs -------------------------------------------------------------------------------------------
+
+
+def time_steps(training: Training, *, budget_seconds: float, at_least: int = 2, at_most: int = 12) -> float:
+    """Return the median seconds of a few steps that leave no trace: learning rate 0, Adam's state cleared after."""
+    seconds: list[float] = []
+    started = time.perf_counter()
+    for micro_batches, _ in step_batches(training, training.progression.step + at_most):
+        before = time.perf_counter()
+        nats = train_step(training, micro_batches, rate=0.0)
+        nats.item()  # wait for the device
+        seconds.append(time.perf_counter() - before)
+        enough = len(seconds) >= at_least and time.perf_counter() - started > budget_seconds
+        if float(training.accelerator.reduce(torch.tensor(float(enough), device=nats.device), "sum")) > 0:
+            break
+    training.optimizer.state.clear()
+    training.lane_states = []
+    return sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]  # the first one warms up
+
+
+def fit_steps(training: Training) -> int:
+    """Return how many steps fit into `max_minutes`: timed once, decided by the main process. Collective."""
+    config, accelerator = training.config, training.accelerator
+    assert config.max_minutes is not None
+    budget = config.max_minutes * 60
+    seconds = time_steps(training, budget_seconds=budget * TIMING_SHARE)
+    decided = torch.tensor(max(int(budget / seconds), 1), device=accelerator.device)
+    if not accelerator.is_main_process:
+        decided.zero_()
+    steps = int(accelerator.reduce(decided, "sum"))
+    log.info("%d steps of %.3f s fit into %g minutes", steps, seconds, config.max_minutes)
+    return steps
+
+
+def describe_training(training: Training) -> str:
+    """Return what is about to be trained, in a line."""
+    config, store, now = training.config, training.store, training.progression
+    return (
+        f"{training.bare.num_parameters:,} parameters, {store.split('train').num_tokens:,} training tokens of "
+        f"{store.bytes_per_token('train'):.2f} bytes, {config.batch_size} x {config.seq_len} tokens per step, "
+        f"steps {now.step} to {now.total_steps}, {steps_per_epoch(config, store)} per epoch"
+    )
+
+
+def describe_cost(training: Training) -> None:
+    """Print what the training would cost, from two steps. Collective."""
+    seconds = time_steps(training, budget_seconds=0.0)
+    accelerator, steps = training.accelerator, training.progression.total_steps
+    if accelerator.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        import resource
+
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if training.config.max_minutes is not None:
+        steps = min(steps, max(int(training.config.max_minutes * 60 / seconds), 1))
+    say_main(
+        accelerator,
+        f"dry run: {describe_training(training)}\n"
+        f"{steps:,} steps of {seconds:.3f} s: {steps * seconds / 3600:.2f} hours, "
+        f"{memory / 2**30:.2f} GiB of memory per process; nothing was written",
+    )
+
+
+def write_run_files(training: Training) -> None:
+    """Write config.yaml of the run, before its first step."""
+    run_dir = Path(training.config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    settings = json.loads(json.dumps(asdict(training.config)))  # tuples become lists, as the parser wants them
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    (run_dir / "data.json").write_text(json.dumps(training.store.record, indent=2) + "\n")
+
+
+def say_main(accelerator: Accelerator, message: str) -> None:
+    """Print a result once."""
+    if accelerator.is_main_process:
+        say(message)

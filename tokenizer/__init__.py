@@ -1,0 +1,6 @@
+"""Lossless SentencePiece tokenizers: training, encoding, decoding, streaming. Knows neither torch nor textgen."""
+
+from tokenizer.tokenizer import StreamDecoder, Tokenizer, TokenizerError
+from tokenizer.trainer import train_tokenizer
+
+__all__ = ["StreamDecoder", "Tokenizer", "TokenizerError", "train_tokenizer"]

@@ -1,0 +1,238 @@
+"""Text to token ids and back, without loss, over a SentencePiece model."""
+
+import codecs
+import hashlib
+import io
+import os
+import secrets
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from sentencepiece import SentencePieceProcessor
+
+SPACE = "\u2581"  # how SentencePiece spells a space inside pieces; text that really holds it needs care in `encode`
+SPACE_UTF8 = SPACE.encode()
+REPLACEMENT_UTF8 = "\ufffd".encode()
+
+# Field numbers of sentencepiece_model.proto. Four settings do not earn a dependency on protobuf.
+TRAINER_SPEC, NORMALIZER_SPEC = 2, 3
+MODEL_TYPE, WORD = 3, 3
+CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES = 2, 3, 4, 5
+
+
+class TokenizerError(ValueError):
+    """A model, a text or a setting that the tokenizer cannot take."""
+
+
+class Tokenizer:
+    """A SentencePiece model whose `decode(encode(text)) == text` for every string of Unicode scalars.
+
+    One token, `</s>`, stands between documents: it ends one and, as the first input, starts the next.
+    Word models are the exception: they cannot spell what they do not know, and say so by `is_lossless`.
+
+    Attributes:
+        model_proto: The bytes of the model file.
+        sha256: Hex digest of `model_proto`.
+        vocab_size: Number of token ids, all in `range(vocab_size)`.
+        eos_id: Id of the document boundary.
+        bos_id: The same id.
+        is_lossless: False for word models only.
+    """
+
+    def __init__(self, model_proto: bytes) -> None:
+        """Load a model from the bytes of its file.
+
+        Raises:
+            TokenizerError: Not a SentencePiece model, no `</s>`, or settings that change text.
+        """
+        processor = SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(model_proto)
+        except RuntimeError:
+            raise TokenizerError(f"not a SentencePiece model: {len(model_proto)} bytes") from None
+        self._processor = processor
+        self._bytes_of = [_piece_bytes(processor, token_id) for token_id in range(processor.GetPieceSize())]
+        self.model_proto = model_proto
+        self.sha256 = hashlib.sha256(model_proto).hexdigest()
+        self.vocab_size = len(self._bytes_of)
+        self.eos_id = self.bos_id = processor.eos_id()
+        if self.eos_id < 0:
+            raise TokenizerError("the SentencePiece model has no `</s>` to mark the end of a document")
+        self.is_lossless = _fields(_submessage(model_proto, TRAINER_SPEC)).get(MODEL_TYPE) != WORD
+        if self.is_lossless:
+            num_byte_pieces = sum(map(processor.IsByte, range(self.vocab_size)))
+            _check_lossless(_submessage(model_proto, NORMALIZER_SPEC), num_byte_pieces)
+            self._space_ids = [processor.PieceToId(f"<0x{byte:02X}>") for byte in SPACE_UTF8]
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str]) -> "Tokenizer":
+        """Load a model file.
+
+        Raises:
+            TokenizerError: As the constructor, naming the file.
+        """
+        try:
+            return cls(Path(path).read_bytes())
+        except TokenizerError as error:
+            raise TokenizerError(f"`{os.fspath(path)}`: {error}") from None
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model file whole or not at all."""
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}")  # not tempfile: its mode ignores the umask
+        try:
+            with partial.open("xb") as file:
+                file.write(self.model_proto)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Return the token ids of a text, without any `</s>`.
+
+        Raises:
+            TokenizerError: The text holds a lone surrogate.
+        """
+        return self._encode_utf8(to_utf8(text))
+
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int = 1) -> list[NDArray[np.int32]]:
+        """Return the ids that `encode` gives for each text, as read-only arrays.
+
+        Measured over IMDB reviews: 26 MB/s on one thread, 59 MB/s on two (as lists: 25 and 38).
+
+        Returns:
+            One int32 array (tokens,) for each text.
+
+        Raises:
+            TokenizerError: A text holds a lone surrogate.
+        """
+        data = [to_utf8(text) for text in texts]
+        ids: list[NDArray[np.int32]] = self._processor.Encode(data, return_type="numpy", num_threads=num_threads)
+        if self.is_lossless:
+            for i, utf8 in enumerate(data):
+                if SPACE_UTF8 in utf8:
+                    ids[i] = np.array(self._encode_utf8(utf8), dtype=np.int32)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of token ids; `</s>` gives nothing, bytes that are not UTF-8 give U+FFFD.
+
+        Raises:
+            TokenizerError: An id outside `range(vocab_size)`.
+        """
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the UTF-8 bytes that a token stands for, possibly a part of a character.
+
+        Raises:
+            TokenizerError: An id outside `range(vocab_size)`.
+        """
+        if not 0 <= token_id < self.vocab_size:
+            raise TokenizerError(f"token id {token_id} is not in 0..{self.vocab_size - 1}")
+        return self._bytes_of[token_id]
+
+    def stream(self) -> "StreamDecoder":
+        """Start decoding token by token."""
+        return StreamDecoder(self)
+
+    def _encode_utf8(self, utf8: bytes) -> list[int]:
+        if not self.is_lossless or SPACE_UTF8 not in utf8:
+            return list(self._processor.EncodeAsIds(utf8))
+        # SentencePiece would read a literal U+2581 as a space, so it is spelled by its bytes, between the parts.
+        first, *rest = (self._processor.EncodeAsIds(part) for part in utf8.split(SPACE_UTF8))
+        return [*first, *(token_id for part in rest for token_id in (*self._space_ids, *part))]
+
+
+class StreamDecoder:
+    """Decodes token by token; the joined output of `push` and a last `flush` equals `Tokenizer.decode`."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Start with nothing held back."""
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token_id: int) -> str:
+        """Return the text that this token completes; a character that lacks bytes is held back."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token_id))
+
+    def flush(self) -> str:
+        """Return U+FFFD for bytes held back, if any, and start anew."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+def to_utf8(text: str) -> bytes:
+    """Return the UTF-8 bytes of a text.
+
+    Raises:
+        TokenizerError: A lone surrogate, which no UTF-8 can hold.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        codepoint = ord(text[error.start])
+        raise TokenizerError(f"lone surrogate U+{codepoint:04X} at character {error.start} of the text") from None
+
+
+def _piece_bytes(processor: SentencePieceProcessor, token_id: int) -> bytes:
+    piece = processor.IdToPiece(token_id)
+    if processor.IsUnknown(token_id):
+        return REPLACEMENT_UTF8
+    if processor.IsControl(token_id):
+        return b""
+    if processor.IsByte(token_id):
+        return bytes([int(piece[3:5], 16)])  # `<0x41>`
+    return piece.replace(SPACE, " ").encode()
+
+
+def _check_lossless(normalizer_spec: bytes, num_byte_pieces: int) -> None:
+    normalizer = _fields(normalizer_spec)
+    wanted = {  # proto2: a flag that is not written is true
+        "byte_fallback=True": num_byte_pieces == 256,
+        "normalization_rule_name=identity": not normalizer.get(CHARSMAP),
+        "add_dummy_prefix=False": normalizer.get(ADD_DUMMY_PREFIX, 1) == 0,
+        "remove_extra_whitespaces=False": normalizer.get(REMOVE_EXTRA_WHITESPACES, 1) == 0,
+        "escape_whitespaces=True": normalizer.get(ESCAPE_WHITESPACES, 1) == 1,
+    }
+    if missing := [setting for setting, holds in wanted.items() if not holds]:
+        raise TokenizerError(f"the SentencePiece model is not lossless: trained without {', '.join(missing)}")
+
+
+def _submessage(message: bytes, field: int) -> bytes:
+    value = _fields(message).get(field, b"")
+    assert isinstance(value, bytes)
+    return value
+
+
+def _fields(message: bytes) -> dict[int, int | bytes]:
+    """Return the last value of each field of a serialized protobuf message that SentencePiece has accepted."""
+    stream = io.BytesIO(message)
+    fields: dict[int, int | bytes] = {}
+    while stream.tell() < len(message):
+        number, wire_type = divmod(_read_varint(stream), 8)
+        match wire_type:
+            case 0:
+                fields[number] = _read_varint(stream)
+            case 1:
+                fields[number] = stream.read(8)
+            case 2:
+                fields[number] = stream.read(_read_varint(stream))
+            case 5:
+                fields[number] = stream.read(4)
+            case _:
+                raise TokenizerError(f"not a SentencePiece model: protobuf wire type {wire_type}")
+    return fields
+
+
+def _read_varint(stream: io.BytesIO) -> int:
+    value, shift = 0, 0
+    while (byte := stream.read(1)[0]) & 128:
+        value |= (byte & 127) << shift
+        shift += 7
+    return value | byte << shift
