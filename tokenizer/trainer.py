@@ -52,7 +52,7 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 8192, model_type:
         SentencePieceTrainer.Train(
             sentence_iterator=iter(lines),
             # Word counts are what the trainer makes of documents anyway. Made here they save it the suffix array of
-            # the whole text (27 s became 18 s for 8,192 pieces of IMDB on one thread), and no long document is left out.
+            # the whole text (27 s became 18 s for 8,192 pieces of IMDB, one thread), and no long document is left out.
             input_format="tsv",
             max_sentence_length=10 * MAX_WORD_CHARS,  # in bytes; the default would skip words over 4,192
             model_writer=model,

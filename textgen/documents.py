@@ -1,0 +1,291 @@
+"""From files to documents: folders and globs to files, and txt, jsonl, csv and parquet to checked texts.
+
+Nothing is held but the document at hand, and none may be longer than MAX_DOCUMENT_BYTES.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, groupby
+from pathlib import Path
+from typing import Literal
+
+TxtDocuments = Literal["file", "line", "paragraph"]
+
+MAX_DOCUMENT_BYTES = 16 * 2**20
+EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
+
+
+class CorpusError(ValueError):
+    """Say in one line what is wrong with the user's data, where, what was seen and what was wanted."""
+
+
+def read_documents(
+    paths: Sequence[str], *, text_column: str = "text", txt_documents: TxtDocuments = "file"
+) -> Iterator[str]:
+    """Yield the documents of files, folders and globs in order, whatever their split, but for those without text.
+
+    Raises:
+        CorpusError: a path, a file or a text is not what it should be, or there are no documents.
+    """
+    text: str | None = None
+    for text in filter(has_text, read_files(list(list_files(paths)), text_column, txt_documents)):
+        yield text
+    if text is None:
+        raise CorpusError(f"no documents in {in_backticks(paths)}")
+
+
+def has_text(document: str) -> bool:
+    """Tell whether a document holds more than white space."""
+    return bool(document) and not document.isspace()
+
+
+# Finding files
+
+
+def list_files(paths: Sequence[str]) -> dict[str, str]:
+    """Map each file that `paths` stand for, once and in order, to its split.
+
+    The parts of its path that name a split are those from the given folder on; of a file given itself, its name.
+    """
+    found: dict[str, tuple[str, str]] = {}  # absolute path -> path, split
+    for given in paths:
+        root, files = _expand(os.path.expanduser(given))
+        for path in files:
+            absolute = os.path.abspath(path)
+            found.setdefault(absolute, (path, _split_of(os.path.relpath(absolute, root))))
+    return dict(found.values())
+
+
+def _expand(given: str) -> tuple[str, list[str]]:
+    """Return the folder from which on the parts of a path name a split, and the files."""
+    if os.path.isfile(given):
+        if not given.lower().endswith(EXTENSIONS):
+            raise CorpusError(f"`{given}` is not one of {in_backticks(EXTENSIONS)}")
+        if os.path.getsize(given) == 0:
+            raise CorpusError(f"`{given}` is empty")
+        return os.path.dirname(os.path.abspath(given)), [given]
+    if os.path.isdir(given):
+        root, matches = given, [given]
+    elif glob.has_magic(given):
+        root, matches = given, sorted(glob.glob(given, recursive=True), key=_natural)
+        while glob.has_magic(root):
+            root = os.path.dirname(root)
+        if not matches:
+            raise CorpusError(f"`{given}` matches no file")
+    else:
+        raise CorpusError(f"`{given}` does not exist")
+    files = [path for match in matches for path in _walk(match) if path.lower().endswith(EXTENSIONS)]
+    reviews = set(filter(re.compile(r".*(pos|neg|unsup)[/\\][0-9]+_[0-9]+\.txt").fullmatch, files))
+    if reviews:  # an aclImdb tree: its other .txt files hold addresses and ratings
+        files = [path for path in files if path in reviews or not path.endswith(".txt")]
+    if not files:
+        raise CorpusError(f"`{given}` holds no file of {in_backticks(EXTENSIONS)}")
+    return os.path.dirname(os.path.abspath(root)), files
+
+
+def _walk(path: str) -> Iterator[str]:
+    """Yield a file, or those of a folder in natural order (2 before 10), without hidden names and linked folders."""
+    if os.path.isfile(path):
+        yield path
+    for folder, folders, names in os.walk(path, onerror=_refuse_folder):
+        folders[:] = sorted((name for name in folders if not name.startswith(".")), key=_natural)
+        yield from (os.path.join(folder, name) for name in sorted(names, key=_natural) if not name.startswith("."))
+
+
+def _refuse_folder(error: OSError) -> None:
+    if os.path.isdir(error.filename):  # os.walk lists a file too, and fails
+        raise CorpusError(f"`{error.filename}` cannot be read: {error.strerror}") from error
+
+
+def _natural(path: str) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", path)]
+
+
+def _split_of(path: str) -> str:
+    parts = Path(path.lower()).parts
+    for split, pattern in (
+        ("test", r"test(s|ing)?(?![a-z])"),
+        ("validation", r"valid|(val|dev)(?![a-z])"),  # not devices.csv
+        ("unsupervised", r"unsup"),
+    ):
+        if any(re.match(pattern, part) for part in parts):
+            return split
+    return "train"
+
+
+# Reading files
+
+
+def read_files(paths: Sequence[str], text_column: str, txt_documents: TxtDocuments) -> Iterator[str]:
+    """Yield all documents of files in order, those without text too.
+
+    Raises:
+        CorpusError: a file or a text is not what it should be.
+    """
+    for path in paths:
+        try:
+            match os.path.splitext(path)[1].lower():
+                case ".txt":
+                    yield from _read_txt(path, txt_documents)
+                case ".csv" | ".tsv":
+                    yield from (text for (text,) in read_csv(path, text_column))
+                case ".parquet":
+                    yield from _read_parquet(path, text_column)
+                case _:
+                    yield from _read_jsonl(path, text_column)
+        except OSError as error:
+            raise CorpusError(f"`{path}` cannot be read: {error.strerror or one_line(error)}") from error
+
+
+def _read_lines(path: str) -> Iterator[tuple[int, str]]:
+    """Yield line numbers and lines with their ends, never holding more than MAX_DOCUMENT_BYTES of the file."""
+    with open(path, "rb") as file:
+        for number, raw in enumerate(iter(lambda: file.readline(MAX_DOCUMENT_BYTES + 1), b""), start=1):
+            _check_size(len(raw), f"`{path}` line {number}")
+            line = _decode(raw, path, number)
+            yield number, line.removeprefix("\ufeff") if number == 1 else line
+
+
+def _read_txt(path: str, txt_documents: TxtDocuments) -> Iterator[str]:
+    if txt_documents == "file":
+        _check_size(os.path.getsize(path), f"`{path}`, read as one document,")
+        yield _decode(Path(path).read_bytes(), path, 1)
+    elif txt_documents == "line":
+        yield from (_without_end(line) for _, line in _read_lines(path))
+    else:
+        for blank, lines in groupby(_read_lines(path), key=lambda numbered: numbered[1].isspace()):
+            if not blank:
+                yield _without_end("".join(_take_lines(lines, path)))
+
+
+def _take_lines(numbered: Iterable[tuple[int, str]], path: str) -> Iterator[str]:
+    """Yield the lines of one document."""
+    start = size = 0
+    for number, line in numbered:
+        start, size = start or number, size + len(line.encode())
+        _check_size(size, f"`{path}` line {start}")
+        yield line
+
+
+def _read_jsonl(path: str, text_column: str) -> Iterator[str]:
+    for number, line in _read_lines(path):
+        if line.isspace():
+            continue
+        where = f"`{path}` line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise CorpusError(f"{where} is not valid JSON: {one_line(error)}") from error
+        if not isinstance(row, dict):
+            raise CorpusError(f"{where} is not a JSON object with a key `{text_column}`")
+        if text_column not in row:
+            raise no_column(where, text_column, row)
+        yield _checked(row[text_column], where, text_column)
+
+
+def read_csv(path: str, *columns: str) -> Iterator[list[str]]:
+    """Yield the values of columns, row by row, of a file with a header."""
+    where = (
+        f"`{path}` line 1"  # where the row that is being read starts: an open quote may swallow the rest of the file
+    )
+    csv.field_size_limit(MAX_DOCUMENT_BYTES)  # in characters; the standard library's own limit is 128 KiB
+    lines = (line for _, line in _read_lines(path))
+    rows = csv.reader(lines, delimiter="\t" if path.lower().endswith(".tsv") else ",", strict=True)
+    try:
+        header = next(rows, [])
+        for column in columns:
+            if column not in header:
+                raise no_column(f"`{path}`", column, header)
+        places = [header.index(column) for column in columns]
+        where = f"`{path}` line {rows.line_num + 1}"
+        for row in rows:
+            if row and len(row) != len(header):
+                raise CorpusError(f"{where} has {len(row)} fields; its header has {len(header)}")
+            if row:
+                yield [_checked(row[place], where, header[place]) for place in places]
+            where = f"`{path}` line {rows.line_num + 1}"
+    except csv.Error as error:
+        if "field limit" in str(error):
+            raise _too_long(where) from error
+        raise CorpusError(f"{where} is not valid CSV: {one_line(error)}") from error
+
+
+def _read_parquet(path: str, text_column: str) -> Iterator[str]:
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
+            if text_column not in file.schema_arrow.names:
+                raise no_column(f"`{path}`", text_column, file.schema_arrow.names)
+            batches = file.iter_batches(batch_size=256, columns=[text_column])
+            yield from check_rows((batch.column(0).to_pylist() for batch in batches), f"`{path}`", text_column)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise CorpusError(f"`{path}` is not valid parquet with UTF-8 texts: {one_line(error)}") from error
+
+
+# Checks and messages
+
+
+def check_rows(batches: Iterable[Sequence[object]], where: str, text_column: str) -> Iterator[str]:
+    """Yield the values of a column that comes in batches.
+
+    Raises:
+        CorpusError: one is not a text.
+    """
+    for number, value in enumerate(chain.from_iterable(batches), start=1):
+        yield _checked(value, f"{where} row {number}", text_column)
+
+
+def _checked(value: object, where: str, text_column: str) -> str:
+    """Return a value if it is a document: a string of Unicode scalars of bounded size."""
+    if not isinstance(value, str):
+        raise CorpusError(f"{where}: `{text_column}` is not a string: {str(value)[:40]}")
+    try:
+        _check_size(len(value) if value.isascii() else len(value.encode()), where)
+    except UnicodeEncodeError as error:
+        surrogate = f"`\\u{ord(value[error.start]):04x}`"
+        raise CorpusError(f"{where}: `{text_column}` holds a lone surrogate, which is no text: {surrogate}") from error
+    return value
+
+
+def _decode(raw: bytes, path: str, number: int) -> str:
+    """Decode lines of a file from line `number` on."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        number += raw.count(b"\n", 0, error.start)
+        raise CorpusError(f"`{path}` line {number} is not UTF-8: byte 0x{raw[error.start]:02x}") from error
+
+
+def _check_size(num_bytes: int, where: str) -> None:
+    if num_bytes > MAX_DOCUMENT_BYTES:
+        raise _too_long(where)
+
+
+def _too_long(where: str) -> CorpusError:
+    return CorpusError(f"{where} is longer than a document may be: {MAX_DOCUMENT_BYTES // 2**20} MiB")
+
+
+def no_column(where: str, column: str, columns: Iterable[str]) -> CorpusError:
+    """Return the error that names a missing column and those that are there."""
+    return CorpusError(f"{where} has no column `{column}`; it has {in_backticks(columns)}")
+
+
+def in_backticks(names: Iterable[str]) -> str:
+    """Return names as a message lists them."""
+    return ", ".join(f"`{name}`" for name in names) or "none"
+
+
+def one_line(error: BaseException) -> str:
+    """Return the message of another library's error, on one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _without_end(line: str) -> str:
+    return line[:-2] if line.endswith("\r\n") else line.removesuffix("\n")
