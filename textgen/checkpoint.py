@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from textgen.model import LSTMLanguageModel, resolve_model_directory
+from textgen.model import LSTMLanguageModel, State, resolve_model_directory
 from tokenizer import Tokenizer
 
 TRAINER_NAME = "trainer.json"
@@ -139,3 +140,58 @@ def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[LS
             f"wanted {model.text['tokenizer_sha256']}"
         )
     return model.to(device).eval(), tokenizer
+
+
+# --- training state to tensors and back ------------------------------------------------------------------------------
+
+
+def gather_lanes(accelerator: Accelerator, lane_states: Sequence[State]) -> dict[str, Tensor]:
+    """Gather the LSTM states of all lanes, from each process's part of each micro-batch. Collective.
+
+    Returns:
+        `hidden` and `cell`, (num_layers, batch_size, hidden_size) in the order of global lanes.
+    """
+    gathered: dict[str, list[Tensor]] = {"hidden": [], "cell": []}
+    for hidden, cell in lane_states:
+        for name, value in (("hidden", hidden), ("cell", cell)):
+            # Accelerate gathers along the first dimension, in the order of processes: that of the lanes
+            everyone = accelerator.gather(value.transpose(0, 1).contiguous())
+            gathered[name].append(everyone.transpose(0, 1))
+    return {name: torch.cat(parts, 1) for name, parts in gathered.items()}
+
+
+def own_lanes(accelerator: Accelerator, state: State, micro_batches: int) -> list[State]:
+    """Return this process's part of the states of all lanes, per micro-batch: what `gather_lanes` was given."""
+    parts = []
+    for i in range(micro_batches):
+        hidden, cell = (
+            s.chunk(micro_batches, 1)[i].chunk(accelerator.num_processes, 1)[accelerator.process_index] for s in state
+        )
+        parts.append((hidden.to(accelerator.device), cell.to(accelerator.device)))
+    return parts
+
+
+def optimizer_tensors(model: LSTMLanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as `slot.parameter name` -> tensor."""
+    return {
+        f"{slot}.{name}": value
+        for name, parameter in model.named_parameters()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(model: LSTMLanguageModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Set the optimizer's state from what `optimizer_tensors` returned.
+
+    Raises:
+        CheckpointError: it is the state of other parameters.
+    """
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        slot, _, name = key.partition(".")
+        slots.setdefault(name, {})[slot] = tensor
+    names = [name for name, _ in model.named_parameters()]
+    if slots.keys() != set(names):
+        raise CheckpointError(f"optimizer state is of other parameters: {sorted(slots.keys() ^ set(names))}")
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": {i: slots[n] for i, n in enumerate(names)}, "param_groups": groups})

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import errno
 import json
+import math
 import os
 import re
 import sys
@@ -120,7 +121,14 @@ class Parser(ArgumentParser):
         if wrong := re.match(r'Parser key "([^"]+)":.*?(?:Got value|Given value): (.*)', message, re.DOTALL):
             key, value = wrong.groups()
             kind = getattr(options.get(key), "_typehint", getattr(options.get(key), "type", None))
-            return f"`{key}` must be {in_words(kind)}: {' '.join(value.split())}"
+            quote = (
+                " (YAML reads a bare `no` as false: put it in quotes)"
+                if value == "False" and "`no`" in in_words(kind)
+                else ""
+            )
+            return f"`{key}` must be {in_words(kind)}: {' '.join(value.split())}{quote}"
+        if wrong := re.match(r'Parser key "([^"]+)":\s+Unable to load config \'(.*?)\'', message):
+            return f"`{wrong[1]}` must be a YAML file of settings: {wrong[2]}"
         return " ".join(message.split())
 
 
@@ -195,7 +203,7 @@ def build_settings(settings: type[Settings], values: Mapping[str, Any], prefix: 
     kinds = typing.get_type_hints(settings)
     built: dict[str, Any] = {}
     for name, value in values.items():
-        if name == "config" and not prefix:
+        if name == "__path__" or (name == "config" and not prefix):  # jsonargparse notes where values came from
             continue
         if name not in kinds:
             raise ValueError(f"unknown setting `{prefix}{name}`")
@@ -265,7 +273,8 @@ def _check_config_file(path: str) -> bool:
             fail(f"`{name}` in `{path}` must be a group of settings: {'null' if value is None else value}")
         for full in [f"{name}.{key}" for key in value] if group else [str(name)]:
             if full not in kinds:
-                fail(unknown_setting(full, kinds, f" in `{path}`"))
+                groups = {kind.split(".")[0] for kind in kinds}
+                fail(unknown_setting(full, [*kinds, *groups], f" in `{path}`"))
     return True
 
 
@@ -357,9 +366,10 @@ def evaluate(argv: Sequence[str]) -> None:
         "seconds": round(result.seconds, 3),
     }  # fmt: skip
     if accelerator.is_main_process:
-        print(
-            json.dumps(figures) if args.json else "\n".join(f"{name:16} {value:.6g}" for name, value in figures.items())
-        )
+        if args.json:  # JSON knows no infinity
+            print(json.dumps({name: value if math.isfinite(value) else None for name, value in figures.items()}))
+        else:
+            print("\n".join(f"{name:16} {value:.6g}" for name, value in figures.items()))
     accelerator.end_training()
 
 

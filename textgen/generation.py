@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,10 @@ from torch import Tensor
 from textgen.model import LSTMLanguageModel, State
 from textgen.sampling import SamplingConfig, draw
 from tokenizer import Tokenizer
+
+# `<unk>` of every model that `tokenizer.train_tokenizer` makes. Lossless text never holds it, so its logit is hardly
+# trained, and drawn it would show as U+FFFD.
+UNKNOWN_ID = 0
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ def prefill(model: LSTMLanguageModel, tokens: Sequence[int]) -> tuple[Tensor, St
     ids = torch.tensor([tokens], device=device)  # (1, time)
     state = model.zero_state(1)
     if ids.shape[1] > 1:
-        # targets that score nothing: no logits are made for the prompt's inside
+        # targets that score nothing: never more than a chunk of the prompt's logits exists
         _, state = model(ids[:, :-1], state, torch.full_like(ids[:, :-1], -1))
     return decode_step(model, ids[:, -1], state)
 
@@ -60,6 +65,8 @@ def generate(
         Row is prompt index x `num_samples` + j.
     """
     rows = [(prompt, j) for prompt in prompts for j in range(num_samples)]
+    if not rows:
+        return
     starts = [prefill(model, [tokenizer.bos_id, *tokenizer.encode(prompt)]) for prompt in prompts]
     logits = torch.cat([start[0] for start in starts]).repeat_interleave(num_samples, 0)  # (rows, vocab_size)
     hidden, cell = (torch.cat([start[1][i] for start in starts], 1).repeat_interleave(num_samples, 1) for i in (0, 1))
@@ -69,6 +76,7 @@ def generate(
     streams, texts = [tokenizer.stream() for _ in rows], ["" for _ in rows]
     for step in range(config.max_new_tokens):
         samples = torch.tensor([numbers[row] for row in live], device=logits.device)
+        logits[:, UNKNOWN_ID] = -math.inf
         tokens = draw(logits, config, samples=samples, step=step)
         going = []
         for place, (row, token) in enumerate(zip(live, tokens.tolist(), strict=True)):

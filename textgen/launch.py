@@ -17,13 +17,13 @@ class LaunchError(ValueError):
 
 
 def start(
-    mixed_precision: Precision | None, *, batch_size: int = 1, gradient_accumulation_steps: int = 1
+    mixed_precision: Precision | None, *, batch_size: int | None = None, gradient_accumulation_steps: int = 1
 ) -> Accelerator:
     """Join the other processes and choose device and precision. Collective: every process calls it, first of all.
 
     Args:
         mixed_precision: what the flag says; None leaves it to accelerate's config file, then to the hardware.
-        batch_size: global batch that processes and micro-batches must divide.
+        batch_size: global batch that processes and micro-batches must divide, in training.
         gradient_accumulation_steps: micro-batches in it.
 
     Raises:
@@ -31,7 +31,7 @@ def start(
             had on this device, or not all promised processes came.
     """
     promised = int(os.environ.get("WORLD_SIZE", "1"))
-    if batch_size % (promised * gradient_accumulation_steps):
+    if batch_size is not None and batch_size % (promised * gradient_accumulation_steps):
         raise LaunchError(
             f"batch_size {batch_size} is not divisible by {promised} processes x "
             f"{gradient_accumulation_steps} gradient_accumulation_steps"

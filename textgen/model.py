@@ -269,7 +269,11 @@ class LSTMLanguageModel(nn.Module):
     def state_tensors(self) -> dict[str, Tensor]:
         """Return what a file holds: float32 copies on the CPU by name, a tied output matrix left out."""
         skip = {"output.weight"} if self.config.tie_weights else set()
-        return {k: v.detach().cpu().clone() for k, v in self.state_dict().items() if k not in skip}
+        return {
+            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+            for k, v in self.state_dict().items()
+            if k not in skip
+        }
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Set all weights from what `state_tensors` returned.
@@ -315,7 +319,7 @@ class LSTMLanguageModel(nn.Module):
         except ModelFileError:
             raise
         except Exception as error:  # JSON, safetensors and dataclasses each raise their own
-            raise ModelFileError(f"`{directory}` holds no readable model: {error}") from error
+            raise ModelFileError(f"`{directory}` holds no readable model: {_first_line(error)}") from error
         return model
 
 
@@ -336,5 +340,12 @@ def resolve_model_directory(name: str | Path) -> Path:
         files = [CONFIG_NAME, WEIGHTS_NAME, "tokenizer.model"]
         return Path(snapshot_download(str(name), allow_patterns=files, etag_timeout=3))
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise ModelFileError(f"`{name}` is no directory and cannot be read from the hub: {reason}") from error
+        raise ModelFileError(
+            f"`{name}` is no directory and cannot be read from the hub: {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    """Return what an error says, in a line; its class where it says nothing, or only a missing key."""
+    lines = str(error).splitlines()
+    return lines[0] if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip()

@@ -19,6 +19,7 @@ def _as_signed(value: int) -> int:
 _INCREMENT = _as_signed(0x9E3779B97F4A7C15)
 _MULTIPLIER_1 = _as_signed(0xBF58476D1CE4E5B9)
 _MULTIPLIER_2 = _as_signed(0x94D049BB133111EB)
+_BLOCK = 1 << 18  # items of a permutation hashed at a time
 
 
 def _shift_right(bits: Tensor, count: int) -> Tensor:
@@ -65,8 +66,14 @@ def uniform(seed: int, *coordinates: Tensor | int, device: torch.device | None =
 def permutation(seed: int, epoch: int, count: int) -> Tensor:
     """Return the order of `count` items in an epoch: int64 (count,), a pure function of its arguments.
 
-    Items are sorted by their 64-bit hash (ties by index), so that no library's shuffle algorithm is involved. Made in
-    numpy's place to stay cheap in memory: the hash is sorted in place of a copy.
+    Items are sorted by their hash, so that no library's shuffle algorithm is involved. The low bits of each 64-bit hash
+    make room for the item's index: the keys are all different, so any sort gives the same order, and they are sorted
+    in place. At its peak this holds 8 bytes an item, the result itself, and a block's temporaries.
     """
-    keys = hash_bits(seed, epoch, torch.arange(count, dtype=torch.int64))
-    return torch.sort(keys, stable=True).indices
+    index_bits = max(count - 1, 0).bit_length()
+    keys = torch.empty(count, dtype=torch.int64)
+    for start in range(0, count, _BLOCK):
+        items = torch.arange(start, min(start + _BLOCK, count), dtype=torch.int64)
+        keys[start : start + _BLOCK] = (hash_bits(seed, epoch, items) >> index_bits << index_bits) | items
+    keys.numpy().sort()  # torch's sort makes copies, and indices nobody needs
+    return keys.bitwise_and_((1 << index_bits) - 1)

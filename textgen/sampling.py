@@ -29,11 +29,11 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"`temperature` must be finite and at least 0: {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
+        if self.top_k is not None and not self.top_k >= 1:
             raise ValueError(f"`top_k` must be at least 1: {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"`top_p` must be above 0 and at most 1: {self.top_p}")
-        if self.max_new_tokens < 1:
+        if not self.max_new_tokens >= 1:
             raise ValueError(f"`max_new_tokens` must be at least 1: {self.max_new_tokens}")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"`seed` must be at least 0 and below 2^63: {self.seed}")
@@ -50,6 +50,8 @@ def keep_top_p(logits: Tensor, p: float) -> Tensor:
 
     Source: Holtzman et al., "The curious case of neural text degeneration" (2020), section 3.1.
     """
+    if p >= 1:
+        return logits  # a rounded sum may reach 1 before its last tokens
     ordered, order = logits.sort(descending=True, stable=True)
     probabilities = ordered.softmax(-1)
     outside = probabilities.cumsum(-1) - probabilities >= p  # what stands before a token already reaches p
@@ -73,9 +75,10 @@ def draw(logits: Tensor, config: SamplingConfig, *, samples: Tensor, step: int) 
     Returns:
         (batch,) int64.
     """
-    if config.temperature == 0:
+    if config.temperature < torch.finfo(torch.float32).tiny:  # which the division would take for 0
         return logits.argmax(-1)
-    logits = logits / config.temperature
+    # the likeliest at 0: a tiny temperature sends the others to -inf, not all to inf
+    logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
     if config.top_k is not None:
         logits = keep_top_k(logits, config.top_k)
     if config.top_p is not None:

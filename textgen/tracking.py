@@ -87,7 +87,11 @@ class Tracker:
         self._accelerator.trackers.append(tracker)
         self.wandb_id = str(tracker.run.id)
         if offline:
-            log.info("W&B offline; look with `wandb leet %s`, upload with `wandb sync %s`", run_dir / "wandb", Path(tracker.run.dir).parent)
+            log.info(
+                "W&B offline; look with `wandb leet %s`, upload with `wandb sync %s`",
+                run_dir / "wandb",
+                Path(tracker.run.dir).parent,
+            )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append a row of metrics."""

@@ -25,11 +25,15 @@ from textgen.checkpoint import (
     CheckpointError,
     checkpoint_path,
     checkpoints,
+    gather_lanes,
+    load_optimizer,
+    optimizer_tensors,
+    own_lanes,
     prune,
     read_tensors,
     read_trainer,
     save_checkpoint,
-)  # fmt: skip
+)
 from textgen.config import TrainConfig
 from textgen.data import Epoch, TokenStore, build_loader, prepare_store, windows_per_epoch
 from textgen.evaluation import Score, score, split_documents
@@ -336,8 +340,10 @@ def evaluate(training: Training, limit: int | None) -> Score | None:
 
 
 def write_samples(training: Training) -> None:
-    """Append samples at every temperature to samples.md, and print one."""
+    """Append samples at every temperature to samples.md."""
     config, model = training.config, training.best_weights
+    if not config.sample_prompts:
+        return
     model.eval()
     lines = [f"## step {training.progression.step}\n"]
     for temperature in config.sample_temperatures:
@@ -355,9 +361,9 @@ def write_samples(training: Training) -> None:
 def save(training: Training) -> None:
     """Write a checkpoint of this step. Collective: LSTM states are gathered."""
     config, accelerator, now = training.config, training.accelerator, training.progression
-    lanes = gather_lanes(training)
+    lanes = gather_lanes(accelerator, training.lane_states)
     if accelerator.is_main_process:
-        tensors = {"lanes": lanes, "optimizer": optimizer_tensors(training)}
+        tensors = {"lanes": lanes, "optimizer": optimizer_tensors(training.bare, training.optimizer)}
         if training.average is not None:
             tensors["weights"] = training.bare.state_tensors()
         trainer = {
@@ -374,27 +380,6 @@ def save(training: Training) -> None:
         )  # fmt: skip
         prune(Path(config.run_dir), keep_last=config.keep_last, best_step=now.best_step)
     accelerator.wait_for_everyone()
-
-
-def gather_lanes(training: Training) -> dict[str, Tensor]:
-    """Gather the LSTM states of all lanes: hidden and cell, (num_layers, batch_size, hidden_size) by global lane."""
-    gathered: dict[str, list[Tensor]] = {"hidden": [], "cell": []}
-    for hidden, cell in training.lane_states:
-        for name, value in (("hidden", hidden), ("cell", cell)):
-            # Accelerate gathers along the first dimension, in the order of processes: that of the lanes
-            everyone = training.accelerator.gather(value.transpose(0, 1).contiguous())
-            gathered[name].append(everyone.transpose(0, 1))
-    return {name: torch.cat(parts, 1) for name, parts in gathered.items()}
-
-
-def optimizer_tensors(training: Training) -> dict[str, Tensor]:
-    """Return Adam's state as `slot.parameter name` -> tensor."""
-    state = training.optimizer.state
-    return {
-        f"{slot}.{name}": value
-        for name, parameter in training.bare.named_parameters()
-        for slot, value in state.get(parameter, {}).items()
-    }
 
 
 def resume(training: Training) -> bool:
@@ -429,37 +414,13 @@ def resume(training: Training) -> bool:
     training.bare.load_tensors(read_tensors(directory, weights))
     if training.average is not None:
         training.average.load_tensors(read_tensors(directory, "model"))
-    load_optimizer(training, read_tensors(directory, "optimizer"))
+    load_optimizer(training.bare, training.optimizer, read_tensors(directory, "optimizer"))
     lanes = read_tensors(directory, "lanes")
-    training.lane_states = own_lanes(training, (lanes["hidden"], lanes["cell"]))
+    state = lanes["hidden"], lanes["cell"]
+    training.lane_states = own_lanes(accelerator, state, config.gradient_accumulation_steps)
     if accelerator.scaler and trainer["scaler"]:
         accelerator.scaler.load_state_dict(trainer["scaler"])
     return True
-
-
-def own_lanes(training: Training, state: State) -> list[State]:
-    """Return this process's part of the states of all lanes, per micro-batch."""
-    accelerator, micro = training.accelerator, training.config.gradient_accumulation_steps
-    parts = []
-    for i in range(micro):
-        hidden, cell = (
-            s.chunk(micro, 1)[i].chunk(accelerator.num_processes, 1)[accelerator.process_index] for s in state
-        )
-        parts.append((hidden.to(accelerator.device), cell.to(accelerator.device)))
-    return parts
-
-
-def load_optimizer(training: Training, tensors: dict[str, Tensor]) -> None:
-    """Set Adam's state from what `optimizer_tensors` returned."""
-    slots: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        slot, _, name = key.partition(".")
-        slots.setdefault(name, {})[slot] = tensor
-    names = [name for name, _ in training.bare.named_parameters()]
-    if slots.keys() != set(names):
-        raise CheckpointError(f"optimizer state is of other parameters: {sorted(slots.keys() ^ set(names))}")
-    groups = training.optimizer.state_dict()["param_groups"]
-    training.optimizer.load_state_dict({"state": {i: slots[n] for i, n in enumerate(names)}, "param_groups": groups})
 
 
 def compare_settings(training: Training, trainer: dict[str, Any], directory: Path) -> None:

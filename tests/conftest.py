@@ -1,0 +1,104 @@
+"""A small corpus and one tiny finished training, made once for all tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Threads that wait must not spin, and wandb and the hub must not be asked, in the processes that tests start.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+OPENINGS = (
+    "I watched this",
+    "My wife rented it",
+    "Nobody warned me:",
+    "We saw the premiere.",
+    "Twice now I have seen this",
+)
+THINGS = [
+    "plot",
+    "acting",
+    "music",
+    "ending",
+    "script",
+    "dialogue",
+    "camera",
+    "hero",
+    "villain",
+    "director",
+    "humour",
+    "romance",
+    "scenery",
+    "pacing",
+    "cast",
+]
+VERBS = ["was", "seemed", "felt", "became", "remained", "turned", "stayed", "looked"]
+WORDS = [
+    "wonderful",
+    "dreadful",
+    "boring",
+    "charming",
+    "clumsy",
+    "honest",
+    "thrilling",
+    "hollow",
+    "beautiful",
+    "predictable",
+    "silly",
+    "moving",
+    "weak",
+    "strong",
+    "forgettable",
+    "lovely",
+    "terrible",
+    "brilliant",
+    "tedious",
+    "surprising",
+]
+VERDICTS = ("Avoid it!", "See it twice.", "10/10.", "A waste of time...", 'They call it "art".', "Ça va, très café.")
+
+
+@pytest.fixture(scope="session")
+def reviews_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Write 300 short, varied, made-up reviews to a jsonl file, the same ones always; no two are equal."""
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("reviews") / "reviews.jsonl"
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(300):
+            said = " ".join(
+                f"The {draw.choice(THINGS)} {draw.choice(VERBS)} {draw.choice(WORDS)}"
+                f"{draw.choice(['.', ', really.', '!<br /><br />', ' and ' + draw.choice(WORDS) + '.'])}"
+                for _ in range(draw.randint(2, 6))
+            )
+            text = f"{draw.choice(OPENINGS)} {said} {draw.choice(VERDICTS)} (No. {number})"
+            file.write(json.dumps({"id": number, "text": text}, ensure_ascii=False) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_flags(reviews_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return flags of a training that takes a second; `--run_dir` is left to the test."""
+    return [
+        "--data.source", "files", "--data.files", str(reviews_file),
+        "--data.cache_dir", str(tmp_path_factory.mktemp("cache")), "--tokenizer.vocab_size", "340",
+        "--model.embedding_dim", "16", "--model.hidden_size", "32", "--batch_size", "8", "--seq_len", "16",
+        "--max_steps", "4", "--mixed_precision", "no", "--tracking.mode", "disabled",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the directory of a finished tiny training; do not change what is in it."""
+    run_dir = tmp_path_factory.mktemp("runs") / "tiny"
+    subprocess.run(
+        [sys.executable, str(ROOT / "train_distributed.py"), *tiny_flags, "--run_dir", str(run_dir)],
+        check=True, timeout=300,
+    )  # fmt: skip
+    return run_dir
