@@ -22,46 +22,14 @@ OPENINGS = (
     "We saw the premiere.",
     "Twice now I have seen this",
 )
-THINGS = [
-    "plot",
-    "acting",
-    "music",
-    "ending",
-    "script",
-    "dialogue",
-    "camera",
-    "hero",
-    "villain",
-    "director",
-    "humour",
-    "romance",
-    "scenery",
-    "pacing",
-    "cast",
-]
+THINGS = """
+plot acting music ending script dialogue camera hero villain director humour romance scenery pacing cast
+""".split()  # noqa: SIM905
 VERBS = ["was", "seemed", "felt", "became", "remained", "turned", "stayed", "looked"]
-WORDS = [
-    "wonderful",
-    "dreadful",
-    "boring",
-    "charming",
-    "clumsy",
-    "honest",
-    "thrilling",
-    "hollow",
-    "beautiful",
-    "predictable",
-    "silly",
-    "moving",
-    "weak",
-    "strong",
-    "forgettable",
-    "lovely",
-    "terrible",
-    "brilliant",
-    "tedious",
-    "surprising",
-]
+WORDS = """
+wonderful dreadful boring charming clumsy honest thrilling hollow beautiful predictable silly moving weak
+strong forgettable lovely terrible brilliant tedious surprising
+""".split()  # noqa: SIM905
 VERDICTS = ("Avoid it!", "See it twice.", "10/10.", "A waste of time...", 'They call it "art".', "Ça va, très café.")
 
 

@@ -190,7 +190,7 @@ def test_early_stopping_ends_a_run_that_does_not_get_better(tiny_flags: list[str
 
 def test_learning_something(tiny_flags: list[str], tmp_path: Path) -> None:
     """The loss of a small repetitive corpus falls by much more than noise, on training and validation."""
-    flags = ["--learning_rate", "0.01", "--max_steps", "120", "--evaluate_every", "60", "--lr_schedule", "cosine"]
+    flags = ["--learning_rate", "0.02", "--max_steps", "300", "--evaluate_every", "150", "--lr_schedule", "cosine"]
     train_main(flags_for(tiny_flags, tmp_path / "run", *flags))
     losses = [loss for _, loss in steps_and_losses(tmp_path / "run")]
     assert sum(losses[-5:]) / 5 < losses[0] - 1

@@ -1,0 +1,58 @@
+"""What only a CUDA device can show: `pytest -m gpu` on a machine that has one. Not measured so far."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from textgen.cli import train_main
+from textgen.config import ModelConfig
+from textgen.model import LSTMLanguageModel, summed_cross_entropy
+from textgen.tracking import read_metrics
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_lstm_computes_in_the_dtype_of_autocast(dtype: torch.dtype) -> None:
+    """`nn.LSTM` would compute in float16 whatever is asked for. Warnings, of weights not packed, are errors."""
+    model = LSTMLanguageModel(ModelConfig(embedding_dim=64, hidden_size=128), 300).cuda()
+    tokens = torch.randint(0, 300, (8, 17), device="cuda")
+    with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+        nats, state = model(tokens[:, :-1], model.zero_state(8), tokens[:, 1:])
+    nats.backward()
+    assert state[0].dtype == dtype
+    assert nats.dtype == torch.float32
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_cuda_and_cpu_agree() -> None:
+    torch.manual_seed(0)
+    model = LSTMLanguageModel(ModelConfig(embedding_dim=64, hidden_size=128, layer_norm=True, residual=True), 300)
+    tokens = torch.randint(0, 300, (8, 33))
+    on_cpu, _ = model(tokens[:, :-1], model.zero_state(8), tokens[:, 1:])
+    model.cuda()
+    on_gpu, _ = model(tokens[:, :-1].cuda(), model.zero_state(8), tokens[:, 1:].cuda())
+    assert on_gpu.item() == pytest.approx(on_cpu.item(), rel=1e-5)
+
+
+def test_summed_cross_entropy_matches_torch() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(100, 32, device="cuda", requires_grad=True)
+    weight, bias = torch.randn(500, 32, device="cuda"), torch.randn(500, device="cuda")
+    targets = torch.randint(0, 500, (100,), device="cuda")
+    ours = summed_cross_entropy(x, weight, bias, targets)
+    theirs = torch.nn.functional.cross_entropy(x @ weight.T + bias, targets, reduction="sum")
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)
+    (a,), (b,) = torch.autograd.grad(ours, x), torch.autograd.grad(theirs, x)
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_training_on_a_gpu_learns(tiny_flags: list[str], tmp_path: Path, precision: str) -> None:
+    flags = ["--mixed_precision", precision, "--max_steps", "100", "--learning_rate", "0.02", "--log_every", "1"]
+    train_main([*tiny_flags, "--run_dir", str(tmp_path / "run"), *flags])
+    losses = [row["train/loss"] for row in read_metrics(tmp_path / "run") if "train/loss" in row]
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.2

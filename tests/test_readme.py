@@ -1,0 +1,47 @@
+"""The README's commands are commands."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from textgen.cli import main, parse_train_config
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = [
+    line.split("  #")[0].strip()
+    for document in ("README.md", "launch/README.md", "train_distributed.py")
+    for line in (ROOT / document).read_text().splitlines()
+    if re.search(r"(python|launch .*) train_distributed\.py|^textgen \w", line)
+]
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) > 8
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "train_distributed.py" in c])
+def test_readme_training_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    flags = command.split("train_distributed.py")[1].split("`")[0].split(", then")[0]
+    parse_train_config(shlex.split(flags.replace("...", "launch/presets/quick.yaml")))
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("textgen")])
+def test_readme_verbs_run(
+    command: str, tiny_run: Path, reviews_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "reviews.jsonl").write_text(reviews_file.read_text().replace('"text"', '"review"'))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "quick").symlink_to(tiny_run)
+    monkeypatch.chdir(tmp_path)
+    main(shlex.split(command)[1:])
+
+
+def test_every_file_of_the_package_has_its_line() -> None:
+    readme = (ROOT / "README.md").read_text()
+    modules = [f"textgen/{path.name}" for path in (ROOT / "textgen").glob("*.py") if not path.name.startswith("__")]
+    assert [module for module in modules if f"`{module}`" not in readme] == []
