@@ -1,0 +1,279 @@
+"""Bad input: one line that says what, where, seen and wanted, exit code 2, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from textgen import cli
+from textgen.cli import main, train_main
+from tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parents[1]
+TRAIN = [sys.executable, str(ROOT / "train_distributed.py")]
+TEXTGEN = [sys.executable, "-m", "textgen"]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+
+Capture = pytest.CaptureFixture[str]
+Refuse = Callable[..., str]
+
+
+@pytest.fixture
+def refuse_training(tiny_flags: list[str], tmp_path: Path, capsys: Capture) -> Refuse:
+    """Return a function that trains with more flags and returns the one line with which that is refused.
+
+    It has its own cache and run directory, and sees to it that neither holds anything afterwards.
+    """
+
+    def call(*flags: str) -> str:
+        run_dir, cache = tmp_path / "run", tmp_path / "cache"
+        line = refusal(
+            lambda: train_main([*tiny_flags, "--run_dir", str(run_dir), "--data.cache_dir", str(cache), *flags]), capsys
+        )
+        assert not run_dir.exists()
+        assert {path.name for path in cache.rglob("*")} <= {"prepare.lock"}
+        return line
+
+    return call
+
+
+def refusal(action: Callable[[], None], capsys: Capture) -> str:
+    """Return the one line with which an action is refused, without its `error: `."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as refused:
+        action()
+    out, err = capsys.readouterr()
+    assert (refused.value.code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err.removeprefix("error: ").removesuffix("\n")
+
+
+def run_refused(argv: list[str | bytes]) -> tuple[str, int]:
+    """Run a process that must end with exit code 2; return its one error line, and its peak memory in bytes."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen(argv, stdout=out, stderr=err, stdin=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        err.seek(0)
+        assert out.read() == b""
+        lines = err.read().decode().splitlines()
+    assert process.returncode == 2, lines
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert not any("Traceback" in line or "Warning" in line for line in lines)
+    return lines[-1].removeprefix("error: "), usage.ru_maxrss * 1024
+
+
+def changed_checkpoint(run: Path, directory: Path) -> Path:
+    """Return a copy of a run's checkpoint, to be damaged."""
+    return shutil.copytree(next((run / "checkpoints").iterdir()), directory / "step-000004")
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_unknown_flag_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
+    line, _ = run_refused([*TRAIN, "--run_dir", str(tmp_path / "run"), "--lerning_rate", "0.1"])
+    assert line == "unknown setting `lerning_rate`; the nearest is `learning_rate`"
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_flag_of_a_group_is_refused_with_the_full_name(refuse_training: Refuse, capsys: Capture) -> None:
+    assert refuse_training("--vocab_size", "300").endswith("the nearest is `tokenizer.vocab_size`")
+    assert refuse_training("--model.hidden-size=3").endswith("the nearest is `model.hidden_size`")
+    line = refusal(lambda: main(["sample", "runs/x", "--temprature", "1"]), capsys)
+    assert line == "unknown setting `temprature`; the nearest is `temperature`"
+    line = refusal(lambda: main(["evaluate", "runs/x", "--dta=x"]), capsys)
+    assert line == "unknown setting `dta`; the nearest is `data`"
+
+
+def test_unknown_key_of_a_file_is_refused_with_the_nearest_name(refuse_training: Refuse, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("model:\n  num_layer: 2\n")
+    assert refuse_training("--config", str(file)) == (
+        f"unknown setting `model.num_layer` in `{file}`; the nearest is `model.num_layers`"
+    )
+    assert refuse_training("--config", "nope.yaml") == "`nope.yaml` cannot be read: No such file or directory"
+    file.write_bytes(b"run_dir: \xff\n")
+    assert refuse_training("--config", str(file)) == f"`{file}` is not UTF-8: byte 0xff at position 9"
+
+
+def test_flag_without_a_value_and_stray_words_are_refused(refuse_training: Refuse, capsys: Capture) -> None:
+    assert refuse_training("--batch_size").startswith("`--batch_size` wants a value")
+    assert refuse_training("--seed", "1", "2") == "unexpected argument `2`"
+    assert refusal(lambda: main(["sample"]), capsys) == "an argument is missing: `checkpoint`"
+    assert refusal(lambda: main(["sampel"]), capsys) == (
+        "`textgen` wants one of `prepare`, `evaluate`, `sample`: sampel"
+    )
+    assert refusal(lambda: main([]), capsys) == "`textgen` wants one of `prepare`, `evaluate`, `sample`"
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--learning_rate", "nan"], "`learning_rate` must be a number: nan"),
+        (["--learning_rate", "-0.1"], "`learning_rate` must be a finite number above 0: -0.1"),
+        (["--batch_size", "0"], "`batch_size` must be a finite number above 0: 0"),
+        (["--model.dropout", "-0.5"], "`model.dropout` must be at least 0 and below 1: -0.5"),
+        (["--gradient_accumulation_steps", "3"], "batch_size 8 is not divisible by 3 gradient_accumulation_steps"),
+    ],
+)
+def test_number_that_cannot_be_is_refused(flags: list[str], wanted: str, refuse_training: Refuse) -> None:
+    assert refuse_training(*flags) == wanted
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--temperature", "-1"], "`temperature` must be finite and at least 0: -1.0"),
+        (["--temperature", ".nan"], "`temperature` must be finite and at least 0: nan"),
+        (["--temperature", "null"], "`temperature` must be a number: None"),
+        (["--top_k", "0"], "`top_k` must be at least 1: 0"),
+        (["--top_p", "1.5"], "`top_p` must be above 0 and at most 1: 1.5"),
+        (["--max_new_tokens", "0"], "`max_new_tokens` must be at least 1: 0"),
+        (["--num_samples", "-2"], "`num_samples` must be at least 1: -2"),
+        (["--seed", "x"], "`seed` must be an integer: x"),
+    ],
+)
+def test_number_that_cannot_be_sampled_with_is_refused(flags: list[str], wanted: str, capsys: Capture) -> None:
+    assert refusal(lambda: main(["sample", "runs/x", "--prompt", "a", *flags]), capsys) == wanted
+
+
+def test_number_that_cannot_be_scored_with_is_refused(capsys: Capture) -> None:
+    assert refusal(lambda: main(["evaluate", "runs/x", "--limit", "0"]), capsys) == "`limit` must be at least 1: 0"
+    line = refusal(lambda: main(["evaluate", "runs/x", "--batch_size", "1.5"]), capsys)
+    assert line == "`batch_size` must be an integer: 1.5"
+
+
+# --- data ------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_file_is_refused(tiny_flags: list[str], tmp_path: Path) -> None:
+    file, run_dir = tmp_path / "nope.jsonl", tmp_path / "run"
+    line, _ = run_refused([*TRAIN, *tiny_flags, "--data.files", str(file), "--run_dir", str(run_dir)])
+    assert line == f"`{file}` does not exist"
+    assert not run_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        (b"", "`FILE` is empty"),
+        (b'{"text": ""}\n{"text": " \\n"}\n', "`FILE` has only empty"),
+        (b'{"id": 1, "review": "good"}\n', "`FILE` line 1 has no column `text`; it has `id`, `review`"),
+        (b'{"text": "good"}\n{"text": "b\xffd"}\n', "`FILE` line 2 is not UTF-8: byte 0xff"),
+        (b'{"text": "good"}\n{"text": "b\\ud800d"}\n', "`FILE` line 2: `text` holds a lone surrogate"),
+        (b'{"text": "good"}\n{"text": 3}\n', "`FILE` line 2: `text` is not a string: 3"),
+        (b'{"text": "good"\n', "`FILE` line 1 is not valid JSON: "),
+    ],
+    ids=["empty file", "empty reviews", "missing column", "not UTF-8", "lone surrogate", "no string", "no JSON"],
+)
+def test_bad_file_is_refused_by_name(
+    content: bytes, wanted: str, refuse_training: Refuse, tiny_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "reviews.jsonl"
+    file.write_bytes(content)
+    if "only empty" in wanted:  # the words are the corpus's
+        assert "documents" in refuse_training("--data.files", str(file))
+        assert refusal(lambda: main(["evaluate", str(tiny_run), "--data", str(file)]), capsys) == (
+            f"no documents in `{file}`"
+        )
+        return
+    wanted = wanted.replace("FILE", str(file))
+    assert refuse_training("--data.files", str(file)).startswith(wanted)
+    assert refusal(lambda: main(["evaluate", str(tiny_run), "--data", str(file)]), capsys).startswith(wanted)
+
+
+def test_line_of_100_mb_is_refused_in_bounded_memory(tiny_flags: list[str], tmp_path: Path) -> None:
+    _, without = run_refused([*TRAIN, *tiny_flags, "--data.files", "nope.jsonl", "--run_dir", str(tmp_path / "run")])
+    file = tmp_path / "long.jsonl"
+    with file.open("wb") as written:
+        written.write(b'{"text": "')
+        for _ in range(100):
+            written.write(b"good movie" * 100_000)
+        written.write(b'"}\n')
+    flags = [*tiny_flags, "--data.files", str(file), "--run_dir", str(tmp_path / "run")]
+    line, peak = run_refused([*TRAIN, *flags])
+    assert line == f"`{file}` line 1 is longer than a document may be: 16 MiB"
+    assert peak - without < 80e6
+    assert not (tmp_path / "run").exists()
+
+
+def test_too_few_tokens_are_refused_with_sizes_that_fit(
+    refuse_training: Refuse, tiny_flags: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    flags = [*tiny_flags, "--run_dir", str(tmp_path / "run"), "--batch_size", "100000"]
+    line = refusal(lambda: train_main(flags), capsys)
+    assert " tokens are too few for batch_size 100000 x seq_len 16: batch_size " in line
+    fitting = line.split(": batch_size ")[1].removesuffix(" would fit")
+    assert not (tmp_path / "run").exists()
+    train_main([*flags, "--batch_size", fitting, "--dry_run"])
+    line = refusal(lambda: train_main([*flags, "--batch_size", str(int(fitting) + 1)]), capsys)
+    assert line.endswith(f": batch_size {fitting} would fit")
+
+
+def test_vocabulary_larger_than_the_text_allows_is_refused_with_the_largest(refuse_training: Refuse) -> None:
+    line = refuse_training("--tokenizer.vocab_size", "50000")
+    assert line.startswith("vocab_size 50000 is too large for this text: at most ")
+    assert line.endswith(" fit")
+
+
+def test_lone_surrogate_in_a_prompt_is_refused(tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    line, _ = run_refused([*TEXTGEN, "sample", str(tiny_run), "--prompt", b"a\xffb"])
+    assert line == "`--prompt` is not UTF-8: byte 0xff at position 1"
+    surrogate = "\ud800".encode("utf-8", "surrogatepass")
+    line, _ = run_refused([*TEXTGEN, "sample", str(tiny_run), "--prompt", b"a" + surrogate])
+    assert line == "`--prompt` is not UTF-8: byte 0xed at position 1"
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(b"a\xff")
+    line = refusal(lambda: main(["sample", str(tiny_run), "--prompt_file", str(file)]), capsys)
+    assert line == f"`{file}` is not UTF-8: byte 0xff at position 1"
+    line = refusal(lambda: main(["sample", str(tiny_run), "--prompt_file", "nope.txt"]), capsys)
+    assert line == "`nope.txt` cannot be read: No such file or directory"
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("verb", ["sample", "evaluate"])
+def test_what_is_no_checkpoint_is_refused(verb: str, tmp_path: Path, tiny_run: Path, capsys: Capture) -> None:
+    prompt = ["--prompt", "a"] if verb == "sample" else []
+    line = refusal(lambda: main([verb, str(tmp_path), *prompt]), capsys)
+    assert line == f"`{tmp_path}` has no `config.json`: not a checkpoint directory"
+
+    damaged = changed_checkpoint(tiny_run, tmp_path / "a")
+    weights = (damaged / "model.safetensors").read_bytes()
+    for content in (weights[:-100], b"", b"\xff" * 1000):
+        (damaged / "model.safetensors").write_bytes(content)
+        line = refusal(lambda: main([verb, str(damaged), *prompt]), capsys)
+        assert line.startswith(f"`{damaged}` holds no readable model: ")
+
+    other = changed_checkpoint(tiny_run, tmp_path / "b")
+    (other / "tokenizer.model").write_bytes(train_tokenizer(["a b c d e f"], vocab_size=265, model_type="bpe"))
+    line = refusal(lambda: main([verb, str(other), *prompt]), capsys)
+    assert line.startswith(f"`{other}/tokenizer.model` is not the tokenizer of the model beside it: sha256 ")
+
+    (other / "tokenizer.model").unlink()
+    assert refusal(lambda: main([verb, str(other), *prompt]), capsys) == f"`{other}` has no `tokenizer.model`"
+
+
+def test_resume_from_a_path_that_is_not_there_is_refused(refuse_training: Refuse, tmp_path: Path) -> None:
+    nowhere = tmp_path / "step-000009"
+    line = _resume_refused(refuse_training, nowhere)
+    assert line == f"`{nowhere}` is not a training checkpoint: no readable `trainer.json`"
+
+
+def _resume_refused(refuse_training: Refuse, checkpoint: Path) -> str:
+    """Return the refusal of a resumption; its token store is whole, and may stay."""
+    with pytest.raises(AssertionError) as stays:
+        refuse_training("--resume", str(checkpoint))
+    raise stays.value
