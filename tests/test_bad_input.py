@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -168,29 +167,34 @@ def test_missing_file_is_refused(tiny_flags: list[str], tmp_path: Path) -> None:
     ("content", "wanted"),
     [
         (b"", "`FILE` is empty"),
-        (b'{"text": ""}\n{"text": " \\n"}\n', "`FILE` has only empty"),
         (b'{"id": 1, "review": "good"}\n', "`FILE` line 1 has no column `text`; it has `id`, `review`"),
         (b'{"text": "good"}\n{"text": "b\xffd"}\n', "`FILE` line 2 is not UTF-8: byte 0xff"),
         (b'{"text": "good"}\n{"text": "b\\ud800d"}\n', "`FILE` line 2: `text` holds a lone surrogate"),
         (b'{"text": "good"}\n{"text": 3}\n', "`FILE` line 2: `text` is not a string: 3"),
         (b'{"text": "good"\n', "`FILE` line 1 is not valid JSON: "),
     ],
-    ids=["empty file", "empty reviews", "missing column", "not UTF-8", "lone surrogate", "no string", "no JSON"],
+    ids=["empty file", "missing column", "not UTF-8", "lone surrogate", "no string", "no JSON"],
 )
 def test_bad_file_is_refused_by_name(
     content: bytes, wanted: str, refuse_training: Refuse, tiny_run: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     file = tmp_path / "reviews.jsonl"
     file.write_bytes(content)
-    if "only empty" in wanted:  # the words are the corpus's
-        assert "documents" in refuse_training("--data.files", str(file))
-        assert refusal(lambda: main(["evaluate", str(tiny_run), "--data", str(file)]), capsys) == (
-            f"no documents in `{file}`"
-        )
-        return
     wanted = wanted.replace("FILE", str(file))
     assert refuse_training("--data.files", str(file)).startswith(wanted)
     assert refusal(lambda: main(["evaluate", str(tiny_run), "--data", str(file)]), capsys).startswith(wanted)
+
+
+def test_file_of_empty_reviews_is_refused(
+    refuse_training: Refuse, tiny_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    file = tmp_path / "reviews.jsonl"
+    file.write_text('{"text": ""}\n{"text": " \\n"}\n')
+    line = refuse_training("--data.files", str(file))
+    assert "no documents to train on; 2 read" in line
+    assert line.endswith("dropped empty 2")
+    line = refusal(lambda: main(["evaluate", str(tiny_run), "--data", str(file)]), capsys)
+    assert line == f"no documents in `{file}`"
 
 
 def test_line_of_100_mb_is_refused_in_bounded_memory(tiny_flags: list[str], tmp_path: Path) -> None:
@@ -258,7 +262,7 @@ def test_what_is_no_checkpoint_is_refused(verb: str, tmp_path: Path, tiny_run: P
         assert line.startswith(f"`{damaged}` holds no readable model: ")
 
     other = changed_checkpoint(tiny_run, tmp_path / "b")
-    (other / "tokenizer.model").write_bytes(train_tokenizer(["a b c d e f"], vocab_size=265, model_type="bpe"))
+    (other / "tokenizer.model").write_bytes(train_tokenizer(["a b c"], vocab_size=300, model_type="char"))
     line = refusal(lambda: main([verb, str(other), *prompt]), capsys)
     assert line.startswith(f"`{other}/tokenizer.model` is not the tokenizer of the model beside it: sha256 ")
 
@@ -266,14 +270,160 @@ def test_what_is_no_checkpoint_is_refused(verb: str, tmp_path: Path, tiny_run: P
     assert refusal(lambda: main([verb, str(other), *prompt]), capsys) == f"`{other}` has no `tokenizer.model`"
 
 
-def test_resume_from_a_path_that_is_not_there_is_refused(refuse_training: Refuse, tmp_path: Path) -> None:
-    nowhere = tmp_path / "step-000009"
-    line = _resume_refused(refuse_training, nowhere)
+def test_resume_from_a_path_that_is_not_there_is_refused(
+    tiny_flags: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    nowhere, run_dir = tmp_path / "step-000009", tmp_path / "run"
+    line = refusal(lambda: train_main([*tiny_flags, "--run_dir", str(run_dir), "--resume", str(nowhere)]), capsys)
     assert line == f"`{nowhere}` is not a training checkpoint: no readable `trainer.json`"
+    assert not run_dir.exists()
 
 
-def _resume_refused(refuse_training: Refuse, checkpoint: Path) -> str:
-    """Return the refusal of a resumption; its token store is whole, and may stay."""
-    with pytest.raises(AssertionError) as stays:
-        refuse_training("--resume", str(checkpoint))
-    raise stays.value
+@pytest.fixture
+def copied_run(tiny_run: Path, tmp_path: Path) -> Iterator[Path]:
+    """Yield a copy of the tiny run; afterwards it must hold what the test left in it, byte for byte."""
+    copy = shutil.copytree(tiny_run, tmp_path / "copy")
+    yield copy
+    names = {path.relative_to(tiny_run) for path in tiny_run.rglob("*")}
+    assert {path.relative_to(copy) for path in copy.rglob("*")} == names
+    for name in ("config.yaml", "metrics.jsonl", "samples.md"):
+        assert (copy / name).read_bytes() == (tiny_run / name).read_bytes()
+
+
+def test_resume_with_damaged_weights_is_refused(tiny_flags: list[str], copied_run: Path, capsys: Capture) -> None:
+    damaged = copied_run / "checkpoints" / "step-000004" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    line = refusal(lambda: train_main([*tiny_flags, "--run_dir", str(copied_run), "--max_steps", "6"]), capsys)
+    assert line.startswith(f"`{damaged}` cannot be read: ")
+
+
+def test_resume_with_another_tokenizer_is_refused(tiny_flags: list[str], copied_run: Path, capsys: Capture) -> None:
+    flags = [*tiny_flags, "--run_dir", str(copied_run), "--tokenizer.vocab_size", "330"]
+    line = refusal(lambda: train_main(flags), capsys)
+    assert f"`{copied_run / 'checkpoints' / 'step-000004'}` was made with " in line
+    assert line.endswith("`--resume_override` goes on all the same, another `--run_dir` starts anew")
+
+
+def test_resume_with_another_tokenizer_names_the_tokenizer(
+    tiny_flags: list[str], copied_run: Path, capsys: Capture
+) -> None:
+    flags = [*tiny_flags, "--run_dir", str(copied_run), "--tokenizer.vocab_size", "330"]
+    line = refusal(lambda: train_main(flags), capsys)
+    assert "tokenizer" in line.replace(str(copied_run), "")
+    assert "330" in line
+
+
+def test_resume_with_another_model_is_refused_with_both_values(
+    tiny_flags: list[str], copied_run: Path, capsys: Capture
+) -> None:
+    flags = [*tiny_flags, "--run_dir", str(copied_run), "--learning_rate", "0.5"]
+    line = refusal(lambda: train_main(flags), capsys)
+    assert line.startswith("`learning_rate` is 0.5, ")
+    assert " was made with 0.001: " in line
+
+
+def test_word_tokenizer_has_no_bits_per_byte(tiny_flags: list[str], tmp_path: Path, capsys: Capture) -> None:
+    run_dir = tmp_path / "run"
+    train_main([*tiny_flags, "--run_dir", str(run_dir), "--tokenizer.model_type", "word"])
+    line = refusal(lambda: main(["evaluate", str(run_dir), "--json"]), capsys)
+    assert line == f"`{run_dir}` has a word tokenizer, which loses text: it has no bits per byte"
+
+
+def test_training_with_a_word_tokenizer_tells_no_bits_per_byte(
+    tiny_flags: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    train_main([*tiny_flags, "--run_dir", str(tmp_path / "run"), "--tokenizer.model_type", "word"])
+    assert "bits per byte" not in capsys.readouterr().out
+    assert "bits_per_byte" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+# --- disk ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Yield a function that mounts an empty file system of a size, and unmount it in the end."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = []
+
+    def mount(size: str) -> Path:
+        argv = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        tried = subprocess.run(argv, capture_output=True, text=True) if shutil.which("mount") else None
+        if tried is None or tried.returncode != 0:
+            pytest.skip(f"a small file system cannot be mounted here, which takes root: {tried and tried.stderr}")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for one in mounted:
+        subprocess.run(["umount", str(one)], check=True)
+
+
+def test_full_disk_while_a_checkpoint_is_saved_leaves_no_part_of_it(
+    small_disk: Callable[[str], Path], tiny_flags: list[str], capsys: Capture
+) -> None:
+    run_dir = small_disk("200k") / "run"  # the checkpoint takes 400
+    with pytest.raises(SystemExit) as refused:
+        train_main([*tiny_flags, "--run_dir", str(run_dir)])
+    err = capsys.readouterr().err
+    assert refused.value.code == 2
+    assert err.startswith("error: No space left on device")
+    assert err.count("\n") == 1
+    assert list((run_dir / "checkpoints").iterdir()) == []
+
+
+def test_full_disk_while_a_checkpoint_is_saved_is_told_with_the_place(
+    small_disk: Callable[[str], Path], tiny_flags: list[str], capsys: Capture
+) -> None:
+    run_dir = small_disk("200k") / "run"
+    with pytest.raises(SystemExit):
+        train_main([*tiny_flags, "--run_dir", str(run_dir)])
+    assert str(run_dir) in capsys.readouterr().err
+
+
+def test_full_disk_while_text_is_encoded_leaves_no_part_of_a_store(
+    small_disk: Callable[[str], Path], refuse_training: Refuse
+) -> None:
+    cache = small_disk("24k") / "cache"
+    assert refuse_training("--data.cache_dir", str(cache)).startswith("No space left on device")
+    assert [path.name for path in cache.iterdir()] == ["prepare.lock"]
+
+
+def test_run_directory_that_cannot_be_made_is_refused(tiny_flags: list[str], tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "file").touch()
+    line = refusal(lambda: train_main([*tiny_flags, "--run_dir", str(tmp_path / "file" / "run")]), capsys)
+    assert line == f"Not a directory: `{tmp_path / 'file' / 'run'}`"
+
+
+# --- processes -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "wanted"),
+    [
+        (["--batch_size", "7"], "batch_size 7 is not divisible by 2 processes x 1 gradient_accumulation_steps"),
+        (["--data.files", "nope.jsonl"], "`nope.jsonl` does not exist"),
+    ],
+    ids=["before the processes meet", "after"],
+)
+def test_error_of_two_processes_is_printed_once(
+    flags: list[str], wanted: str, tiny_flags: list[str], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    argv = [*LAUNCH, str(ROOT / "train_distributed.py"), *tiny_flags, "--run_dir", str(run_dir), *flags]
+    ended = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    # the launcher has an exit code of its own, and adds its own traceback
+    assert ended.returncode != 0
+    assert [line for line in ended.stderr.splitlines() if wanted in line] == [f"error: {wanted}"]
+    assert ended.stderr.count("\nerror: ") == ended.stderr.count("Traceback") == 1
+    assert "(exitcode: 2) local_rank: 0" in ended.stderr
+    assert not run_dir.exists()
+
+
+def test_error_that_only_a_later_process_meets_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, refuse_training: Refuse
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 0)
+    assert refuse_training("--batch_size", "0").startswith("process 1: `batch_size` must be")

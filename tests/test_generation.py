@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from textgen.config import ModelConfig
+from textgen.config import ModelConfig, SamplingConfig
 from textgen.generation import UNKNOWN_ID, Sample, _sample_number, decode_step, generate, prefill, sample_all
 from textgen.model import LSTMLanguageModel
-from textgen.sampling import SamplingConfig, draw
+from textgen.sampling import draw
 from tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["it was the best of times, it was the worst of times", "call me ishmael", "é è ü ß 漢字 🙂🙃 naïve café"]

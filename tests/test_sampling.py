@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from textgen.sampling import SamplingConfig, draw, keep_top_k, keep_top_p
+from textgen.config import SamplingConfig
+from textgen.sampling import draw, keep_top_k, keep_top_p
 
 LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=24)
 
@@ -79,7 +80,8 @@ def test_top_p_of_one_keeps_every_token_of_a_large_vocabulary() -> None:
 
 
 def test_top_p_keeps_the_likeliest_token_however_small_p_is() -> None:
-    assert kept(keep_top_p(torch.tensor([0.0, 1.0, 0.5]), 1e-9)) == {1}
+    for p in (0.3, 1e-9, 1e-50):  # the last is 0 in float32
+        assert kept(keep_top_p(torch.tensor([0.0, 1.0, 0.5]), p)) == {1}
 
 
 def test_temperature_zero_takes_the_likeliest_token() -> None:
@@ -88,12 +90,13 @@ def test_temperature_zero_takes_the_likeliest_token() -> None:
     assert torch.equal(draw(logits, config, samples=torch.arange(50), step=3), logits.argmax(-1))
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-42, 1e-310])
-def test_tiny_temperatures_go_to_the_likeliest_token(temperature: float) -> None:
+@pytest.mark.parametrize("top_p", [None, 0.9])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-37, 1e-42, 1e-310])
+def test_tiny_temperatures_go_to_the_likeliest_token(temperature: float, top_p: float | None) -> None:
     logits = 50 + torch.randn(50, 31, generator=torch.Generator().manual_seed(1))
-    logits[:, 7] = 60
-    drawn = draw(logits, SamplingConfig(temperature=temperature), samples=torch.arange(50), step=0)
-    assert drawn.tolist() == [7] * 50
+    logits[:, 7] = 60  # over 1e-37 it is infinite in float32, as are the others; 1e-310 is 0
+    config = SamplingConfig(temperature=temperature, top_p=top_p)
+    assert draw(logits, config, samples=torch.arange(50), step=0).tolist() == [7] * 50
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,8 @@ def save_checkpoint(
         shutil.rmtree(directory, ignore_errors=True)
         aside.rename(directory)
         _sync(directory.parent)
+    except OSError as error:  # a full disk does not say where
+        raise OSError(error.errno, error.strerror, str(directory)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

@@ -24,7 +24,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from textgen.config import Precision, TrainConfig
+from textgen.config import Precision, SamplingConfig, TrainConfig
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR)
 
@@ -404,8 +404,6 @@ def _texts(checkpoint: str, data: str, text_column: str, limit: int | None, norm
 
 def sample(argv: Sequence[str]) -> None:
     """Continue prompts; only text goes to standard output."""
-    from textgen.sampling import SamplingConfig
-
     parser = Parser(prog="textgen sample", description="Continue prompts with a trained model.")
     parser.add_argument("checkpoint", help="checkpoint, run folder or hub repository")
     parser.add_argument(

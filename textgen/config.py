@@ -216,3 +216,31 @@ class TrainConfig:
                 f"batch_size {self.batch_size} is not divisible by "
                 f"{self.gradient_accumulation_steps} gradient_accumulation_steps"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is drawn."""
+
+    temperature: float = 1.0
+    """divides the logits; 0 takes the likeliest token"""
+    top_k: int | None = None
+    """draw from the k likeliest tokens only"""
+    top_p: float | None = None
+    """draw from the fewest tokens whose probabilities reach p"""
+    max_new_tokens: int = 200
+    """stop after this many tokens"""
+    seed: int = 42
+    """decides the draws"""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"`temperature` must be finite and at least 0: {self.temperature}")
+        if self.top_k is not None and not self.top_k >= 1:
+            raise ValueError(f"`top_k` must be at least 1: {self.top_k}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"`top_p` must be above 0 and at most 1: {self.top_p}")
+        if not self.max_new_tokens >= 1:
+            raise ValueError(f"`max_new_tokens` must be at least 1: {self.max_new_tokens}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"`seed` must be at least 0 and below 2^63: {self.seed}")

@@ -195,7 +195,7 @@ def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: boo
                 store = TokenStore.open(cache / index.read_text())
                 log.info("%s: encoded earlier, in `%s`", corpus.description, store.directory)
                 return store
-            except DataError as error:
+            except ValueError as error:  # a DataError, or an index that is no text
                 log.warning("%s: encoding again", error)
         clean = clean_corpus(corpus, data)
         key = _digest(str(STORE_FORMAT), wanted, *(f"{k} {v}" for k, v in sorted(clean.digests.items())))

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from textgen.config import SamplingConfig
 from textgen.model import LSTMLanguageModel, State
-from textgen.sampling import SamplingConfig, draw
+from textgen.sampling import draw
 from tokenizer import Tokenizer
 
 # `<unk>` of every model that `tokenizer.train_tokenizer` makes. Lossless text never holds it, so its logit is hardly

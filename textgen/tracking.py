@@ -149,10 +149,10 @@ class Progress:
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Show the latest figures after step `step`."""
-        text = (
-            f"loss {values['train/loss']:.4f}, {values['train/bits_per_byte']:.3f} bits per byte, "
-            f"{values['train/tokens_per_second']:,.0f} tokens/s"
-        )
+        text = f"loss {values['train/loss']:.4f}, "
+        if "train/bits_per_byte" in values:
+            text += f"{values['train/bits_per_byte']:.3f} bits per byte, "
+        text += f"{values['train/tokens_per_second']:,.0f} tokens/s"
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(step - self._bar.n)
         now = time.monotonic()

@@ -34,7 +34,7 @@ from textgen.checkpoint import (
     read_trainer,
     save_checkpoint,
 )
-from textgen.config import TrainConfig
+from textgen.config import SamplingConfig, TrainConfig
 from textgen.data import Epoch, TokenStore, build_loader, prepare_store, windows_per_epoch
 from textgen.evaluation import Score, score, split_documents
 from textgen.generation import sample_all
@@ -42,16 +42,15 @@ from textgen.launch import LaunchError
 from textgen.model import DropoutMasks, LSTMLanguageModel, State
 from textgen.optim import build_optimizer, learning_rate
 from textgen.report import draw_loss_curve
-from textgen.sampling import SamplingConfig
 from textgen.tracking import Progress, Tracker, say
 
 log = logging.getLogger("textgen")
 
 # Settings that may differ between a checkpoint and its resumption: they change what is told or kept, not what is
-# learnt. Data and tokenizer are compared by content instead.
+# learnt. Data and tokenizer are compared by content (`compare_settings`).
 HARMLESS = {
     "run_dir", "log_every", "keep_last", "resume", "resume_override", "dry_run", "sample_prompts",
-    "sample_temperatures", "sample_tokens", "tracking", "data", "tokenizer", "max_minutes", "evaluate_every",
+    "sample_temperatures", "sample_tokens", "tracking", "max_minutes", "evaluate_every",
     "evaluate_documents", "gradient_accumulation_steps",
 }  # fmt: skip
 
@@ -186,7 +185,9 @@ def run_steps(training: Training, tracker: Tracker) -> None:
     config, accelerator, now = training.config, training.accelerator, training.progression
     per_epoch = steps_per_epoch(config, training.store)
     step_tokens = config.batch_size * config.seq_len
-    bits_per_nat = 1 / math.log(2) / training.store.bytes_per_token("train")  # nats per token to bits per byte
+    # nats per token to bits per byte; a tokenizer that loses text has none
+    lossless = training.store.tokenizer.is_lossless
+    bits_per_nat = 1 / math.log(2) / training.store.bytes_per_token("train") if lossless else None
     bar = Progress(total=now.total_steps, done=now.step, main=accelerator.is_main_process)
     nats, since, waited, mark = torch.zeros((), device=accelerator.device), 0, 0.0, time.perf_counter()
     stop = False
@@ -205,7 +206,7 @@ def run_steps(training: Training, tracker: Tracker) -> None:
             values = {
                 "tokens": now.step * step_tokens,
                 "train/loss": loss,
-                "train/bits_per_byte": loss * bits_per_nat,
+                **({"train/bits_per_byte": loss * bits_per_nat} if bits_per_nat else {}),
                 "train/learning_rate": learning_rate(now.step - 1, now.total_steps, config),
                 "train/tokens_per_second": since * step_tokens / seconds,
                 "train/data_share": waited / seconds,
@@ -219,8 +220,8 @@ def run_steps(training: Training, tracker: Tracker) -> None:
             average = now.epoch_nats / now.epoch_tokens
             say_main(
                 accelerator,
-                f"Epoch [{math.ceil(now.step / per_epoch)}/{config.max_epochs}], Avg Loss: {average:.4f} "
-                f"({average * bits_per_nat:.4f} bits per byte)",
+                f"Epoch [{math.ceil(now.step / per_epoch)}/{config.max_epochs}], Avg Loss: {average:.4f}"
+                + (f" ({average * bits_per_nat:.4f} bits per byte)" if bits_per_nat else ""),
             )
         if epoch_end:
             now.epoch_nats, now.epoch_tokens = 0.0, 0
@@ -310,13 +311,16 @@ def evaluate_and_save(training: Training, tracker: Tracker, *, limit: int | None
     score = evaluate(training, limit)
     now.evaluations_without_better += 1
     if score is not None:
-        tracker.log(now.step, {"valid/loss": score.nats_per_token, "valid/bits_per_byte": score.bits_per_byte})
+        lossless = training.store.tokenizer.is_lossless
+        values = {"valid/loss": score.nats_per_token}
+        tracker.log(now.step, values | ({"valid/bits_per_byte": score.bits_per_byte} if lossless else {}))
         if score.nats_per_token < now.best_loss:
             now.best_loss, now.best_step, now.evaluations_without_better = score.nats_per_token, now.step, 0
         say_main(
             accelerator,
-            f"step {now.step}: valid loss {score.nats_per_token:.4f}, {score.bits_per_byte:.4f} bits per byte "
-            f"({score.documents} documents, {score.seconds:.0f} s)",
+            f"step {now.step}: valid loss {score.nats_per_token:.4f}"
+            + (f", {score.bits_per_byte:.4f} bits per byte" if lossless else "")
+            + f" ({score.documents} documents, {score.seconds:.0f} s)",
         )
     patience = config.early_stopping_patience
     stop = score is not None and patience is not None and now.evaluations_without_better >= patience
@@ -425,22 +429,34 @@ def resume(training: Training) -> bool:
 
 def compare_settings(training: Training, trainer: dict[str, Any], directory: Path) -> None:
     """Raise CheckpointError where a setting that changes the result is not the checkpoint's; note the other ones."""
-    then, now = trainer["config"], json.loads(json.dumps(asdict(training.config)))
-    then = then | {"data content": trainer["data"], "mixed_precision": trainer["mixed_precision"]}
-    now = now | {"data content": training.store.key, "mixed_precision": training.accelerator.mixed_precision}
+    config = training.config
+    then, now = _dotted(trainer["config"]), _dotted(json.loads(json.dumps(asdict(config))))
+    then["mixed_precision"], now["mixed_precision"] = trainer["mixed_precision"], training.accelerator.mixed_precision
     harmless = HARMLESS
-    if training.config.lr_schedule == "constant":
-        harmless = HARMLESS | {"max_steps", "max_epochs"}  # no step depends on how many there will be
-    for name in sorted(now):
+    if config.lr_schedule == "constant":
+        harmless = harmless | {"max_steps", "max_epochs"}  # no step depends on how many there will be
+    if trainer["data"] == training.store.key:
+        harmless = harmless | {"data", "tokenizer"}  # however they were asked for, the tokens are the same
+    elif all(now[name] == then.get(name) for name in now if name.startswith(("data.", "tokenizer."))):
+        then["training text"], now["training text"] = trainer["data"], training.store.key
+    for name in now:
         if now[name] == then.get(name):
             continue
         message = f"`{name}` is {now[name]}, `{directory}` was made with {then.get(name)}"
-        if name not in harmless and not training.config.resume_override:
+        if name.split(".")[0] not in harmless and not config.resume_override:
             raise CheckpointError(
                 f"{message}: `--resume_override` goes on all the same, another `--run_dir` starts anew"
             )
-        if name in ("max_epochs", "max_steps") or name not in harmless:
+        if name not in HARMLESS:
             log.info("%s", message)
+
+
+def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings under the names of their flags."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 # --- what a training costs -------------------------------------------------------------------------------------------
