@@ -243,6 +243,24 @@ def test_a_store_gives_back_every_text(corpus: Path, tmp_path: Path) -> None:
         assert store.bytes_per_token(name) == pytest.approx(sum(num_bytes) / split.num_tokens, rel=1e-12)
 
 
+def test_a_split_is_mapped_and_cannot_be_written(corpus: Path, tmp_path: Path) -> None:
+    store = prepare(corpus, tmp_path / "cache")
+    split = store.split("train")
+    maps = Path("/proc/self/maps")
+    for array, name in ((split.tokens, "tokens.uint16"), (split.offsets, "offsets.int64"), (split.num_bytes, "bytes")):
+        assert not array.flags.writeable
+        assert not maps.exists() or f"{store.directory}/train.{name}" in maps.read_text()
+
+
+def test_reading_ahead_changes_nothing_but_the_time(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = prepare(corpus, tmp_path / "cache")
+    wanted = store.split("train").tokens.tolist()
+    monkeypatch.setattr(textgen.data, "READ_AHEAD_BELOW", 0)
+    assert store.split("train").tokens.tolist() == wanted
+
+
 def test_unigram_counts_are_those_of_the_train_split(corpus: Path, tmp_path: Path) -> None:
     store = prepare(corpus, tmp_path / "cache")
     tokens = torch.from_numpy(store.split("train").tokens.astype(np.int64))

@@ -106,7 +106,7 @@ def test_summed_cross_entropy_survives_huge_logits() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_summed_cross_entropy_under_bf16_autocast_stays_in_its_band(seed: int) -> None:
-    # measured 2025-11-23 on these seeds: value within 4e-5 of float32, gradients within 3e-3 in norm
+    # measured 2026-11-23 on these seeds: value within 4e-5 of float32, gradients within 3e-3 in norm
     x, weight, bias, targets = output_layer(seed)
     wanted = reference(x, weight, bias, targets)
     with torch.autocast("cpu", dtype=torch.bfloat16):
