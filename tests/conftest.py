@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,15 @@ wonderful dreadful boring charming clumsy honest thrilling hollow beautiful pred
 strong forgettable lovely terrible brilliant tedious surprising
 """.split()  # noqa: SIM905
 VERDICTS = ("Avoid it!", "See it twice.", "10/10.", "A waste of time...", 'They call it "art".', "Ça va, très café.")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let no test skip where `TEXTGEN_NO_SKIPS` is set, as in CI: what it needs is to be installed there."""
+    report = yield
+    if report.skipped and "gpu" not in item.keywords and os.environ.get("TEXTGEN_NO_SKIPS"):
+        report.outcome = "failed"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.generation import UNKNOWN_ID, Sample, _sample_number, decode_step, generate, prefill, sample_all
+from textgen.generation import Sample, _sample_number, decode_step, generate, prefill, sample_all
 from textgen.model import LSTMLanguageModel
 from textgen.sampling import draw
 from tokenizer import Tokenizer, train_tokenizer
@@ -50,7 +50,7 @@ def draw_ids(
     for step in range(config.max_new_tokens):
         logits, _ = model(torch.tensor([ids]), model.zero_state(1))
         logits = logits[:, -1].clone()
-        logits[:, UNKNOWN_ID] = -math.inf
+        logits[:, tokenizer.unk_id] = -math.inf
         token = int(draw(logits, config, samples=torch.tensor([number]), step=step))
         if token == tokenizer.eos_id:
             break
@@ -192,9 +192,9 @@ def test_an_empty_prompt_starts_a_text(model: LSTMLanguageModel, tokenizer: Toke
 
 @pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 def test_the_unknown_token_is_never_drawn(model: LSTMLanguageModel, tokenizer: Tokenizer, temperature: float) -> None:
-    assert tokenizer.decode([UNKNOWN_ID]) == "\ufffd"
+    assert tokenizer.decode([tokenizer.unk_id]) == "\ufffd"
     a_id = tokenizer.encode("a")[0]
-    prefer(model, {UNKNOWN_ID: 1000.0, a_id: 500.0})
+    prefer(model, {tokenizer.unk_id: 1000.0, a_id: 500.0})
     config = SamplingConfig(temperature=temperature, max_new_tokens=10)
     assert [sample.text for sample in sample_all(model, tokenizer, PROMPTS, config)] == ["a" * 10] * len(PROMPTS)
 

@@ -80,6 +80,11 @@ def run(action: Callable[[], None]) -> None:
         if not isinstance(error, _user_errors()):
             raise
         fail(str(error))
+    except Exception:
+        # When the first process ends, the others fail in their next collective: leave the word to it.
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(PATIENCE_SECONDS)
+        raise
 
 
 def _user_errors() -> tuple[type[ValueError], ...]:
@@ -369,7 +374,12 @@ def evaluate(argv: Sequence[str]) -> None:
         if args.json:  # JSON knows no infinity
             print(json.dumps({name: value if math.isfinite(value) else None for name, value in figures.items()}))
         else:
-            print("\n".join(f"{name:16} {value:.6g}" for name, value in figures.items()))
+            print(
+                "\n".join(
+                    f"{name:16} {value:,.6g}" if isinstance(value, float) else f"{name:16} {value:,}"
+                    for name, value in figures.items()
+                )
+            )
     accelerator.end_training()
 
 
@@ -382,7 +392,9 @@ def _texts(checkpoint: str, data: str, text_column: str, limit: int | None, norm
 
     if data in ("train", "validation", "test"):
         directory = next((path for _, path in checkpoints(Path(checkpoint))), Path(checkpoint))
-        settings = read_trainer(directory)["config"] if (directory / TRAINER_NAME).exists() else {}
+        if not (directory / TRAINER_NAME).exists():
+            raise DataError(f"`{checkpoint}` does not say what it was trained on: give `--data` a file, not `{data}`")
+        settings = read_trainer(directory)["config"]
         try:
             config = build_settings(TrainConfig, {k: settings[k] for k in ("data", "tokenizer") if k in settings})
         except ValueError as error:

@@ -86,10 +86,7 @@ class TokenizerConfig:
     """an existing tokenizer.model to use instead of training one"""
 
     def __post_init__(self) -> None:
-        if self.vocab_size < 260:
-            raise ValueError(
-                f"`vocab_size` must be at least 260 (256 byte pieces and the special ones): {self.vocab_size}"
-            )
+        _require_positive(self, "vocab_size")
 
 
 @dataclass(frozen=True, kw_only=True)

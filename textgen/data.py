@@ -8,6 +8,7 @@ the data is (epoch, window), two integers.
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 import logging
 import math
@@ -17,6 +18,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -25,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -38,7 +40,7 @@ from tokenizer import Tokenizer, train_tokenizer
 
 log = logging.getLogger("textgen")
 
-STORE_FORMAT = 1
+STORE_FORMAT = 2
 STORE_NAME = "store.json"
 TOKENIZER_NAME = "tokenizer.model"
 UNIGRAM_NAME = "unigram.int64"
@@ -128,6 +130,12 @@ class TokenStore:
         """Hash of everything the tokens depend on: text, tokenizer, settings."""
         return str(self.record["key"])
 
+    @property
+    def training_key(self) -> str:
+        """Hash of what a training depends on: the tokens of train and validation, whatever source they came from."""
+        digests = self.record["digests"]
+        return _digest(self.record["tokenizer"], digests["train"], digests.get("validation", ""))
+
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the store was made with."""
@@ -198,9 +206,10 @@ def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: boo
     cache.mkdir(parents=True, exist_ok=True)
     corpus = open_corpus(data)
     own = Tokenizer.from_file(tokenizer.path) if tokenizer.path else None
-    wanted = own.sha256 if own else f"{tokenizer.model_type} {tokenizer.vocab_size}"
+    trainer = f"sentencepiece {importlib.metadata.version('sentencepiece')}"  # other versions make other pieces
+    wanted = own.sha256 if own else f"{tokenizer.model_type} {tokenizer.vocab_size} {trainer}"
     index = cache / "index" / _digest(corpus.fingerprint, wanted)
-    with FileLock(cache / "prepare.lock"):
+    with _exclusive(cache / "prepare.lock"):
         if index.exists():
             try:
                 store = TokenStore.open(cache / index.read_text())
@@ -218,6 +227,21 @@ def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: boo
         index.parent.mkdir(exist_ok=True)
         index.write_text(directory.name)
     return store
+
+
+@contextmanager
+def _exclusive(path: Path) -> Iterator[None]:
+    """Hold a file lock; say so where another process holds it."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        log.info("waiting for another process to prepare its text: `%s`", path)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _digest(*parts: str) -> str:
@@ -251,7 +275,7 @@ def _write_store(
         splits = {name: _write_split(aside, name, clean, own, dtype, progress=progress) for name in clean.digests}
         record = {
             "format": STORE_FORMAT, "key": key, "source": clean.description,
-            "normalization": data.normalization, "counts": dict(clean.counts),
+            "normalization": data.normalization, "counts": dict(clean.counts), "digests": dict(clean.digests),
             "tokenizer": own.sha256, "vocab_size": own.vocab_size, "dtype": str(dtype), "splits": splits,
         }  # fmt: skip
         (aside / STORE_NAME).write_text(json.dumps(record, indent=2) + "\n")

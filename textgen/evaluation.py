@@ -116,19 +116,20 @@ def _score_batch(
     """Return the summed nats of documents sorted by falling length: a float64 scalar."""
     device = accelerator.device
     longest = len(documents[0])
-    targets = np.full((len(documents), longest), -1, dtype=np.int64)  # -1 is not scored
-    for row, document in enumerate(documents):
-        targets[row, : len(document)] = document
-    inputs = np.full_like(targets, bos_id)
-    inputs[:, 1:] = np.maximum(targets[:, :-1], 0)
     state = model.zero_state(len(documents))
     nats = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, longest, SCORE_WINDOW):
         rows = sum(len(d) > start for d in documents)  # the shorter ones have ended
         state = (state[0][:, :rows], state[1][:, :rows])
-        window = np.s_[:rows, start : start + SCORE_WINDOW]
-        x, y = (torch.from_numpy(a[window]).to(device) for a in (inputs, targets))
+        width = min(SCORE_WINDOW, longest - start)
+        tokens = np.full((rows, width + 1), -1, dtype=np.int64)  # the token before the window, then the window's
+        tokens[:, 0] = bos_id if start == 0 else [document[start - 1] for document in documents[:rows]]
+        for row, document in enumerate(documents[:rows]):
+            part = document[start : start + width]
+            tokens[row, 1 : 1 + len(part)] = part
+        x = torch.from_numpy(tokens[:, :-1]).clamp(min=0).to(device)  # what follows a document's end is not scored
+        y = torch.from_numpy(tokens[:, 1:]).to(device)
         with accelerator.autocast():
-            part, state = model(x, state, y)
-        nats += part
+            scored, state = model(x, state, y)
+        nats += scored
     return nats

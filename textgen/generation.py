@@ -15,10 +15,6 @@ from textgen.model import LSTMLanguageModel, State
 from textgen.sampling import draw
 from tokenizer import Tokenizer
 
-# `<unk>` of every model that `tokenizer.train_tokenizer` makes. Lossless text never holds it, so its logit is hardly
-# trained, and drawn it would show as U+FFFD.
-UNKNOWN_ID = 0
-
 
 @dataclass(frozen=True)
 class Sample:
@@ -77,7 +73,7 @@ def generate(
     streams, texts = [tokenizer.stream() for _ in rows], ["" for _ in rows]
     for step in range(config.max_new_tokens):
         samples = torch.tensor([numbers[row] for row in live], device=logits.device)
-        logits[:, UNKNOWN_ID] = -math.inf
+        logits[:, tokenizer.unk_id] = -math.inf  # text never holds it; drawn it would show as U+FFFD
         tokens = draw(logits, config, samples=samples, step=step)
         going = []
         for place, (row, token) in enumerate(zip(live, tokens.tolist(), strict=True)):

@@ -47,7 +47,15 @@ def start(
     if use_cpu and promised > 1:
         # Without it accelerate would look for a GPU backend and leave every process alone in a world of one.
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not use_cpu and local > torch.cuda.device_count():
+        raise LaunchError(
+            f"{local} processes on this machine, but {torch.cuda.device_count()} GPUs: launch that many, "
+            "or set ACCELERATE_USE_CPU=true"
+        )
     precision = resolve_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), use_cpu=use_cpu)
+    if precision == "no" and not use_cpu:
+        torch.backends.cudnn.allow_tf32 = False  # by default cuDNN's LSTM rounds to TF32
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision=precision,
@@ -66,6 +74,13 @@ def start(
     if accelerator.mixed_precision != precision:
         raise LaunchError(f"asked for mixed_precision {precision}, accelerate gives {accelerator.mixed_precision}")
     return accelerator
+
+
+def assert_same(accelerator: Accelerator, digest: str, what: str) -> None:
+    """Raise LaunchError unless a hexadecimal digest is the same on all processes. Collective."""
+    everyone = accelerator.gather(torch.tensor([int(digest[:15], 16)], device=accelerator.device))
+    if len(everyone.unique()) > 1:
+        raise LaunchError(f"{what} is not the same on all {accelerator.num_processes} processes")
 
 
 def resolve_precision(flag: Precision | None, environment: str | None, *, use_cpu: bool) -> str:

@@ -61,7 +61,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         low_x, low_weight = x.to(dtype), weight.to(dtype)
         grad_x = torch.empty_like(low_x) if with_gradient else None
-        grad_weight, grad_bias = torch.zeros_like(weight), torch.zeros_like(bias)
+        grad_weight = torch.zeros_like(weight) if with_gradient else None
+        grad_bias = torch.zeros_like(bias) if with_gradient else None
         total = torch.zeros((), device=x.device)
         rows = max(LOGITS_CHUNK.get(x.device.type, 1 << 24) // len(weight), 1)
         for start in range(0, len(x), rows):
@@ -73,7 +74,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             softmax = logits.sub_(peak).exp_()  # in place, and so far without its denominator
             mass = softmax.sum(1, keepdim=True)
             total += ((mass.log() + peak - seen) * scored).sum()
-            if grad_x is None:
+            if grad_x is None or grad_weight is None or grad_bias is None:
                 continue
             # d nats / d logits = softmax - one-hot, zero where the target is not scored
             slope = softmax.div_(mass).scatter_add_(1, wanted, softmax.new_full((1, 1), -1.0).expand_as(wanted))
@@ -82,7 +83,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             low_slope = slope.to(dtype)
             torch.mm(low_slope, low_weight, out=grad_x[start : start + rows])
             grad_weight += low_slope.T @ part
-        if grad_x is not None:
+        if grad_x is not None and grad_weight is not None and grad_bias is not None:
             ctx.save_for_backward(grad_x, grad_weight, grad_bias)
             ctx.x_dtype = x.dtype  # type: ignore[attr-defined]
         return total

@@ -15,11 +15,13 @@ def draw_loss_curve(run_dirs: Mapping[str, Path], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
+    runs = {name: read_metrics(run_dir) for name, run_dir in run_dirs.items()}
+    lossless = any("train/bits_per_byte" in row for rows in runs.values() for row in rows)
+    unit = "bits_per_byte" if lossless else "loss"
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for place, (name, run_dir) in enumerate(run_dirs.items()):
-        rows = read_metrics(run_dir)
+    for place, (name, rows) in enumerate(runs.items()):
         for key, style, width in (("train", "-", 1.0), ("valid", "o-", 2.0)):
-            points = [(row["step"], row[f"{key}/bits_per_byte"]) for row in rows if f"{key}/bits_per_byte" in row]
+            points = [(row["step"], row[f"{key}/{unit}"]) for row in rows if f"{key}/{unit}" in row]
             if points:
                 color, alpha = f"C{place}", 0.45 if key == "train" else 1.0
                 axes.plot(
@@ -29,13 +31,14 @@ def draw_loss_curve(run_dirs: Mapping[str, Path], path: Path) -> None:
                     alpha=alpha,
                     linewidth=width,
                     markersize=4,
-                    label=f"{name} {key}",
+                    label=f"{name} {key}".strip(),
                 )
-    axes.set(xlabel="optimizer step", ylabel="bits per byte")
+    axes.set(xlabel="optimizer step", ylabel="bits per byte" if lossless else "nats per token")
     axes.grid(alpha=0.3)
     bottom = [line.get_ydata()[-1] for line in axes.lines]
     if bottom:
-        axes.set_ylim(min(bottom) - 0.1, min(bottom) + 2.0)
+        top = max(max(line.get_ydata()) for line in axes.lines)
+        axes.set_ylim(min(bottom) - 0.1, min(top, min(bottom) + 2.0) + 0.1)
         axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -106,9 +106,10 @@ class Tracker:
     def finish(self) -> None:
         """Close W&B."""
         if self._main and self._accelerator.trackers:
-            self._guard(self._accelerator.end_training)
+            self._guard(lambda: [tracker.finish() for tracker in self._accelerator.trackers])
+            self._accelerator.trackers.clear()
 
-    def _guard(self, action: Callable[[], None]) -> None:
+    def _guard(self, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as error:  # a tracker must never end a training (law 7)

@@ -35,6 +35,7 @@ from textgen.checkpoint import (
     save_checkpoint,
 )
 from textgen.config import SamplingConfig, TrainConfig
+from textgen.corpus import normalize
 from textgen.data import Epoch, TokenStore, build_loader, prepare_store, windows_per_epoch
 from textgen.evaluation import Score, score, split_documents
 from textgen.generation import sample_all
@@ -50,7 +51,7 @@ log = logging.getLogger("textgen")
 # learnt. Data and tokenizer are compared by content (`compare_settings`).
 HARMLESS = {
     "run_dir", "log_every", "keep_last", "resume", "resume_override", "dry_run", "sample_prompts",
-    "sample_temperatures", "sample_tokens", "tracking", "max_minutes", "evaluate_every",
+    "sample_temperatures", "sample_tokens", "tracking", "evaluate_every",
     "evaluate_documents", "gradient_accumulation_steps",
 }  # fmt: skip
 
@@ -113,6 +114,7 @@ def train(config: TrainConfig) -> None:
     )
     log.info("%s", launch.describe(accelerator))
     store = prepare_store(config.data, config.tokenizer)
+    launch.assert_same(accelerator, store.training_key, "the training text")
     training = build(config, accelerator, store)
     if config.dry_run:
         describe_cost(training)
@@ -138,6 +140,7 @@ def train(config: TrainConfig) -> None:
         run_steps(training, tracker)
     finally:
         tracker.finish()
+    accelerator.end_training()
 
 
 def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore) -> Training:
@@ -153,6 +156,8 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore) -> T
     if config.ema_decay is not None:
         average = LSTMLanguageModel(config.model, len(counts), text=text).to(accelerator.device).requires_grad_(False)
         average.load_state_dict(bare.state_dict())
+    if config.early_stopping_patience is not None and "validation" not in store.record["splits"]:
+        raise TrainingError("`early_stopping_patience` needs a validation split, and the data has none")
     total = config.max_epochs * steps_per_epoch(config, store)
     return Training(
         config=config, accelerator=accelerator, store=store, bare=bare, model=model, optimizer=prepared,
@@ -220,13 +225,13 @@ def run_steps(training: Training, tracker: Tracker) -> None:
             average = now.epoch_nats / now.epoch_tokens
             say_main(
                 accelerator,
-                f"Epoch [{math.ceil(now.step / per_epoch)}/{config.max_epochs}], Avg Loss: {average:.4f}"
-                + (f" ({average * bits_per_nat:.4f} bits per byte)" if bits_per_nat else ""),
+                f"Epoch [{math.ceil(now.step / per_epoch)}/{math.ceil(now.total_steps / per_epoch)}], "
+                f"Avg Loss: {average:.4f}" + (f" ({average * bits_per_nat:.4f} bits per byte)" if bits_per_nat else ""),
             )
         if epoch_end:
             now.epoch_nats, now.epoch_tokens = 0.0, 0
         if evaluating:
-            stop = evaluate_and_save(training, tracker, limit=None if last else config.evaluate_documents)
+            stop = evaluate_and_save(training, tracker)
             mark = time.perf_counter()
         if stop:
             break
@@ -243,6 +248,7 @@ def step_batches(training: Training, until: int) -> Iterator[tuple[list[dict[str
     per_epoch = steps_per_epoch(config, training.store)
     micro = config.gradient_accumulation_steps
     while now.step < until:
+        started = time.perf_counter()
         number, window = divmod(now.step, per_epoch)
         epoch = Epoch(split, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed, epoch=number)
         last = min(per_epoch, window + until - now.step)
@@ -254,9 +260,11 @@ def step_batches(training: Training, until: int) -> Iterator[tuple[list[dict[str
             training.lane_states = [training.bare.zero_state(rows) for _ in range(micro)]
         batches = iter(loader)
         for _ in range(window, last):
-            started = time.perf_counter()
             micro_batches = list(islice(batches, micro))
             yield micro_batches, time.perf_counter() - started
+            started = time.perf_counter()
+        # Accelerate keeps every loader it has prepared, and with it the epoch's order of documents
+        training.accelerator._dataloaders.remove(loader)
 
 
 def train_step(training: Training, micro_batches: Sequence[dict[str, Tensor]], *, rate: float | None = None) -> Tensor:
@@ -299,7 +307,7 @@ def train_step(training: Training, micro_batches: Sequence[dict[str, Tensor]], *
     return nats
 
 
-def evaluate_and_save(training: Training, tracker: Tracker, *, limit: int | None) -> bool:
+def evaluate_and_save(training: Training, tracker: Tracker) -> bool:
     """Score the validation split, write a checkpoint, sample; return whether training should stop. Collective.
 
     Raises:
@@ -308,29 +316,35 @@ def evaluate_and_save(training: Training, tracker: Tracker, *, limit: int | None
     config, accelerator, now = training.config, training.accelerator, training.progression
     if not all(bool(parameter.isfinite().all()) for parameter in training.bare.parameters()):
         raise TrainingError(f"the weights turned to nan or inf by step {now.step}; the last checkpoint is untouched")
-    score = evaluate(training, limit)
+    score = evaluate(training, config.evaluate_documents)
     now.evaluations_without_better += 1
+    patience = config.early_stopping_patience
+    stop = False
     if score is not None:
+        if score.nats_per_token < now.best_loss:
+            now.best_loss, now.best_step, now.evaluations_without_better = score.nats_per_token, now.step, 0
+        stop = patience is not None and now.evaluations_without_better >= patience
+        if (stop or now.step == now.total_steps) and config.evaluate_documents is not None:
+            score = evaluate(training, None) or score  # the figure to report; the best one is chosen by like measures
         lossless = training.store.tokenizer.is_lossless
         values = {"valid/loss": score.nats_per_token}
         tracker.log(now.step, values | ({"valid/bits_per_byte": score.bits_per_byte} if lossless else {}))
-        if score.nats_per_token < now.best_loss:
-            now.best_loss, now.best_step, now.evaluations_without_better = score.nats_per_token, now.step, 0
         say_main(
             accelerator,
             f"step {now.step}: valid loss {score.nats_per_token:.4f}"
             + (f", {score.bits_per_byte:.4f} bits per byte" if lossless else "")
             + f" ({score.documents} documents, {score.seconds:.0f} s)",
         )
-    patience = config.early_stopping_patience
-    stop = score is not None and patience is not None and now.evaluations_without_better >= patience
     if stop:
         say_main(accelerator, f"stopping early: no better validation loss in {patience} evaluations")
     now.finished = stop or now.step == now.total_steps
     save(training)
     if accelerator.is_main_process:
         write_samples(training)
-        draw_loss_curve({"": Path(config.run_dir)}, Path(config.run_dir) / "loss.png")
+        try:
+            draw_loss_curve({"": Path(config.run_dir)}, Path(config.run_dir) / "loss.png")
+        except Exception as error:  # a picture is no reason to end a training
+            log.warning("no loss.png: %s", error)
     return stop
 
 
@@ -349,10 +363,11 @@ def write_samples(training: Training) -> None:
     if not config.sample_prompts:
         return
     model.eval()
+    prompts = [normalize(prompt, model.text["normalization"]) for prompt in config.sample_prompts]
     lines = [f"## step {training.progression.step}\n"]
     for temperature in config.sample_temperatures:
         sampling = SamplingConfig(temperature=temperature, max_new_tokens=config.sample_tokens, seed=config.seed)
-        for sample in sample_all(model, training.store.tokenizer, config.sample_prompts, sampling):
+        for sample in sample_all(model, training.store.tokenizer, prompts, sampling):
             lines.append(f"- temperature {temperature}: **{sample.prompt}**{sample.text}")
     with open(Path(config.run_dir) / "samples.md", "a", encoding="utf-8") as file:
         file.write("\n".join(lines) + "\n\n")
@@ -374,7 +389,7 @@ def save(training: Training) -> None:
             "progression": asdict(now),
             "config": asdict(config),
             "mixed_precision": accelerator.mixed_precision,
-            "data": training.store.key,
+            "data": training.store.training_key,
             "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
             "wandb_id": training.wandb_id,
         }
@@ -400,28 +415,41 @@ def resume(training: Training) -> bool:
                 "remove it or name another `--run_dir`"
             )
         return False
-    directory = Path(config.resume)
+    newest = next(checkpoints(Path(config.run_dir)), None)
     if config.resume == "auto":
-        newest = next(checkpoints(Path(config.run_dir)), None)
         if newest is None:
             return False
         directory = newest[1]
+    else:
+        directory = Path(config.resume)
     trainer = read_trainer(directory)
     compare_settings(training, trainer, directory)
+    try:
+        then = Progression(**trainer["progression"])
+        training.wandb_id = trainer["wandb_id"]
+    except (KeyError, TypeError) as error:
+        raise CheckpointError(f"`{directory}` is of another version of textgen: {error}") from error
+    if newest is not None and newest[0] > then.step:
+        raise CheckpointError(
+            f"`{config.run_dir}` holds checkpoints up to step {newest[0]}, newer than `{directory}`: "
+            "remove them or name another `--run_dir`"
+        )
     total = training.progression.total_steps
-    training.progression = Progression(**trainer["progression"])
-    if config.max_minutes is None and total != training.progression.total_steps:
-        training.progression.total_steps = total
-        training.progression.finished = training.progression.step >= total
-    training.wandb_id = trainer["wandb_id"]
-    weights = "weights" if training.average is not None else "model"
+    if config.max_minutes is not None:
+        same = trainer["config"].get("max_minutes") == config.max_minutes
+        total = min(total, then.total_steps if same else fit_steps(training))
+    if total != then.total_steps:
+        then.total_steps, then.finished = total, then.step >= total
+    training.progression = then
+    weights = "weights" if (directory / "weights.safetensors").exists() else "model"  # not averaged, averaged
     training.bare.load_tensors(read_tensors(directory, weights))
     if training.average is not None:
         training.average.load_tensors(read_tensors(directory, "model"))
     load_optimizer(training.bare, training.optimizer, read_tensors(directory, "optimizer"))
     lanes = read_tensors(directory, "lanes")
     state = lanes["hidden"], lanes["cell"]
-    training.lane_states = own_lanes(accelerator, state, config.gradient_accumulation_steps)
+    if len(state[0][0]) == config.batch_size:  # else `resume_override` starts the lanes from zero
+        training.lane_states = own_lanes(accelerator, state, config.gradient_accumulation_steps)
     if accelerator.scaler and trainer["scaler"]:
         accelerator.scaler.load_state_dict(trainer["scaler"])
     return True
@@ -430,19 +458,20 @@ def resume(training: Training) -> bool:
 def compare_settings(training: Training, trainer: dict[str, Any], directory: Path) -> None:
     """Raise CheckpointError where a setting that changes the result is not the checkpoint's; note the other ones."""
     config = training.config
-    then, now = _dotted(trainer["config"]), _dotted(json.loads(json.dumps(asdict(config))))
+    defaults = _dotted(json.loads(json.dumps(asdict(TrainConfig()))))  # of settings younger than the checkpoint
+    then, now = defaults | _dotted(trainer["config"]), _dotted(json.loads(json.dumps(asdict(config))))
     then["mixed_precision"], now["mixed_precision"] = trainer["mixed_precision"], training.accelerator.mixed_precision
     harmless = HARMLESS
     if config.lr_schedule == "constant":
-        harmless = harmless | {"max_steps", "max_epochs"}  # no step depends on how many there will be
-    if trainer["data"] == training.store.key:
+        harmless = harmless | {"max_steps", "max_epochs", "max_minutes"}  # no step depends on how many there will be
+    if trainer["data"] == training.store.training_key:
         harmless = harmless | {"data", "tokenizer"}  # however they were asked for, the tokens are the same
-    elif all(now[name] == then.get(name) for name in now if name.startswith(("data.", "tokenizer."))):
-        then["training text"], now["training text"] = trainer["data"], training.store.key
+    elif all(now[name] == then[name] for name in now if name.startswith(("data.", "tokenizer."))):
+        then["training text"], now["training text"] = trainer["data"], training.store.training_key
     for name in now:
-        if now[name] == then.get(name):
+        if now[name] == then[name]:
             continue
-        message = f"`{name}` is {now[name]}, `{directory}` was made with {then.get(name)}"
+        message = f"`{name}` is {now[name]}, `{directory}` was made with {then[name]}"
         if name.split(".")[0] not in harmless and not config.resume_override:
             raise CheckpointError(
                 f"{message}: `--resume_override` goes on all the same, another `--run_dir` starts anew"
@@ -462,20 +491,25 @@ def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 # --- what a training costs -------------------------------------------------------------------------------------------
 
 
-def time_steps(training: Training, *, budget_seconds: float, at_least: int = 2, at_most: int = 12) -> float:
+def time_steps(training: Training, *, budget_seconds: float, at_least: int = 2, at_most: int = 200) -> float:
     """Return the median seconds of a few steps that leave no trace: learning rate 0, Adam's state cleared after."""
     seconds: list[float] = []
+    scaler = training.accelerator.scaler
+    scale = scaler.state_dict() if scaler is not None else {}
     started = time.perf_counter()
     for micro_batches, _ in step_batches(training, training.progression.step + at_most):
         before = time.perf_counter()
         nats = train_step(training, micro_batches, rate=0.0)
         nats.item()  # wait for the device
         seconds.append(time.perf_counter() - before)
-        enough = len(seconds) >= at_least and time.perf_counter() - started > budget_seconds
+        spent = time.perf_counter() - started > budget_seconds
+        enough = (spent and len(seconds) >= at_least) or len(seconds) == at_most
         if float(training.accelerator.reduce(torch.tensor(float(enough), device=nats.device), "sum")) > 0:
             break
     training.optimizer.state.clear()
     training.lane_states = []
+    if scaler is not None:
+        scaler.load_state_dict(scale)
     return sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]  # the first one warms up
 
 
@@ -519,7 +553,7 @@ def describe_cost(training: Training) -> None:
         accelerator,
         f"dry run: {describe_training(training)}\n"
         f"{steps:,} steps of {seconds:.3f} s: {steps * seconds / 3600:.2f} hours, "
-        f"{memory / 2**30:.2f} GiB of memory per process; nothing was written",
+        f"{memory / 2**30:.2f} GiB of memory at its peak so far per process; nothing was written but the token store",
     )
 
 

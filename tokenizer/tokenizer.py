@@ -38,6 +38,7 @@ class Tokenizer:
         vocab_size: Number of token ids, all in `range(vocab_size)`.
         eos_id: Id of the document boundary.
         bos_id: The same id.
+        unk_id: Id that stands for what a model cannot spell; it decodes to U+FFFD.
         is_lossless: False for word models only.
     """
 
@@ -58,6 +59,7 @@ class Tokenizer:
         self.sha256 = hashlib.sha256(model_proto).hexdigest()
         self.vocab_size = len(self._bytes_of)
         self.eos_id = self.bos_id = processor.eos_id()
+        self.unk_id = processor.unk_id()
         if self.eos_id < 0:
             raise TokenizerError("the SentencePiece model has no `</s>` to mark the end of a document")
         self.is_lossless = _fields(_submessage(model_proto, TRAINER_SPEC)).get(MODEL_TYPE) != WORD
@@ -75,6 +77,8 @@ class Tokenizer:
         """
         try:
             return cls(Path(path).read_bytes())
+        except OSError as error:
+            raise TokenizerError(f"`{os.fspath(path)}`: {error.strerror}") from None
         except TokenizerError as error:
             raise TokenizerError(f"`{os.fspath(path)}`: {error}") from None
 
