@@ -298,3 +298,60 @@ def test_averaged_weights_are_what_is_saved_and_scored(tiny_flags: list[str], tm
 def test_config_of_a_run_is_the_config(tiny_run: Path) -> None:
     config = parse_train_config(["--config", str(tiny_run / "config.yaml")])
     assert config.run_dir == str(tiny_run)
+
+
+def refusal(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the one error line of a training that ends with exit code 2."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train_main(flags)
+    assert stop.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_an_older_checkpoint_is_not_resumed_beside_newer_ones(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else pruning would delete what is saved next, and the next resume take the abandoned branch."""
+    run_dir = tmp_path / "run"
+    train_main(flags_for(tiny_flags, run_dir, "--evaluate_every", "2"))
+    older = run_dir / "checkpoints" / "step-000002"
+    assert "newer than" in refusal(flags_for(tiny_flags, run_dir, "--resume", str(older)), capsys)
+    train_main(flags_for(tiny_flags, tmp_path / "branch", "--resume", str(older)))
+    assert_same_bits(run_dir, tmp_path / "branch")
+
+
+def test_other_minutes_are_refused_where_the_schedule_depends_on_them(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    train_main(flags_for(tiny_flags, run_dir, "--lr_schedule", "linear", "--max_minutes", "0.01"))
+    other = flags_for(tiny_flags, run_dir, "--lr_schedule", "linear", "--max_minutes", "0.02")
+    assert "`max_minutes` is 0.02" in refusal(other, capsys)
+
+
+def test_past_epochs_are_let_go(tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An epoch holds the order of all documents: only one of them may live."""
+    import gc
+    import weakref
+
+    from textgen import training
+
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+    original = training.Epoch
+
+    def epoch(*args: Any, **options: Any) -> Any:
+        nonlocal most
+        gc.collect()
+        most = max(most, sum(ref() is not None for ref in alive))
+        made = original(*args, **options)
+        alive.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(training, "Epoch", epoch)
+    flags = ["--seq_len", "128", "--batch_size", "16", "--max_epochs", "4", "--max_steps", "null"]
+    train_main(flags_for(tiny_flags, tmp_path / "run", *flags))
+    assert len(alive) == 4
+    assert most <= 1, "the last one is still in the hands of the loop when the next is made"

@@ -204,3 +204,8 @@ def test_model_that_would_change_text_is_refused(training_texts: list[str], sett
 def test_importing_tokenizer_imports_no_torch() -> None:
     check = "import sys, tokenizer, tokenizer.train; assert not {'torch', 'textgen', 'pyarrow'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", check], check=True)
+
+
+def test_a_missing_model_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match="missing.model"):
+        Tokenizer.from_file(tmp_path / "missing.model")
