@@ -20,8 +20,10 @@ def draw_loss_curve(run_dirs: Mapping[str, Path], path: Path) -> None:
     unit = "bits_per_byte" if lossless else "loss"
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for place, (name, rows) in enumerate(runs.items()):
+        step_tokens = next((row["tokens"] / row["step"] for row in rows if "tokens" in row), 1)
+        scale = step_tokens / 1e6 if len(runs) > 1 else 1  # runs of other batch sizes are compared by tokens
         for key, style, width in (("train", "-", 1.0), ("valid", "o-", 2.0)):
-            points = [(row["step"], row[f"{key}/{unit}"]) for row in rows if f"{key}/{unit}" in row]
+            points = [(row["step"] * scale, row[f"{key}/{unit}"]) for row in rows if f"{key}/{unit}" in row]
             if points:
                 color, alpha = f"C{place}", 0.45 if key == "train" else 1.0
                 axes.plot(
@@ -33,7 +35,10 @@ def draw_loss_curve(run_dirs: Mapping[str, Path], path: Path) -> None:
                     markersize=4,
                     label=f"{name} {key}".strip(),
                 )
-    axes.set(xlabel="optimizer step", ylabel="bits per byte" if lossless else "nats per token")
+    axes.set(
+        xlabel="million tokens" if len(runs) > 1 else "optimizer step",
+        ylabel="bits per byte" if lossless else "nats per token",
+    )
     axes.grid(alpha=0.3)
     bottom = [line.get_ydata()[-1] for line in axes.lines]
     if bottom:

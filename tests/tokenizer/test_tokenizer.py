@@ -207,5 +207,5 @@ def test_importing_tokenizer_imports_no_torch() -> None:
 
 
 def test_a_missing_model_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="missing.model"):
+    with pytest.raises(TokenizerError, match=r"missing\.model"):
         Tokenizer.from_file(tmp_path / "missing.model")
