@@ -118,10 +118,12 @@ def train(config: TrainConfig) -> None:
     training = build(config, accelerator, store)
     if config.dry_run:
         describe_cost(training)
+        accelerator.end_training()
         return
     resumed = resume(training)
     if resumed and training.progression.finished:
         say_main(accelerator, f"`{config.run_dir}` has finished at step {training.progression.step}: nothing to do")
+        accelerator.end_training()
         return
     if resumed:
         log.info("resuming at step %d", training.progression.step)
@@ -259,12 +261,14 @@ def step_batches(training: Training, until: int) -> Iterator[tuple[list[dict[str
             rows = config.batch_size // (micro * training.accelerator.num_processes)
             training.lane_states = [training.bare.zero_state(rows) for _ in range(micro)]
         batches = iter(loader)
-        for _ in range(window, last):
-            micro_batches = list(islice(batches, micro))
-            yield micro_batches, time.perf_counter() - started
-            started = time.perf_counter()
-        # Accelerate keeps every loader it has prepared, and with it the epoch's order of documents
-        training.accelerator._dataloaders.remove(loader)
+        try:
+            for _ in range(window, last):
+                micro_batches = list(islice(batches, micro))
+                yield micro_batches, time.perf_counter() - started
+                started = time.perf_counter()
+        finally:
+            # Accelerate keeps every loader it has prepared, and with it the epoch's order of documents
+            training.accelerator._dataloaders.remove(loader)
 
 
 def train_step(training: Training, micro_batches: Sequence[dict[str, Tensor]], *, rate: float | None = None) -> Tensor:
