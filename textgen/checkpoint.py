@@ -16,10 +16,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from textgen.model import LSTMLanguageModel, State, resolve_model_directory
-from tokenizer import Tokenizer
+from tokenizer import MODEL_NAME, Tokenizer
 
 TRAINER_NAME = "trainer.json"
-TOKENIZER_NAME = "tokenizer.model"
 _PREFIX = "step-"
 
 
@@ -48,7 +47,7 @@ def save_checkpoint(
     shutil.rmtree(aside, ignore_errors=True)
     try:
         model.save_pretrained(aside)
-        tokenizer.save(aside / TOKENIZER_NAME)
+        tokenizer.save(aside / MODEL_NAME)
         for name, group in tensors.items():
             group = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in group.items()}
             (aside / f"{name}.safetensors").write_bytes(save(group))
@@ -133,12 +132,12 @@ def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[LS
     newest = next((path for _, path in checkpoints(Path(name))), None)
     directory = newest or resolve_model_directory(name)
     model = LSTMLanguageModel.from_pretrained(directory)
-    if not (directory / TOKENIZER_NAME).is_file():
-        raise CheckpointError(f"`{directory}` has no `{TOKENIZER_NAME}`")
-    tokenizer = Tokenizer.from_file(directory / TOKENIZER_NAME)
+    if not (directory / MODEL_NAME).is_file():
+        raise CheckpointError(f"`{directory}` has no `{MODEL_NAME}`")
+    tokenizer = Tokenizer.from_file(directory / MODEL_NAME)
     if model.text.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
         raise CheckpointError(
-            f"`{directory / TOKENIZER_NAME}` is not the tokenizer of the model beside it: sha256 {tokenizer.sha256}, "
+            f"`{directory / MODEL_NAME}` is not the tokenizer of the model beside it: sha256 {tokenizer.sha256}, "
             f"wanted {model.text['tokenizer_sha256']}"
         )
     return model.to(device).eval(), tokenizer

@@ -36,13 +36,12 @@ from tqdm import tqdm
 from textgen.config import DataConfig, TokenizerConfig
 from textgen.corpus import CleanCorpus, clean_corpus, open_corpus
 from textgen.noise import permutation
-from tokenizer import Tokenizer, train_tokenizer
+from tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
 
 log = logging.getLogger("textgen")
 
 STORE_FORMAT = 2
 STORE_NAME = "store.json"
-TOKENIZER_NAME = "tokenizer.model"
 UNIGRAM_NAME = "unigram.int64"
 # Documents between two entries of an epoch's table of stream positions. Positions in between are found by walking
 # over at most this many lengths, so that the table is small beside the permutation.
@@ -120,7 +119,7 @@ class TokenStore:
             seen = path.stat().st_size if path.exists() else 0
             if seen != size or not path.exists():
                 raise DataError(f"`{path}` is damaged: {seen} bytes, wanted {size}")
-        path = directory / TOKENIZER_NAME
+        path = directory / MODEL_NAME
         if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != record["tokenizer"]:
             raise DataError(f"`{path}` is damaged: not the tokenizer that the store was made with")
         return store
@@ -139,7 +138,7 @@ class TokenStore:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the store was made with."""
-        return Tokenizer.from_file(self.directory / TOKENIZER_NAME)
+        return Tokenizer.from_file(self.directory / MODEL_NAME)
 
     def bytes_per_token(self, split: str) -> float:
         """Return UTF-8 bytes of a split per token of it, its end-of-text tokens included."""
@@ -270,7 +269,7 @@ def _write_store(
             texts = clean.documents("train")
             own = Tokenizer(train_tokenizer(texts, vocab_size=config.vocab_size, model_type=config.model_type))
             log.info("trained it in %.0f s", time.perf_counter() - started)
-        own.save(aside / TOKENIZER_NAME)
+        own.save(aside / MODEL_NAME)
         dtype = np.dtype(np.uint16 if own.vocab_size <= 1 << 16 else np.uint32)
         splits = {name: _write_split(aside, name, clean, own, dtype, progress=progress) for name in clean.digests}
         record = {

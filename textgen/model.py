@@ -16,6 +16,7 @@ from torch.autograd.function import FunctionCtx
 
 from textgen.config import ModelConfig
 from textgen.noise import uniform
+from tokenizer import MODEL_NAME
 
 # (hidden, cell), each (num_layers, batch, hidden_size)
 State = tuple[Tensor, Tensor]
@@ -338,7 +339,7 @@ def resolve_model_directory(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        files = [CONFIG_NAME, WEIGHTS_NAME, "tokenizer.model"]
+        files = [CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME]
         return Path(snapshot_download(str(name), allow_patterns=files, etag_timeout=3))
     except Exception as error:
         raise ModelFileError(

@@ -412,14 +412,14 @@ def resume(training: Training) -> bool:
         CheckpointError: it cannot be read, or settings that change the result differ.
     """
     config, accelerator = training.config, training.accelerator
+    newest = next(checkpoints(Path(config.run_dir)), None)
     if config.resume == "never":
-        if next(checkpoints(Path(config.run_dir)), None):
+        if newest is not None:
             raise CheckpointError(
                 f"`{config.run_dir}` holds a training and `--resume never` would overwrite it: "
                 "remove it or name another `--run_dir`"
             )
         return False
-    newest = next(checkpoints(Path(config.run_dir)), None)
     if config.resume == "auto":
         if newest is None:
             return False

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 
+MODEL_NAME = "tokenizer.model"  # the file's name in a checkpoint, a token store, an output directory
 SPACE = "\u2581"  # how SentencePiece spells a space inside pieces; text that really holds it needs care in `encode`
 SPACE_UTF8 = SPACE.encode()
 REPLACEMENT_UTF8 = "\ufffd".encode()

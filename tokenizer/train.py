@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tokenizer.tokenizer import Tokenizer, TokenizerError
+from tokenizer.tokenizer import MODEL_NAME, Tokenizer, TokenizerError
 from tokenizer.trainer import take_training_texts, train_tokenizer
 
 __all__ = ["main", "read_texts", "train_tokenizer"]
@@ -31,12 +31,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         tokenizer = Tokenizer(model_proto)
         bytes_per_token = _measure_bytes_per_token(tokenizer, _read_all(args.input, args.text_column))
         args.output.mkdir(parents=True, exist_ok=True)
-        tokenizer.save(args.output / "tokenizer.model")
+        tokenizer.save(args.output / MODEL_NAME)
     except TokenizerError as error:
         parser.error(str(error))
     except OSError as error:
         parser.error(f"`{error.filename}`: {error.strerror}")
-    model_path = args.output / "tokenizer.model"
+    model_path = args.output / MODEL_NAME
     print(f"{model_path}: vocab_size {tokenizer.vocab_size}, {bytes_per_token:.3f} bytes per token")
 
 
