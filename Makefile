@@ -1,4 +1,4 @@
-# make train | test | check | bench: each sets up .venv first; a second call does not install again.
+# make train | test | check | bench | faults: each sets up .venv first; a second call does not install again.
 PYTHON ?= python3
 BIN := .venv/bin
 # Another build of torch: make TORCH_INDEX=https://... (see pytorch.org)
@@ -7,7 +7,7 @@ RUN ?= runs/quick
 # Threads that wait must not spin: on a busy machine two-thread regions are many times slower otherwise.
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
-.PHONY: train test test-slow check bench clean
+.PHONY: train test test-slow check bench faults clean
 
 train: .venv/installed
 	$(BIN)/python train_distributed.py --config launch/presets/quick.yaml --run_dir $(RUN)
@@ -28,7 +28,17 @@ check: .venv/installed
 	$(BIN)/lint-imports
 
 bench: .venv/installed
-	$(BIN)/python benchmarks/training.py
+	$(BIN)/python -m benchmarks.training
+
+# An hour of kills and damage on two cores; puts the figures into docs/reliability.md.
+faults: .venv/installed
+	$(BIN)/python -m benchmarks.saving
+	$(BIN)/python -m tests.faults.corruption --count 10000
+	$(BIN)/python -m tests.faults.save_points
+	$(BIN)/python -m tests.faults.ranks
+	$(BIN)/python -m tests.faults.kills --kills 200
+	$(BIN)/python -m tests.faults.save_state --kills 100
+	$(BIN)/python -m tests.faults.report
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -1,4 +1,4 @@
-"""Losses of several layouts side by side: `python benchmarks/same_losses.py` prints the table of docs/exactness.md."""
+"""Losses of several layouts side by side: `python -m benchmarks.same_losses` prints the table of docs/exactness.md."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from machine import save
-
+from benchmarks.machine import save
 from textgen.tracking import read_metrics
 
 LAYOUTS = [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)]  # processes x micro-batches

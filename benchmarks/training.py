@@ -1,4 +1,4 @@
-"""Training speed beside a plain PyTorch loop: `python benchmarks/training.py`.
+"""Training speed beside a plain PyTorch loop: `python -m benchmarks.training`.
 
 Both train the same shape on the same tokens; rounds are interleaved, so that a busy machine slows both. The plain
 loop is what one would write by hand: nn.LSTM, a Linear on all outputs, F.cross_entropy, Adam, in float32 and under bf16
@@ -12,10 +12,10 @@ import time
 from collections.abc import Callable
 
 import torch
-from machine import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks.machine import save
 from textgen.config import ModelConfig
 from textgen.model import LSTMLanguageModel
 

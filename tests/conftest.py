@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,23 @@ def tiny_run(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) ->
         check=True, timeout=300,
     )  # fmt: skip
     return run_dir
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Yield a function that mounts an empty file system of a size, and unmount it in the end."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mounted = []
+
+    def mount(size: str) -> Path:
+        argv = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
+        tried = subprocess.run(argv, capture_output=True, text=True) if shutil.which("mount") else None
+        if tried is None or tried.returncode != 0:
+            pytest.skip(f"a small file system cannot be mounted here, which takes root: {tried and tried.stderr}")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for one in mounted:
+        subprocess.run(["umount", str(one)], check=True)

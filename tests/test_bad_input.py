@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from textgen import cli
+from textgen import parsing
 from textgen.cli import main, train_main
+from textgen.run_directory import read_status
 from tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -77,6 +78,14 @@ def changed_checkpoint(run: Path, directory: Path) -> Path:
     return shutil.copytree(next((run / "checkpoints").iterdir()), directory / "step-000004")
 
 
+def model_alone(run: Path, directory: Path) -> Path:
+    """Return a copy of the model of a run's checkpoint, as it would be published, to be damaged."""
+    copy = changed_checkpoint(run, directory)
+    for name in ("manifest.json", "trainer.json", "optimizer.safetensors", "lanes.safetensors"):
+        (copy / name).unlink()
+    return copy
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
@@ -110,10 +119,9 @@ def test_flag_without_a_value_and_stray_words_are_refused(refuse_training: Refus
     assert refuse_training("--batch_size").startswith("`--batch_size` wants a value")
     assert refuse_training("--seed", "1", "2") == "unexpected argument `2`"
     assert refusal(lambda: main(["sample"]), capsys) == "an argument is missing: `checkpoint`"
-    assert refusal(lambda: main(["sampel"]), capsys) == (
-        "`textgen` wants one of `prepare`, `evaluate`, `sample`: sampel"
-    )
-    assert refusal(lambda: main([]), capsys) == "`textgen` wants one of `prepare`, `evaluate`, `sample`"
+    wanted = "`textgen` wants one of `prepare`, `evaluate`, `sample`, `verify`"
+    assert refusal(lambda: main(["sampel"]), capsys) == f"{wanted}: sampel"
+    assert refusal(lambda: main([]), capsys) == wanted
 
 
 @pytest.mark.parametrize(
@@ -255,16 +263,32 @@ def test_what_is_no_checkpoint_is_refused(verb: str, tmp_path: Path, tiny_run: P
     assert line == f"`{tmp_path}` has no `config.json`: not a checkpoint directory"
 
     damaged = changed_checkpoint(tiny_run, tmp_path / "a")
+    file = damaged / "model.safetensors"
+    weights = file.read_bytes()
+    for content in (weights[:-100], b"", b"\xff" * 1000):
+        file.write_bytes(content)
+        line = refusal(lambda: main([verb, str(damaged), *prompt]), capsys)
+        assert line == f"`{file}` has {len(content)} bytes, wanted {len(weights)}"
+    file.write_bytes(weights[:-100] + b"\0" * 100)
+    assert refusal(lambda: main([verb, str(damaged), *prompt]), capsys).startswith(f"`{file}` is damaged: sha256 ")
+
+
+@pytest.mark.parametrize("verb", ["sample", "evaluate"])
+def test_what_is_no_model_is_refused(verb: str, tmp_path: Path, tiny_run: Path, capsys: Capture) -> None:
+    """Of a model alone no manifest tells what it was."""
+    prompt = ["--prompt", "a"] if verb == "sample" else []
+    damaged = model_alone(tiny_run, tmp_path / "a")
     weights = (damaged / "model.safetensors").read_bytes()
     for content in (weights[:-100], b"", b"\xff" * 1000):
         (damaged / "model.safetensors").write_bytes(content)
         line = refusal(lambda: main([verb, str(damaged), *prompt]), capsys)
-        assert line.startswith(f"`{damaged}` holds no readable model: ")
+        assert line.startswith(f"`{damaged / 'model.safetensors'}` ")
 
-    other = changed_checkpoint(tiny_run, tmp_path / "b")
+    other = model_alone(tiny_run, tmp_path / "b")
     (other / "tokenizer.model").write_bytes(train_tokenizer(["a b c"], vocab_size=300, model_type="char"))
     line = refusal(lambda: main([verb, str(other), *prompt]), capsys)
-    assert line.startswith(f"`{other}/tokenizer.model` is not the tokenizer of the model beside it: sha256 ")
+    assert line.startswith(f"`{other}/tokenizer.model` ")
+    assert "the model beside it" in line
 
     (other / "tokenizer.model").unlink()
     assert refusal(lambda: main([verb, str(other), *prompt]), capsys) == f"`{other}` has no `tokenizer.model`"
@@ -275,7 +299,7 @@ def test_resume_from_a_path_that_is_not_there_is_refused(
 ) -> None:
     nowhere, run_dir = tmp_path / "step-000009", tmp_path / "run"
     line = refusal(lambda: train_main([*tiny_flags, "--run_dir", str(run_dir), "--resume", str(nowhere)]), capsys)
-    assert line == f"`{nowhere}` is not a training checkpoint: no readable `trainer.json`"
+    assert line == f"`{nowhere}` is no checkpoint, and no run that has one"
     assert not run_dir.exists()
 
 
@@ -292,9 +316,16 @@ def copied_run(tiny_run: Path, tmp_path: Path) -> Iterator[Path]:
 
 def test_resume_with_damaged_weights_is_refused(tiny_flags: list[str], copied_run: Path, capsys: Capture) -> None:
     damaged = copied_run / "checkpoints" / "step-000004" / "model.safetensors"
-    damaged.write_bytes(damaged.read_bytes()[:-100])
-    line = refusal(lambda: train_main([*tiny_flags, "--run_dir", str(copied_run), "--max_steps", "6"]), capsys)
-    assert line.startswith(f"`{damaged}` cannot be read: ")
+    weights = damaged.read_bytes()
+    damaged.write_bytes(weights[:-100])
+    flags = [*tiny_flags, "--run_dir", str(copied_run), "--max_steps", "6"]
+    line = refusal(lambda: train_main(flags), capsys)
+    wrong = f"`{damaged}` has {len(weights) - 100} bytes, wanted {len(weights)}"
+    assert line == (
+        f"no checkpoint of `{copied_run}` is valid: {wrong}; remove them to start anew, or name another `--run_dir`"
+    )
+    line = refusal(lambda: train_main([*flags, "--resume", str(damaged.parent)]), capsys)
+    assert line == wrong
 
 
 def test_resume_with_another_tokenizer_is_refused(tiny_flags: list[str], copied_run: Path, capsys: Capture) -> None:
@@ -340,46 +371,27 @@ def test_training_with_a_word_tokenizer_tells_no_bits_per_byte(
 # --- disk ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Yield a function that mounts an empty file system of a size, and unmount it in the end."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mounted = []
-
-    def mount(size: str) -> Path:
-        argv = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
-        tried = subprocess.run(argv, capture_output=True, text=True) if shutil.which("mount") else None
-        if tried is None or tried.returncode != 0:
-            pytest.skip(f"a small file system cannot be mounted here, which takes root: {tried and tried.stderr}")
-        mounted.append(place)
-        return place
-
-    yield mount
-    for one in mounted:
-        subprocess.run(["umount", str(one)], check=True)
-
-
-def test_full_disk_while_a_checkpoint_is_saved_leaves_no_part_of_it(
-    small_disk: Callable[[str], Path], tiny_flags: list[str], capsys: Capture
-) -> None:
-    run_dir = small_disk("200k") / "run"  # the checkpoint takes 400
-    with pytest.raises(SystemExit) as refused:
-        train_main([*tiny_flags, "--run_dir", str(run_dir)])
-    err = capsys.readouterr().err
-    assert refused.value.code == 2
-    assert err.startswith("error: No space left on device")
-    assert err.count("\n") == 1
-    assert list((run_dir / "checkpoints").iterdir()) == []
-
-
-def test_full_disk_while_a_checkpoint_is_saved_is_told_with_the_place(
+def test_disk_too_small_for_the_checkpoints_is_refused_with_free_and_needed_space(
     small_disk: Callable[[str], Path], tiny_flags: list[str], capsys: Capture
 ) -> None:
     run_dir = small_disk("200k") / "run"
-    with pytest.raises(SystemExit):
-        train_main([*tiny_flags, "--run_dir", str(run_dir)])
-    assert str(run_dir) in capsys.readouterr().err
+    line = refusal(lambda: train_main([*tiny_flags, "--run_dir", str(run_dir)]), capsys)
+    assert line == (
+        f"`{run_dir}` has 0.2 MB of free space, the run needs 0.3: 1 checkpoints of 0.3 MB at a time, see `--keep_last`"
+    )
+    assert not run_dir.exists()
+
+
+def test_full_disk_while_a_checkpoint_is_saved_leaves_no_part_of_it(
+    small_disk: Callable[[str], Path], tiny_flags: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another job has filled it since the start: the check there is told of space that is not."""
+    monkeypatch.setattr("textgen.training.state_bytes", lambda _training: 0)
+    run_dir = small_disk("200k") / "run"
+    line = refusal(lambda: train_main([*tiny_flags, "--run_dir", str(run_dir), "--save_every", "1"]), capsys)
+    assert line == f"No space left on device: `{run_dir / 'checkpoints' / 'step-000001'}`"
+    assert list((run_dir / "checkpoints").iterdir()) == []
+    assert read_status(run_dir)["state"] == "failed"
 
 
 def test_full_disk_while_text_is_encoded_leaves_no_part_of_a_store(
@@ -425,5 +437,5 @@ def test_error_that_only_a_later_process_meets_is_not_lost(
     monkeypatch: pytest.MonkeyPatch, refuse_training: Refuse
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(cli, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(parsing, "PATIENCE_SECONDS", 0)
     assert refuse_training("--batch_size", "0").startswith("process 1: `batch_size` must be")

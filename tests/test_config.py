@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from textgen.cli import parse_train_config, settings_of
 from textgen.config import DataConfig, ModelConfig, TokenizerConfig, TrackingConfig, TrainConfig
+from textgen.parsing import build_settings, parse_train_config, settings_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -17,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 OPTIONS = """
 run_dir batch_size seq_len max_epochs max_steps max_minutes learning_rate seed gradient_accumulation_steps
 mixed_precision lr_schedule warmup_steps max_grad_norm weight_decay adam_betas ema_decay log_every evaluate_every
-evaluate_documents early_stopping_patience sample_prompts sample_temperatures sample_tokens keep_last resume
-resume_override dry_run
+evaluate_documents early_stopping_patience save_every sample_prompts sample_temperatures sample_tokens keep_last resume
+resume_override stop_signal distributed_timeout deterministic dry_run
 data.source data.dataset data.dataset_config data.files data.text_column data.txt_documents data.normalization
 data.train_on data.validation_fraction data.validation_blocks data.cache_dir data.store
 tokenizer.vocab_size tokenizer.model_type tokenizer.path
@@ -28,7 +30,8 @@ tracking.mode tracking.project
 
 POSITIVE = """
 batch_size seq_len max_epochs max_steps max_minutes learning_rate gradient_accumulation_steps max_grad_norm log_every
-evaluate_every evaluate_documents early_stopping_patience sample_tokens keep_last data.validation_blocks
+evaluate_every evaluate_documents early_stopping_patience sample_tokens keep_last save_every distributed_timeout
+data.validation_blocks
 model.embedding_dim model.hidden_size model.num_layers tokenizer.vocab_size
 """.split()  # noqa: SIM905
 NOT_NEGATIVE = """
@@ -65,6 +68,23 @@ def test_bare_defaults_are_the_origins() -> None:
 
 def test_options_are_these_and_no_others() -> None:
     assert list(settings_of(TrainConfig)) == OPTIONS
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": []}, "`data` must be"),
+        ({"data": {"cache_dir": 5}}, "`data.cache_dir` must be a text: 5"),
+        ({"data": {"files": [5]}}, "`data.files` must be a list of texts: [5]"),
+        ({"data": {"validation_blocks": 1.5}}, "`data.validation_blocks` must be an integer: 1.5"),
+        ({"data": {"normalization": "x"}}, "`data.normalization` must be one of `none`, `lowercase`: x"),
+        ({"batch_size": True}, "`batch_size` must be an integer: True"),
+        ({"max_steps": "4"}, "`max_steps` must be an integer or null: 4"),
+    ],
+)
+def test_settings_of_a_checkpoint_have_their_types(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build_settings(TrainConfig, settings)
 
 
 def test_every_option_has_a_help_text() -> None:
@@ -165,7 +185,10 @@ def test_zero_is_refused_where_it_means_nothing(name: str, capsys: pytest.Captur
     assert f"`{name}` must be" in refusal([f"--{name}", "0"], capsys)
 
 
-@pytest.mark.parametrize("name", sorted(set(POSITIVE) - {"max_minutes", "learning_rate", "max_grad_norm"}))
+FRACTIONS = {"max_minutes", "learning_rate", "max_grad_norm", "distributed_timeout"}
+
+
+@pytest.mark.parametrize("name", sorted(set(POSITIVE) - FRACTIONS))
 def test_fraction_is_refused_where_a_whole_number_is_wanted(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert f"`{name}` must be an integer" in refusal([f"--{name}", "2.5"], capsys)
 

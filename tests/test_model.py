@@ -343,12 +343,13 @@ def test_files_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     assert modes == {"config.json": mode, "model.safetensors": mode}
 
 
-def test_state_tensors_are_copies() -> None:
+def test_state_tensors_are_the_weights_themselves_uncopied_and_without_a_gradient() -> None:
     model = build()
     tensors = model.state_tensors()
-    before = model.output.bias.detach().clone()
+    assert {name: t.data_ptr() for name, t in tensors.items()} == {n: p.data_ptr() for n, p in model.named_parameters()}
     tensors["output.bias"].add_(1)
-    assert torch.equal(model.output.bias, before)
+    assert torch.equal(model.output.bias, tensors["output.bias"])
+    assert not any(t.requires_grad for t in tensors.values())
 
 
 def damage_nothing(directory: Path) -> None:
@@ -415,16 +416,33 @@ def damage_other_layers(directory: Path) -> None:
     change_config(directory, num_layers=3)
 
 
+def damage_bool_layers(directory: Path) -> None:
+    build(num_layers=1).save_pretrained(directory)
+    change_config(directory, num_layers=True)
+
+
+def damage_switch_in_words(directory: Path) -> None:
+    change_config(directory, tie_weights="no")
+
+
+def damage_text_list(directory: Path) -> None:
+    change_config(directory, text=[["tokenizer_sha256", "ab"]])
+
+
+def damage_text_number(directory: Path) -> None:
+    change_config(directory, text={"normalization": 1})
+
+
 def damage_foreign_weights(directory: Path) -> None:
     save_file({"wte.weight": torch.zeros(3, 3)}, directory / "model.safetensors")
 
 
 DAMAGES = {
     damage_nothing: "no `config.json`",
-    damage_weights_away: "no readable model",
-    damage_truncated_weights: "no readable model",
-    damage_garbage_weights: "no readable model",
-    damage_empty_weights: "no readable model",
+    damage_weights_away: "model.safetensors` cannot be read: No such file or directory",
+    damage_truncated_weights: "bytes of data, its header says",
+    damage_garbage_weights: "not a tensor file of textgen",
+    damage_empty_weights: "not a tensor file of textgen",
     damage_truncated_config: "no readable model",
     damage_binary_config: "no readable model",
     damage_foreign_config: "not a textgen model",
@@ -432,9 +450,13 @@ DAMAGES = {
     damage_no_vocab: "vocab_size",
     damage_negative_vocab: "no readable model",
     damage_unknown_setting: "heads",
-    damage_other_shape: "weight `layers.0.bias` is (80,), the model's is (96,)",
-    damage_other_layers: "other names",
-    damage_foreign_weights: "other names",
+    damage_other_shape: "`layers.0.bias` is F32 [80], wanted F32 [96]",
+    damage_other_layers: "other tensors than expected: 'layers.2.bias'",
+    damage_bool_layers: "`num_layers` is True, wanted int",
+    damage_switch_in_words: "`tie_weights` is 'no', wanted bool",
+    damage_text_list: "`text` does not hold texts",
+    damage_text_number: "`text` does not hold texts",
+    damage_foreign_weights: "too few tensors for 2 layers",
 }
 
 

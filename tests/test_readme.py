@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from textgen.cli import main, parse_train_config
+from textgen.cli import main
+from textgen.parsing import parse_train_config
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [

@@ -1,198 +1,409 @@
-"""Checkpoints: a directory written aside and renamed, safetensors and JSON only."""
+"""Checkpoints on disk: directories that are whole or not there, found valid or not used; safetensors and JSON only.
+
+A checkpoint is written aside, file by file, each synced to disk; its manifest, with size and sha256 of every file,
+comes last; then the directory is renamed into place. Pruning renames before it deletes. So at every instant what bears
+a checkpoint's name is whole, and whatever a disk or a person does to it later, the manifest tells.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
 from torch import Tensor
 
-from textgen.model import LSTMLanguageModel, State, resolve_model_directory
+from textgen.model import LSTMLanguageModel, resolve_model_directory
+from textgen.run_directory import make_directory, sync_directory
+from textgen.tensorfile import JSON_BYTES, chunks, memory_bytes, parse_json
 from tokenizer import MODEL_NAME, Tokenizer
 
+log = logging.getLogger("textgen")
+
+MANIFEST_NAME = "manifest.json"
 TRAINER_NAME = "trainer.json"
-_PREFIX = "step-"
+FORMAT = "textgen.checkpoint.1"
+
+# The tokenizer is the largest of the files that are not tensors; of half a million pieces it has this many bytes.
+_SMALL_FILE_BYTES = 8 << 20
+_FILE_NAME = re.compile(r"[a-z_]{1,40}\.(safetensors|json|model)")
+_DIRECTORY_NAME = re.compile(r"step-([0-9]{6,18})(\.old)?")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one line."""
 
 
-def save_checkpoint(
-    directory: Path,
-    *,
-    model: LSTMLanguageModel,
-    tokenizer: Tokenizer,
-    trainer: dict[str, Any],
-    tensors: dict[str, dict[str, Tensor]],
-) -> None:
-    """Write a checkpoint whole or not at all.
-
-    Args:
-        directory: its place, `.../checkpoints/step-000500`.
-        model: the weights to sample with.
-        tokenizer: goes into the directory, so that it is enough to sample and score.
-        trainer: JSON values of the training state.
-        tensors: file name without ending -> tensors by name.
-    """
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        model.save_pretrained(aside)
-        tokenizer.save(aside / MODEL_NAME)
-        for name, group in tensors.items():
-            group = {key: value.detach().to("cpu", copy=True).contiguous() for key, value in group.items()}
-            (aside / f"{name}.safetensors").write_bytes(save(group))
-        (aside / TRAINER_NAME).write_text(json.dumps(trainer, indent=2) + "\n")
-        for path in aside.iterdir():
-            _sync(path)
-        _sync(aside)
-        shutil.rmtree(directory, ignore_errors=True)
-        aside.rename(directory)
-        _sync(directory.parent)
-    except OSError as error:  # a full disk does not say where
-        raise OSError(error.errno, error.strerror, str(directory)) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's entries, are on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
     """Return where the checkpoint of a step lies."""
-    return run_dir / "checkpoints" / f"{_PREFIX}{step:06d}"
+    return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
-def checkpoints(run_dir: Path) -> Iterator[tuple[int, Path]]:
-    """Yield (step, directory) of a run's whole checkpoints, newest first."""
-    found = [
-        (int(path.name.removeprefix(_PREFIX)), path)
-        for path in (run_dir / "checkpoints").glob(f"{_PREFIX}*")
-        if path.name.removeprefix(_PREFIX).isdigit() and (path / TRAINER_NAME).is_file()
-    ]
-    yield from sorted(found, reverse=True)
+def write_checkpoint(directory: Path, files: Mapping[str, Iterable[bytes | memoryview]], *, step: int) -> None:
+    """Write a checkpoint whole or not at all.
+
+    Args:
+        directory: its place, as `checkpoint_path` names it; what lies there is replaced.
+        files: pieces of each file's content by name.
+        step: optimizer steps taken.
+
+    Raises:
+        OSError: it cannot be written; nothing bears its name, and others are as they were.
+    """
+    aside, replaced = _aside(directory), directory.with_name(f"{directory.name}.old")
+    try:
+        _remove(aside)
+        make_directory(aside)
+        entries = {name: _write(aside / name, content) for name, content in files.items()}
+        manifest = {"format": FORMAT, "step": step, "files": entries}
+        _write(aside / MANIFEST_NAME, [json.dumps(manifest, indent=2).encode() + b"\n"])
+        sync_directory(aside)
+        if directory.exists():  # between these two renames it is found under its other name
+            _remove(replaced)
+            directory.rename(replaced)
+        aside.rename(directory)
+        sync_directory(directory.parent)
+    except OSError as error:  # a full disk does not say where
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(error.errno, error.strerror, str(directory)) from error
+    _remove(replaced)
+
+
+def _write(path: Path, content: Iterable[bytes | memoryview]) -> dict[str, Any]:
+    """Write a file, wait until it is on disk, and return its entry in the manifest."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("wb") as file:
+        for piece in content:
+            file.write(piece)
+            digest.update(piece)
+            size += len(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _aside(directory: Path) -> Path:
+    """Return a name beside a checkpoint's that is no checkpoint's."""
+    return directory.with_name(f".{directory.name}.tmp")
+
+
+def _remove(directory: Path) -> None:
+    """Delete a directory that may not exist; a checkpoint loses its name first, since files go one by one."""
+    if not directory.exists():
+        return
+    if _DIRECTORY_NAME.fullmatch(directory.name):
+        nameless = directory.with_name(f".{directory.name}.removed.tmp")
+        if nameless.exists():
+            shutil.rmtree(nameless)
+        directory = directory.rename(nameless)
+    shutil.rmtree(directory)
 
 
 def prune(run_dir: Path, *, keep_last: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and that of `best_step`."""
-    for place, (step, path) in enumerate(checkpoints(run_dir)):
-        if place >= keep_last and step != best_step:
-            shutil.rmtree(path)
+    """Delete all but the newest `keep_last` checkpoints and that of `best_step`, and what killed processes left."""
+    seen: set[int] = set()
+    for step, path in checkpoints(run_dir):
+        replaced = step in seen
+        seen.add(step)
+        if replaced or (len(seen) > keep_last and step != best_step):
+            _remove(path)
+    remove_leftovers(run_dir)
 
 
-def read_trainer(directory: Path) -> dict[str, Any]:
-    """Read the JSON part of a checkpoint.
+def remove_leftovers(run_dir: Path) -> None:
+    """Delete what killed processes left half written or half deleted. The run directory must be held.
+
+    A checkpoint that was to be replaced, and was not, gets its name back.
+    """
+    for path in (run_dir / "checkpoints").glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+    for step, path in checkpoints(run_dir):
+        if path != checkpoint_path(run_dir, step) and not checkpoint_path(run_dir, step).exists():
+            path.rename(checkpoint_path(run_dir, step))
+
+
+class Saver:
+    """Writes a run's checkpoints in a background thread, one at a time, from a copy in memory.
+
+    The copy goes to buffers that are made once, so that a save waits for the copying alone. One process has one.
+
+    Args:
+        run_dir: the run's directory, which must be held.
+        keep_last: newest checkpoints to keep, beside the best.
+        device: where the tensors are.
+    """
+
+    def __init__(self, run_dir: Path, *, keep_last: int, device: torch.device | str = "cpu") -> None:
+        self._run_dir, self._keep_last, self._cuda = run_dir, keep_last, torch.device(device).type == "cuda"
+        self._buffers: dict[tuple[str, str], Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Tell whether a save has failed; `wait` raises why."""
+        return self._error is not None
+
+    def reserve(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+        """Make float32 buffers ahead of the first save; a page that is touched first costs ten times its copy."""
+
+        def make() -> None:
+            for file, group in shapes.items():
+                for name, shape in group.items():
+                    self._buffers[file, name] = self._buffer(shape, torch.float32).zero_()
+
+        self._run(make)
+
+    def save(
+        self,
+        step: int,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        files: Mapping[str, bytes],
+        *,
+        best_step: int | None,
+        since: float,
+    ) -> float:
+        """Copy the tensors and start writing; waits for the save before, if it is not done.
+
+        Args:
+            step: optimizer steps taken.
+            tensors: file name without ending -> tensors by name, on any device.
+            files: contents of the other files by name.
+            best_step: a checkpoint that is not to be pruned.
+            since: `time.perf_counter()` when the training stopped to save.
+
+        Returns:
+            Seconds since then: what the save cost the training.
+
+        Raises:
+            OSError: the save before failed.
+        """
+        self.wait()
+        copies: dict[str, dict[str, Tensor]] = {file: {} for file in tensors}
+        for file, group in tensors.items():
+            for name, value in group.items():
+                buffer = self._buffers.get((file, name))
+                if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+                    buffer = self._buffers[file, name] = self._buffer(value.shape, value.dtype)
+                copies[file][name] = buffer.copy_(value.detach(), non_blocking=True)
+        if self._cuda:
+            torch.cuda.synchronize()
+        content: dict[str, Iterable[bytes | memoryview]] = {name: [data] for name, data in files.items()}
+        content |= {f"{file}.safetensors": chunks(group) for file, group in copies.items()}
+
+        pause = time.perf_counter() - since
+
+        def write() -> None:
+            started = time.perf_counter()
+            write_checkpoint(checkpoint_path(self._run_dir, step), content, step=step)
+            prune(self._run_dir, keep_last=self._keep_last, best_step=best_step)
+            seconds = time.perf_counter() - started
+            log.info("step %d: checkpoint written in %.2f s, training paused %.0f ms", step, seconds, pause * 1000)
+
+        self._run(write)
+        return pause
+
+    def wait(self) -> None:
+        """Wait until nothing is being written.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        self.settle()
+        if self._error is not None:
+            raise self._error
+
+    def settle(self) -> None:
+        """Wait until nothing is being written, whether it could be or not."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _run(self, action: Callable[[], None]) -> None:
+        def run() -> None:
+            try:
+                action()
+            except Exception as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint")
+        self._thread.start()
+
+    def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=self._cuda)
+
+
+# --- finding and checking --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a checkpoint says of itself: the step, and bytes and sha256 of its files."""
+
+    step: int
+    files: dict[str, tuple[int, str]]
+
+
+def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
+    """Return (step, directory) of what bears a checkpoint's name in a run, newest first; not checked."""
+    found = []
+    for path in (run_dir / "checkpoints").glob("step-*"):
+        if match := _DIRECTORY_NAME.fullmatch(path.name):
+            found.append((int(match[1]), match[2] is None, path))  # one that is being replaced stands after the new one
+    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def newest_valid(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
+    """Return a run's newest checkpoint whose every byte is as it was written, and what is wrong with newer ones."""
+    problems: list[CheckpointError] = []
+    for _, path in checkpoints(run_dir):
+        try:
+            verify(path)
+        except CheckpointError as error:
+            problems.append(error)
+        else:
+            return path, problems
+    return None, problems
+
+
+def verify(directory: Path, names: Sequence[str] | None = None) -> Manifest:
+    """Check a checkpoint's files against its manifest, and the manifest against its directory.
+
+    Args:
+        directory: of the checkpoint.
+        names: the files to check; None for all.
 
     Raises:
-        CheckpointError: it is missing or is no JSON object.
+        CheckpointError: what is wrong, in a line.
     """
+    manifest = _read_manifest(directory)
+    if (match := _DIRECTORY_NAME.fullmatch(directory.name)) and int(match[1]) != manifest.step:
+        raise CheckpointError(f"`{directory}` holds step {manifest.step}")
+    for name in manifest.files if names is None else names:
+        if name not in manifest.files:
+            raise CheckpointError(f"`{directory}` has no `{name}` in its `{MANIFEST_NAME}`")
+        wanted_bytes, wanted = manifest.files[name]
+        path = directory / name
+        try:
+            if not path.is_file():
+                raise CheckpointError(f"`{path}` is missing")
+            if (size := path.stat().st_size) != wanted_bytes:
+                raise CheckpointError(f"`{path}` has {size} bytes, wanted {wanted_bytes}")
+            if size > (limit := memory_bytes() if name.endswith(".safetensors") else _SMALL_FILE_BYTES):
+                raise CheckpointError(f"`{path}` has {size} bytes, at most {limit} can be read here")
+            with path.open("rb") as file:
+                seen = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise CheckpointError(f"`{path}` cannot be read: {error.strerror or error}") from error
+        if seen != wanted:
+            raise CheckpointError(f"`{path}` is damaged: sha256 {seen[:12]}..., wanted {wanted[:12]}...")
+    return manifest
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST_NAME
+    values = read_json(path)
     try:
-        trainer = json.loads((directory / TRAINER_NAME).read_text())
-        if not isinstance(trainer, dict):
-            raise ValueError("not an object")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"`{directory}` is not a training checkpoint: no readable `{TRAINER_NAME}`") from error
-    return trainer
+        if values["format"] != FORMAT:
+            raise CheckpointError(f"`{path}` is of format {values['format']!r:.40}, wanted {FORMAT}")
+        step, entries = values["step"], values["files"]
+        files = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+        sound = all(
+            _FILE_NAME.fullmatch(name) and type(size) is int and 0 <= size < 1 << 60 and _DIGEST.fullmatch(digest)
+            for name, (size, digest) in files.items()
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"`{path}` is not a manifest: {type(error).__name__} {str(error)[:80]}") from error
+    if not sound or type(step) is not int or not 0 <= step < 10**18:
+        raise CheckpointError(f"`{path}` is not a manifest: a step, name, size or digest is none")
+    return Manifest(step=step, files=files)
 
 
-def read_tensors(directory: Path, name: str) -> dict[str, Tensor]:
-    """Read one of a checkpoint's tensor files onto the CPU.
+def read_json(path: Path) -> dict[str, Any]:
+    """Read one of a checkpoint's JSON files.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: it is missing, or holds no JSON object.
     """
-    path = directory / f"{name}.safetensors"
     try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"`{path}` cannot be read: {error}") from error
+        if not path.is_file():
+            raise CheckpointError(f"`{path.parent}` has no `{path.name}`: not a whole training checkpoint")
+        with path.open("rb") as file:
+            return parse_json(file.read(JSON_BYTES + 1))
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"`{path}` cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"`{path}` is damaged: {error}") from error
 
 
-def load_model(name: str | Path, device: torch.device | str = "cpu") -> tuple[LSTMLanguageModel, Tokenizer]:
-    """Read model and tokenizer of a checkpoint directory, a run's newest checkpoint, or a hub repository.
+def find_checkpoint(name: str | Path, *, best: bool = False) -> Path | None:
+    """Return the directory of a checkpoint: `name` itself, or the newest valid or best one of a run; None for neither.
+
+    Raises:
+        CheckpointError: the run has checkpoints, and none of them is valid, or the best one is not; or the
+            `trainer.json` of a checkpoint is not as it was written.
+    """
+    path = Path(name)
+    if not checkpoints(path):
+        if (path / TRAINER_NAME).exists():  # those who evaluate read it; what else they read, they verify
+            verify(path, [TRAINER_NAME])
+            return path
+        return path if (path / MANIFEST_NAME).exists() else None
+    newest, problems = newest_valid(path)
+    if newest is None:
+        raise CheckpointError(f"`{name}` has no valid checkpoint: {'; '.join(map(str, problems))}")
+    for problem in problems:
+        log.warning("INVALID CHECKPOINT left aside: %s", problem)
+    if not best:
+        return newest
+    progression = read_json(newest / TRAINER_NAME).get("progression")
+    step = progression.get("best_step") if isinstance(progression, dict) else None
+    if type(step) is not int or not 0 <= step < 10**18:
+        raise CheckpointError(f"`{name}` has no best checkpoint: nothing was validated")
+    found = [directory for number, directory in checkpoints(path) if number == step]  # it may be being replaced
+    return next(iter(found), checkpoint_path(path, step))
+
+
+def load_model(
+    name: str | Path, device: torch.device | str = "cpu", *, best: bool = False
+) -> tuple[LSTMLanguageModel, Tokenizer]:
+    """Read model and tokenizer of a checkpoint directory, of a run's newest or best checkpoint, or of a hub repository.
 
     Raises:
         CheckpointError, ModelFileError, TokenizerError: it cannot be read, or the tokenizer is not the model's.
     """
-    newest = next((path for _, path in checkpoints(Path(name))), None)
-    directory = newest or resolve_model_directory(name)
+    directory = find_checkpoint(name, best=best)
+    if directory is None:
+        directory = resolve_model_directory(name)
+    else:
+        verify(directory, ["config.json", "model.safetensors", MODEL_NAME])
     model = LSTMLanguageModel.from_pretrained(directory)
     if not (directory / MODEL_NAME).is_file():
         raise CheckpointError(f"`{directory}` has no `{MODEL_NAME}`")
     tokenizer = Tokenizer.from_file(directory / MODEL_NAME)
+    if tokenizer.vocab_size != model.vocab_size:
+        raise CheckpointError(
+            f"`{directory / MODEL_NAME}` has {tokenizer.vocab_size} tokens, the model beside it {model.vocab_size}"
+        )
     if model.text.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
         raise CheckpointError(
             f"`{directory / MODEL_NAME}` is not the tokenizer of the model beside it: sha256 {tokenizer.sha256}, "
             f"wanted {model.text['tokenizer_sha256']}"
         )
     return model.to(device).eval(), tokenizer
-
-
-# --- training state to tensors and back ------------------------------------------------------------------------------
-
-
-def gather_lanes(accelerator: Accelerator, lane_states: Sequence[State]) -> dict[str, Tensor]:
-    """Gather the LSTM states of all lanes, from each process's part of each micro-batch. Collective.
-
-    Returns:
-        `hidden` and `cell`, (num_layers, batch_size, hidden_size) in the order of global lanes.
-    """
-    gathered: dict[str, list[Tensor]] = {"hidden": [], "cell": []}
-    for hidden, cell in lane_states:
-        for name, value in (("hidden", hidden), ("cell", cell)):
-            # Accelerate gathers along the first dimension, in the order of processes: that of the lanes
-            everyone = accelerator.gather(value.transpose(0, 1).contiguous())
-            gathered[name].append(everyone.transpose(0, 1))
-    return {name: torch.cat(parts, 1) for name, parts in gathered.items()}
-
-
-def own_lanes(accelerator: Accelerator, state: State, micro_batches: int) -> list[State]:
-    """Return this process's part of the states of all lanes, per micro-batch: what `gather_lanes` was given."""
-    parts = []
-    for i in range(micro_batches):
-        hidden, cell = (
-            s.chunk(micro_batches, 1)[i].chunk(accelerator.num_processes, 1)[accelerator.process_index] for s in state
-        )
-        parts.append((hidden.to(accelerator.device), cell.to(accelerator.device)))
-    return parts
-
-
-def optimizer_tensors(model: LSTMLanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Return the optimizer's state as `slot.parameter name` -> tensor."""
-    return {
-        f"{slot}.{name}": value
-        for name, parameter in model.named_parameters()
-        for slot, value in optimizer.state.get(parameter, {}).items()
-    }
-
-
-def load_optimizer(model: LSTMLanguageModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Set the optimizer's state from what `optimizer_tensors` returned.
-
-    Raises:
-        CheckpointError: it is the state of other parameters.
-    """
-    slots: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        slot, _, name = key.partition(".")
-        slots.setdefault(name, {})[slot] = tensor
-    names = [name for name, _ in model.named_parameters()]
-    if slots.keys() != set(names):
-        raise CheckpointError(f"optimizer state is of other parameters: {sorted(slots.keys() ^ set(names))}")
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": {i: slots[n] for i, n in enumerate(names)}, "param_groups": groups})

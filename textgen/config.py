@@ -167,6 +167,8 @@ class TrainConfig:
     """validation documents scored while training (evenly spaced); default: all. The last evaluation scores all"""
     early_stopping_patience: int | None = None
     """stop after this many evaluations without a better validation loss"""
+    save_every: int | None = None
+    """steps between checkpoints, beside those at every evaluation"""
     sample_prompts: tuple[str, ...] = (
         "i love this movie because",
         "i love this movie",
@@ -180,9 +182,16 @@ class TrainConfig:
     keep_last: int = 2
     """newest checkpoints to keep, beside the best"""
     resume: str = "auto"
-    """auto: continue from the newest checkpoint of `run_dir` if there is one; never; or a checkpoint's path"""
+    """auto: continue from the newest valid checkpoint of `run_dir` if there is one; never; or the path of a checkpoint
+    or run"""
     resume_override: bool = False
     """resume although settings that change the result differ"""
+    stop_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] | None = "SIGUSR1"
+    """signal that saves and ends the training, beside SIGTERM and SIGINT"""
+    distributed_timeout: float = 600.0
+    """seconds after which a process that waits for another one ends the training"""
+    deterministic: bool = False
+    """on CUDA: deterministic kernels, so that a resume there is bitwise too; slower"""
     dry_run: bool = False
     """build everything, take two steps, say what the training would cost, and leave nothing"""
     data: DataConfig = field(default_factory=DataConfig)
@@ -194,7 +203,7 @@ class TrainConfig:
         _require_positive(
             self, "batch_size", "seq_len", "max_epochs", "max_steps", "max_minutes", "learning_rate",
             "gradient_accumulation_steps", "max_grad_norm", "log_every", "evaluate_every", "evaluate_documents",
-            "early_stopping_patience", "sample_tokens", "keep_last",
+            "early_stopping_patience", "sample_tokens", "keep_last", "save_every", "distributed_timeout",
         )  # fmt: skip
         _require_within(self, 0, math.inf, "warmup_steps", "weight_decay")
         _require_within(self, 0, 1, "ema_decay")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +77,7 @@ def score(
     bos_id: int,
     batch_size: int = 64,
     progress: bool = False,
+    poll: Callable[[], None] | None = None,
 ) -> Score:
     """Score documents, each from a zero state and `bos_id` on to its own end-of-text token. Collective.
 
@@ -91,6 +92,7 @@ def score(
         bos_id: the first input of each.
         batch_size: documents read side by side.
         progress: show a bar on standard error.
+        poll: called before each batch, equally often by all processes; may raise to end the scoring.
     """
     started = time.perf_counter()
     was_training = model.training
@@ -100,8 +102,12 @@ def score(
     nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     own = batches[accelerator.process_index :: accelerator.num_processes]
     show = progress and accelerator.is_main_process and sys.stderr.isatty()
-    for batch in tqdm(own, desc="scoring", unit="batch", disable=not show, leave=False):
-        nats += _score_batch(accelerator, model, [documents[i] for i in batch], bos_id)
+    rounds = math.ceil(len(batches) / accelerator.num_processes)
+    for turn in tqdm(range(rounds), desc="scoring", unit="batch", disable=not show, leave=False):
+        if poll is not None:
+            poll()
+        if turn < len(own):
+            nats += _score_batch(accelerator, model, [documents[i] for i in own[turn]], bos_id)
     total = float(accelerator.reduce(nats, "sum"))
     model.train(was_training)
     return Score(

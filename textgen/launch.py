@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
+from torch import Tensor
 
 from textgen.config import Precision
 
@@ -17,7 +20,12 @@ class LaunchError(ValueError):
 
 
 def start(
-    mixed_precision: Precision | None, *, batch_size: int | None = None, gradient_accumulation_steps: int = 1
+    mixed_precision: Precision | None,
+    *,
+    batch_size: int | None = None,
+    gradient_accumulation_steps: int = 1,
+    timeout: float | None = None,
+    deterministic: bool = False,
 ) -> Accelerator:
     """Join the other processes and choose device and precision. Collective: every process calls it, first of all.
 
@@ -25,6 +33,8 @@ def start(
         mixed_precision: what the flag says; None leaves it to accelerate's config file, then to the hardware.
         batch_size: global batch that processes and micro-batches must divide, in training.
         gradient_accumulation_steps: micro-batches in it.
+        timeout: seconds that a collective waits for the other processes; None for torch's half hour.
+        deterministic: have torch and CUDA take deterministic kernels.
 
     Raises:
         LaunchError: the batch cannot be divided, the environment contradicts the settings, the precision is not to be
@@ -56,6 +66,12 @@ def start(
     precision = resolve_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), use_cpu=use_cpu)
     if precision == "no" and not use_cpu:
         torch.backends.cudnn.allow_tf32 = False  # by default cuDNN's LSTM rounds to TF32
+    if deterministic and not use_cpu:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    options: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    if timeout is not None:
+        options.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)))
     accelerator = Accelerator(
         cpu=use_cpu,
         mixed_precision=precision,
@@ -67,7 +83,7 @@ def start(
             use_seedable_sampler=False,
             non_blocking=True,
         ),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=options,
     )
     if accelerator.num_processes != promised:
         raise LaunchError(f"the launcher promised {promised} processes, accelerate joined {accelerator.num_processes}")
@@ -76,11 +92,54 @@ def start(
     return accelerator
 
 
-def assert_same(accelerator: Accelerator, digest: str, what: str) -> None:
-    """Raise LaunchError unless a hexadecimal digest is the same on all processes. Collective."""
-    everyone = accelerator.gather(torch.tensor([int(digest[:15], 16)], device=accelerator.device))
+def assert_same(accelerator: Accelerator, value: str, what: str) -> None:
+    """Raise LaunchError unless a value is the same on all processes. Collective."""
+    digest = int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
+    everyone = accelerator.gather(torch.tensor([digest], device=accelerator.device))
     if len(everyone.unique()) > 1:
         raise LaunchError(f"{what} is not the same on all {accelerator.num_processes} processes")
+
+
+def any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Tell whether a flag is set on any process. Collective."""
+    if accelerator.num_processes == 1:
+        return flag
+    return float(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum")) > 0
+
+
+class Agreement:
+    """Flags that are known to all processes once one has set them: a small all-reduce at each step.
+
+    On a CPU the answer is there at once. On CUDA nothing waits for the device: the answer is that of the call before,
+    unless it is asked for now.
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self._accelerator = accelerator
+        self._last: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def ask(self, *flags: bool | Tensor, now: bool = False) -> tuple[bool, ...]:
+        """Tell for each flag whether any process has set it. Collective, the same number of flags everywhere.
+
+        Args:
+            flags: plain, or bool scalars on the device; once set they stay so.
+            now: wait for this call's answer.
+        """
+        device = self._accelerator.device
+        ours = torch.zeros(len(flags), device=device)
+        for place, flag in enumerate(flags):
+            ours[place].fill_(flag) if isinstance(flag, bool) else ours[place].copy_(flag)
+        everyone = self._accelerator.reduce(ours, "sum") if self._accelerator.num_processes > 1 else ours
+        if device.type != "cuda":
+            return tuple(bool(count) for count in everyone.tolist())
+        answer, event = everyone.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        before, self._last = self._last, (answer, event)
+        answer, event = self._last if now or before is None else before
+        if not now and before is None:
+            return (False,) * len(flags)
+        event.synchronize()
+        return tuple(bool(count) for count in answer.tolist())
 
 
 def resolve_precision(flag: Precision | None, environment: str | None, *, use_cpu: bool) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from textgen.config import ModelConfig
 from textgen.noise import uniform
+from textgen.tensorfile import JSON_BYTES, TensorFileError, chunks, parse_json, read_header, read_tensors
 from tokenizer import MODEL_NAME
 
 # (hidden, cell), each (num_layers, batch, hidden_size)
@@ -197,6 +198,8 @@ class LSTMLanguageModel(nn.Module):
     @torch.no_grad()
     def _initialize(self, unigram_counts: Tensor | None) -> None:
         """Draw initial weights from torch's default generator."""
+        if self.output.bias.is_meta:
+            return
         nn.init.normal_(self.embedding.weight, std=self.config.embedding_dim**-0.5)
         for layer in self.layers:
             assert isinstance(layer, LSTMLayer)
@@ -269,38 +272,28 @@ class LSTMLanguageModel(nn.Module):
         return x * (kept / (1 - self.config.dropout)).to(x.dtype)[:, None]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return what a file holds: float32 copies on the CPU by name, a tied output matrix left out."""
+        """Return what a file holds: the weights themselves by name, a tied output matrix left out."""
         skip = {"output.weight"} if self.config.tie_weights else set()
-        return {
-            k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-            for k, v in self.state_dict().items()
-            if k not in skip
-        }
+        return {name: value.detach() for name, value in self.state_dict().items() if name not in skip}
 
-    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Set all weights from what `state_tensors` returned.
+    def state_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of `state_tensors`."""
+        return {name: tuple(value.shape) for name, value in self.state_tensors().items()}
 
-        Raises:
-            ModelFileError: a name or a shape differs.
-        """
-        own = self.state_tensors()
-        if tensors.keys() != own.keys():
-            raise ModelFileError(f"weights have other names than the model: {sorted(tensors.keys() ^ own.keys())}")
-        for name, tensor in tensors.items():
-            if tensor.shape != own[name].shape:
-                raise ModelFileError(
-                    f"weight `{name}` is {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}"
-                )
-        self.load_state_dict(tensors, strict=False)
+    def pretrained_files(self) -> dict[str, bytes]:
+        """Return what stands beside the weights in a model's directory: file contents by name."""
+        config = {"format": _FORMAT, "vocab_size": self.vocab_size, "text": self.text, **asdict(self.config)}
+        return {CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write `config.json` and `model.safetensors` into a directory, as `from_pretrained` reads them."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        config = {"format": _FORMAT, "vocab_size": self.vocab_size, "text": self.text, **asdict(self.config)}
-        (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
-        # Serialised by safetensors, written by us: its own `save_file` makes files of mode 0600 whatever the umask.
-        (directory / WEIGHTS_NAME).write_bytes(save(self.state_tensors(), metadata={"format": "pt"}))
+        for name, content in self.pretrained_files().items():
+            (directory / name).write_bytes(content)
+        with (directory / WEIGHTS_NAME).open("wb") as file:
+            for piece in chunks({name: value.cpu().contiguous() for name, value in self.state_tensors().items()}):
+                file.write(piece)
 
     @classmethod
     def from_pretrained(cls, name: str | Path) -> Self:
@@ -311,18 +304,39 @@ class LSTMLanguageModel(nn.Module):
         """
         directory = resolve_model_directory(name)
         try:
-            values = json.loads((directory / CONFIG_NAME).read_text())
+            with (directory / CONFIG_NAME).open("rb") as file:
+                values = parse_json(file.read(JSON_BYTES + 1))
             if values.pop("format", None) != _FORMAT:
                 raise ModelFileError(f"`{directory / CONFIG_NAME}` is not a textgen model: `format` is not {_FORMAT}")
-            vocab_size = values.pop("vocab_size")
-            text = values.pop("text", {})
-            model = cls(ModelConfig(**values), vocab_size, text=text)
-            model.load_tensors(load_file(directory / WEIGHTS_NAME))
+            vocab_size, text = values.pop("vocab_size"), values.pop("text", {})
+            _check_types(values, vocab_size, text)
+            config = ModelConfig(**values)
+            if 3 * config.num_layers > len(read_header(directory / WEIGHTS_NAME)):
+                raise ModelFileError(f"`{directory / WEIGHTS_NAME}` has too few tensors for {config.num_layers} layers")
+            with torch.device("meta"):  # no memory is taken on the word of config.json alone
+                model = cls(config, vocab_size, text=text)
+            tensors = read_tensors(directory / WEIGHTS_NAME, model.state_shapes())
+            model.load_state_dict(tensors, strict=False, assign=True)
+            if config.tie_weights:
+                model.output.weight = model.embedding.weight
         except ModelFileError:
             raise
-        except Exception as error:  # JSON, safetensors and dataclasses each raise their own
+        except TensorFileError as error:
+            raise ModelFileError(str(error)) from error
+        except Exception as error:  # JSON, dataclasses and torch each raise their own
             raise ModelFileError(f"`{directory}` holds no readable model: {_first_line(error)}") from error
         return model
+
+
+def _check_types(settings: Mapping[str, Any], vocab_size: object, text: object) -> None:
+    """Raise ValueError where a value of config.json is not of its type: Python would take true for a 1."""
+    kinds = typing.get_type_hints(ModelConfig)
+    for name, value in {**settings, "vocab_size": vocab_size}.items():
+        kind = kinds.get(name, int if name == "vocab_size" else type(value))  # ModelConfig refuses other names
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"`{name}` is {value!r:.40}, wanted {kind.__name__}")
+    if not isinstance(text, dict) or not all(isinstance(value, str) for value in text.values()):
+        raise ValueError("`text` does not hold texts")
 
 
 def resolve_model_directory(name: str | Path) -> Path:
@@ -350,4 +364,4 @@ def resolve_model_directory(name: str | Path) -> Path:
 def _first_line(error: Exception) -> str:
     """Return what an error says, in a line; its class where it says nothing, or only a missing key."""
     lines = str(error).splitlines()
-    return lines[0] if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip()
+    return (lines[0] if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip())[:300]

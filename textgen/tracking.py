@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from textgen.config import TrackingConfig
+from textgen.run_directory import write_whole
 
 log = logging.getLogger("textgen")
 
@@ -42,6 +43,7 @@ class Tracker:
         settings: shown as the run's config in W&B.
         wandb_id: of an earlier part of this run, to go on with it.
         first_step: metrics of later steps are dropped from the file: they are about to be made again.
+        evaluated_step: the same of validation; an evaluation may have been interrupted before it was saved.
     """
 
     def __init__(
@@ -53,16 +55,19 @@ class Tracker:
         *,
         wandb_id: str | None,
         first_step: int,
+        evaluated_step: int,
     ) -> None:
         self.wandb_id: str | None = None
         self._main, self._accelerator = accelerator.is_main_process, accelerator
         self._path = run_dir / METRICS_NAME
         if not self._main:
             return
-        kept = [row for row in read_metrics(run_dir) if row["step"] <= first_step]
-        aside = self._path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(row) + "\n" for row in kept))
-        aside.replace(self._path)
+        kept = [
+            row
+            for row in read_metrics(run_dir)
+            if row["step"] <= (evaluated_step if "valid/loss" in row else first_step)
+        ]
+        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         if config.mode != "disabled":
             self._guard(lambda: self._open_wandb(config, run_dir, settings, wandb_id))
 
@@ -102,6 +107,12 @@ class Tracker:
             file.write(json.dumps(row) + "\n")
         if self._accelerator.trackers:
             self._guard(lambda: self._accelerator.log(row))
+
+    def sync(self) -> None:
+        """Wait until the rows so far are on disk: a checkpoint must not outlive them."""
+        if self._main:
+            with self._path.open("a") as file:
+                os.fsync(file.fileno())
 
     def finish(self) -> None:
         """Close W&B."""

@@ -1,11 +1,12 @@
 """Text to token ids and back, without loss, over a SentencePiece model."""
 
 import codecs
+import errno
 import hashlib
 import io
 import os
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +14,14 @@ from numpy.typing import NDArray
 from sentencepiece import SentencePieceProcessor
 
 MODEL_NAME = "tokenizer.model"  # the file's name in a checkpoint, a token store, an output directory
+MAX_MODEL_BYTES = 8 << 20  # half a million pieces; the largest published vocabularies, of 256,000, take 5 MB
 SPACE = "\u2581"  # how SentencePiece spells a space inside pieces; text that really holds it needs care in `encode`
 SPACE_UTF8 = SPACE.encode()
 REPLACEMENT_UTF8 = "\ufffd".encode()
 
 # Field numbers of sentencepiece_model.proto. Four settings do not earn a dependency on protobuf.
 TRAINER_SPEC, NORMALIZER_SPEC = 2, 3
-MODEL_TYPE, WORD = 3, 3
+MODEL_TYPE, UNIGRAM, WORD, MODEL_TYPES = 3, 1, 3, range(1, 5)
 CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES = 2, 3, 4, 5
 
 
@@ -49,13 +51,15 @@ class Tokenizer:
         Raises:
             TokenizerError: Not a SentencePiece model, no `</s>`, or settings that change text.
         """
+        if len(model_proto) > MAX_MODEL_BYTES:
+            raise TokenizerError(f"not a model of textgen: longer than {MAX_MODEL_BYTES} bytes")
         processor = SentencePieceProcessor()
         try:
             processor.LoadFromSerializedProto(model_proto)
-        except RuntimeError:
+            self._bytes_of = [_piece_bytes(processor, token_id) for token_id in range(processor.GetPieceSize())]
+        except (RuntimeError, UnicodeDecodeError):  # SentencePiece does not look whether pieces are UTF-8
             raise TokenizerError(f"not a SentencePiece model: {len(model_proto)} bytes") from None
         self._processor = processor
-        self._bytes_of = [_piece_bytes(processor, token_id) for token_id in range(processor.GetPieceSize())]
         self.model_proto = model_proto
         self.sha256 = hashlib.sha256(model_proto).hexdigest()
         self.vocab_size = len(self._bytes_of)
@@ -63,7 +67,10 @@ class Tokenizer:
         self.unk_id = processor.unk_id()
         if self.eos_id < 0:
             raise TokenizerError("the SentencePiece model has no `</s>` to mark the end of a document")
-        self.is_lossless = _fields(_submessage(model_proto, TRAINER_SPEC)).get(MODEL_TYPE) != WORD
+        model_type = _numbers(_submessage(model_proto, TRAINER_SPEC)).get(MODEL_TYPE, UNIGRAM)
+        if model_type not in MODEL_TYPES:  # SentencePiece would pass over it
+            raise TokenizerError(f"not a SentencePiece model: model_type {model_type}")
+        self.is_lossless = model_type != WORD
         if self.is_lossless:
             num_byte_pieces = sum(map(processor.IsByte, range(self.vocab_size)))
             _check_lossless(_submessage(model_proto, NORMALIZER_SPEC), num_byte_pieces)
@@ -77,7 +84,10 @@ class Tokenizer:
             TokenizerError: As the constructor, naming the file.
         """
         try:
-            return cls(Path(path).read_bytes())
+            if not Path(path).is_file():  # a pipe would be waited for
+                raise TokenizerError("not a file" if Path(path).exists() else os.strerror(errno.ENOENT))
+            with open(path, "rb") as file:
+                return cls(file.read(MAX_MODEL_BYTES + 1))
         except OSError as error:
             raise TokenizerError(f"`{os.fspath(path)}`: {error.strerror}") from None
         except TokenizerError as error:
@@ -197,10 +207,10 @@ def _piece_bytes(processor: SentencePieceProcessor, token_id: int) -> bytes:
 
 
 def _check_lossless(normalizer_spec: bytes, num_byte_pieces: int) -> None:
-    normalizer = _fields(normalizer_spec)
+    normalizer = _numbers(normalizer_spec)
     wanted = {  # proto2: a flag that is not written is true
         "byte_fallback=True": num_byte_pieces == 256,
-        "normalization_rule_name=identity": not normalizer.get(CHARSMAP),
+        "normalization_rule_name=identity": not _submessage(normalizer_spec, CHARSMAP),
         "add_dummy_prefix=False": normalizer.get(ADD_DUMMY_PREFIX, 1) == 0,
         "remove_extra_whitespaces=False": normalizer.get(REMOVE_EXTRA_WHITESPACES, 1) == 0,
         "escape_whitespaces=True": normalizer.get(ESCAPE_WHITESPACES, 1) == 1,
@@ -210,29 +220,30 @@ def _check_lossless(normalizer_spec: bytes, num_byte_pieces: int) -> None:
 
 
 def _submessage(message: bytes, field: int) -> bytes:
-    value = _fields(message).get(field, b"")
-    assert isinstance(value, bytes)
-    return value
+    """Return a field of bytes; where it is given several times, all of it: so does protobuf merge submessages."""
+    return b"".join(value for number, value in _fields(message) if number == field and isinstance(value, bytes))
 
 
-def _fields(message: bytes) -> dict[int, int | bytes]:
-    """Return the last value of each field of a serialized protobuf message that SentencePiece has accepted."""
+def _numbers(message: bytes) -> dict[int, int]:
+    """Return the fields that are whole numbers, the last value of each."""
+    return {number: value for number, value in _fields(message) if isinstance(value, int)}
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, int | bytes | None]]:
+    """Yield the fields of a serialized protobuf message that SentencePiece has accepted; None for what is a float."""
     stream = io.BytesIO(message)
-    fields: dict[int, int | bytes] = {}
     while stream.tell() < len(message):
         number, wire_type = divmod(_read_varint(stream), 8)
         match wire_type:
             case 0:
-                fields[number] = _read_varint(stream)
-            case 1:
-                fields[number] = stream.read(8)
+                yield number, _read_varint(stream)
+            case 1 | 5:
+                stream.seek(8 if wire_type == 1 else 4, os.SEEK_CUR)
+                yield number, None
             case 2:
-                fields[number] = stream.read(_read_varint(stream))
-            case 5:
-                fields[number] = stream.read(4)
+                yield number, stream.read(_read_varint(stream))
             case _:
                 raise TokenizerError(f"not a SentencePiece model: protobuf wire type {wire_type}")
-    return fields
 
 
 def _read_varint(stream: io.BytesIO) -> int:

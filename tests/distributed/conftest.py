@@ -25,12 +25,15 @@ def launch_training(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """
     home = tmp_path_factory.mktemp("distributed")
 
-    def launch(name: str, *flags: str, processes: int = 1, expect: int = 0) -> list[dict[str, Any]]:
+    def launch(
+        name: str, *flags: str, processes: int = 1, expect: int = 0, journal: Path | None = None
+    ) -> list[dict[str, Any]]:
         run_dir = home / name
-        command = [sys.executable, "train_distributed.py"]
+        script = "train_distributed.py" if journal is None else "tests/faults/journaled_training.py"
+        command = [sys.executable, script]
         if processes > 1:
             options = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
-            command = [sys.executable, "-m", "accelerate.commands.launch", *options, "train_distributed.py"]
+            command = [sys.executable, "-m", "accelerate.commands.launch", *options, script]
         settings = [
             "--run_dir", str(run_dir), "--data.source", "package", "--data.cache_dir", str(home / "cache"),
             "--data.validation_fraction", "0.002", "--seq_len", "16", "--log_every", "1", "--mixed_precision", "no",
@@ -39,6 +42,9 @@ def launch_training(tmp_path_factory: pytest.TempPathFactory) -> Launch:
             "--sample_tokens", "4",
         ]  # fmt: skip
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
+        if journal is not None:
+            launches = len({path.name.split("-")[0] for path in journal.iterdir()})
+            environment |= {"TEXTGEN_JOURNAL": str(journal), "TEXTGEN_LAUNCH": str(launches), "PYTHONPATH": str(ROOT)}
         result = subprocess.run(
             [*command, *settings, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,25 +19,33 @@ def losses(rows: list[dict[str, Any]]) -> list[float]:
     return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(launch_training: Launch) -> list[float]:
-    return losses(launch_training("whole", "--max_steps", "30", *FLAGS, processes=2))
-
-
-def test_resume_on_two_processes_is_bitwise(launch_training: Launch, uninterrupted: list[float]) -> None:
+def test_resume_on_two_processes_is_bitwise(launch_training: Launch) -> None:
+    whole = launch_training("whole", "--max_steps", "30", *FLAGS, processes=2)
     for steps in ("10", "30"):
         rows = launch_training("two", "--max_steps", steps, *FLAGS, processes=2)
-    assert losses(rows) == uninterrupted
+    assert losses(rows) == losses(whole)
 
 
-def test_resume_on_other_numbers_of_processes_goes_on_alike(
-    launch_training: Launch, uninterrupted: list[float]
-) -> None:
-    """2 processes, then 1 with 2 micro-batches, then 4."""
-    for steps, processes, micro_batches in (("10", 2, "1"), ("20", 1, "2"), ("30", 4, "1")):
-        flags = ("--max_steps", steps, "--gradient_accumulation_steps", micro_batches)
-        rows = launch_training("mixed", *flags, *FLAGS, processes=processes)
-    assert losses(rows) == pytest.approx(uninterrupted, rel=1e-5)
+def test_any_number_of_processes_goes_on_from_any_other(launch_training: Launch, tmp_path: Path) -> None:
+    """All six changes between 1, 2 and 4, over 308 steps in fp32: losses within 1e-5, each window of a lane once."""
+    whole = losses(launch_training("one", "--max_steps", "308", *FLAGS))
+    for part, processes in enumerate((2, 1, 4, 2, 4, 1, 2), start=1):
+        flags = ("--max_steps", str(44 * part), *FLAGS)
+        micro_batches = "2" if processes == 1 else "1"
+        rows = launch_training(
+            "any", *flags, "--gradient_accumulation_steps", micro_batches, processes=processes, journal=tmp_path
+        )
+    difference = max(abs(a / b - 1) for a, b in zip(losses(rows), whole, strict=True))
+    print(f"largest relative difference {difference:.1e}")
+    assert difference <= 1e-5
+    read: dict[int, list[tuple[int, int, int]]] = {}
+    for file in tmp_path.iterdir():
+        for line in file.read_text().splitlines():
+            step, _, epoch, windows, lanes, *_ = json.loads(line)
+            read.setdefault(step, []).extend((epoch, w, lane) for w, lane in zip(windows, lanes, strict=True))
+    assert sorted(read) == list(range(308))
+    for step, triples in read.items():
+        assert sorted(triples) == [(0, step, lane) for lane in range(128)], f"step {step}"
 
 
 def test_training_that_turns_to_nan_stops_all_processes(launch_training: Launch) -> None:

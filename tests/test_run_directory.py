@@ -1,0 +1,149 @@
+"""The directory of a run: its lock, its status, its space."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from textgen import checkpoint, run_directory, training
+from textgen.parsing import parse_train_config
+from textgen.run_directory import RunDirectory, RunDirectoryError, read_status
+
+
+def test_directory_without_a_training_is_not_left_behind(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "a" / "run", main=True)
+    with run.hold():
+        assert read_status(run.path)["state"] == "running"
+    assert not run.path.exists()
+
+
+@pytest.mark.parametrize("made_before", [True, False])
+def test_directory_with_anything_of_a_training_stays(made_before: bool, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run", main=True)
+    if made_before:
+        run.path.mkdir()
+    with run.hold():
+        if not made_before:
+            (run.path / "config.yaml").touch()
+    assert run.path.exists()
+
+
+def test_other_processes_make_and_hold_nothing(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run", main=False)
+    with run.hold():
+        run.write_status("running", step=1, total_steps=2)
+        run.require_space(1 << 60, count=9)
+        assert not run.path.exists()
+
+
+def test_second_holder_is_refused_with_the_first_one_and_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.1)
+    run, other = (RunDirectory(tmp_path / "run", main=True) for _ in range(2))
+    with run.hold():
+        before = (run.path / "status.json").read_bytes()
+        status = json.loads(before)
+        with pytest.raises(RunDirectoryError) as refused, other.hold():
+            raise AssertionError
+        assert str(refused.value) == (
+            f"`{run.path}` is in use by process {status['pid']} on {status['host']}, since {status['started']}"
+        )
+        assert (run.path / "status.json").read_bytes() == before
+    run.path.mkdir()
+    with other.hold():
+        pass
+
+
+def test_first_reason_of_the_end_stays(tmp_path: Path) -> None:
+    """Whichever process had it; what was under way in the main process does not turn it back to running."""
+    main, last = RunDirectory(tmp_path / "run", main=True), RunDirectory(tmp_path / "run", main=False)
+    with main.hold():
+        last.end("failed", "the last process")
+        main.write_status("running", step=5, total_steps=9)
+        main.end("failed", "the first process")
+        status = read_status(main.path)
+        assert (status["state"], status["reason"], status["step"]) == ("failed", "the last process", None)
+
+
+def test_next_training_starts_with_a_new_status(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    run = RunDirectory(tmp_path / "run", main=True)
+    with run.hold():
+        run.write_status("running", step=5, total_steps=9)
+        run.end("preempted", "SIGTERM")
+    with run.hold():
+        status = read_status(run.path)
+        assert (status["state"], status["reason"], status["step"], status["total_steps"]) == (
+            "running",
+            None,
+            None,
+            None,
+        )
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\0"])
+def test_damaged_status_is_none_and_hinders_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / "status.json").write_text(content)
+    assert read_status(tmp_path) == {}
+    with RunDirectory(tmp_path, main=True).hold():
+        assert read_status(tmp_path)["state"] == "running"
+
+
+def test_space_is_that_of_all_checkpoints_less_those_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk with 25 MB left, 5 MB of a checkpoint lie already: 3 of 10 MB fit, 4 do not."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=25_000_000))
+    run = RunDirectory(tmp_path, main=True)
+    with pytest.raises(
+        RunDirectoryError, match=r"has 25.0 MB of free space, the run needs 30.0: 3 checkpoints of 10.0"
+    ):
+        run.require_space(10_000_000, count=3)
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-000001" / "model.safetensors").write_bytes(bytes(5_000_000))
+    run.require_space(10_000_000, count=3)
+    with pytest.raises(RunDirectoryError, match=r"has 25.0 MB of free space, the run needs 35.0: 4 checkpoints"):
+        run.require_space(10_000_000, count=4)
+
+
+def test_training_that_fails_lets_go_of_its_directory_once_its_last_checkpoint_is_written(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next training would meet a writer that is not its own."""
+    write, take, hold = checkpoint._write, training.train_step, RunDirectory.hold
+    found: list[Any] = []
+
+    def slow_write(*args: Any) -> Any:
+        time.sleep(0.1)
+        return write(*args)
+
+    def fail_at_the_fourth(made: Any, micro_batches: Any) -> Any:
+        if made.progression.step == 3:
+            raise RuntimeError("made to fail")
+        return take(made, micro_batches)
+
+    @contextmanager
+    def watched(run: RunDirectory) -> Iterator[None]:
+        with hold(run):
+            try:
+                yield
+            finally:
+                found.extend(path.name for path in (run.path / "checkpoints").iterdir())
+
+    monkeypatch.setattr(checkpoint, "_write", slow_write)
+    monkeypatch.setattr(training, "train_step", fail_at_the_fourth)
+    monkeypatch.setattr(RunDirectory, "hold", watched)
+    flags = [*tiny_flags, "--run_dir", str(tmp_path / "run"), "--save_every", "3"]
+    with pytest.raises(RuntimeError, match="made to fail"):
+        training.train(parse_train_config(flags))
+    assert found == ["step-000003"]
+    assert read_status(tmp_path / "run")["reason"] == "RuntimeError: made to fail"

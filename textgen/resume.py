@@ -1,0 +1,357 @@
+"""The training state as a checkpoint, and back: on any number of processes."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from textgen import launch
+from textgen.checkpoint import (
+    MANIFEST_NAME,
+    TRAINER_NAME,
+    CheckpointError,
+    Manifest,
+    checkpoints,
+    find_checkpoint,
+    newest_valid,
+    read_json,
+    remove_leftovers,
+    verify,
+)
+from textgen.config import TrainConfig
+from textgen.model import CONFIG_NAME, WEIGHTS_NAME, LSTMLanguageModel, ModelFileError, State
+from textgen.steps import Progression, Training, TrainingError, fit_steps
+from textgen.tensorfile import TensorFileError, read_header, read_tensors
+from tokenizer import MODEL_NAME
+
+log = logging.getLogger("textgen")
+
+# Settings that may differ between a checkpoint and its resumption: they change what is told or kept, not what is
+# learnt. Data and tokenizer are compared by content (`compare_settings`).
+HARMLESS = {
+    "log_every", "keep_last", "save_every", "sample_prompts", "sample_temperatures", "sample_tokens", "tracking",
+    "evaluate_every", "evaluate_documents", "gradient_accumulation_steps", "distributed_timeout", "stop_signal",
+    "deterministic",
+}  # fmt: skip
+# Settings of the command, not of the training: nothing is said of them.
+UNTOLD = {"run_dir", "resume", "resume_override", "dry_run"}
+
+
+def state_shapes(training: Training) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Return the shapes of all tensors of a checkpoint, by file name without ending and by tensor name."""
+    model = training.bare
+    lanes = (model.config.num_layers, training.config.batch_size, model.config.hidden_size)
+    moments = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {
+        "model": model.state_shapes(),
+        "optimizer": {
+            f"{slot}.{name}": () if slot == "step" else shape
+            for slot in ("exp_avg", "exp_avg_sq", "step")
+            for name, shape in moments.items()
+        },
+        "lanes": {"hidden": lanes, "cell": lanes},
+    }
+    if training.average is not None:
+        shapes["weights"] = model.state_shapes()
+    return shapes
+
+
+def state_bytes(training: Training) -> int:
+    """Return about how large a checkpoint is."""
+    numbers = sum(torch.Size(shape).numel() for group in state_shapes(training).values() for shape in group.values())
+    return 4 * numbers + len(training.store.tokenizer.model_proto) + (64 << 10)
+
+
+def save(training: Training) -> float:
+    """Have a checkpoint of this step written; return the seconds that the main process paused for it. Collective.
+
+    LSTM states and sums of nats are gathered; the main process copies the state and writes it in the background.
+
+    Raises:
+        OSError: an earlier one could not be written.
+        TrainingError: the weights are not finite.
+    """
+    started = time.perf_counter()
+    accelerator, now = training.accelerator, training.progression
+    if not torch.nn.utils.get_total_norm(training.bare.parameters()).isfinite():
+        raise TrainingError(f"the weights turned to nan or infinity by step {now.step}; they are not saved")
+    lanes = gather_lanes(accelerator, training.lane_states)
+    now.unlogged_nats = float(accelerator.reduce(training.nats, "sum"))
+    if training.saver is None:
+        return 0.0
+    model = training.best_weights
+    tensors = {
+        "model": model.state_tensors(),
+        "optimizer": optimizer_tensors(training.bare, training.optimizer),
+        "lanes": lanes,
+    }
+    if training.average is not None:
+        tensors["weights"] = training.bare.state_tensors()
+    trainer = {
+        "progression": asdict(now),
+        "config": asdict(training.config),
+        "mixed_precision": accelerator.mixed_precision,
+        "data": training.store.training_key,
+        "tokenizer": training.store.tokenizer.sha256,
+        "processes": accelerator.num_processes,
+        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
+        "wandb_id": training.wandb_id,
+    }
+    files = model.pretrained_files() | {
+        MODEL_NAME: training.store.tokenizer.model_proto,
+        TRAINER_NAME: json.dumps(trainer, indent=2).encode() + b"\n",
+    }
+    return training.saver.save(now.step, tensors, files, best_step=now.best_step, since=started)
+
+
+def resume(training: Training) -> bool:
+    """Load the checkpoint that `resume` names, if any; return whether there was one. Collective.
+
+    Raises:
+        CheckpointError: it cannot be used, settings that change the result differ, or the run holds newer ones.
+    """
+    config, accelerator = training.config, training.accelerator
+    directory = choose(training)
+    launch.assert_same(accelerator, str(directory), "the checkpoint to resume from")
+    if directory is None:
+        return False
+    manifest = verify(directory)
+    trainer = read_json(directory / TRAINER_NAME)
+    check_whole(manifest, trainer, directory)
+    compare_settings(training, trainer, directory)
+    then = read_progression(trainer, directory)
+    if then.step != manifest.step:
+        raise CheckpointError(f"`{directory / TRAINER_NAME}` is of step {then.step}, the rest of step {manifest.step}")
+    training.wandb_id = trainer.get("wandb_id")
+    total = training.progression.total_steps
+    if config.max_minutes is not None:
+        same = trainer["config"].get("max_minutes") == config.max_minutes
+        total = min(total, then.total_steps if same else fit_steps(training))
+    if total != then.total_steps:
+        then.total_steps, then.finished = total, then.step >= total
+    training.progression = then
+    shapes = state_shapes(training)
+    averaged = "weights.safetensors" in manifest.files  # then model.safetensors holds the average
+    try:
+        weights = directory / ("weights.safetensors" if averaged else "model.safetensors")
+        training.bare.load_state_dict(read_tensors(weights, shapes["model"]), strict=False)
+        if training.average is not None:
+            average = read_tensors(directory / "model.safetensors", shapes["model"])
+            training.average.load_state_dict(average, strict=False)
+        optimizer = read_tensors(directory / "optimizer.safetensors", shapes["optimizer"])
+        load_optimizer(training.bare, training.optimizer, optimizer)
+        if trainer["config"].get("batch_size") == config.batch_size:  # else `resume_override` starts them from zero
+            lanes = read_tensors(directory / "lanes.safetensors", shapes["lanes"], dtypes=("F32", "F16", "BF16"))
+            training.lane_states = own_lanes(
+                accelerator, (lanes["hidden"], lanes["cell"]), config.gradient_accumulation_steps
+            )
+    except TensorFileError as error:
+        raise CheckpointError(str(error)) from error
+    if accelerator.scaler and trainer.get("scaler"):
+        try:
+            accelerator.scaler.load_state_dict(trainer["scaler"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"`{directory / TRAINER_NAME}`: `scaler` is not one: {error}") from error
+    training.nats.fill_(then.unlogged_nats if accelerator.is_main_process else 0.0)
+    return True
+
+
+def choose(training: Training) -> Path | None:
+    """Return the checkpoint that `resume` names; None to start anew. The main process puts invalid ones out of the way.
+
+    Collective: the others look once it has done so.
+    """
+    config, main = training.config, training.accelerator.is_main_process
+    run_dir = Path(config.run_dir)
+    if config.resume == "never":
+        if checkpoints(run_dir):
+            raise CheckpointError(
+                f"`{config.run_dir}` holds a training and `--resume never` would overwrite it: "
+                "remove it or name another `--run_dir`"
+            )
+        return None
+    if config.resume != "auto":
+        directory = find_checkpoint(config.resume)
+        if directory is None:
+            raise CheckpointError(f"`{config.resume}` is no checkpoint, and no run that has one")
+        newest = next(iter(checkpoints(run_dir)), None)
+        step = verify(directory).step
+        if newest is not None and newest[0] > step:
+            raise CheckpointError(
+                f"`{config.run_dir}` holds checkpoints up to step {newest[0]}, newer than `{directory}`: "
+                "remove them or name another `--run_dir`"
+            )
+        return directory
+    chosen = None
+    if main:
+        remove_leftovers(run_dir)
+        chosen, problems = newest_valid(run_dir)
+        if problems and chosen is None:
+            raise CheckpointError(
+                f"no checkpoint of `{run_dir}` is valid: {'; '.join(map(str, problems))}; "
+                "remove them to start anew, or name another `--run_dir`"
+            )
+        if problems:
+            log.warning(
+                "INVALID CHECKPOINTS: %s; set aside as `*.invalid`, going on from `%s`",
+                "; ".join(map(str, problems)), chosen,
+            )  # fmt: skip
+            for _, path in checkpoints(run_dir)[: len(problems)]:
+                invalid = path.with_name(f"{path.name}.invalid")
+                shutil.rmtree(invalid, ignore_errors=True)  # of an earlier damage to this step
+                path.rename(invalid)
+    training.accelerator.wait_for_everyone()
+    return chosen if main else next((path for _, path in checkpoints(run_dir)), None)
+
+
+def check_whole(manifest: Manifest, trainer: Mapping[str, Any], directory: Path) -> None:
+    """Raise CheckpointError where the manifest leaves out, or adds, a file of the training that trainer.json tells of.
+
+    `verify` holds files against the manifest: one that the manifest leaves out would be read as it lies there.
+    """
+    config, wandb_id, scaler = trainer.get("config"), trainer.get("wandb_id"), trainer.get("scaler")
+    sound = isinstance(config, dict) and isinstance(wandb_id, str | None) and isinstance(scaler, dict | None)
+    if not sound or not {"mixed_precision", "data"} <= trainer.keys():
+        raise CheckpointError(f"`{directory / TRAINER_NAME}` is of another version of textgen: it lacks settings")
+    wanted = {CONFIG_NAME, WEIGHTS_NAME, "optimizer.safetensors", "lanes.safetensors", MODEL_NAME, TRAINER_NAME}
+    if trainer["config"].get("ema_decay") is not None:
+        wanted.add("weights.safetensors")
+    if wrong := sorted(manifest.files.keys() ^ wanted):
+        lacks = "has no" if wrong[0] in wanted else "should have no"
+        raise CheckpointError(f"`{directory}` {lacks} `{wrong[0]}` in its `{MANIFEST_NAME}`")
+
+
+def read_progression(trainer: Mapping[str, Any], directory: Path) -> Progression:
+    """Return the numbers of a training's state.
+
+    Raises:
+        CheckpointError: a name or a type is another one, or a number is negative or not finite.
+    """
+    kinds = typing.get_type_hints(Progression)
+    values = trainer.get("progression")
+    if not isinstance(values, dict) or values.keys() != kinds.keys():
+        raise CheckpointError(f"`{directory / TRAINER_NAME}` is of another version of textgen: it tells other numbers")
+    for name, value in values.items():
+        kind = kinds[name]
+        allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        if type(value) not in allowed or (value is not None and not -1 < value < 1 << 63):
+            raise CheckpointError(f"`{directory / TRAINER_NAME}`: `{name}` is {value!r:.40}")
+    return Progression(**values)
+
+
+def compare_settings(training: Training, trainer: dict[str, Any], directory: Path) -> None:
+    """Raise CheckpointError where a setting that changes the result is not the checkpoint's; note the other ones."""
+    config = training.config
+    defaults = _dotted(json.loads(json.dumps(asdict(TrainConfig()))))  # of settings younger than the checkpoint
+    then, now = defaults | _dotted(trainer["config"]), _dotted(json.loads(json.dumps(asdict(config))))
+    then["mixed_precision"], now["mixed_precision"] = trainer["mixed_precision"], training.accelerator.mixed_precision
+    harmless = HARMLESS
+    if config.lr_schedule == "constant":
+        harmless = harmless | {"max_steps", "max_epochs", "max_minutes"}  # no step depends on how many there will be
+    if trainer["data"] == training.store.training_key:
+        harmless = harmless | {"data", "tokenizer"}  # however they were asked for, the tokens are the same
+    elif all(now[name] == then[name] for name in now if name.startswith(("data.", "tokenizer."))):
+        then["training text"], now["training text"] = trainer["data"], training.store.training_key
+    for name in now:
+        if now[name] == then[name] or name in UNTOLD:
+            continue
+        message = f"`{name}` is {now[name]}, `{directory}` was made with {then[name]}"
+        if name.split(".")[0] not in harmless and not config.resume_override:
+            raise CheckpointError(
+                f"{message}: `--resume_override` goes on all the same, another `--run_dir` starts anew"
+            )
+        log.info("%s", message)
+
+
+def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings under the names of their flags."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def describe_checkpoint(directory: Path) -> dict[str, Any]:
+    """Check every byte and every tensor's shape of a checkpoint and return what it holds, in plain values.
+
+    Raises:
+        CheckpointError: what is wrong.
+    """
+    manifest = verify(directory)
+    trainer = read_json(directory / TRAINER_NAME)
+    now = read_progression(trainer, directory)
+    if now.step != manifest.step:
+        raise CheckpointError(f"`{directory}`: `{TRAINER_NAME}` is of step {now.step}, the manifest of {manifest.step}")
+    try:
+        model = LSTMLanguageModel.from_pretrained(directory)
+        headers = {name: read_header(directory / name) for name in manifest.files if name.endswith(".safetensors")}
+    except (ModelFileError, TensorFileError) as error:
+        raise CheckpointError(str(error)) from error
+    return {
+        "checkpoint": str(directory), "valid": True, "step": now.step, "total_steps": now.total_steps,
+        "finished": now.finished, "best_step": now.best_step, "best_loss": now.best_loss,
+        "parameters": model.num_parameters, "tensors": sum(map(len, headers.values())),
+        "bytes": sum(size for size, _ in manifest.files.values()), "files": " ".join(sorted(manifest.files)),
+        "processes": trainer.get("processes"), "mixed_precision": trainer.get("mixed_precision"),
+        "data": trainer.get("data"), "tokenizer": trainer.get("tokenizer"), "wandb_id": trainer.get("wandb_id"),
+    }  # fmt: skip
+
+
+# --- tensors of the state, whole and in parts -------------------------------------------------------------------------
+
+
+def gather_lanes(accelerator: Accelerator, lane_states: Sequence[State]) -> dict[str, Tensor]:
+    """Gather the LSTM states of all lanes, from each process's part of each micro-batch. Collective.
+
+    Returns:
+        `hidden` and `cell`, (num_layers, batch_size, hidden_size) in the order of global lanes.
+    """
+    gathered: dict[str, list[Tensor]] = {"hidden": [], "cell": []}
+    for hidden, cell in lane_states:
+        for name, value in (("hidden", hidden), ("cell", cell)):
+            # Accelerate gathers along the first dimension, in the order of processes: that of the lanes
+            everyone = accelerator.gather(value.transpose(0, 1).contiguous())
+            gathered[name].append(everyone.transpose(0, 1))
+    return {name: torch.cat(parts, 1) for name, parts in gathered.items()}
+
+
+def own_lanes(accelerator: Accelerator, state: State, micro_batches: int) -> list[State]:
+    """Return this process's part of the states of all lanes, per micro-batch: what `gather_lanes` was given."""
+    parts = []
+    for i in range(micro_batches):
+        hidden, cell = (
+            s.chunk(micro_batches, 1)[i].chunk(accelerator.num_processes, 1)[accelerator.process_index] for s in state
+        )
+        parts.append((hidden.to(accelerator.device), cell.to(accelerator.device)))
+    return parts
+
+
+def optimizer_tensors(model: LSTMLanguageModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return the optimizer's state as `slot.parameter name` -> tensor."""
+    return {
+        f"{slot}.{name}": value
+        for name, parameter in model.named_parameters()
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def load_optimizer(model: LSTMLanguageModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Set the optimizer's state from what `optimizer_tensors` returned for a model of these parameters."""
+    slots: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        slot, _, name = key.partition(".")
+        slots.setdefault(name, {})[slot] = tensor
+    state = {i: slots[name] for i, (name, _) in enumerate(model.named_parameters())}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,180 @@
+"""The directory of a run: held by one training at a time, and telling from outside how it stands."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+STATUS_NAME = "status.json"
+LOCK_NAME = ".lock"
+
+# A job that was requeued may meet the last moments of the one before.
+LOCK_SECONDS = 2.0
+
+RunState = Literal["running", "finished", "preempted", "failed"]
+
+
+class RunDirectoryError(ValueError):
+    """A run directory that cannot be used; the message is one line."""
+
+
+class RunDirectory:
+    """Lock and status of a run's directory.
+
+    Args:
+        path: the directory.
+        main: whether this is the main process; on the others only `end` does anything.
+    """
+
+    def __init__(self, path: str | Path, *, main: bool) -> None:
+        self.path, self._main = Path(path), main
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Hold the directory, which is made where it is missing; the kernel lets go of it when the process dies.
+
+        A training that ends before its first step leaves no new directory behind.
+
+        Raises:
+            RunDirectoryError: another process holds it.
+        """
+        if not self._main:
+            yield
+            return
+        made = not self.path.exists()
+        make_directory(self.path)
+        lock = FileLock(self.path / LOCK_NAME, timeout=LOCK_SECONDS)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise RunDirectoryError(f"`{self.path}` is in use by {self._holder()}") from None
+        try:
+            holder = {"started": _now(), "host": socket.gethostname(), "pid": os.getpid()}
+            self._write({"state": "running", "step": None, "total_steps": None, "reason": None, **holder})
+            yield
+        finally:
+            lock.release()
+            if made and {entry.name for entry in self.path.iterdir()} <= {LOCK_NAME, STATUS_NAME}:
+                shutil.rmtree(self.path)
+
+    def _holder(self) -> str:
+        status = read_status(self.path)
+        if status.get("state") != "running":
+            return "another process"
+        return f"process {status.get('pid')} on {status.get('host')}, since {status.get('started')}"
+
+    def write_status(self, state: RunState, *, step: int, total_steps: int, reason: str | None = None) -> None:
+        """Write how the training stands; that it runs, only until some process has said why it does not."""
+        if not self._main:
+            return
+        with self._alone():
+            if state != "running" or read_status(self.path).get("state") == "running":
+                self._write({"state": state, "step": step, "total_steps": total_steps, "reason": reason})
+
+    def end(self, state: Literal["preempted", "failed"], reason: str) -> None:
+        """Write why the training ended, from whichever process it is and if it can be; the first reason stays."""
+        if read_status(self.path).get("state") != "running":
+            return
+        with suppress(OSError), self._alone():
+            if read_status(self.path).get("state") != "running":
+                return
+            values = {"state": state, "reason": reason}
+            try:
+                self._write(values)
+            except OSError:  # a full disk, say, which may well be the reason: the file that is there has a block
+                with (self.path / STATUS_NAME).open("r+") as file:
+                    file.write(self._status(values))
+                    file.truncate()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Let no other process of the training write between reading and writing, where the file system can."""
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _write(self, values: dict[str, Any]) -> None:
+        """Write status.json whole: `values` over what stands there."""
+        write_whole(self.path / STATUS_NAME, self._status(values))
+
+    def _status(self, values: dict[str, Any]) -> str:
+        return json.dumps(read_status(self.path) | values | {"time": _now()}, indent=2) + "\n"
+
+    def require_space(self, checkpoint_bytes: int, *, count: int) -> None:
+        """Check that the checkpoints that will lie here at a time fit, those that already do included.
+
+        Raises:
+            RunDirectoryError: the disk has less space.
+        """
+        if not self._main:
+            return
+        present = sum(file.stat().st_size for file in (self.path / "checkpoints").glob("step-*/*"))
+        wanted, free = checkpoint_bytes * count - present, shutil.disk_usage(self.path).free
+        if free < wanted:
+            raise RunDirectoryError(
+                f"`{self.path}` has {free / 1e6:,.1f} MB of free space, the run needs {wanted / 1e6:,.1f}: "
+                f"{count} checkpoints of {checkpoint_bytes / 1e6:,.1f} MB at a time, see `--keep_last`"
+            )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of a run so that it holds the old text or the new, whatever happens.
+
+    Raises:
+        OSError: it cannot be written; it names the file.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:  # a full disk does not say where
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, and wait until they are on disk."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync_directory(place.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until a directory's entries are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """Return what status.json says; nothing where there is none."""
+    try:
+        status = json.loads((run_dir / STATUS_NAME).read_text())
+    except (OSError, ValueError):
+        return {}
+    return status if isinstance(status, dict) else {}
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

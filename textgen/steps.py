@@ -1,0 +1,327 @@
+"""One optimizer step: what it needs, its micro-batches, and what it costs."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import set_seed
+from torch import Tensor, nn
+
+from textgen.checkpoint import Saver
+from textgen.config import TrainConfig
+from textgen.data import Epoch, TokenStore, build_loader, windows_per_epoch
+from textgen.launch import LaunchError
+from textgen.model import DropoutMasks, LSTMLanguageModel, State
+from textgen.optim import build_optimizer, learning_rate
+from textgen.processes import StopSignals
+from textgen.tracking import say
+
+log = logging.getLogger("textgen")
+
+# Share of `max_minutes` that is spent on timing steps, at most; they are not counted and leave no trace.
+TIMING_SHARE = 0.05
+
+
+class TrainingError(ValueError):
+    """A training that cannot go on; the message is one line."""
+
+
+@dataclass(kw_only=True)
+class Progression:
+    """The training state beside tensors: plain numbers, saved as JSON, whole at every step."""
+
+    step: int = 0
+    total_steps: int
+    epoch_nats: float = 0.0
+    epoch_tokens: int = 0
+    unlogged_nats: float = 0.0
+    """of all processes, since the last row of metrics; brought up to date when a checkpoint is made"""
+    unlogged_steps: int = 0
+    evaluated_step: int = 0
+    """the last step that was scored and sampled"""
+    best_loss: float | None = None
+    best_step: int | None = None
+    evaluations_without_better: int = 0
+    skipped_steps: int = 0
+    """steps without an update since float16 overflowed"""
+    finished: bool = False
+
+
+@dataclass(kw_only=True)
+class Training:
+    """What outlives a step."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    store: TokenStore
+    bare: LSTMLanguageModel
+    model: nn.Module
+    """`bare` as Accelerate prepared it"""
+    optimizer: AcceleratedOptimizer
+    progression: Progression
+    stop: StopSignals
+    average: LSTMLanguageModel | None = None
+    """holds the averaged weights, where they are wanted"""
+    saver: Saver | None = None
+    """of the main process"""
+    lane_states: list[State] = field(default_factory=list)
+    """LSTM state of this process's lanes, one entry per micro-batch"""
+    wandb_id: str | None = None
+    nats: Tensor
+    """float64 scalar: of this process, since the last row of metrics. Sums of float32 values are exact in it, so that
+    no order of summation, and no resume, shows in a row"""
+    nonfinite: Tensor
+    """bool scalar: a loss or gradient was nan or infinite; from then on no step updates anything"""
+    recent: deque[tuple[int, list[tuple[Tensor, Tensor]]]] = field(default_factory=lambda: deque(maxlen=2))
+    """(step, [(lanes, nats) per micro-batch]) of the last steps, to tell which of them went wrong"""
+    skips_in_a_row: int = 0
+
+    @property
+    def best_weights(self) -> LSTMLanguageModel:
+        """The model to score, sample and publish."""
+        return self.average or self.bare
+
+
+def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop: StopSignals) -> Training:
+    """Build model, optimizer and the counting of steps."""
+    set_seed(config.seed)
+    text = {"tokenizer_sha256": store.tokenizer.sha256, "normalization": store.record["normalization"]}
+    counts = store.unigram_counts
+    bare = LSTMLanguageModel(config.model, len(counts), unigram_counts=counts, text=text)
+    optimizer = build_optimizer(bare, config, accelerator.device)
+    assert_precision(bare, accelerator)
+    model, prepared = accelerator.prepare(bare, optimizer)
+    average = None
+    if config.ema_decay is not None:
+        average = LSTMLanguageModel(config.model, len(counts), text=text).to(accelerator.device).requires_grad_(False)
+        average.load_state_dict(bare.state_dict())
+    if config.early_stopping_patience is not None and "validation" not in store.record["splits"]:
+        raise TrainingError("`early_stopping_patience` needs a validation split, and the data has none")
+    total = config.max_epochs * steps_per_epoch(config, store)
+    device = accelerator.device
+    if accelerator.num_processes > 1:
+        settle_buckets(accelerator, bare, model)
+    return Training(
+        config=config, accelerator=accelerator, store=store, bare=bare, model=model, optimizer=prepared,
+        average=average, progression=Progression(total_steps=min(total, config.max_steps or total)), stop=stop,
+        nats=torch.zeros((), dtype=torch.float64, device=device),
+        nonfinite=torch.zeros((), dtype=torch.bool, device=device),
+    )  # fmt: skip
+
+
+def settle_buckets(accelerator: Accelerator, bare: LSTMLanguageModel, model: nn.Module) -> None:
+    """Have DDP sum gradients in their final buckets from the first step on. Collective.
+
+    DDP reduces all gradients as one in its first backward pass and in buckets in the order of arrival ever after. Where
+    three processes or more add up, that decides in which order they do: a resumed run's first step would have other
+    last bits than the same step of a run that went on.
+    """
+    tokens = torch.zeros((1, 2), dtype=torch.int64, device=accelerator.device)
+    nats, _ = model(tokens, bare.zero_state(1), tokens)
+    accelerator.backward(nats)
+    bare.zero_grad()
+
+
+def assert_precision(model: LSTMLanguageModel, accelerator: Accelerator) -> None:
+    """Raise LaunchError in the first forward pass if the LSTM does not compute in the dtype that was asked for."""
+    wanted = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+
+    def check(_module: nn.Module, _inputs: object, output: tuple[Tensor, State]) -> None:
+        handle.remove()
+        if output[0].dtype != wanted:
+            raise LaunchError(f"the LSTM computes in {output[0].dtype}, wanted {wanted}")
+
+    handle = model.layers[0].register_forward_hook(check)
+
+
+def steps_per_epoch(config: TrainConfig, store: TokenStore) -> int:
+    """Return the optimizer steps of one epoch; raise DataError where the text is too short for one."""
+    return windows_per_epoch(store.split("train"), batch_size=config.batch_size, seq_len=config.seq_len)
+
+
+def step_batches(training: Training, until: int) -> Iterator[tuple[list[dict[str, Tensor]], float]]:
+    """Yield each remaining step's micro-batches, dealt to this process by Accelerate, and the seconds waited for them.
+
+    Sets the lanes' states to zero at the start of an epoch.
+    """
+    config, now = training.config, training.progression
+    split = training.store.split("train")
+    per_epoch = steps_per_epoch(config, training.store)
+    micro = config.gradient_accumulation_steps
+    while now.step < until:
+        started = time.perf_counter()
+        number, window = divmod(now.step, per_epoch)
+        epoch = Epoch(split, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed, epoch=number)
+        last = min(per_epoch, window + until - now.step)
+        loader = training.accelerator.prepare(
+            build_loader(epoch, micro_batches=micro, first_window=window, last_window=last)
+        )
+        if window == 0 or not training.lane_states:
+            rows = config.batch_size // (micro * training.accelerator.num_processes)
+            training.lane_states = [training.bare.zero_state(rows) for _ in range(micro)]
+        batches = iter(loader)
+        try:
+            for _ in range(window, last):
+                micro_batches = list(islice(batches, micro))
+                yield micro_batches, time.perf_counter() - started
+                started = time.perf_counter()
+        finally:
+            # Accelerate keeps every loader it has prepared, and with it the epoch's order of documents
+            training.accelerator._dataloaders.remove(loader)
+
+
+def train_step(training: Training, micro_batches: Sequence[dict[str, Tensor]], *, rate: float | None = None) -> Tensor:
+    """Take one optimizer step. Collective.
+
+    Each micro-batch's nats are summed and divided once by the step's tokens over all processes, so that neither the
+    number of processes nor of micro-batches shows in the gradient.
+
+    Args:
+        training: weights, optimizer and lane states are changed in place.
+        micro_batches: this process's rows of each.
+        rate: overrides the learning rate of the step.
+
+    Returns:
+        Nats summed over this process's tokens, on the device: nothing waits for it.
+    """
+    config, accelerator, model = training.config, training.accelerator, training.model
+    step = training.progression.step
+    scale = accelerator.num_processes / (config.batch_size * config.seq_len)  # DDP averages over processes
+    nats = torch.zeros((), device=accelerator.device)
+    parts = []
+    for i, batch in enumerate(micro_batches):
+        masks = DropoutMasks(config.seed, step, batch["lanes"]) if config.model.dropout else None
+        with accelerator.no_sync(model) if i + 1 < len(micro_batches) else nullcontext():
+            part, (hidden, cell) = model(batch["tokens"], training.lane_states[i], batch["targets"], masks=masks)
+            accelerator.backward(part * scale)
+        training.lane_states[i] = hidden.detach(), cell.detach()
+        nats += part.detach()
+        parts.append((batch["lanes"], part.detach()))
+    training.recent.append((step, parts))
+    for group in training.optimizer.param_groups:
+        group["lr"] = learning_rate(step, training.progression.total_steps, config) if rate is None else rate
+    _update(training, nats)
+    if training.average is not None and rate is None:
+        assert config.ema_decay is not None
+        decay = min(config.ema_decay, (1 + step) / (10 + step))  # early weights are soon forgotten
+        averaged: list[Tensor] = list(training.average.parameters())
+        current: list[Tensor] = list(training.bare.parameters())
+        torch._foreach_lerp_(averaged, current, 1 - decay)
+    return nats
+
+
+def _update(training: Training, nats: Tensor) -> None:
+    """Clip the gradient and update the weights, unless loss or gradient is not finite.
+
+    Nothing waits for the device, except where float16 is scaled.
+    """
+    parameters = list(training.model.parameters())
+    max_norm = training.config.max_grad_norm
+    if max_norm is not None:
+        norm = training.accelerator.clip_grad_norm_(parameters, max_norm)
+    elif training.accelerator.scaler is None:
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if training.accelerator.scaler is None:
+        training.nonfinite |= ~(norm.isfinite() & nats.isfinite())
+        # What GradScaler tells a fused optimizer: leave everything as it is. Gradients are the same on all processes.
+        fused = training.optimizer.defaults["fused"]
+        if fused:
+            training.optimizer.optimizer.found_inf = training.nonfinite.float()
+        if fused or not training.nonfinite:
+            training.optimizer.step()
+    else:
+        training.nonfinite |= ~nats.isfinite()
+        scale = training.accelerator.scaler.get_scale()
+        training.optimizer.step()
+        # A fused optimizer is always called, and leaves weights alone by itself: Accelerate's `step_was_skipped` is
+        # never true of one. But the scale is halved.
+        skipped = training.accelerator.scaler.get_scale() < scale
+        training.progression.skipped_steps += skipped
+        training.skips_in_a_row = training.skips_in_a_row + 1 if skipped else 0
+    training.optimizer.zero_grad()
+
+
+# --- what a training costs -------------------------------------------------------------------------------------------
+
+
+def time_steps(training: Training, *, budget_seconds: float, at_least: int = 2, at_most: int = 200) -> float:
+    """Return the median seconds of a few steps that leave no trace: learning rate 0, Adam's state cleared after."""
+    seconds: list[float] = []
+    scaler = training.accelerator.scaler
+    scale = scaler.state_dict() if scaler is not None else {}
+    started = time.perf_counter()
+    for micro_batches, _ in step_batches(training, training.progression.step + at_most):
+        before = time.perf_counter()
+        nats = train_step(training, micro_batches, rate=0.0)
+        nats.item()  # wait for the device
+        seconds.append(time.perf_counter() - before)
+        spent = time.perf_counter() - started > budget_seconds
+        enough = (spent and len(seconds) >= at_least) or len(seconds) == at_most
+        if float(training.accelerator.reduce(torch.tensor(float(enough), device=nats.device), "sum")) > 0:
+            break
+    training.optimizer.state.clear()
+    training.lane_states = []
+    training.nonfinite.zero_()
+    training.progression.skipped_steps = training.skips_in_a_row = 0
+    if scaler is not None:
+        scaler.load_state_dict(scale)
+    return sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]  # the first one warms up
+
+
+def fit_steps(training: Training) -> int:
+    """Return how many steps fit into `max_minutes`: timed once, decided by the main process. Collective."""
+    config, accelerator = training.config, training.accelerator
+    assert config.max_minutes is not None
+    budget = config.max_minutes * 60
+    seconds = time_steps(training, budget_seconds=budget * TIMING_SHARE)
+    decided = torch.tensor(max(int(budget / seconds), 1), device=accelerator.device)
+    if not accelerator.is_main_process:
+        decided.zero_()
+    steps = int(accelerator.reduce(decided, "sum"))
+    log.info("%d steps of %.3f s fit into %g minutes", steps, seconds, config.max_minutes)
+    return steps
+
+
+def describe_training(training: Training) -> str:
+    """Return what is about to be trained, in a line."""
+    config, store, now = training.config, training.store, training.progression
+    return (
+        f"{training.bare.num_parameters:,} parameters, {store.split('train').num_tokens:,} training tokens of "
+        f"{store.bytes_per_token('train'):.2f} bytes, {config.batch_size} x {config.seq_len} tokens per step, "
+        f"steps {now.step} to {now.total_steps}, {steps_per_epoch(config, store)} per epoch"
+    )
+
+
+def describe_cost(training: Training) -> None:
+    """Print what the training would cost, from two steps. Collective."""
+    seconds = time_steps(training, budget_seconds=0.0)
+    accelerator, steps = training.accelerator, training.progression.total_steps
+    if accelerator.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated()
+    else:
+        import resource
+
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if training.config.max_minutes is not None:
+        steps = min(steps, max(int(training.config.max_minutes * 60 / seconds), 1))
+    say_main(
+        accelerator,
+        f"dry run: {describe_training(training)}\n"
+        f"{steps:,} steps of {seconds:.3f} s: {steps * seconds / 3600:.2f} hours, "
+        f"{memory / 2**30:.2f} GiB of memory at its peak so far per process; nothing was written but the token store",
+    )
+
+
+def say_main(accelerator: Accelerator, message: str) -> None:
+    """Print a result once."""
+    if accelerator.is_main_process:
+        say(message)
