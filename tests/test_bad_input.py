@@ -14,7 +14,7 @@ import pytest
 
 from textgen import parsing
 from textgen.cli import main, train_main
-from textgen.run_directory import read_status
+from textgen.run_directory import RunDirectory, read_status
 from tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -377,7 +377,7 @@ def test_disk_too_small_for_the_checkpoints_is_refused_with_free_and_needed_spac
     run_dir = small_disk("200k") / "run"
     line = refusal(lambda: train_main([*tiny_flags, "--run_dir", str(run_dir)]), capsys)
     assert line == (
-        f"`{run_dir}` has 0.2 MB of free space, the run needs 0.3: 1 checkpoints of 0.3 MB at a time, see `--keep_last`"
+        f"`{run_dir}` has 0.2 MB of free space, the run needs 0.3: 1 checkpoint of 0.3 MB at a time, see `--keep_last`"
     )
     assert not run_dir.exists()
 
@@ -386,7 +386,7 @@ def test_full_disk_while_a_checkpoint_is_saved_leaves_no_part_of_it(
     small_disk: Callable[[str], Path], tiny_flags: list[str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where another job has filled it since the start: the check there is told of space that is not."""
-    monkeypatch.setattr("textgen.training.state_bytes", lambda _training: 0)
+    monkeypatch.setattr(RunDirectory, "require_space", lambda *_, **__: None)
     run_dir = small_disk("200k") / "run"
     line = refusal(lambda: train_main([*tiny_flags, "--run_dir", str(run_dir), "--save_every", "1"]), capsys)
     assert line == f"No space left on device: `{run_dir / 'checkpoints' / 'step-000001'}`"

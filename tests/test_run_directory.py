@@ -67,6 +67,7 @@ def test_first_reason_of_the_end_stays(tmp_path: Path) -> None:
     """Whichever process had it; what was under way in the main process does not turn it back to running."""
     main, last = RunDirectory(tmp_path / "run", main=True), RunDirectory(tmp_path / "run", main=False)
     with main.hold():
+        assert main.read_started() == last.read_started() is not None
         last.end("failed", "the last process")
         main.write_status("running", step=5, total_steps=9)
         main.end("failed", "the first process")

@@ -27,6 +27,7 @@ from textgen.model import LSTMLanguageModel, resolve_model_directory
 from textgen.run_directory import make_directory, sync_directory
 from textgen.tensorfile import JSON_BYTES, chunks, memory_bytes, parse_json
 from tokenizer import MODEL_NAME, Tokenizer
+from tokenizer.tokenizer import MAX_MODEL_BYTES
 
 log = logging.getLogger("textgen")
 
@@ -34,8 +35,6 @@ MANIFEST_NAME = "manifest.json"
 TRAINER_NAME = "trainer.json"
 FORMAT = "textgen.checkpoint.1"
 
-# The tokenizer is the largest of the files that are not tensors; of half a million pieces it has this many bytes.
-_SMALL_FILE_BYTES = 8 << 20
 _FILE_NAME = re.compile(r"[a-z_]{1,40}\.(safetensors|json|model)")
 _DIRECTORY_NAME = re.compile(r"step-([0-9]{6,18})(\.old)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -43,6 +42,10 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be used; the message is one line."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint that cannot be read here and now, by which nothing is said of what it holds."""
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -62,11 +65,12 @@ def write_checkpoint(directory: Path, files: Mapping[str, Iterable[bytes | memor
         step: optimizer steps taken.
 
     Raises:
-        OSError: it cannot be written; nothing bears its name, and others are as they were.
+        OSError: it cannot be written; what lay there is found as before.
     """
-    aside, replaced = _aside(directory), directory.with_name(f"{directory.name}.old")
+    aside, replaced = directory.with_name(f".{directory.name}.tmp"), directory.with_name(f"{directory.name}.old")
     try:
-        _remove(aside)
+        if aside.exists():
+            shutil.rmtree(aside)
         make_directory(aside)
         entries = {name: _write(aside / name, content) for name, content in files.items()}
         manifest = {"format": FORMAT, "step": step, "files": entries}
@@ -96,21 +100,14 @@ def _write(path: Path, content: Iterable[bytes | memoryview]) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _aside(directory: Path) -> Path:
-    """Return a name beside a checkpoint's that is no checkpoint's."""
-    return directory.with_name(f".{directory.name}.tmp")
-
-
 def _remove(directory: Path) -> None:
-    """Delete a directory that may not exist; a checkpoint loses its name first, since files go one by one."""
-    if not directory.exists():
-        return
-    if _DIRECTORY_NAME.fullmatch(directory.name):
-        nameless = directory.with_name(f".{directory.name}.removed.tmp")
-        if nameless.exists():
-            shutil.rmtree(nameless)
-        directory = directory.rename(nameless)
-    shutil.rmtree(directory)
+    """Delete a checkpoint that may not exist; it loses its name first, since files go one by one.
+
+    A file that will not go, as one that is being read over NFS, is left to the next time.
+    """
+    if directory.exists():
+        nameless = directory.with_name(f".{directory.name}.{time.time_ns()}.removed.tmp")
+        shutil.rmtree(directory.rename(nameless), ignore_errors=True)
 
 
 def prune(run_dir: Path, *, keep_last: int, best_step: int | None) -> None:
@@ -145,10 +142,21 @@ class Saver:
         run_dir: the run's directory, which must be held.
         keep_last: newest checkpoints to keep, beside the best.
         device: where the tensors are.
+        before: called in the thread before each checkpoint is written.
+        after: called there with its step once it is on disk.
     """
 
-    def __init__(self, run_dir: Path, *, keep_last: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        keep_last: int,
+        device: torch.device | str = "cpu",
+        before: Callable[[], None] | None = None,
+        after: Callable[[int], None] | None = None,
+    ) -> None:
         self._run_dir, self._keep_last, self._cuda = run_dir, keep_last, torch.device(device).type == "cuda"
+        self._before, self._after = before, after
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -190,7 +198,7 @@ class Saver:
             Seconds since then: what the save cost the training.
 
         Raises:
-            OSError: the save before failed.
+            Exception: the save before failed, mostly with an OSError.
         """
         self.wait()
         copies: dict[str, dict[str, Tensor]] = {file: {} for file in tensors}
@@ -204,12 +212,15 @@ class Saver:
             torch.cuda.synchronize()
         content: dict[str, Iterable[bytes | memoryview]] = {name: [data] for name, data in files.items()}
         content |= {f"{file}.safetensors": chunks(group) for file, group in copies.items()}
-
         pause = time.perf_counter() - since
 
         def write() -> None:
             started = time.perf_counter()
+            if self._before is not None:
+                self._before()
             write_checkpoint(checkpoint_path(self._run_dir, step), content, step=step)
+            if self._after is not None:
+                self._after(step)
             prune(self._run_dir, keep_last=self._keep_last, best_step=best_step)
             seconds = time.perf_counter() - started
             log.info("step %d: checkpoint written in %.2f s, training paused %.0f ms", step, seconds, pause * 1000)
@@ -221,7 +232,7 @@ class Saver:
         """Wait until nothing is being written.
 
         Raises:
-            OSError: it could not be written.
+            Exception: what went wrong in the thread, mostly an OSError.
         """
         self.settle()
         if self._error is not None:
@@ -268,11 +279,17 @@ def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
 
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
-    """Return a run's newest checkpoint whose every byte is as it was written, and what is wrong with newer ones."""
+    """Return a run's newest checkpoint whose every byte is as it was written, and what is wrong with newer ones.
+
+    Raises:
+        UnreadableError: one that may well be valid cannot be read.
+    """
     problems: list[CheckpointError] = []
     for _, path in checkpoints(run_dir):
         try:
             verify(path)
+        except UnreadableError:
+            raise
         except CheckpointError as error:
             problems.append(error)
         else:
@@ -303,12 +320,12 @@ def verify(directory: Path, names: Sequence[str] | None = None) -> Manifest:
                 raise CheckpointError(f"`{path}` is missing")
             if (size := path.stat().st_size) != wanted_bytes:
                 raise CheckpointError(f"`{path}` has {size} bytes, wanted {wanted_bytes}")
-            if size > (limit := memory_bytes() if name.endswith(".safetensors") else _SMALL_FILE_BYTES):
-                raise CheckpointError(f"`{path}` has {size} bytes, at most {limit} can be read here")
+            if size > (limit := memory_bytes() if name.endswith(".safetensors") else MAX_MODEL_BYTES):
+                raise UnreadableError(f"`{path}` has {size} bytes, at most {limit} can be read here")
             with path.open("rb") as file:
                 seen = hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise CheckpointError(f"`{path}` cannot be read: {error.strerror or error}") from error
+            raise UnreadableError(f"`{path}` cannot be read: {error.strerror or error}") from error
         if seen != wanted:
             raise CheckpointError(f"`{path}` is damaged: sha256 {seen[:12]}..., wanted {wanted[:12]}...")
     return manifest
@@ -340,16 +357,14 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, or holds no JSON object.
     """
     try:
-        if not path.is_file():
-            raise CheckpointError(f"`{path.parent}` has no `{path.name}`: not a whole training checkpoint")
-        with path.open("rb") as file:
-            return parse_json(file.read(JSON_BYTES + 1))
-    except CheckpointError:
-        raise
+        if path.is_file():
+            with path.open("rb") as file:
+                return parse_json(file.read(JSON_BYTES + 1))
     except OSError as error:
-        raise CheckpointError(f"`{path}` cannot be read: {error.strerror or error}") from error
+        raise UnreadableError(f"`{path}` cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise CheckpointError(f"`{path}` is damaged: {error}") from error
+    raise CheckpointError(f"`{path.parent}` has no `{path.name}`: not a whole training checkpoint")
 
 
 def find_checkpoint(name: str | Path, *, best: bool = False) -> Path | None:

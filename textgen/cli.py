@@ -27,6 +27,8 @@ DISK_ERRORS = (
     errno.EIO, errno.ESTALE,
 )  # fmt: skip
 
+SPLITS = ("train", "validation", "test")
+
 VERBS = """usage: textgen {prepare,evaluate,sample,verify} ... (each with --help)
 
   prepare    encode the training text ahead of time; takes the flags of train_distributed.py
@@ -154,15 +156,21 @@ def evaluate(argv: Sequence[str]) -> None:
 
     _start_log()
     from textgen import launch
-    from textgen.checkpoint import load_model
+    from textgen.checkpoint import find_checkpoint, load_model
     from textgen.data import DataError, encode_documents
     from textgen.evaluation import score
 
     accelerator = launch.start(args.mixed_precision)
-    model, tokenizer = load_model(args.checkpoint, accelerator.device, best=args.best)
+    directory = find_checkpoint(args.checkpoint, best=args.best)
+    launch.assert_same(accelerator, directory, "the checkpoint")  # of a run that goes on, it may be another one soon
+    model, tokenizer = load_model(directory or args.checkpoint, accelerator.device)
     if not tokenizer.is_lossless:
         raise DataError(f"`{args.checkpoint}` has a word tokenizer, which loses text: it has no bits per byte")
-    texts = _texts(args.checkpoint, args.data, args.text_column, args.limit, model.text.get("normalization", "none"))
+    if directory is None and args.data in SPLITS:
+        raise DataError(
+            f"`{args.checkpoint}` does not say what it was trained on: give `--data` a file, not `{args.data}`"
+        )
+    texts = _texts(directory, args.data, args.text_column, args.limit, model.text.get("normalization", "none"))
     documents = encode_documents(tokenizer, texts)
     num_bytes, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
     result = score(
@@ -187,17 +195,14 @@ def evaluate(argv: Sequence[str]) -> None:
     accelerator.end_training()
 
 
-def _texts(checkpoint: str, data: str, text_column: str, limit: int | None, normalization: str) -> list[str]:
+def _texts(directory: Path | None, data: str, text_column: str, limit: int | None, normalization: str) -> list[str]:
     """Return the documents to score: of files, or of a split of the data that the checkpoint was trained on."""
-    from textgen.checkpoint import TRAINER_NAME, CheckpointError, find_checkpoint, read_json
+    from textgen.checkpoint import TRAINER_NAME, CheckpointError, read_json
     from textgen.corpus import normalize
     from textgen.data import DataError, prepare_store
     from textgen.documents import read_documents
 
-    if data in ("train", "validation", "test"):
-        directory = find_checkpoint(checkpoint)
-        if directory is None:
-            raise DataError(f"`{checkpoint}` does not say what it was trained on: give `--data` a file, not `{data}`")
+    if directory is not None and data in SPLITS:
         try:
             settings = read_json(directory / TRAINER_NAME)["config"]
             config = build_settings(TrainConfig, {"data": settings["data"], "tokenizer": settings["tokenizer"]})

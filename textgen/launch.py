@@ -13,6 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from textgen.config import Precision
+from textgen.processes import Interrupted, StopSignals
 
 
 class LaunchError(ValueError):
@@ -92,19 +93,19 @@ def start(
     return accelerator
 
 
-def assert_same(accelerator: Accelerator, value: str, what: str) -> None:
-    """Raise LaunchError unless a value is the same on all processes. Collective."""
-    digest = int.from_bytes(hashlib.sha256(value.encode()).digest()[:7], "big")
+def assert_same(accelerator: Accelerator, value: object, what: str) -> None:
+    """Raise LaunchError unless a value, as text, is the same on all processes. Collective."""
+    digest = int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:7], "big")
     everyone = accelerator.gather(torch.tensor([digest], device=accelerator.device))
     if len(everyone.unique()) > 1:
         raise LaunchError(f"{what} is not the same on all {accelerator.num_processes} processes")
 
 
-def any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Tell whether a flag is set on any process. Collective."""
-    if accelerator.num_processes == 1:
-        return flag
-    return float(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device), "sum")) > 0
+def raise_if_stopped(accelerator: Accelerator, stop: StopSignals) -> None:
+    """Raise Interrupted on all processes where a signal has asked one of them to stop. Collective."""
+    number = torch.tensor([stop.number or 0], device=accelerator.device)
+    if (first := int(accelerator.gather(number).max())) > 0:
+        raise Interrupted(first)
 
 
 class Agreement:

@@ -12,12 +12,16 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 # A terminal's Ctrl-C reaches the processes twice under a launcher, from the terminal and from the launcher.
 SAME_KEYPRESS_SECONDS = 1.0
+
+# A process that is asked to end and has nothing to save may be inside a call that lasts, or wait for a lost peer.
+HANGING_SECONDS = 5.0
 
 _PR_SET_PDEATHSIG = 1
 
@@ -40,8 +44,8 @@ class StopSignals:
 
     Until `defer` is called there is nothing to save, and a signal raises Interrupted where it arrives: while text is
     encoded, a tokenizer is trained, files are loaded. From then on it is only noted. A second SIGINT ends the process
-    at once, whatever it is at: a thread sees to that, since Python runs no handler while the main thread is in one long
-    call. Outside the main thread Python allows no handlers, and this does nothing.
+    at once, whatever it is at. Since Python runs no handler while the main thread is in one long call, a thread watches
+    too. Outside the main thread Python allows no handlers, and this does nothing.
 
     Args:
         more: name of a further signal, such as `SIGUSR1`; None for none.
@@ -55,6 +59,7 @@ class StopSignals:
         """whether signals are noted only"""
         self._pipe: tuple[int, int] | None = None
         self._wakeup_before = -1
+        self._timer: threading.Timer | None = None
         self.number: int | None = None
         """the signal that asked to stop, if one did"""
 
@@ -70,7 +75,8 @@ class StopSignals:
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=self._pipe[:1], name="signals", daemon=True).start()
+        self._thread = threading.Thread(target=self._watch, args=self._pipe[:1], name="signals", daemon=True)
+        self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -79,6 +85,9 @@ class StopSignals:
         if self._pipe is not None:
             signal.set_wakeup_fd(self._wakeup_before)
             os.close(self._pipe[1])  # which ends the thread
+            self._thread.join()
+        if self._timer is not None:
+            self._timer.cancel()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if self.number is None:
@@ -87,14 +96,23 @@ class StopSignals:
                 raise Interrupted(number)
 
     def _watch(self, reader: int) -> None:
-        """End this process at a SIGINT that is not the first signal; Python writes their numbers into a pipe."""
+        """End this process where its main thread does not come to it; Python writes signals' numbers into a pipe.
+
+        That is at a second SIGINT; and some seconds after a first signal where there is nothing to save yet, or where
+        a sibling is missing: then torchrun ends those who are left, and they may be waiting for it.
+        """
         first = None
         while numbers := os.read(reader, 1):
             if numbers[0] not in self._numbers:
                 continue
             now = time.monotonic()
-            first = now if first is None else first
-            if numbers[0] == signal.SIGINT and now - first > SAME_KEYPRESS_SECONDS:
+            if first is None:
+                first = now
+                if not self.deferred or len(siblings()) + 1 < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+                    self._timer = threading.Timer(HANGING_SECONDS, os._exit, [128 + numbers[0]])
+                    self._timer.daemon = True
+                    self._timer.start()
+            elif numbers[0] == signal.SIGINT and now - first > SAME_KEYPRESS_SECONDS:
                 os._exit(128 + signal.SIGINT)
         os.close(reader)
 
@@ -122,36 +140,46 @@ def _launcher_signal(parent: int) -> int | None:
     """Return the signal that a process should get when its parent dies; None where that is no launcher."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return signal.SIGKILL
-    words = [Path(word).name for word in _read_proc(parent, "cmdline").split("\0")]
-    return signal.SIGTERM if any(w == "accelerate" or w.startswith("accelerate.commands") for w in words) else None
+    launchers = (word == "accelerate" or word.startswith("accelerate.commands") for word in _command(parent))
+    return signal.SIGTERM if any(launchers) else None
 
 
 def _starts_python(pid: int) -> bool:
     """Tell whether a process may be a launcher, which it can be as a container's first process too."""
-    words = [Path(word).name for word in _read_proc(pid, "cmdline").split("\0")]
-    return any(word.startswith(("python", "torchrun", "accelerate")) for word in words)
+    return any(word.startswith(("python", "torchrun", "accelerate")) for word in _command(pid))
 
 
-def end_siblings() -> None:
-    """Kill the other processes of this launcher on this machine; Linux under torchrun only.
+def siblings() -> list[int]:
+    """Return the pids of the other processes that this one's torchrun has started on this machine and that live.
 
-    Called when this process fails: a sibling that sleeps, is stopped or waits for a lost peer would hold the launcher
-    for half a minute more, since it asks with SIGTERM first.
+    Linux only; none without torchrun.
     """
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
-    if run_id is None:
-        return
-    for entry in Path("/proc").glob("[0-9]*"):
+    run_id, found = os.environ.get("TORCHELASTIC_RUN_ID"), []
+    for entry in Path("/proc").glob("[0-9]*") if run_id is not None else ():
         pid = int(entry.name)
-        stat = _read_proc(pid, "stat").rpartition(")")[2].split()  # state, parent, ...
-        if pid == os.getpid() or len(stat) < 2 or int(stat[1]) != os.getppid():
+        state, parent, *_ = [*_read_proc(pid, "stat").rpartition(")")[2].split(), "", ""]
+        if pid == os.getpid() or parent != str(os.getppid()) or state == "Z":
             continue
         environment = _read_proc(pid, "environ").split("\0")
         if f"TORCHELASTIC_RUN_ID={run_id}" in environment and any(e.startswith("LOCAL_RANK=") for e in environment):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except OSError:  # it is gone
-                continue
+            found.append(pid)
+    return found
+
+
+def end_siblings() -> None:
+    """Kill the siblings.
+
+    Called when this process fails: one that sleeps, is stopped or waits for a lost peer would hold the launcher for
+    half a minute more, since it asks with SIGTERM first.
+    """
+    for pid in siblings():
+        with suppress(OSError):  # it is gone
+            os.kill(pid, signal.SIGKILL)
+
+
+def _command(pid: int) -> list[str]:
+    """Return the words of a process's command line without their directories."""
+    return [Path(word).name for word in _read_proc(pid, "cmdline").split("\0")]
 
 
 def _read_proc(pid: int, name: str) -> str:

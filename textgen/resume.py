@@ -6,9 +6,8 @@ import json
 import logging
 import shutil
 import time
-import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from textgen.checkpoint import (
     TRAINER_NAME,
     CheckpointError,
     Manifest,
+    checkpoint_path,
     checkpoints,
     find_checkpoint,
     newest_valid,
@@ -32,8 +32,8 @@ from textgen.checkpoint import (
 )
 from textgen.config import TrainConfig
 from textgen.model import CONFIG_NAME, WEIGHTS_NAME, LSTMLanguageModel, ModelFileError, State
-from textgen.steps import Progression, Training, TrainingError, fit_steps
-from textgen.tensorfile import TensorFileError, read_header, read_tensors
+from textgen.steps import Progression, Training, TrainingError, fit_steps, zero_lanes
+from textgen.tensorfile import TensorFileError, check_tensors, read_tensors
 from tokenizer import MODEL_NAME
 
 log = logging.getLogger("textgen")
@@ -45,14 +45,15 @@ HARMLESS = {
     "evaluate_every", "evaluate_documents", "gradient_accumulation_steps", "distributed_timeout", "stop_signal",
     "deterministic",
 }  # fmt: skip
+# A tensor file's dtypes where they are not float32 alone: LSTM states are of what the LSTM computes in.
+DTYPES_OF = {"lanes": ("F32", "F16", "BF16")}
 # Settings of the command, not of the training: nothing is said of them.
 UNTOLD = {"run_dir", "resume", "resume_override", "dry_run"}
 
 
-def state_shapes(training: Training) -> dict[str, dict[str, tuple[int, ...]]]:
+def state_shapes(model: LSTMLanguageModel, *, batch_size: int, averaged: bool) -> dict[str, dict[str, tuple[int, ...]]]:
     """Return the shapes of all tensors of a checkpoint, by file name without ending and by tensor name."""
-    model = training.bare
-    lanes = (model.config.num_layers, training.config.batch_size, model.config.hidden_size)
+    lanes = (model.config.num_layers, batch_size, model.config.hidden_size)
     moments = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
         "model": model.state_shapes(),
@@ -63,15 +64,7 @@ def state_shapes(training: Training) -> dict[str, dict[str, tuple[int, ...]]]:
         },
         "lanes": {"hidden": lanes, "cell": lanes},
     }
-    if training.average is not None:
-        shapes["weights"] = model.state_shapes()
-    return shapes
-
-
-def state_bytes(training: Training) -> int:
-    """Return about how large a checkpoint is."""
-    numbers = sum(torch.Size(shape).numel() for group in state_shapes(training).values() for shape in group.values())
-    return 4 * numbers + len(training.store.tokenizer.model_proto) + (64 << 10)
+    return shapes | ({"weights": model.state_shapes()} if averaged else {})
 
 
 def save(training: Training) -> float:
@@ -108,6 +101,7 @@ def save(training: Training) -> float:
         "processes": accelerator.num_processes,
         "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
         "wandb_id": training.wandb_id,
+        "origin": training.origin,
     }
     files = model.pretrained_files() | {
         MODEL_NAME: training.store.tokenizer.model_proto,
@@ -124,17 +118,19 @@ def resume(training: Training) -> bool:
     """
     config, accelerator = training.config, training.accelerator
     directory = choose(training)
-    launch.assert_same(accelerator, str(directory), "the checkpoint to resume from")
+    launch.assert_same(accelerator, directory, "the checkpoint to resume from")
     if directory is None:
         return False
     manifest = verify(directory)
-    trainer = read_json(directory / TRAINER_NAME)
-    check_whole(manifest, trainer, directory)
+    trainer, then = read_trainer(directory, manifest)
     compare_settings(training, trainer, directory)
-    then = read_progression(trainer, directory)
-    if then.step != manifest.step:
-        raise CheckpointError(f"`{directory / TRAINER_NAME}` is of step {then.step}, the rest of step {manifest.step}")
-    training.wandb_id = trainer.get("wandb_id")
+    if directory.resolve().parent == checkpoint_path(Path(config.run_dir), 0).resolve().parent:
+        training.wandb_id, training.origin = trainer["wandb_id"], trainer["origin"]
+    else:  # a branch: what it did before belongs to the other run
+        training.origin = str(directory.resolve())
+        then.best_loss = then.best_step = None
+    if trainer["config"].get("evaluate_documents") != config.evaluate_documents:
+        then.best_loss = then.best_step = None  # it would be compared with unlike measures
     total = training.progression.total_steps
     if config.max_minutes is not None:
         same = trainer["config"].get("max_minutes") == config.max_minutes
@@ -142,7 +138,7 @@ def resume(training: Training) -> bool:
     if total != then.total_steps:
         then.total_steps, then.finished = total, then.step >= total
     training.progression = then
-    shapes = state_shapes(training)
+    shapes = state_shapes(training.bare, batch_size=config.batch_size, averaged=training.average is not None)
     averaged = "weights.safetensors" in manifest.files  # then model.safetensors holds the average
     try:
         weights = directory / ("weights.safetensors" if averaged else "model.safetensors")
@@ -152,11 +148,13 @@ def resume(training: Training) -> bool:
             training.average.load_state_dict(average, strict=False)
         optimizer = read_tensors(directory / "optimizer.safetensors", shapes["optimizer"])
         load_optimizer(training.bare, training.optimizer, optimizer)
-        if trainer["config"].get("batch_size") == config.batch_size:  # else `resume_override` starts them from zero
-            lanes = read_tensors(directory / "lanes.safetensors", shapes["lanes"], dtypes=("F32", "F16", "BF16"))
+        if trainer["config"].get("batch_size") == config.batch_size:
+            lanes = read_tensors(directory / "lanes.safetensors", shapes["lanes"], dtypes=DTYPES_OF["lanes"])
             training.lane_states = own_lanes(
                 accelerator, (lanes["hidden"], lanes["cell"]), config.gradient_accumulation_steps
             )
+        else:
+            training.lane_states = zero_lanes(training)
     except TensorFileError as error:
         raise CheckpointError(str(error)) from error
     if accelerator.scaler and trainer.get("scaler"):
@@ -186,14 +184,15 @@ def choose(training: Training) -> Path | None:
         directory = find_checkpoint(config.resume)
         if directory is None:
             raise CheckpointError(f"`{config.resume}` is no checkpoint, and no run that has one")
-        newest = next(iter(checkpoints(run_dir)), None)
-        step = verify(directory).step
-        if newest is not None and newest[0] > step:
+        newest, path = next(iter(checkpoints(run_dir)), (0, None))
+        if path is None or newest <= verify(directory, []).step:
+            return directory
+        if read_json(path / TRAINER_NAME).get("origin") != str(directory.resolve()):
             raise CheckpointError(
-                f"`{config.run_dir}` holds checkpoints up to step {newest[0]}, newer than `{directory}`: "
+                f"`{config.run_dir}` holds checkpoints up to step {newest}, newer than `{directory}`: "
                 "remove them or name another `--run_dir`"
             )
-        return directory
+        log.info("`%s` began with `%s`, and goes on from its own checkpoints", run_dir, directory)
     chosen = None
     if main:
         remove_leftovers(run_dir)
@@ -216,38 +215,38 @@ def choose(training: Training) -> Path | None:
     return chosen if main else next((path for _, path in checkpoints(run_dir)), None)
 
 
-def check_whole(manifest: Manifest, trainer: Mapping[str, Any], directory: Path) -> None:
-    """Raise CheckpointError where the manifest leaves out, or adds, a file of the training that trainer.json tells of.
+def read_trainer(directory: Path, manifest: Manifest) -> tuple[dict[str, Any], Progression]:
+    """Return what trainer.json says, and the training's progression in it, having held them against the manifest.
 
-    `verify` holds files against the manifest: one that the manifest leaves out would be read as it lies there.
+    Raises:
+        CheckpointError: it is of another version or step, or the manifest lacks a file that it tells of: `verify` would
+            not have looked at that one.
     """
-    config, wandb_id, scaler = trainer.get("config"), trainer.get("wandb_id"), trainer.get("scaler")
-    sound = isinstance(config, dict) and isinstance(wandb_id, str | None) and isinstance(scaler, dict | None)
-    if not sound or not {"mixed_precision", "data"} <= trainer.keys():
-        raise CheckpointError(f"`{directory / TRAINER_NAME}` is of another version of textgen: it lacks settings")
+    path = directory / TRAINER_NAME
+    trainer = read_json(path)
+    kinds = {"config": dict, "mixed_precision": str, "data": str, "wandb_id": str | None, "origin": str | None}
+    if not all(name in trainer and isinstance(trainer[name], kind) for name, kind in kinds.items()):
+        raise CheckpointError(f"`{path}` is of another version of textgen: it lacks settings")
     wanted = {CONFIG_NAME, WEIGHTS_NAME, "optimizer.safetensors", "lanes.safetensors", MODEL_NAME, TRAINER_NAME}
     if trainer["config"].get("ema_decay") is not None:
         wanted.add("weights.safetensors")
     if wrong := sorted(manifest.files.keys() ^ wanted):
         lacks = "has no" if wrong[0] in wanted else "should have no"
         raise CheckpointError(f"`{directory}` {lacks} `{wrong[0]}` in its `{MANIFEST_NAME}`")
+    progression = _read_progression(trainer.get("progression"), path)
+    if progression.step != manifest.step:
+        raise CheckpointError(f"`{path}` is of step {progression.step}, the manifest of step {manifest.step}")
+    return trainer, progression
 
 
-def read_progression(trainer: Mapping[str, Any], directory: Path) -> Progression:
-    """Return the numbers of a training's state.
-
-    Raises:
-        CheckpointError: a name or a type is another one, or a number is negative or not finite.
-    """
+def _read_progression(values: object, path: Path) -> Progression:
     kinds = typing.get_type_hints(Progression)
-    values = trainer.get("progression")
     if not isinstance(values, dict) or values.keys() != kinds.keys():
-        raise CheckpointError(f"`{directory / TRAINER_NAME}` is of another version of textgen: it tells other numbers")
+        raise CheckpointError(f"`{path}` is of another version of textgen: it tells other numbers")
     for name, value in values.items():
-        kind = kinds[name]
-        allowed = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+        allowed = typing.get_args(kinds[name]) or (kinds[name],)
         if type(value) not in allowed or (value is not None and not -1 < value < 1 << 63):
-            raise CheckpointError(f"`{directory / TRAINER_NAME}`: `{name}` is {value!r:.40}")
+            raise CheckpointError(f"`{path}`: `{name}` is {value!r:.40}")
     return Progression(**values)
 
 
@@ -258,6 +257,8 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
     then, now = defaults | _dotted(trainer["config"]), _dotted(json.loads(json.dumps(asdict(config))))
     then["mixed_precision"], now["mixed_precision"] = trainer["mixed_precision"], training.accelerator.mixed_precision
     harmless = HARMLESS
+    if config.early_stopping_patience is not None:
+        harmless = harmless - {"evaluate_every", "evaluate_documents"}  # they decide when to stop
     if config.lr_schedule == "constant":
         harmless = harmless | {"max_steps", "max_epochs", "max_minutes"}  # no step depends on how many there will be
     if trainer["data"] == training.store.training_key:
@@ -290,19 +291,19 @@ def describe_checkpoint(directory: Path) -> dict[str, Any]:
         CheckpointError: what is wrong.
     """
     manifest = verify(directory)
-    trainer = read_json(directory / TRAINER_NAME)
-    now = read_progression(trainer, directory)
-    if now.step != manifest.step:
-        raise CheckpointError(f"`{directory}`: `{TRAINER_NAME}` is of step {now.step}, the manifest of {manifest.step}")
+    trainer, now = read_trainer(directory, manifest)
+    averaged, batch_size = "weights.safetensors" in manifest.files, trainer["config"].get("batch_size")
     try:
         model = LSTMLanguageModel.from_pretrained(directory)
-        headers = {name: read_header(directory / name) for name in manifest.files if name.endswith(".safetensors")}
+        shapes = state_shapes(model, batch_size=batch_size, averaged=averaged)
+        for name, group in shapes.items():
+            check_tensors(directory / f"{name}.safetensors", group, dtypes=DTYPES_OF.get(name, ("F32",)))
     except (ModelFileError, TensorFileError) as error:
         raise CheckpointError(str(error)) from error
     return {
         "checkpoint": str(directory), "valid": True, "step": now.step, "total_steps": now.total_steps,
         "finished": now.finished, "best_step": now.best_step, "best_loss": now.best_loss,
-        "parameters": model.num_parameters, "tensors": sum(map(len, headers.values())),
+        "parameters": model.num_parameters, "tensors": sum(map(len, shapes.values())),
         "bytes": sum(size for size, _ in manifest.files.values()), "files": " ".join(sorted(manifest.files)),
         "processes": trainer.get("processes"), "mixed_precision": trainer.get("mixed_precision"),
         "data": trainer.get("data"), "tokenizer": trainer.get("tokenizer"), "wandb_id": trainer.get("wandb_id"),

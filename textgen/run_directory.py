@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -38,12 +39,13 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, *, main: bool) -> None:
         self.path, self._main = Path(path), main
+        self._started: object = None
 
     @contextmanager
     def hold(self) -> Iterator[None]:
         """Hold the directory, which is made where it is missing; the kernel lets go of it when the process dies.
 
-        A training that ends before its first step leaves no new directory behind.
+        A training that fails before its first step leaves no new directory behind.
 
         Raises:
             RunDirectoryError: another process holds it.
@@ -63,15 +65,21 @@ class RunDirectory:
             self._write({"state": "running", "step": None, "total_steps": None, "reason": None, **holder})
             yield
         finally:
+            began = {entry.name for entry in self.path.iterdir()} - {LOCK_NAME, STATUS_NAME}
+            if made and not began and read_status(self.path).get("state") != "preempted":
+                shutil.rmtree(self.path, ignore_errors=True)
             lock.release()
-            if made and {entry.name for entry in self.path.iterdir()} <= {LOCK_NAME, STATUS_NAME}:
-                shutil.rmtree(self.path)
 
     def _holder(self) -> str:
         status = read_status(self.path)
         if status.get("state") != "running":
             return "another process"
         return f"process {status.get('pid')} on {status.get('host')}, since {status.get('started')}"
+
+    def read_started(self) -> object:
+        """Note and return when the training that holds the directory began, by which `end` knows its own."""
+        self._started = read_status(self.path).get("started")
+        return self._started
 
     def write_status(self, state: RunState, *, step: int, total_steps: int, reason: str | None = None) -> None:
         """Write how the training stands; that it runs, only until some process has said why it does not."""
@@ -83,10 +91,9 @@ class RunDirectory:
 
     def end(self, state: Literal["preempted", "failed"], reason: str) -> None:
         """Write why the training ended, from whichever process it is and if it can be; the first reason stays."""
-        if read_status(self.path).get("state") != "running":
-            return
         with suppress(OSError), self._alone():
-            if read_status(self.path).get("state") != "running":
+            status = read_status(self.path)
+            if status.get("state") != "running" or status.get("started") != self._started:
                 return
             values = {"state": state, "reason": reason}
             try:
@@ -122,12 +129,14 @@ class RunDirectory:
         """
         if not self._main:
             return
-        present = sum(file.stat().st_size for file in (self.path / "checkpoints").glob("step-*/*"))
+        files = [file for file in (self.path / "checkpoints").glob("step-*/*") if file.parent.suffix != ".invalid"]
+        present = sum(file.stat().st_size for file in files)
         wanted, free = checkpoint_bytes * count - present, shutil.disk_usage(self.path).free
         if free < wanted:
+            checkpoints = "1 checkpoint" if count == 1 else f"{count} checkpoints"
             raise RunDirectoryError(
                 f"`{self.path}` has {free / 1e6:,.1f} MB of free space, the run needs {wanted / 1e6:,.1f}: "
-                f"{count} checkpoints of {checkpoint_bytes / 1e6:,.1f} MB at a time, see `--keep_last`"
+                f"{checkpoints} of {checkpoint_bytes / 1e6:,.1f} MB at a time, see `--keep_last`"
             )
 
 
@@ -159,10 +168,13 @@ def make_directory(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Wait until a directory's entries are on disk."""
+    """Wait until a directory's entries are on disk; some file systems know no such thing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 

@@ -56,6 +56,17 @@ class Progression:
     finished: bool = False
 
 
+@dataclass
+class Taken:
+    """What tells whether a step went wrong, and where."""
+
+    step: int
+    parts: list[tuple[Tensor, Tensor]]
+    """lanes and nats of each micro-batch of this process"""
+    norm: Tensor | None = None
+    """of the gradient of all processes"""
+
+
 @dataclass(kw_only=True)
 class Training:
     """What outlives a step."""
@@ -76,13 +87,15 @@ class Training:
     lane_states: list[State] = field(default_factory=list)
     """LSTM state of this process's lanes, one entry per micro-batch"""
     wandb_id: str | None = None
+    origin: str | None = None
+    """checkpoint of another run that this one began with"""
     nats: Tensor
     """float64 scalar: of this process, since the last row of metrics. Sums of float32 values are exact in it, so that
     no order of summation, and no resume, shows in a row"""
     nonfinite: Tensor
     """bool scalar: a loss or gradient was nan or infinite; from then on no step updates anything"""
-    recent: deque[tuple[int, list[tuple[Tensor, Tensor]]]] = field(default_factory=lambda: deque(maxlen=2))
-    """(step, [(lanes, nats) per micro-batch]) of the last steps, to tell which of them went wrong"""
+    recent: deque[Taken] = field(default_factory=lambda: deque(maxlen=2))
+    """the last steps, to tell which of them went wrong"""
     skips_in_a_row: int = 0
 
     @property
@@ -97,7 +110,7 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop
     text = {"tokenizer_sha256": store.tokenizer.sha256, "normalization": store.record["normalization"]}
     counts = store.unigram_counts
     bare = LSTMLanguageModel(config.model, len(counts), unigram_counts=counts, text=text)
-    optimizer = build_optimizer(bare, config, accelerator.device)
+    optimizer = build_optimizer(bare, config)
     assert_precision(bare, accelerator)
     model, prepared = accelerator.prepare(bare, optimizer)
     average = None
@@ -166,8 +179,7 @@ def step_batches(training: Training, until: int) -> Iterator[tuple[list[dict[str
             build_loader(epoch, micro_batches=micro, first_window=window, last_window=last)
         )
         if window == 0 or not training.lane_states:
-            rows = config.batch_size // (micro * training.accelerator.num_processes)
-            training.lane_states = [training.bare.zero_state(rows) for _ in range(micro)]
+            training.lane_states = zero_lanes(training)
         batches = iter(loader)
         try:
             for _ in range(window, last):
@@ -177,6 +189,13 @@ def step_batches(training: Training, until: int) -> Iterator[tuple[list[dict[str
         finally:
             # Accelerate keeps every loader it has prepared, and with it the epoch's order of documents
             training.accelerator._dataloaders.remove(loader)
+
+
+def zero_lanes(training: Training) -> list[State]:
+    """Return the state before any text of this process's lanes, one entry per micro-batch."""
+    micro = training.config.gradient_accumulation_steps
+    rows = training.config.batch_size // (micro * training.accelerator.num_processes)
+    return [training.bare.zero_state(rows) for _ in range(micro)]
 
 
 def train_step(training: Training, micro_batches: Sequence[dict[str, Tensor]], *, rate: float | None = None) -> Tensor:
@@ -206,9 +225,9 @@ def train_step(training: Training, micro_batches: Sequence[dict[str, Tensor]], *
         training.lane_states[i] = hidden.detach(), cell.detach()
         nats += part.detach()
         parts.append((batch["lanes"], part.detach()))
-    training.recent.append((step, parts))
     for group in training.optimizer.param_groups:
         group["lr"] = learning_rate(step, training.progression.total_steps, config) if rate is None else rate
+    training.recent.append(Taken(step, parts))
     _update(training, nats)
     if training.average is not None and rate is None:
         assert config.ema_decay is not None
@@ -226,18 +245,17 @@ def _update(training: Training, nats: Tensor) -> None:
     """
     parameters = list(training.model.parameters())
     max_norm = training.config.max_grad_norm
+    norm: Tensor
     if max_norm is not None:
         norm = training.accelerator.clip_grad_norm_(parameters, max_norm)
-    elif training.accelerator.scaler is None:
+    else:
+        training.accelerator.unscale_gradients()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if training.accelerator.scaler is None:
         training.nonfinite |= ~(norm.isfinite() & nats.isfinite())
         # What GradScaler tells a fused optimizer: leave everything as it is. Gradients are the same on all processes.
-        fused = training.optimizer.defaults["fused"]
-        if fused:
-            training.optimizer.optimizer.found_inf = training.nonfinite.float()
-        if fused or not training.nonfinite:
-            training.optimizer.step()
+        training.optimizer.optimizer.found_inf = training.nonfinite.float()
+        training.optimizer.step()
     else:
         training.nonfinite |= ~nats.isfinite()
         scale = training.accelerator.scaler.get_scale()
@@ -247,6 +265,7 @@ def _update(training: Training, nats: Tensor) -> None:
         skipped = training.accelerator.scaler.get_scale() < scale
         training.progression.skipped_steps += skipped
         training.skips_in_a_row = training.skips_in_a_row + 1 if skipped else 0
+    training.recent[-1].norm = norm
     training.optimizer.zero_grad()
 
 
@@ -271,6 +290,7 @@ def time_steps(training: Training, *, budget_seconds: float, at_least: int = 2, 
     training.optimizer.state.clear()
     training.lane_states = []
     training.nonfinite.zero_()
+    training.recent.clear()
     training.progression.skipped_steps = training.skips_in_a_row = 0
     if scaler is not None:
         scaler.load_state_dict(scale)
@@ -313,15 +333,9 @@ def describe_cost(training: Training) -> None:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if training.config.max_minutes is not None:
         steps = min(steps, max(int(training.config.max_minutes * 60 / seconds), 1))
-    say_main(
+    say(
         accelerator,
         f"dry run: {describe_training(training)}\n"
         f"{steps:,} steps of {seconds:.3f} s: {steps * seconds / 3600:.2f} hours, "
         f"{memory / 2**30:.2f} GiB of memory at its peak so far per process; nothing was written but the token store",
     )
-
-
-def say_main(accelerator: Accelerator, message: str) -> None:
-    """Print a result once."""
-    if accelerator.is_main_process:
-        say(message)

@@ -31,7 +31,7 @@ HEADER_BYTES = 1 << 20
 
 # What textgen writes as JSON has a few KB and four levels. Python itself would take any size, and about a thousand
 # levels, which it then could not print.
-JSON_BYTES = 1 << 20
+JSON_BYTES = 8 << 20
 JSON_DEPTH = 16
 
 
@@ -105,14 +105,8 @@ def _entry(value: Mapping[str, Any]) -> tuple[int, int, str, tuple[int, ...]]:
     return start, stop, dtype, tuple(shape)
 
 
-def read_tensors(
-    path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtypes: Collection[str] = ("F32",)
-) -> dict[str, Tensor]:
-    """Read a file whose names, shapes and dtypes are known; nothing of it is read before they are found right.
-
-    Raises:
-        TensorFileError: it is damaged, or holds something else.
-    """
+def check_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtypes: Collection[str] = ("F32",)) -> None:
+    """Raise TensorFileError unless a file holds tensors of these names and shapes, each of one of the dtypes."""
     header = read_header(path)
     if header.keys() != shapes.keys():
         names = sorted(header.keys() ^ shapes.keys())
@@ -122,6 +116,17 @@ def read_tensors(
             raise TensorFileError(
                 f"`{path}`: `{name}` is {dtype} {list(shape)}, wanted {'/'.join(dtypes)} {list(shapes[name])}"
             )
+
+
+def read_tensors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtypes: Collection[str] = ("F32",)
+) -> dict[str, Tensor]:
+    """Read a file whose names, shapes and dtypes are known; nothing of it is read before they are found right.
+
+    Raises:
+        TensorFileError: it is damaged, or holds something else.
+    """
+    check_tensors(path, shapes, dtypes=dtypes)
     if (size := path.stat().st_size) > memory_bytes():
         raise TensorFileError(f"`{path}` has {size} bytes, this machine's memory {memory_bytes()}")
     try:

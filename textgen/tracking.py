@@ -178,7 +178,8 @@ class Progress:
         self._bar.close()
 
 
-def say(message: str) -> None:
-    """Print a line of results to standard output without breaking the bar."""
-    tqdm.write(message, file=sys.stdout)
-    sys.stdout.flush()
+def say(accelerator: Accelerator, message: str) -> None:
+    """Print a line of results to standard output, from the main process and without breaking the bar."""
+    if accelerator.is_main_process:
+        tqdm.write(message, file=sys.stdout)
+        sys.stdout.flush()

@@ -26,7 +26,7 @@ from textgen.generation import Sample, generate
 from textgen.optim import learning_rate
 from textgen.processes import Interrupted, StopSignals
 from textgen.report import draw_loss_curve
-from textgen.resume import resume, save, state_bytes, state_shapes
+from textgen.resume import resume, save, state_shapes
 from textgen.run_directory import RunDirectory, write_whole
 from textgen.steps import (
     Training,
@@ -35,17 +35,19 @@ from textgen.steps import (
     describe_cost,
     describe_training,
     fit_steps,
-    say_main,
     step_batches,
     steps_per_epoch,
     train_step,
 )
-from textgen.tracking import Progress, Tracker
+from textgen.tracking import Progress, Tracker, say
 
 log = logging.getLogger("textgen")
 
 NONFINITE_NAME = "nonfinite.json"
 SAMPLES_NAME = "samples.md"
+
+# About what a checkpoint takes beside its tensors and the tokenizer: JSON, headers.
+SMALL_FILES_BYTES = 64 << 10
 
 # float16 overflows now and then, and the scale is halved; so often in a row it is no longer that.
 MAX_SKIPS_IN_A_ROW = 30
@@ -74,6 +76,7 @@ def train(config: TrainConfig) -> None:
             run = RunDirectory(config.run_dir, main=accelerator.is_main_process)
             with run.hold():
                 accelerator.wait_for_everyone()  # one that was refused leaves the status of who holds it alone
+                launch.assert_same(accelerator, run.read_started(), f"`{run.path}` (is it on a disk that all share?)")
                 with _status_of_the_end(run, stop):
                     training = _build(config, accelerator, stop)
                     with _naming(run.path):
@@ -130,7 +133,7 @@ def _train(training: Training, run: RunDirectory) -> None:
     now = training.progression
     if resumed and now.finished:
         run.write_status("finished", step=now.step, total_steps=now.total_steps)
-        say_main(accelerator, f"`{config.run_dir}` has finished at step {now.step}: nothing to do")
+        say(accelerator, f"`{config.run_dir}` has finished at step {now.step}: nothing to do")
         return
     if resumed:
         log.info("resuming at step %d", now.step)
@@ -138,43 +141,50 @@ def _train(training: Training, run: RunDirectory) -> None:
         now.total_steps = min(now.total_steps, fit_steps(training))
     every = config.evaluate_every or steps_per_epoch(config, training.store)
     saves = math.ceil(now.total_steps / min(every, config.save_every or every))
-    run.require_space(state_bytes(training), count=min(config.keep_last + 2, saves))
+    shapes = state_shapes(training.bare, batch_size=config.batch_size, averaged=training.average is not None)
+    numbers = sum(math.prod(shape) for group in shapes.values() for shape in group.values())
+    size = 4 * numbers + len(training.store.tokenizer.model_proto) + SMALL_FILES_BYTES
+    run.require_space(size, count=min(config.keep_last + 2, saves))
     if accelerator.is_main_process:
         write_run_files(training)
-        training.saver = Saver(run.path, keep_last=config.keep_last, device=accelerator.device)
-        training.saver.reserve(state_shapes(training))
     settings = asdict(config) | {"parameters": training.bare.num_parameters}
     tracker = Tracker(
         accelerator, config.tracking, run.path, settings, wandb_id=training.wandb_id, first_step=now.step,
         evaluated_step=now.evaluated_step,
     )  # fmt: skip
     training.wandb_id = tracker.wandb_id
+    if accelerator.is_main_process:
+        training.saver = Saver(
+            run.path, keep_last=config.keep_last, device=accelerator.device, before=tracker.sync,
+            after=lambda step: run.write_status("running", step=step, total_steps=now.total_steps),
+        )  # fmt: skip
+        training.saver.reserve(shapes)
     log.info("%s", describe_training(training))
-    accelerator.wait_for_everyone()  # a signal to all of them finds all of them saving, or none
+    accelerator.wait_for_everyone()  # so that a signal to all of them hardly finds only some of them saving
     training.stop.defer()
     run.write_status("running", step=now.step, total_steps=now.total_steps)
     try:
-        run_steps(training, tracker, run)
-        finish_saving(training)
+        with _status_of_the_end(run, training.stop):  # which does not wait for W&B
+            run_steps(training, tracker, run)
+            finish_saving(training)
+            run.write_status("finished", step=now.step, total_steps=now.total_steps)
     except Interrupted as interrupted:
-        tracker.sync()
         save(training)
         finish_saving(training)
         run.write_status("preempted", step=now.step, total_steps=now.total_steps, reason=str(interrupted))
         log.info("%s: saved at step %d; the same command goes on from there", interrupted, now.step)
         raise
     finally:
-        tracker.finish()
         if training.saver is not None:
             training.saver.settle()
-    run.write_status("finished", step=now.step, total_steps=now.total_steps)
+        tracker.finish()
 
 
 def finish_saving(training: Training) -> None:
     """Wait until the last checkpoint is on disk. Collective.
 
     Raises:
-        OSError: it could not be written.
+        Exception: what went wrong with it, mostly an OSError; on the main process.
     """
     if training.saver is not None:
         training.saver.wait()
@@ -230,10 +240,10 @@ def run_steps(training: Training, tracker: Tracker, run: RunDirectory) -> None:
         if epoch_end:
             now.epoch_nats, now.epoch_tokens = 0.0, 0
         if stopped:
-            raise interruption(training)
+            launch.raise_if_stopped(accelerator, training.stop)
         if saving:
             before = time.perf_counter()
-            meter.paused += (evaluate_and_save if evaluating else save_and_tell)(training, tracker, run)
+            meter.paused += evaluate_and_save(training, tracker, run) if evaluating else save(training)
             meter.mark += time.perf_counter() - before
         if now.finished:
             break
@@ -259,7 +269,9 @@ def agree(training: Training, agreement: launch.Agreement, *, now: bool) -> bool
     if nonfinite or training.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
         raise TrainingError(describe_nonfinite(training))
     if unsaved:
-        finish_saving(training)
+        if training.saver is not None:
+            training.saver.wait()
+        raise TrainingError("the checkpoint could not be written")
     return stopped
 
 
@@ -297,17 +309,11 @@ def say_epoch(training: Training, per_epoch: int) -> None:
     """Print the average loss of an epoch, or of what there is of the last one."""
     now, bits = training.progression, bits_per_nat(training)
     average = now.epoch_nats / now.epoch_tokens
-    say_main(
+    say(
         training.accelerator,
         f"Epoch [{math.ceil(now.step / per_epoch)}/{math.ceil(now.total_steps / per_epoch)}], "
         f"Avg Loss: {average:.4f}" + (f" ({average * bits:.4f} bits per byte)" if bits else ""),
     )
-
-
-def interruption(training: Training) -> Interrupted:
-    """Return what stops this process: its own signal, or that of another one. Collective."""
-    number = torch.tensor(training.stop.number or 0, device=training.accelerator.device)
-    return Interrupted(int(training.accelerator.gather(number[None]).max()))
 
 
 def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory) -> float:
@@ -334,36 +340,27 @@ def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory) -
         raise TrainingError(f"the validation loss turned to {score.nats_per_token} by step {now.step}; it is not saved")
     if accelerator.is_main_process:
         write_samples(training)
-    if launch.any_process(accelerator, training.stop.number is not None):
-        raise interruption(training)
+    launch.raise_if_stopped(accelerator, training.stop)
     now.best_loss, now.best_step, now.evaluations_without_better = best_loss, best_step, without_better
     now.evaluated_step, now.finished = now.step, stop_early or last
     if score is not None:
         lossless = training.store.tokenizer.is_lossless
         values = {"valid/loss": score.nats_per_token}
         tracker.log(now.step, values | ({"valid/bits_per_byte": score.bits_per_byte} if lossless else {}))
-        say_main(
+        say(
             accelerator,
             f"step {now.step}: valid loss {score.nats_per_token:.4f}"
             + (f", {score.bits_per_byte:.4f} bits per byte" if lossless else "")
             + f" ({score.documents} documents, {score.seconds:.0f} s)",
         )
     if stop_early:
-        say_main(accelerator, f"stopping early: no better validation loss in {patience} evaluations")
-    pause = save_and_tell(training, tracker, run)
+        say(accelerator, f"stopping early: no better validation loss in {patience} evaluations")
+    pause = save(training)
     if accelerator.is_main_process:
         try:
             draw_loss_curve({"": run.path}, run.path / "loss.png")
         except Exception as error:  # a picture is no reason to end a training
             log.warning("no loss.png: %s", error)
-    return pause
-
-
-def save_and_tell(training: Training, tracker: Tracker, run: RunDirectory) -> float:
-    """Have a checkpoint of this step written and note the step; return the seconds paused for it. Collective."""
-    tracker.sync()
-    now, pause = training.progression, save(training)
-    run.write_status("running", step=now.step, total_steps=now.total_steps)
     return pause
 
 
@@ -378,8 +375,7 @@ def evaluate(training: Training, limit: int | None) -> Score | None:
     documents, num_bytes = split_documents(training.store.split("validation"), limit)
 
     def poll() -> None:
-        if launch.any_process(training.accelerator, training.stop.number is not None):
-            raise interruption(training)
+        launch.raise_if_stopped(training.accelerator, training.stop)
 
     return score(
         training.accelerator, training.best_weights, documents, num_bytes,
@@ -421,17 +417,17 @@ def describe_nonfinite(training: Training) -> str:
     if training.skips_in_a_row > MAX_SKIPS_IN_A_ROW:  # the same on all processes, as `nonfinite` need not be
         return f"float16 overflowed in {training.skips_in_a_row} steps in a row up to step {now.step}"
     rows = []
-    for step, parts in training.recent:
-        for lanes, nats in parts:
-            wrong = float(not bool(nats.isfinite()))
-            rows.append([float(step + 1), float(lanes.min()), float(lanes.max()), wrong])
+    for taken in training.recent:
+        for lanes, nats in taken.parts:
+            wrong = [float(value is not None and not value.isfinite()) for value in (nats, taken.norm)]
+            rows.append([float(taken.step + 1), float(lanes.min()), float(lanes.max()), *wrong])
     everyone = accelerator.gather(torch.tensor(rows, dtype=torch.float64, device=accelerator.device)).tolist()
-    wrong_rows = [row for row in everyone if row[3]]
-    # without a wrong loss it is the gradient, which is that of all lanes: of the step that was just taken
-    first = int(min((row[0] for row in wrong_rows), default=max(row[0] for row in everyone)))
-    ranges = sorted([int(row[1]), int(row[2])] for row in (wrong_rows or everyone) if row[0] == first)
+    first = int(min((row[0] for row in everyone if row[3] or row[4]), default=now.step))
+    of_step = [row for row in everyone if row[0] == first]
+    wrong_loss = [row for row in of_step if row[3]]
+    ranges = sorted([int(row[1]), int(row[2])] for row in wrong_loss or of_step)  # a gradient is that of all lanes
     epoch, window = divmod(first - 1, steps_per_epoch(training.config, training.store))
-    quantity = "loss" if wrong_rows else "gradient"
+    quantity = "loss" if wrong_loss else "gradient"
     values = {"step": first, "epoch": epoch, "window": window, "quantity": quantity, "lanes": ranges}
     if accelerator.is_main_process:
         path = Path(training.config.run_dir) / NONFINITE_NAME
@@ -439,7 +435,7 @@ def describe_nonfinite(training: Training) -> str:
     where = ", ".join(f"{low}-{high}" for low, high in ranges)
     return (
         f"the {quantity} turned to nan or infinity in step {first}, lanes {where} (`{NONFINITE_NAME}`); "
-        "nothing was updated or saved since"
+        "nothing was saved since"
     )
 
 

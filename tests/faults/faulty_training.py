@@ -21,6 +21,7 @@ from textgen import cli
 
 # name -> module and function, looked up there when it is called
 PLACES = {
+    "starting": ("textgen.launch", "start"),
     "tokenizing": ("textgen.data", "train_tokenizer"),
     "encoding": ("textgen.data", "encode_documents"),
     "resuming": ("textgen.resume", "load_optimizer"),
@@ -54,7 +55,7 @@ def act(action: str, args: tuple[Any, ...]) -> None:
 
             torch.matrix_power(torch.zeros(3000, 3000), 1 << 40)
         case ["nan", "loss"]:  # of this process; its gradient stays as it is
-            args[0].recent[-1][1][0][1].fill_(float("nan"))
+            args[0].recent[-1].parts[0][1].fill_(float("nan"))
             args[1].fill_(float("nan"))
         case ["nan", "embedding"]:
             embedding = args[0].bare.embedding

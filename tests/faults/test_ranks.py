@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
-from tests.faults.ranks import LAUNCHER, SILENT, cases, measure, training_flags
+from tests.faults.jobs import Job, fault
+from tests.faults.ranks import LAUNCHER, LIMIT, SILENT, cases, measure, training_flags
 
 pytestmark = pytest.mark.slow
 
@@ -34,3 +36,18 @@ def test_failure_of_one_process_ends_all(
         assert outcome.reason == "RuntimeError: made to fail"
     if what in SILENT or what == "SIGKILL":
         assert outcome.reason.startswith("another process has ended, or was waited for in vain: ")
+
+
+@pytest.mark.parametrize("place", ["starting", "stepping"])
+def test_killed_process_takes_those_along_that_cannot_hear(place: str, flags: list[str], tmp_path: Path) -> None:
+    """The other one joins a process group that will not be whole, or is inside one long kernel."""
+    faults = [fault("signal 9", at=place, rank=1), fault("compute", at="stepping", rank=0)]
+    job = Job(flags, tmp_path / "run", *faults, processes=2)
+    try:
+        job.wait_for("fault: signal 9")
+        started = time.monotonic()
+        assert job.end(timeout=60) != 0
+        assert time.monotonic() - started <= LIMIT, job.output
+        assert job.left() == []
+    finally:
+        job.kill()

@@ -91,11 +91,12 @@ def test_signalled_training_saves_once_and_finishes_as_if_nothing_had_happened(
 
 
 @pytest.mark.parametrize("phase", ["encoding", pytest.param("tokenizing", marks=slow)])
-def test_signal_before_the_first_step_leaves_nothing(phase: str, flags: list[str], tmp_path: Path) -> None:
+def test_signal_before_the_first_step_leaves_only_its_status(phase: str, flags: list[str], tmp_path: Path) -> None:
     more = ["--data.cache_dir", str(tmp_path / "cache")]
     job = Job([*flags, *more], tmp_path / "run", fault(f"signal {TERM}", at=phase))
     assert job.end() == 128 + TERM, job.output
-    assert not job.run_dir.exists()
+    assert {path.name for path in job.run_dir.iterdir()} <= {".lock", "status.json"}
+    assert (job.status["state"], job.status["reason"]) == ("preempted", "SIGTERM before the first step")
     assert {path.name for path in (tmp_path / "cache").rglob("*")} == {"prepare.lock"}
     assert job.output.splitlines()[-1] == "interrupted"
 
@@ -262,7 +263,7 @@ def test_signal_that_a_launcher_does_not_pass_on_ends_all_without_a_save(
 
 @slow
 @pytest.mark.parametrize(("action", "rank"), [("launcher 15", 0), ("15", 1)], ids=["launcher", "the last process"])
-def test_signal_to_two_processes_that_prepare_their_text_leaves_nothing(
+def test_signal_to_two_processes_that_prepare_their_text_leaves_only_a_status(
     action: str, rank: int, flags: list[str], tmp_path: Path
 ) -> None:
     more = ["--data.cache_dir", str(tmp_path / "cache")]
@@ -270,7 +271,7 @@ def test_signal_to_two_processes_that_prepare_their_text_leaves_nothing(
     job = Job([*flags, *more], tmp_path / "run", *faults, processes=2)
     assert job.end() != 0
     assert job.left() == []
-    assert not job.run_dir.exists()
+    assert {path.name for path in job.run_dir.iterdir()} <= {".lock", "status.json"}
     assert not list((tmp_path / "cache").glob("*.tmp"))
 
 
