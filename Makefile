@@ -1,4 +1,4 @@
-# make train | test | check | bench | faults: each sets up .venv first; a second call does not install again.
+# make train | test | test-slow | check | bench | faults: each sets up .venv first; a second call does not install again.
 PYTHON ?= python3
 BIN := .venv/bin
 # Another build of torch: make TORCH_INDEX=https://... (see pytorch.org)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -256,3 +257,54 @@ def test_verify_tells_what_a_checkpoint_holds_and_what_is_wrong(saved_run: Path,
     assert [(c["checkpoint"][-1], c["valid"]) for c in contents] == [("6", False), ("4", True), ("2", True)]
     assert "optimizer.safetensors` is damaged" in contents[0]["problem"]
     assert captured.err == f"error: 1 invalid checkpoint in `{saved_run}`\n"
+
+
+def test_a_branch_goes_on_from_its_own_checkpoints(
+    tiny_flags: list[str], saved_run: Path, tmp_path: Path, stop_at: Callable[[int | None], None]
+) -> None:
+    """The same command again: `--resume` names where the branch began, not where it stands."""
+    flags = [*SAVES, "--max_steps", "9", "--log_every", "1"]
+    branch = ["--resume", str(saved_run / "checkpoints" / "step-000004"), *flags]
+    stop_at(7)
+    with pytest.raises(SystemExit):
+        train_main(flags_for(tiny_flags, tmp_path / "branch", *branch))
+    assert steps_of(tmp_path / "branch")[0] == 7
+    stop_at(None)
+    train_main(flags_for(tiny_flags, tmp_path / "branch", *branch))
+    assert [step for step, *_ in rows_of(tmp_path / "branch")] == [5, 6, 6, 7, 8, 8, 9, 9]
+    train_main(flags_for(tiny_flags, saved_run, *flags))
+    ours, theirs = (load_file(checkpoints(run)[0][1] / "model.safetensors") for run in (tmp_path / "branch", saved_run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    model, _ = load_model(tmp_path / "branch", best=True)
+    assert model.num_parameters > 0, "its best checkpoint is one of its own"
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_put_away(
+    tiny_flags: list[str], saved_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def stale(*_: Any) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    with monkeypatch.context() as away:
+        away.setattr("hashlib.file_digest", stale)
+        with pytest.raises(SystemExit) as refused:
+            train_main(flags_for(tiny_flags, saved_run, "--max_steps", "8"))
+    assert refused.value.code == 2
+    assert "cannot be read: Stale file handle" in capsys.readouterr().err
+    assert steps_of(saved_run) == [6, 4, 2]
+    train_main(flags_for(tiny_flags, saved_run, "--max_steps", "8"))
+
+
+def test_a_file_that_will_not_be_deleted_ends_nothing(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that another process reads over NFS."""
+
+    def busy(path: Path, *, ignore_errors: bool = False, **_: Any) -> None:
+        if not ignore_errors:
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    train_main(flags_for(tiny_flags, tmp_path / "run", "--evaluate_every", "1", "--keep_last", "1", "--max_steps", "4"))
+    assert steps_of(tmp_path / "run")[0] == 4
+    assert len(steps_of(tmp_path / "run")) <= 2

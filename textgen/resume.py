@@ -138,8 +138,20 @@ def resume(training: Training) -> bool:
     if total != then.total_steps:
         then.total_steps, then.finished = total, then.step >= total
     training.progression = then
+    load_state(training, trainer, directory)
+    training.nats.fill_(then.unlogged_nats if accelerator.is_main_process else 0.0)
+    return True
+
+
+def load_state(training: Training, trainer: dict[str, Any], directory: Path) -> None:
+    """Set weights, averages, optimizer, LSTM states and GradScaler from a verified checkpoint.
+
+    Raises:
+        CheckpointError: it holds other tensors than this training.
+    """
+    config, accelerator = training.config, training.accelerator
     shapes = state_shapes(training.bare, batch_size=config.batch_size, averaged=training.average is not None)
-    averaged = "weights.safetensors" in manifest.files  # then model.safetensors holds the average
+    averaged = trainer["config"].get("ema_decay") is not None  # then model.safetensors holds the average
     try:
         weights = directory / ("weights.safetensors" if averaged else "model.safetensors")
         training.bare.load_state_dict(read_tensors(weights, shapes["model"]), strict=False)
@@ -150,10 +162,9 @@ def resume(training: Training) -> bool:
         load_optimizer(training.bare, training.optimizer, optimizer)
         if trainer["config"].get("batch_size") == config.batch_size:
             lanes = read_tensors(directory / "lanes.safetensors", shapes["lanes"], dtypes=DTYPES_OF["lanes"])
-            training.lane_states = own_lanes(
-                accelerator, (lanes["hidden"], lanes["cell"]), config.gradient_accumulation_steps
-            )
-        else:
+            state = lanes["hidden"], lanes["cell"]
+            training.lane_states = own_lanes(accelerator, state, config.gradient_accumulation_steps)
+        else:  # `resume_override`
             training.lane_states = zero_lanes(training)
     except TensorFileError as error:
         raise CheckpointError(str(error)) from error
@@ -162,8 +173,6 @@ def resume(training: Training) -> bool:
             accelerator.scaler.load_state_dict(trainer["scaler"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"`{directory / TRAINER_NAME}`: `scaler` is not one: {error}") from error
-    training.nats.fill_(then.unlogged_nats if accelerator.is_main_process else 0.0)
-    return True
 
 
 def choose(training: Training) -> Path | None:

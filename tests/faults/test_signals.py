@@ -262,6 +262,23 @@ def test_signal_that_a_launcher_does_not_pass_on_ends_all_without_a_save(
 
 
 @slow
+def test_launcher_can_be_told_to_pass_another_signal_on(
+    flags: list[str], whole_of_two: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As launch/README.md says, for Slurm's `--signal=USR1`."""
+    monkeypatch.setenv("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    monkeypatch.setenv("PET_SHUTDOWN_TIMEOUT", "120")
+    faults = [fault(f"signal launcher {USR1}", at="stepping", call=7, rank=0), fault("sleep 1", at="stepping", call=8)]
+    job = Job(flags, tmp_path / "run", *faults, processes=2)
+    assert job.end() != 0
+    step = job.status["step"]
+    assert step in (7, 8)
+    assert_preempted(job, USR1, step)
+    finish(flags, job.run_dir, processes=2)
+    assert_as_if_nothing_had_happened(job.run_dir, whole_of_two)
+
+
+@slow
 @pytest.mark.parametrize(("action", "rank"), [("launcher 15", 0), ("15", 1)], ids=["launcher", "the last process"])
 def test_signal_to_two_processes_that_prepare_their_text_leaves_only_a_status(
     action: str, rank: int, flags: list[str], tmp_path: Path
