@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from textgen.checkpoint import checkpoints
 from textgen.cli import train_main
 from textgen.config import ModelConfig
 from textgen.model import LSTMLanguageModel, summed_cross_entropy
@@ -56,3 +58,29 @@ def test_training_on_a_gpu_learns(tiny_flags: list[str], tmp_path: Path, precisi
     train_main([*tiny_flags, "--run_dir", str(tmp_path / "run"), *flags])
     losses = [row["train/loss"] for row in read_metrics(tmp_path / "run") if "train/loss" in row]
     assert sum(losses[-5:]) / 5 < losses[0] - 0.2
+
+
+@pytest.mark.filterwarnings("default")  # of kernels that have no deterministic twin
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_resume_on_a_gpu_is_bitwise_with_deterministic_kernels(
+    tiny_flags: list[str], tmp_path: Path, precision: str
+) -> None:
+    """Checkpoints through pinned memory; GradScaler's state with float16."""
+    flags = ["--mixed_precision", precision, "--deterministic", "--save_every", "4", "--log_every", "3"]
+    train_main([*tiny_flags, "--run_dir", str(tmp_path / "whole"), *flags, "--max_steps", "30"])
+    for steps in ("10", "30"):
+        train_main([*tiny_flags, "--run_dir", str(tmp_path / "parts"), *flags, "--max_steps", steps])
+    ours, theirs = (
+        load_file(checkpoints(tmp_path / run)[0][1] / "optimizer.safetensors") for run in ("parts", "whole")
+    )
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_nothing_is_updated_on_a_gpu_once_a_loss_is_not_finite(tiny_flags: list[str], tmp_path: Path) -> None:
+    """The host learns of it a step late; the device must not wait for that."""
+    flags = ["--mixed_precision", "no", "--learning_rate", "1e38", "--max_steps", "20", "--log_every", "50"]
+    with pytest.raises(SystemExit) as stop:
+        train_main([*tiny_flags, "--run_dir", str(tmp_path / "run"), *flags, "--evaluate_every", "1000"])
+    assert stop.value.code == 2
+    assert (tmp_path / "run" / "nonfinite.json").exists()
+    assert checkpoints(tmp_path / "run") == []

@@ -69,7 +69,7 @@ def start(
         torch.backends.cudnn.allow_tf32 = False  # by default cuDNN's LSTM rounds to TF32
     if deterministic and not use_cpu:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
     options: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if timeout is not None:
         options.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)))
