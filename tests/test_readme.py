@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.report import DOCUMENT, rendered
 from textgen.cli import main
 from textgen.parsing import parse_train_config
 
@@ -46,3 +47,10 @@ def test_every_file_of_the_package_has_its_line() -> None:
     readme = (ROOT / "README.md").read_text()
     modules = [f"textgen/{path.name}" for path in (ROOT / "textgen").glob("*.py") if not path.name.startswith("__")]
     assert [module for module in modules if f"`{module}`" not in readme] == []
+
+
+def test_tables_of_reliability_are_what_was_measured() -> None:
+    """`python -m tests.faults.report` puts them there; nobody types a figure."""
+    text = DOCUMENT.read_text()
+    assert rendered(text) == text
+    assert "-->\n<!-- /" not in text, "a table is missing"

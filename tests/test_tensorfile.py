@@ -17,7 +17,16 @@ from torch import Tensor
 from textgen.checkpoint import Saver, checkpoint_path, load_model, verify
 from textgen.config import ModelConfig
 from textgen.model import LSTMLanguageModel
-from textgen.tensorfile import DTYPES, JSON_DEPTH, TensorFileError, chunks, parse_json, read_header, read_tensors
+from textgen.tensorfile import (
+    DTYPES,
+    JSON_BYTES,
+    JSON_DEPTH,
+    TensorFileError,
+    chunks,
+    parse_json,
+    read_header,
+    read_tensors,
+)
 from tokenizer import MODEL_NAME, Tokenizer
 
 SHAPES = [(), (0,), (3, 0, 2), (1,), (7,), (2, 3, 5), (1, 1, 1, 1, 1, 1, 1, 2)]
@@ -180,7 +189,7 @@ def test_a_header_is_read_without_the_data(tmp_path: Path) -> None:
         b"", b"[]", b"1", b"null", b'"a"', b'{"a": 1, "a": 1}', b'{"a": {"b": 1, "b": 2}}', b'{"a": NaN}',
         b'{"a": Infinity}', b'{"a": -Infinity}', b'{"a": 1e999}', b'{"a": 1} x', b"{'a': 1}", b'{"a": 01}',
         b"\xff\xfe{}", '{"a": 1}'.encode("utf-16"), '{"a": 1}'.encode("utf-32"), b"\xef\xbb\xbf{}", b'{"a": "\xff"}',
-        b'{"a": ' + b"9" * 100_000 + b"}", b'{"a": ' * 200_000, b"[" * 1_000_000, b"{}" + b" " * (1 << 20),
+        b'{"a": ' + b"9" * 100_000 + b"}", b'{"a": ' * 200_000, b"[" * 1_000_000, b"{}" + b" " * JSON_BYTES,
         b'{"a":' * (JSON_DEPTH + 1) + b"1" + b"}" * (JSON_DEPTH + 1),
         b'{"a":' + b"[" * JSON_DEPTH + b"]" * JSON_DEPTH + b"}",
     ],

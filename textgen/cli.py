@@ -41,6 +41,21 @@ Training itself is `train_distributed.py`, alone or under `accelerate launch`.
 
 
 def run(action: Callable[[], None]) -> None:
+    """Run a verb and end with the exit code that says how it went.
+
+    One of several processes ends without tearing its process group down, which may wait for a lost peer.
+    """
+    try:
+        _try(action)
+    except SystemExit as end:
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            raise
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else 1)
+
+
+def _try(action: Callable[[], None]) -> None:
     """Run a verb; turn what is the user's to mend into one line and exit code 2."""
     try:
         action()

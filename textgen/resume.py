@@ -138,12 +138,12 @@ def resume(training: Training) -> bool:
     if total != then.total_steps:
         then.total_steps, then.finished = total, then.step >= total
     training.progression = then
-    load_state(training, trainer, directory)
+    load_training(training, trainer, directory)
     training.nats.fill_(then.unlogged_nats if accelerator.is_main_process else 0.0)
     return True
 
 
-def load_state(training: Training, trainer: dict[str, Any], directory: Path) -> None:
+def load_training(training: Training, trainer: dict[str, Any], directory: Path) -> None:
     """Set weights, averages, optimizer, LSTM states and GradScaler from a verified checkpoint.
 
     Raises:
@@ -233,7 +233,10 @@ def read_trainer(directory: Path, manifest: Manifest) -> tuple[dict[str, Any], P
     """
     path = directory / TRAINER_NAME
     trainer = read_json(path)
-    kinds = {"config": dict, "mixed_precision": str, "data": str, "wandb_id": str | None, "origin": str | None}
+    kinds = {
+        "config": dict, "mixed_precision": str, "data": str, "scaler": dict | None, "wandb_id": str | None,
+        "origin": str | None,
+    }  # fmt: skip
     if not all(name in trainer and isinstance(trainer[name], kind) for name, kind in kinds.items()):
         raise CheckpointError(f"`{path}` is of another version of textgen: it lacks settings")
     wanted = {CONFIG_NAME, WEIGHTS_NAME, "optimizer.safetensors", "lanes.safetensors", MODEL_NAME, TRAINER_NAME}

@@ -49,9 +49,8 @@ def render(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    """Render every result that there is into the document."""
-    text = DOCUMENT.read_text()
+def rendered(text: str) -> str:
+    """Return the document with every result that there is in its place."""
     for path in sorted(RESULTS.glob("faults_*.json")):
         name = path.stem.removeprefix("faults_")
         place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
@@ -59,7 +58,12 @@ def main() -> None:
         text, count = place.subn(rf"\1{table}\n\2", text)
         if count != 1:
             raise SystemExit(f"`{DOCUMENT.name}` has {count} places for `{name}`")
-    DOCUMENT.write_text(text)
+    return text
+
+
+def main() -> None:
+    """Bring the document up to date."""
+    DOCUMENT.write_text(rendered(DOCUMENT.read_text()))
 
 
 if __name__ == "__main__":

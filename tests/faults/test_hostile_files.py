@@ -62,7 +62,7 @@ class End:
 def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]], tuple[type[Exception], ...]]:
     """Return everything that reads a checkpoint's files, and what it may raise."""
     from textgen import cli, launch
-    from textgen.checkpoint import load_model, newest_valid, verify
+    from textgen.checkpoint import find_checkpoint, load_model, newest_valid, verify
     from textgen.data import prepare_store
     from textgen.model import LSTMLanguageModel
     from textgen.parsing import parse_train_config
@@ -98,7 +98,7 @@ def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]],
         "resume": resume_from,
         "header": lambda path: read_header(Path(path)),
         "tokenizer": Tokenizer.from_file,
-        "texts": lambda path: cli._texts(path, "validation", "text", None, "none"),
+        "texts": lambda path: cli._texts(find_checkpoint(path), "validation", "text", None, "none"),
         "sample": lambda path: run_verb("sample", path, "--prompt", "a", "--max_new_tokens", "2"),
         "evaluate": lambda path: run_verb("evaluate", path, "--limit", "2"),
     }, (TensorFileError, *cli._user_errors())
