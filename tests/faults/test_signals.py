@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -296,8 +297,8 @@ def test_signal_to_two_processes_that_prepare_their_text_leaves_only_a_status(
 
 
 @pytest.fixture(scope="module")
-def held(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Job, Job]:
-    """Return a job that sleeps at its seventh step, and two that wanted its directory: on one process, and on two."""
+def held(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Job, Job, Job]]:
+    """Yield a job that sleeps at its seventh step, and two that wanted its directory: on one process, and on two."""
     run_dir = tmp_path_factory.mktemp("held") / "run"
     first = Job(flags, run_dir, fault("sleep 25", at="stepping", call=7))
     first.wait_for("fault: sleep")
@@ -307,7 +308,8 @@ def held(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Jo
         job.end()
     assert first.process.poll() is None, "it must still hold the directory"
     assert first.status == status
-    return first, *refused
+    yield first, *refused
+    first.kill()
 
 
 @slow
