@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from textgen.model import LSTMLanguageModel, resolve_model_directory
+from textgen.model import CONFIG_NAME, WEIGHTS_NAME, LSTMLanguageModel, resolve_model_directory
 from textgen.run_directory import make_directory, sync_directory
 from textgen.tensorfile import JSON_BYTES, chunks, memory_bytes, parse_json
 from tokenizer import MODEL_NAME, Tokenizer
@@ -407,7 +407,7 @@ def load_model(
     if directory is None:
         directory = resolve_model_directory(name)
     else:
-        verify(directory, ["config.json", "model.safetensors", MODEL_NAME])
+        verify(directory, [CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME])
     model = LSTMLanguageModel.from_pretrained(directory)
     if not (directory / MODEL_NAME).is_file():
         raise CheckpointError(f"`{directory}` has no `{MODEL_NAME}`")

@@ -430,8 +430,7 @@ def describe_nonfinite(training: Training) -> str:
     quantity = "loss" if wrong_loss else "gradient"
     values = {"step": first, "epoch": epoch, "window": window, "quantity": quantity, "lanes": ranges}
     if accelerator.is_main_process:
-        path = Path(training.config.run_dir) / NONFINITE_NAME
-        path.write_text(json.dumps(values, indent=2) + "\n")
+        write_whole(Path(training.config.run_dir) / NONFINITE_NAME, json.dumps(values, indent=2) + "\n")
     where = ", ".join(f"{low}-{high}" for low, high in ranges)
     return (
         f"the {quantity} turned to nan or infinity in step {first}, lanes {where} (`{NONFINITE_NAME}`); "
