@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -304,6 +305,19 @@ def test_averaged_weights_are_what_is_saved_and_scored(tiny_flags: list[str], tm
 def test_config_of_a_run_is_the_config(tiny_run: Path) -> None:
     config = parse_train_config(["--config", str(tiny_run / "config.yaml")])
     assert config.run_dir == str(tiny_run)
+
+
+def test_first_line_says_where_and_what_is_trained(
+    tiny_flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "some.yaml").write_text("seq_len: 4\n")
+    with caplog.at_level("INFO", logger="textgen"):
+        train_main(flags_for(tiny_flags, tmp_path / "run", "--config", str(tmp_path / "some.yaml"), "--max_steps", "1"))
+    assert re.fullmatch(
+        r"1 process on 1 machine, cpu \(\d+ threads?\), LSTM in float32, up to (\d+,\d+) parameters, "
+        rf"8 x 16 tokens per step, config {tmp_path}/some.yaml",
+        caplog.messages[0],
+    )
 
 
 def refusal(flags: list[str], capsys: pytest.CaptureFixture[str]) -> str:

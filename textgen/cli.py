@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from textgen.config import Precision, SamplingConfig, TrainConfig
-from textgen.parsing import PATIENCE_SECONDS, Parser, build_settings, fail, parse_train_config
+from textgen.parsing import PATIENCE_SECONDS, Parser, build_settings, config_file, fail, parse_train_config
 from textgen.processes import Interrupted, end_siblings, end_with_launcher
+from textgen.world import LaunchError, slurm_variables
 
 DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
@@ -48,7 +49,7 @@ def run(action: Callable[[], None]) -> None:
     try:
         _try(action)
     except SystemExit as end:
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
         sys.stdout.flush()
         sys.stderr.flush()
@@ -58,6 +59,7 @@ def run(action: Callable[[], None]) -> None:
 def _try(action: Callable[[], None]) -> None:
     """Run a verb; turn what is the user's to mend into one line and exit code 2."""
     try:
+        os.environ.update(slurm_variables(os.environ))
         action()
     except (Interrupted, KeyboardInterrupt) as interrupted:
         if os.environ.get("RANK", "0") == "0":
@@ -91,7 +93,6 @@ def _user_errors() -> tuple[type[ValueError], ...]:
     from textgen.checkpoint import CheckpointError
     from textgen.data import DataError
     from textgen.documents import CorpusError
-    from textgen.launch import LaunchError
     from textgen.model import ModelFileError
     from textgen.run_directory import RunDirectoryError
     from textgen.steps import TrainingError
@@ -128,7 +129,7 @@ def _train(argv: Sequence[str] | None) -> None:
     _start_log()
     from textgen.training import train
 
-    train(config)
+    train(config, config_file=config_file(argv))
 
 
 def _start_log() -> None:

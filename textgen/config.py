@@ -188,6 +188,8 @@ class TrainConfig:
     """resume although settings that change the result differ"""
     stop_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] | None = "SIGUSR1"
     """signal that saves and ends the training, beside SIGTERM and SIGINT"""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """what several processes exchange: gradients as they are, or rounded to bfloat16: half the bytes, other losses"""
     distributed_timeout: float = 600.0
     """seconds after which a process that waits for another one ends the training"""
     deterministic: bool = False

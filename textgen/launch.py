@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from datetime import timedelta
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from textgen.config import Precision
 from textgen.processes import Interrupted, StopSignals
+from textgen.world import LaunchError, promised_gpus, promised_world, read_launch
 
-
-class LaunchError(ValueError):
-    """A launch that would train something else than was asked for; the message is one line."""
+LSTM_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What an LSTM computes in, by accelerate's mixed_precision."""
 
 
 def start(
@@ -41,7 +42,8 @@ def start(
         LaunchError: the batch cannot be divided, the environment contradicts the settings, the precision is not to be
             had on this device, or not all promised processes came.
     """
-    promised = int(os.environ.get("WORLD_SIZE", "1"))
+    world = promised_world(os.environ, read_launch(os.getppid()))
+    promised = world.processes
     if batch_size is not None and batch_size % (promised * gradient_accumulation_steps):
         raise LaunchError(
             f"batch_size {batch_size} is not divisible by {promised} processes x "
@@ -55,14 +57,19 @@ def start(
         )
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    if use_cpu and (gpus := promised_gpus(os.environ)) is not None:
+        raise LaunchError(
+            f"GPUs are promised ({gpus}) and torch {torch.__version__} sees none: mend its CUDA build, the driver or "
+            "the container (`textgen doctor`), or set ACCELERATE_USE_CPU=true"
+        )
     if use_cpu and promised > 1:
         # Without it accelerate would look for a GPU backend and leave every process alone in a world of one.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not use_cpu and local > torch.cuda.device_count():
+    device = int(os.environ.get("LOCAL_RANK", "0"))
+    if not use_cpu and device >= torch.cuda.device_count():
         raise LaunchError(
-            f"{local} processes on this machine, but {torch.cuda.device_count()} GPUs: launch that many, "
-            "or set ACCELERATE_USE_CPU=true"
+            f"{world.local_processes} processes on this machine, but {torch.cuda.device_count()} GPUs: launch that "
+            "many, or set ACCELERATE_USE_CPU=true"
         )
     precision = resolve_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), use_cpu=use_cpu)
     if precision == "no" and not use_cpu:
@@ -86,18 +93,38 @@ def start(
         ),
         kwargs_handlers=options,
     )
-    if accelerator.num_processes != promised:
-        raise LaunchError(f"the launcher promised {promised} processes, accelerate joined {accelerator.num_processes}")
+    _assert_promised(accelerator, promised, "cpu" if use_cpu else "cuda", precision)
+    return accelerator
+
+
+def _assert_promised(accelerator: Accelerator, processes: int, device: str, precision: str) -> None:
+    """Raise LaunchError unless the world is the promised one: processes, backend, devices, precision. Collective."""
+    if accelerator.num_processes != processes:
+        raise LaunchError(f"the launcher promised {processes} processes, accelerate joined {accelerator.num_processes}")
     if accelerator.mixed_precision != precision:
         raise LaunchError(f"asked for mixed_precision {precision}, accelerate gives {accelerator.mixed_precision}")
-    return accelerator
+    if accelerator.device.type != device:
+        raise LaunchError(f"asked for the device {device}, accelerate gives {accelerator.device.type}")
+    if processes == 1:
+        return
+    wanted = {"cpu": "gloo", "cuda": "nccl"}[device]
+    if (backend := torch.distributed.get_backend()) != wanted:
+        raise LaunchError(f"{processes} processes on {device} talk by {wanted}, accelerate chose {backend}")
+    if device == "cuda":
+        uuid = torch.cuda.get_device_properties(accelerator.device).uuid
+        if (gpus := count_different(accelerator, uuid)) < processes:
+            raise LaunchError(f"{processes} processes share {gpus} GPUs: start one process per GPU")
+
+
+def count_different(accelerator: Accelerator, value: object) -> int:
+    """Return how many different values, as texts, the processes have. Collective."""
+    digest = int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:7], "big")
+    return len(accelerator.gather(torch.tensor([digest], device=accelerator.device)).unique())
 
 
 def assert_same(accelerator: Accelerator, value: object, what: str) -> None:
     """Raise LaunchError unless a value, as text, is the same on all processes. Collective."""
-    digest = int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:7], "big")
-    everyone = accelerator.gather(torch.tensor([digest], device=accelerator.device))
-    if len(everyone.unique()) > 1:
+    if count_different(accelerator, value) > 1:
         raise LaunchError(f"{what} is not the same on all {accelerator.num_processes} processes")
 
 
@@ -169,10 +196,24 @@ def has_bfloat16(*, use_cpu: bool) -> bool:
 
 
 def describe(accelerator: Accelerator) -> str:
-    """Return the first line of a run: processes, device, precision."""
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-    processes = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
+    """Return what the world is: processes, machines, backend, device, what the LSTM computes in. Collective."""
+    device, count = accelerator.device, accelerator.num_processes
+    machines = count_different(accelerator, socket.gethostname())
+    backend = f" by {torch.distributed.get_backend()}" if count > 1 else ""
+    if device.type == "cuda":
+        unused = torch.cuda.device_count() - int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        idle = f", {unused} more idle" if unused > 0 else ""
+        name = f"{torch.cuda.get_device_name(device)}{idle}"
+    else:
+        name = _counted(torch.get_num_threads(), "thread")
     slow = accelerator.mixed_precision == "bf16" and not has_bfloat16(use_cpu=device.type == "cpu")
-    note = " (bf16 without hardware for it is slow: `--mixed_precision no`)" if slow else ""
-    return f"{processes}, {device.type} ({name}), mixed_precision {accelerator.mixed_precision}{note}"
+    note = " (without hardware for it, slow: `--mixed_precision no`)" if slow else ""
+    return (
+        f"{_counted(count, 'process')} on {_counted(machines, 'machine')}{backend}, {device.type} ({name}), "
+        f"LSTM in {LSTM_DTYPES[accelerator.mixed_precision]}{note}".replace("torch.", "")
+    )
+
+
+def _counted(number: int, noun: str) -> str:
+    plural = noun + ("es" if noun.endswith("s") else "s")
+    return f"{number} {noun if number == 1 else plural}"

@@ -113,6 +113,12 @@ def parse_train_config(argv: Sequence[str] | None = None, *, prog: str | None = 
         parser.error(str(error))
 
 
+def config_file(argv: Sequence[str] | None = None) -> str | None:
+    """Return the file of the last `--config`, as it was named."""
+    flags = _plain_flags(sys.argv[1:] if argv is None else argv, settings_of(TrainConfig))
+    return next((flag.partition("=")[2] for flag in reversed(flags) if flag.startswith("--config=")), None)
+
+
 def build_train_parser(prog: str | None = None) -> Parser:
     """Return the parser of a training's settings."""
     parser = Parser(prog=prog, description=TRAINING, usage="%(prog)s [--config FILE] [--SETTING VALUE] ...")

@@ -108,7 +108,7 @@ class StopSignals:
             now = time.monotonic()
             if first is None:
                 first = now
-                if not self.deferred or len(siblings()) + 1 < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+                if not self.deferred or is_sibling_missing():
                     self._timer = threading.Timer(HANGING_SECONDS, os._exit, [128 + numbers[0]])
                     self._timer.daemon = True
                     self._timer.start()
@@ -164,6 +164,12 @@ def siblings() -> list[int]:
         if f"TORCHELASTIC_RUN_ID={run_id}" in environment and any(e.startswith("LOCAL_RANK=") for e in environment):
             found.append(pid)
     return found
+
+
+def is_sibling_missing() -> bool:
+    """Tell whether fewer processes than torchrun has started on this machine are left; False without torchrun."""
+    started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return "TORCHELASTIC_RUN_ID" in os.environ and len(siblings()) + 1 < started
 
 
 def end_siblings() -> None:

@@ -15,15 +15,18 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import set_seed
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
 
 from textgen.checkpoint import Saver
 from textgen.config import TrainConfig
 from textgen.data import Epoch, TokenStore, build_loader, windows_per_epoch
-from textgen.launch import LaunchError
+from textgen.launch import LSTM_DTYPES
 from textgen.model import DropoutMasks, LSTMLanguageModel, State
 from textgen.optim import build_optimizer, learning_rate
 from textgen.processes import StopSignals
 from textgen.tracking import say
+from textgen.world import LaunchError
 
 log = logging.getLogger("textgen")
 
@@ -121,7 +124,11 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop
         raise TrainingError("`early_stopping_patience` needs a validation split, and the data has none")
     total = config.max_epochs * steps_per_epoch(config, store)
     device = accelerator.device
-    if accelerator.num_processes > 1:
+    if isinstance(model, DistributedDataParallel):
+        if config.gradient_compression == "bf16":
+            # torch's hook, which Accelerate would register too. Behind a lambda, since DDP knows it by its name and
+            # then wants NCCL; gloo adds up bfloat16 as well.
+            model.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
         settle_buckets(accelerator, bare, model)
     return Training(
         config=config, accelerator=accelerator, store=store, bare=bare, model=model, optimizer=prepared,
@@ -146,7 +153,7 @@ def settle_buckets(accelerator: Accelerator, bare: LSTMLanguageModel, model: nn.
 
 def assert_precision(model: LSTMLanguageModel, accelerator: Accelerator) -> None:
     """Raise LaunchError in the first forward pass if the LSTM does not compute in the dtype that was asked for."""
-    wanted = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[accelerator.mixed_precision]
+    wanted = LSTM_DTYPES[accelerator.mixed_precision]
 
     def check(_module: nn.Module, _inputs: object, output: tuple[Tensor, State]) -> None:
         handle.remove()
@@ -309,6 +316,15 @@ def fit_steps(training: Training) -> int:
     steps = int(accelerator.reduce(decided, "sum"))
     log.info("%d steps of %.3f s fit into %g minutes", steps, seconds, config.max_minutes)
     return steps
+
+
+def describe_request(config: TrainConfig, config_file: str | None) -> str:
+    """Return what is asked for, in a line, before there is a vocabulary; a small text may have fewer pieces."""
+    with torch.device("meta"):
+        parameters = LSTMLanguageModel(config.model, config.tokenizer.vocab_size).num_parameters
+    known = config.tokenizer.path is None and config.data.store is None
+    size = f"up to {parameters:,} parameters, " if known else ""
+    return f"{size}{config.batch_size} x {config.seq_len} tokens per step, config {config_file or 'from flags'}"
 
 
 def describe_training(training: Training) -> str:

@@ -33,6 +33,7 @@ from textgen.steps import (
     TrainingError,
     build,
     describe_cost,
+    describe_request,
     describe_training,
     fit_steps,
     step_batches,
@@ -53,8 +54,12 @@ SMALL_FILES_BYTES = 64 << 10
 MAX_SKIPS_IN_A_ROW = 30
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, *, config_file: str | None = None) -> None:
     """Train as the config says, or go on where the run's newest valid checkpoint stands. Collective.
+
+    Args:
+        config: all settings.
+        config_file: what the first line of the run calls them.
 
     Raises:
         CorpusError, DataError, TokenizerError, LaunchError, CheckpointError, RunDirectoryError, TrainingError: what is
@@ -69,7 +74,7 @@ def train(config: TrainConfig) -> None:
             timeout=config.distributed_timeout,
             deterministic=config.deterministic,
         )
-        log.info("%s", launch.describe(accelerator))
+        log.info("%s, %s", launch.describe(accelerator), describe_request(config, config_file))
         if config.dry_run:
             describe_cost(_build(config, accelerator, stop))
         else:
