@@ -178,22 +178,26 @@ YAML = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_machines
 def test_what_accelerate_was_told_is_read_from_its_command_line(tmp_path: Path, no_default_config: Path) -> None:
     script = ["train_distributed.py", "--num_processes", "9"]  # which is not accelerate's
     assert told_by(["accelerate", "launch", "--cpu", "--num_processes", "2", *script], tmp_path) == Launch(
-        2, None, None
+        2, None, None, use_cpu=True
     )
     assert told_by(["accelerate-launch", "--num-machines=2", *script], tmp_path) == Launch(None, 2, None)
     assert told_by(["accelerate", "launch", *script], tmp_path) == Launch(None, None, None)
     yaml = tmp_path / "my.yaml"
     yaml.write_text(YAML)
-    assert told_by(["accelerate", "launch", "--config_file", str(yaml), *script], tmp_path) == Launch(3, 1, str(yaml))
+    assert told_by(["accelerate", "launch", "--config_file", str(yaml), *script], tmp_path) == Launch(
+        3, 1, str(yaml), True
+    )
     flags = ["--config_file", str(yaml), "--num_processes", "2"]
-    assert told_by(["accelerate", "launch", *flags, *script], tmp_path) == Launch(2, 1, str(yaml))
+    assert told_by(["accelerate", "launch", *flags, *script], tmp_path) == Launch(2, 1, str(yaml), use_cpu=True)
 
 
 def test_the_users_own_default_config_counts_where_none_is_named(tmp_path: Path, no_default_config: Path) -> None:
     no_default_config.write_text(YAML)
     told = told_by(["accelerate", "launch", "train_distributed.py"], tmp_path)
-    assert told == Launch(3, 1, str(no_default_config))
-    assert told_by(["accelerate", "launch", "--cpu", "train_distributed.py"], tmp_path) == Launch(None, None, None)
+    assert told == Launch(3, 1, str(no_default_config), use_cpu=True)
+    assert told_by(["accelerate", "launch", "--cpu", "train_distributed.py"], tmp_path) == Launch(
+        None, None, None, True
+    )
 
 
 def test_other_parents_told_nothing(tmp_path: Path) -> None:

@@ -42,7 +42,10 @@ def start(
         LaunchError: the batch cannot be divided, the environment contradicts the settings, the precision is not to be
             had on this device, or not all promised processes came.
     """
-    world = promised_world(os.environ, read_launch(os.getppid()))
+    launch = read_launch(os.getppid())
+    world = promised_world(os.environ, launch)
+    if launch is not None and launch.use_cpu:  # which accelerate tells single processes only
+        os.environ["ACCELERATE_USE_CPU"] = "true"
     promised = world.processes
     if batch_size is not None and batch_size % (promised * gradient_accumulation_steps):
         raise LaunchError(
@@ -80,19 +83,25 @@ def start(
     options: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if timeout is not None:
         options.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)))
-    accelerator = Accelerator(
-        cpu=use_cpu,
-        mixed_precision=precision,
-        gradient_accumulation_steps=1,  # micro-batches are ours: accelerate would average uneven sums
-        dataloader_config=DataLoaderConfiguration(
-            split_batches=True,
-            even_batches=False,
-            dispatch_batches=False,
-            use_seedable_sampler=False,
-            non_blocking=True,
-        ),
-        kwargs_handlers=options,
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=use_cpu,
+            mixed_precision=precision,
+            gradient_accumulation_steps=1,  # micro-batches are ours: accelerate would average uneven sums
+            dataloader_config=DataLoaderConfiguration(
+                split_batches=True,
+                even_batches=False,
+                dispatch_batches=False,
+                use_seedable_sampler=False,
+                non_blocking=True,
+            ),
+            kwargs_handlers=options,
+        )
+    except (torch.distributed.DistError, ValueError) as error:  # peers that do not come, an address that nobody told
+        if promised == 1:
+            raise
+        reason = str(error).partition("\n")[0]
+        raise LaunchError(f"the launcher promised {promised} processes, and they did not meet: {reason}") from error
     _assert_promised(accelerator, promised, "cpu" if use_cpu else "cuda", precision)
     return accelerator
 

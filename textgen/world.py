@@ -21,6 +21,13 @@ UNSUPPORTED = {
 }  # fmt: skip
 
 
+# `accelerate launch` among the words of a process: as script, `python -m accelerate.commands.launch`, or a debugger's
+# `python .../accelerate/commands/launch.py`. Its flags follow.
+ACCELERATE_LAUNCH = re.compile(
+    r"(?:^|[/\0])accelerate"
+    r"(?:-launch|[./]commands[./]launch(?:\.py)?|(?:[./]commands[./]accelerate_cli(?:\.py)?)?\0launch)\0"
+)
+
 # What srun tells each of its tasks.
 TASK_VARIABLES = (
     "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST", "SLURM_STEP_NUM_NODES", "SLURM_STEP_TASKS_PER_NODE",
@@ -82,23 +89,22 @@ class Launch:
     num_processes: int | None
     num_machines: int | None
     config_file: str | None
+    use_cpu: bool = False
 
 
 def read_launch(pid: int) -> Launch | None:
-    """Return what the `accelerate launch` that is a process was told; None if it is another program. Linux only."""
-    try:
-        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")[:-1]
-    except (OSError, UnicodeDecodeError):
-        return None
-    names = [Path(word).name for word in words]
-    if "accelerate" in names and names[names.index("accelerate") + 1 :][:1] == ["launch"]:
-        flags = words[names.index("accelerate") + 2 :]
-    elif "accelerate-launch" in names:
-        flags = words[names.index("accelerate-launch") + 1 :]
-    elif "accelerate.commands.launch" in names:
-        flags = words[names.index("accelerate.commands.launch") + 1 :]
-    else:
-        return None
+    """Return what the nearest `accelerate launch` was told, from a process upwards; None without one. Linux only.
+
+    A script may stand between it and the training (`--no_python`).
+    """
+    found = None
+    while found is None:
+        try:
+            found = ACCELERATE_LAUNCH.search(Path(f"/proc/{pid}/cmdline").read_text())
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])  # its parent
+        except (OSError, UnicodeDecodeError):  # above the first process, or not to be looked at
+            return None
+    flags = found.string[found.end() :].split("\0")[:-1]
     # accelerate's own parser and reader: it has come as far as to start this process with them
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
@@ -112,6 +118,7 @@ def read_launch(pid: int) -> Launch | None:
         told.num_processes or getattr(said, "num_processes", None),
         told.num_machines or getattr(said, "num_machines", None),
         file,
+        told.cpu or bool(getattr(said, "use_cpu", False)),
     )
 
 
