@@ -219,7 +219,7 @@ def test_interrupt_is_one_line_and_exit_code_130(tiny_flags: list[str], tmp_path
 # --- help and speed --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["prepare", "evaluate", "sample", None])
+@pytest.mark.parametrize("verb", ["prepare", "evaluate", "sample", "verify", "compare", "doctor", "submit", None])
 def test_help_of_every_verb_is_printed_and_exits_with_0(verb: str | None, capsys: Capture) -> None:
     if verb is None:
         main(["--help"])

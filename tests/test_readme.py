@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shlex
+from glob import glob
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from tests.faults.report import DOCUMENT, rendered
 from textgen.cli import main
@@ -37,10 +39,17 @@ def test_readme_verbs_run(
     command: str, tiny_run: Path, reviews_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "reviews.jsonl").write_text(reviews_file.read_text().replace('"text"', '"review"'))
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "quick").symlink_to(tiny_run)
+    (tmp_path / "flags.txt").write_text("--learning_rate 0.001\n--learning_rate 0.002\n")
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    (tmp_path / "runs" / "sweep-1234").mkdir(parents=True)
+    for run in ("quick", "sweep-1234/1", "sweep-1234/2"):
+        (tmp_path / "runs" / run).symlink_to(tiny_run)
     monkeypatch.chdir(tmp_path)
-    main(shlex.split(command)[1:])
+    words = [match for word in shlex.split(command) for match in sorted(glob(word)) or [word]]
+    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the test before
+    if words[1] == "submit" and "--dry_run" not in words:
+        words.insert(2, "--dry_run")
+    main(words[1:])
 
 
 def test_every_file_of_the_package_has_its_line() -> None:

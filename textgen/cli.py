@@ -30,12 +30,15 @@ DISK_ERRORS = (
 
 SPLITS = ("train", "validation", "test")
 
-VERBS = """usage: textgen {prepare,evaluate,sample,verify} ... (each with --help)
+VERBS = """usage: textgen {prepare,evaluate,sample,verify,compare,doctor,submit} ... (each with --help)
 
   prepare    encode the training text ahead of time; takes the flags of train_distributed.py
   evaluate   bits per byte of a checkpoint on a file or a split
   sample     continue prompts
   verify     check every byte of a checkpoint and say what it holds
+  compare    a table of runs: bits per byte, tokens per second, the settings that differ
+  doctor     check a machine, or all machines of an allocation, before hours are spent
+  submit     hand a training to Slurm
 
 Training itself is `train_distributed.py`, alone or under `accelerate launch`.
 """
@@ -44,16 +47,20 @@ Training itself is `train_distributed.py`, alone or under `accelerate launch`.
 def run(action: Callable[[], None]) -> None:
     """Run a verb and end with the exit code that says how it went.
 
-    One of several processes ends without tearing its process group down, which may wait for a lost peer.
+    One of several processes ends without tearing its process group down, which may wait for a lost peer; and gloo's
+    threads abort a process now and then that the interpreter takes apart around them.
     """
+    code: object = 0
     try:
         _try(action)
     except SystemExit as end:
         if os.environ.get("WORLD_SIZE", "1") == "1":
             raise
+        code = end.code or 0
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(end.code if isinstance(end.code, int) else 1)
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def _try(action: Callable[[], None]) -> None:
@@ -108,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb of the console script `textgen`."""
     argv = sys.argv[1:] if argv is None else list(argv)
     verbs: dict[str, Callable[[Sequence[str]], None]] = {
-        "prepare": prepare, "evaluate": evaluate, "sample": sample, "verify": verify,
+        "prepare": prepare, "evaluate": evaluate, "sample": sample, "verify": verify, "compare": compare,
+        "doctor": doctor, "submit": submit,
     }  # fmt: skip
     if argv and argv[0] in verbs:
         run(lambda: verbs[argv[0]](argv[1:]))
@@ -354,3 +362,24 @@ def verify(argv: Sequence[str]) -> None:
             print(f"{'checkpoint':16} {directory}\n{'valid':16} False\n{'problem':16} {contents['problem']}\n")
     if invalid:
         fail(f"{invalid} invalid checkpoint{'s' if invalid > 1 else ''} in `{args.checkpoint}`")
+
+
+def compare(argv: Sequence[str]) -> None:
+    """Print a table of runs."""
+    from textgen.compare import compare_command
+
+    compare_command(argv)
+
+
+def doctor(argv: Sequence[str]) -> None:
+    """Check the machines that a training would run on."""
+    from textgen.doctor import doctor_command
+
+    doctor_command(argv)
+
+
+def submit(argv: Sequence[str]) -> None:
+    """Hand a training to Slurm."""
+    from textgen.submit import submit_command
+
+    submit_command(argv)

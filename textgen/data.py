@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from textgen.config import DataConfig, TokenizerConfig
-from textgen.corpus import CleanCorpus, clean_corpus, open_corpus
+from textgen.corpus import CleanCorpus, Corpus, clean_corpus, open_corpus
 from textgen.noise import permutation
 from tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
 
@@ -204,18 +204,12 @@ def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: boo
     cache = Path(data.cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     corpus = open_corpus(data)
-    own = Tokenizer.from_file(tokenizer.path) if tokenizer.path else None
-    trainer = f"sentencepiece {importlib.metadata.version('sentencepiece')}"  # other versions make other pieces
-    wanted = own.sha256 if own else f"{tokenizer.model_type} {tokenizer.vocab_size} {trainer}"
-    index = cache / "index" / _digest(corpus.fingerprint, wanted)
+    own, wanted = _wanted(tokenizer)
+    index = _index_path(data, corpus, wanted)
     with _exclusive(cache / "prepare.lock"):
-        if index.exists():
-            try:
-                store = TokenStore.open(cache / index.read_text())
-                log.info("%s: encoded earlier, in `%s`", corpus.description, store.directory)
-                return store
-            except ValueError as error:  # a DataError, or an index that is no text
-                log.warning("%s: encoding again", error)
+        if (found := find_prepared(data, tokenizer, corpus)) is not None:
+            log.info("%s: encoded earlier, in `%s`", corpus.description, found.directory)
+            return found
         clean = clean_corpus(corpus, data)
         key = _digest(str(STORE_FORMAT), wanted, *(f"{k} {v}" for k, v in sorted(clean.digests.items())))
         directory = cache / key[:16]
@@ -226,6 +220,29 @@ def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: boo
         index.parent.mkdir(exist_ok=True)
         index.write_text(directory.name)
     return store
+
+
+def find_prepared(data: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus) -> TokenStore | None:
+    """Return the token store that `prepare_store` has made of a corpus; None if there is none, or a damaged one."""
+    index = _index_path(data, corpus, _wanted(tokenizer)[1])
+    if not index.exists():
+        return None
+    try:
+        return TokenStore.open(Path(data.cache_dir).expanduser() / index.read_text())
+    except ValueError as error:  # a DataError, or an index that is no text
+        log.warning("%s: encoding again", error)
+        return None
+
+
+def _wanted(tokenizer: TokenizerConfig) -> tuple[Tokenizer | None, str]:
+    """Return the tokenizer that is given, if one is, and what tells the wanted one from others."""
+    own = Tokenizer.from_file(tokenizer.path) if tokenizer.path else None
+    trainer = f"sentencepiece {importlib.metadata.version('sentencepiece')}"  # other versions make other pieces
+    return own, own.sha256 if own else f"{tokenizer.model_type} {tokenizer.vocab_size} {trainer}"
+
+
+def _index_path(data: DataConfig, corpus: Corpus, wanted: str) -> Path:
+    return Path(data.cache_dir).expanduser() / "index" / _digest(corpus.fingerprint, wanted)
 
 
 @contextmanager

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import time
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,9 @@ from tokenizer import MODEL_NAME
 
 log = logging.getLogger("textgen")
 
+# About what a checkpoint takes beside its tensors and the tokenizer: JSON, headers.
+SMALL_FILES_BYTES = 64 << 10
+
 # Settings that may differ between a checkpoint and its resumption: they change what is told or kept, not what is
 # learnt. Data and tokenizer are compared by content (`compare_settings`).
 HARMLESS = {
@@ -65,6 +69,11 @@ def state_shapes(model: LSTMLanguageModel, *, batch_size: int, averaged: bool) -
         "lanes": {"hidden": lanes, "cell": lanes},
     }
     return shapes | ({"weights": model.state_shapes()} if averaged else {})
+
+
+def checkpoint_bytes(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> int:
+    """Return about how much disk a checkpoint of such tensors takes, without the tokenizer."""
+    return 4 * sum(math.prod(shape) for group in shapes.values() for shape in group.values()) + SMALL_FILES_BYTES
 
 
 def save(training: Training) -> float:

@@ -26,7 +26,7 @@ from textgen.generation import Sample, generate
 from textgen.optim import learning_rate
 from textgen.processes import Interrupted, StopSignals
 from textgen.report import draw_loss_curve
-from textgen.resume import resume, save, state_shapes
+from textgen.resume import checkpoint_bytes, resume, save, state_shapes
 from textgen.run_directory import RunDirectory, write_whole
 from textgen.steps import (
     Training,
@@ -46,9 +46,6 @@ log = logging.getLogger("textgen")
 
 NONFINITE_NAME = "nonfinite.json"
 SAMPLES_NAME = "samples.md"
-
-# About what a checkpoint takes beside its tensors and the tokenizer: JSON, headers.
-SMALL_FILES_BYTES = 64 << 10
 
 # float16 overflows now and then, and the scale is halved; so often in a row it is no longer that.
 MAX_SKIPS_IN_A_ROW = 30
@@ -147,8 +144,7 @@ def _train(training: Training, run: RunDirectory) -> None:
     every = config.evaluate_every or steps_per_epoch(config, training.store)
     saves = math.ceil(now.total_steps / min(every, config.save_every or every))
     shapes = state_shapes(training.bare, batch_size=config.batch_size, averaged=training.average is not None)
-    numbers = sum(math.prod(shape) for group in shapes.values() for shape in group.values())
-    size = 4 * numbers + len(training.store.tokenizer.model_proto) + SMALL_FILES_BYTES
+    size = checkpoint_bytes(shapes) + len(training.store.tokenizer.model_proto)
     run.require_space(size, count=min(config.keep_last + 2, saves))
     if accelerator.is_main_process:
         write_run_files(training)

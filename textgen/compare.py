@@ -1,0 +1,223 @@
+"""`textgen compare`: a table of runs, the best first, from the files that they have left. No torch here."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from textgen.config import TrainConfig
+from textgen.parsing import Parser, fail
+from textgen.run_directory import read_status
+
+# Settings of the command, not of the training.
+UNTOLD = {"run_dir", "resume", "resume_override", "dry_run"}
+
+# Characters of a setting in the table; a list of prompts would fill a screen. `--json` has all of it.
+LONGEST = 40
+
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run by its figures; None where it has not come to one."""
+
+    run: str
+    state: str | None
+    """of status.json; a killed training still says `running`"""
+    reason: str | None
+    """why it ended, unless it finished"""
+    step: int | None
+    """of the last row of metrics"""
+    total_steps: int | None
+    bits_per_byte: float | None
+    """of the last validation"""
+    best_bits_per_byte: float | None
+    """of all validations, also those that `evaluate_documents` kept short"""
+    valid_loss: float | None
+    """of the last validation, in nats per token; all there is where the tokenizer loses text"""
+    train_loss: float | None
+    """of the last row of metrics"""
+    tokens_per_second: float | None
+    """median of all rows"""
+    minutes: float | None
+    """spent on steps, over all parts of a run that was resumed"""
+    processes: int | None
+    """that wrote the newest checkpoint"""
+    settings: dict[str, Any]
+    """by dotted name; in the end those that are not the same in all runs"""
+
+
+def compare_command(argv: Sequence[str]) -> None:
+    """Print a table of runs; exit code 2 where none can be read."""
+    parser = Parser(prog="textgen compare", description="Compare runs: figures, and the settings that differ.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as those of runs/*")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per run")
+    args = parser.parse_args(list(argv))
+    runs, problems = [], []
+    for path in args.runs:
+        try:
+            runs.append(read_run(Path(path)))
+        except OSError as error:
+            problems.append(f"`{error.filename or path}` cannot be read: {error.strerror}")
+        except ValueError as error:
+            problems.append(str(error))
+    if not runs:
+        fail("; ".join(problems))
+    for problem in problems:
+        print(f"left out: {problem}", file=sys.stderr)
+    runs = sorted(keep_differences(runs), key=lambda run: (run.bits_per_byte is None, run.bits_per_byte, run.run))
+    if args.json:
+        print("\n".join(json.dumps(asdict(run), default=str) for run in runs))
+    else:
+        print(format_table(runs, width=shutil.get_terminal_size(fallback=(sys.maxsize, 0)).columns))
+
+
+def read_run(path: Path) -> Run:
+    """Read the figures and all settings of a run.
+
+    Raises:
+        OSError: a file that every run has cannot be read.
+        ValueError: it does not hold what it should; the message is one line.
+    """
+    if not path.is_dir():
+        raise ValueError(f"`{path}` is no run folder" if path.exists() else f"`{path}` does not exist")
+    settings = _read_settings(path / "config.yaml")
+    trainer = _read_newest_trainer(path)
+    if isinstance(trainer.get("mixed_precision"), str):  # config.yaml has null where hardware decided
+        settings["mixed_precision"] = trainer["mixed_precision"]
+    rows, status = _read_rows(path / "metrics.jsonl"), read_status(path)
+    bits, speeds = _values(rows, "valid/bits_per_byte"), _values(rows, "train/tokens_per_second")
+    steps = _values(rows, "step")
+    return Run(
+        run=str(path),
+        state=_one(status.get("state"), str), reason=_one(status.get("reason"), str),
+        step=int(steps[-1]) if steps else _one(status.get("step"), int),
+        total_steps=_one(status.get("total_steps"), int),
+        bits_per_byte=_last(bits), best_bits_per_byte=min(bits, default=None),
+        valid_loss=_last(_values(rows, "valid/loss")), train_loss=_last(_values(rows, "train/loss")),
+        tokens_per_second=median(speeds) if speeds else None, minutes=_minutes(rows),
+        processes=_one(trainer.get("processes"), int), settings=settings,
+    )  # fmt: skip
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings by dotted name; the defaults of those that are younger than the run."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"`{path}` is not YAML: {' '.join(str(error).split())[:80]}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"`{path}` holds no settings: {str(settings)[:40]}")
+    return _dotted(json.loads(json.dumps(asdict(TrainConfig())))) | _dotted(settings)
+
+
+def _dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _read_newest_trainer(run_dir: Path) -> dict[str, Any]:
+    """Return what the newest checkpoint that can be read says of its training; nothing where there is none."""
+    found = run_dir.glob("checkpoints/step-*[0-9]/trainer.json")
+    for path in sorted(found, key=lambda path: (len(path.parent.name), path), reverse=True):
+        try:
+            trainer = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(trainer, dict):
+            return trainer
+    return {}
+
+
+def _read_rows(path: Path) -> list[Row]:
+    """Return the rows of metrics; none of a run that has just begun, and not the last line where a kill cut it off."""
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    rows: list[Row] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line, parse_int=float)  # however long
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"`{path}` line {number} is not JSON: {line[:40]!r}") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"`{path}` line {number} is no row of metrics: {str(row)[:40]}")
+        rows.append(row)
+    return rows
+
+
+def _values(rows: Sequence[Row], name: str) -> list[float]:
+    """Return the finite numbers under a name."""
+    values = [row.get(name) for row in rows]
+    return [value for value in values if isinstance(value, float) and math.isfinite(value)]
+
+
+def _last(values: Sequence[float]) -> float | None:
+    return values[-1] if values else None
+
+
+def _one(value: Any, kind: type) -> Any:
+    return value if type(value) is kind else None
+
+
+def _minutes(rows: Sequence[Row]) -> float | None:
+    """Return the minutes that the steps took: tokens of each row by tokens per second."""
+    timed = [row for row in rows if all(_values([row], name) for name in ("tokens", "train/tokens_per_second"))]
+    tokens, speeds = _values(timed, "tokens"), _values(timed, "train/tokens_per_second")
+    parts = zip(tokens, [0.0, *tokens[:-1]], speeds, strict=True)
+    return sum((now - before) / speed for now, before, speed in parts if speed > 0) / 60 if timed else None
+
+
+def keep_differences(runs: Sequence[Run]) -> list[Run]:
+    """Return the runs with those settings alone that are not the same in all of them."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    told = [
+        n for n in names if n not in UNTOLD and len({json.dumps(run.settings.get(n), default=str) for run in runs}) > 1
+    ]
+    return [replace(run, settings={name: run.settings.get(name) for name in told}) for run in runs]
+
+
+def format_table(runs: Sequence[Run], *, width: int) -> str:
+    """Return a line for each run, or a column where lines would be wider than `width`."""
+    lines = [["run", "state", "step", "bits/byte", "best", "train loss", "tokens/s", "minutes", "processes"]]
+    lines[0] += runs[0].settings
+    lines += [_cells(run) for run in runs]
+    table = _align(lines)
+    fits = max(map(len, table.splitlines())) <= width
+    return table if fits else _align([list(column) for column in zip(*lines, strict=True)])
+
+
+def _cells(run: Run) -> list[str]:
+    def number(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    step = "-" if run.step is None else f"{run.step}" + (f"/{run.total_steps}" if run.total_steps else "")
+    figures = [
+        number(run.bits_per_byte, ".4f"), number(run.best_bits_per_byte, ".4f"), number(run.train_loss, ".4f"),
+        number(run.tokens_per_second, ",.0f"), number(run.minutes, ".1f"), number(run.processes, "d"),
+    ]  # fmt: skip
+    return [run.run, run.state or "-", step, *figures, *map(_text, run.settings.values())]
+
+
+def _text(value: Any) -> str:
+    """Return a setting as JSON has it, a text without its quotes, in a column's width."""
+    text = value if isinstance(value, str) and value.isprintable() else json.dumps(value, default=str)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+
+
+def _align(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
+    return "\n".join(line.rstrip() for line in padded)

@@ -1,0 +1,281 @@
+"""`textgen submit`: hand a training, or a sweep of them, to Slurm; refuse now what would fail hours later."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from textgen.config import TrainConfig
+from textgen.parsing import Parser, fail, parse_train_config, settings_of, unknown_setting
+
+HOME = Path(__file__).resolve().parents[1]
+"""The checkout: `launch/` is not installed."""
+SLURM = HOME / "launch" / "slurm"
+
+# The scripts ask for USR1 two minutes before the limit, and Slurm may send it a minute early.
+MINUTES_TO_SAVE = 3
+
+
+def submit_command(argv: Sequence[str]) -> None:
+    """Submit what the command line says, print the job's id, and say how to watch, stop and continue it."""
+    at = argv.index("--") if "--" in argv else len(argv)
+    parser = build_submit_parser()
+    theirs = {f"--{name}" for name in settings_of(TrainConfig)} - set(parser._option_string_actions)
+    for flag in argv[:at]:
+        if flag.partition("=")[0] in theirs:
+            parser.error(f"`{flag}` is a flag of the training, which stand after ` -- `")
+    args = parser.parse_args(list(argv[:at]))
+    _check(parser, args)
+    if not SLURM.exists():
+        fail(f"`{HOME}` has no launch/slurm: install textgen from a checkout, by `pip install -e .`")
+    flags = list(argv[at + 1 :])
+    if args.preset is not None:
+        flags = ["--config", _shown(_find_preset(args.preset)), *flags]
+    environment = read_site(SLURM / "site.sh") | {"TEXTGEN_HOME": str(HOME)}
+    processes = args.gpus_per_node or _cpu_processes(environment)
+    if args.sweep is None:
+        _check_training(flags, args.nodes * processes)
+    else:
+        trainings = read_sweep(args.sweep, flags)
+        args.array = args.array or f"1-{len(trainings)}"
+        for number in _numbers(args.array):
+            _check_training(_pick(trainings, number, args.sweep), args.nodes * processes)
+
+    command = sbatch_command(args, flags, processes)
+    told = [f"TEXTGEN_HOME={shlex.quote(str(HOME))} {shlex.join(command)}"]
+    if (SLURM / "site.sh").exists():
+        told.insert(0, f"source {shlex.quote(_shown(SLURM / 'site.sh'))}")
+    print("\n".join(told), file=sys.stdout if args.dry_run else sys.stderr)
+    if args.dry_run:
+        return
+    job = _run(command, environment)
+    run_dir = _run_dir(flags) or f"runs/{_name(args)}-{job}"
+    again = ["textgen", "submit", *argv[:at], "--", *argv[at + 1 :]]
+    again += [] if _run_dir(flags) else ["--run_dir", run_dir]
+    print(_advice(args, run_dir, job, shlex.join(again)), file=sys.stderr)
+    print(job)
+
+
+def build_submit_parser() -> Parser:
+    """Return the parser of what stands before `--`."""
+    parser = Parser(
+        prog="textgen submit",
+        usage="%(prog)s [OPTION ...] -- [FLAG OF train_distributed.py ...]",
+        description="Submit a training to Slurm. Account, partition and the like come from launch/slurm/site.sh.",
+    )
+    parser.add_argument("--nodes", type=int, default=1, help="number of machines")
+    parser.add_argument("--gpus_per_node", type=int, default=1, help="a process for each; 0 trains on processors")
+    parser.add_argument("--cpus_per_process", type=int, default=4, help="processors of each process")
+    parser.add_argument(
+        "--time", type=str | None, default=None, help="limit, as 90 (minutes), 4:00:00 or 1-12 (days-hours)"
+    )
+    parser.add_argument("--preset", type=str | None, default=None, help="one of launch/presets, such as `large`")
+    parser.add_argument("--name", type=str | None, default=None, help="of job and run; default: the preset's")
+    parser.add_argument(
+        "--sweep", type=str | None, default=None, metavar="FILE", help="train once for each line of flags in a file"
+    )
+    parser.add_argument(
+        "--array", type=str | None, default=None, help="which of these lines, as 1,4-6, or 1-9%2 for two at a time"
+    )
+    parser.add_argument("--sbatch", action="append", default=[], help="one more option of sbatch: `--sbatch=--qos=x`")
+    parser.add_argument("--dry_run", action="store_true", help="check and print the command, submit nothing")
+    return parser
+
+
+def _check(parser: Parser, args: Any) -> None:
+    for name, least in (("nodes", 1), ("gpus_per_node", 0), ("cpus_per_process", 1)):
+        if getattr(args, name) < least:
+            parser.error(f"`{name}` must be at least {least}: {getattr(args, name)}")
+    if args.time is not None and (minutes(args.time) or 0) <= MINUTES_TO_SAVE:
+        parser.error(f"`time` must be 90 (minutes), 4:00:00 or the like, above {MINUTES_TO_SAVE} minutes: {args.time}")
+    if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name, re.ASCII):
+        parser.error(f"`name` names a folder, by letters, digits and `._-`: {args.name}")
+    if args.array is not None and args.sweep is None:
+        parser.error(f"`array` needs a `--sweep`: {args.array}")
+    for option in args.sbatch:
+        if not option.startswith("-"):
+            parser.error(f"`sbatch` must be an option such as `--qos=x`: {option}")
+
+
+def minutes(limit: str) -> float | None:
+    """Return the minutes of a time limit in one of Slurm's forms; None if it is none.
+
+    The forms are M, M:S, H:M:S, D-H, D-H:M and D-H:M:S.
+    """
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", limit)
+    if found is None:
+        return None
+    parts = [int(part) for part in found[2].split(":")]
+    units = (60, 1, 1 / 60) if found[1] or len(parts) == 3 else (1, 1 / 60)
+    return 1440 * int(found[1] or 0) + sum(part * unit for part, unit in zip(parts, units, strict=False))
+
+
+def _find_preset(name: str) -> Path:
+    presets = {path.stem: path for path in (HOME / "launch" / "presets").glob("*.yaml")}
+    if name not in presets:
+        fail(unknown_setting(name, presets, f" for `--preset`, which has {', '.join(sorted(presets))}"))
+    return presets[name]
+
+
+def _check_training(flags: Sequence[str], processes: int) -> None:
+    """Fail where the training itself would, as far as that can be told without its data."""
+    config = parse_train_config(flags, prog="textgen submit --")
+    if config.batch_size % (processes * config.gradient_accumulation_steps):
+        fail(
+            f"batch_size {config.batch_size} is not divisible by {processes} processes x "
+            f"{config.gradient_accumulation_steps} gradient_accumulation_steps"
+        )
+
+
+def _run_dir(flags: Sequence[str]) -> str | None:
+    """Return what `--run_dir` says, the last time it does."""
+    found = None
+    for flag, following in pairwise([*flags, ""]):
+        if flag == "--run_dir":
+            found = following
+        elif flag.startswith("--run_dir="):
+            found = flag.partition("=")[2]
+    return found
+
+
+def _shown(path: Path) -> str:
+    """Return a path relative to the current directory if it lies in it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+# --- sweeps ----------------------------------------------------------------------------------------------------------
+
+
+def read_sweep(path: str, common: Sequence[str] = ()) -> list[list[str]]:
+    """Return the flags of each training: those of all, and its own, which win, from a line of a file.
+
+    Lines are quoted as in a shell, which expands nothing here. Blank ones do not count, nor does what follows a `#`.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        fail(f"`{path}` cannot be read: {error.strerror}")
+    except UnicodeDecodeError as error:
+        fail(f"`{path}` is not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}")
+    trainings = []
+    for number, line in enumerate(lines, 1):
+        try:
+            own = shlex.split(line, comments=True)
+        except ValueError:
+            fail(f"`{path}` line {number} has a quote that nothing closes: {line}")
+        if (folder := _run_dir([*common, *own])) is not None:
+            fail(f"`run_dir` cannot be set in a sweep, whose trainings get a folder each: {folder}")
+        if own:
+            trainings.append([*common, *own])
+    if not trainings:
+        fail(f"`{path}` has no line of flags")
+    return trainings
+
+
+def _pick(trainings: Sequence[list[str]], number: int, path: str) -> list[str]:
+    if not 1 <= number <= len(trainings):
+        fail(f"`{path}` has no training {number}: it has {len(trainings)}")
+    return trainings[number - 1]
+
+
+def _numbers(array: str) -> Iterator[int]:
+    """Yield the numbers that Slurm's `--array` stands for."""
+    for part in re.sub(r"%[1-9]\d*$", "", array).split(","):
+        found = re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", part)
+        if found is None:
+            fail(f"`array` must be numbers and ranges such as 1,4-6 or 1-9%2: {array}")
+        first, last, step = (int(group or 0) for group in found.groups())
+        yield from range(first, max(first, last) + 1, step or 1)
+
+
+# --- Slurm -----------------------------------------------------------------------------------------------------------
+
+
+def read_site(path: Path) -> dict[str, str]:
+    """Return the environment, and what the site's file exports into it."""
+    if not path.exists():
+        return dict(os.environ)
+    reader = ["bash", "-c", 'source "$0" 1>&2 && env --null', str(path)]
+    done = subprocess.run(reader, capture_output=True, check=False)
+    if done.returncode != 0:
+        fail(f"`{path}` fails: {_last_line(done)}")
+    pairs = (pair.partition("=") for pair in os.fsdecode(done.stdout).split("\0") if pair)
+    return {name: value for name, _, value in pairs}
+
+
+def _cpu_processes(environment: Mapping[str, str]) -> int:
+    said = environment.get("TEXTGEN_PROCESSES_PER_NODE", "1")
+    if not re.fullmatch(r"[1-9]\d*", said):
+        fail(f"`TEXTGEN_PROCESSES_PER_NODE` must be an integer of at least 1: {said}")
+    return int(said)
+
+
+def sbatch_command(args: Any, flags: Sequence[str], processes: int) -> list[str]:
+    """Return the command that submits the job.
+
+    Args:
+        args: of `build_submit_parser`.
+        flags: of the training, or of all of a sweep.
+        processes: of each machine.
+    """
+    script, *more = ["train.sbatch"] if args.sweep is None else ["sweep.sbatch", args.sweep]
+    return [
+        "sbatch", "--parsable", f"--job-name={_name(args)}", f"--nodes={args.nodes}",
+        *([f"--gpus-per-node={args.gpus_per_node}"] if args.gpus_per_node else []),
+        f"--cpus-per-task={args.cpus_per_process * processes}",
+        *([f"--time={args.time}"] if args.time is not None else []),
+        *([f"--array={args.array}"] if args.sweep is not None else []),
+        f"--output={_log(args, '%j' if args.sweep is None else '%A_%a')}", *args.sbatch,
+        _shown(SLURM / script), *more, *flags,
+    ]  # fmt: skip
+
+
+def _name(args: Any) -> str:
+    return str(args.name or args.preset or ("textgen" if args.sweep is None else "sweep"))
+
+
+def _log(args: Any, job: str) -> str:
+    return f"runs/slurm/{_name(args)}-{job}.out"
+
+
+def _run(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    """Submit, and return the job's id."""
+    if shutil.which("sbatch", path=environment.get("PATH")) is None:
+        fail("there is no `sbatch` here: submit on a machine of the cluster")
+    Path("runs/slurm").mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for a log: the job would fail
+    done = subprocess.run(command, env=environment, capture_output=True, check=False)
+    if done.returncode != 0:
+        fail(f"sbatch refuses the job: {_last_line(done)}")
+    return done.stdout.decode().strip().partition(";")[0]
+
+
+def _last_line(done: subprocess.CompletedProcess[bytes]) -> str:
+    said = os.fsdecode(done.stderr).strip().rpartition("\n")[2]
+    return re.sub(r"^sbatch: (error|fatal): ", "", said) or f"exit code {done.returncode}"
+
+
+def _advice(args: Any, run_dir: str, job: str, again: str) -> str:
+    """Return how to watch the job, stop it and continue it."""
+    sweep, save = args.sweep is not None, f"scancel --signal=USR1 --batch {job}"
+    lines = [
+        ("run", f"{run_dir}/*" if sweep else run_dir),
+        ("watch", f"tail -F {_log(args, f'{job}_*' if sweep else job)}"),
+        ("stop", f"scancel {job}    # saves, if that is done in Slurm's KillWait, mostly 30 s"),
+        ("", f"scontrol update JobId={job} Requeue=0 && {save}    # saves, however long it takes"),
+        ("restart", f"{save}    # saves, and waits in the queue again"),
+        *([] if sweep else [("go on", f"{again}    # once it has ended")]),
+    ]
+    return "\n".join(f"{name:8} {text}" for name, text in lines)
+
+
+if __name__ == "__main__":  # for sweep.sbatch: NUMBER FILE [FLAG ...] to the flags of one, a zero byte after each
+    _flags = _pick(read_sweep(sys.argv[2], sys.argv[3:]), int(sys.argv[1]), sys.argv[2])
+    sys.stdout.buffer.write(b"".join(os.fsencode(flag) + b"\0" for flag in _flags))
