@@ -1,4 +1,4 @@
-# make train | test | test-slow | check | bench | faults: each sets up .venv first; a second call does not install again.
+# make train | test | test-slow | check | bench | faults | scaling: each sets up .venv first; a second call does not install again.
 PYTHON ?= python3
 BIN := .venv/bin
 # Another build of torch: make TORCH_INDEX=https://... (see pytorch.org)
@@ -7,7 +7,7 @@ RUN ?= runs/quick
 # Threads that wait must not spin: on a busy machine two-thread regions are many times slower otherwise.
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
-.PHONY: train test test-slow check bench faults clean
+.PHONY: train test test-slow check bench faults scaling clean
 
 train: .venv/installed
 	$(BIN)/python train_distributed.py --config launch/presets/quick.yaml --run_dir $(RUN)
@@ -39,6 +39,11 @@ faults: .venv/installed
 	$(BIN)/python -m tests.faults.kills --kills 200
 	$(BIN)/python -m tests.faults.save_state --kills 100
 	$(BIN)/python -m tests.faults.report
+
+# Half an hour as root: bytes and seconds on the wire; puts the figures into docs/scaling.md.
+scaling: .venv/installed
+	$(BIN)/python -m benchmarks.communication
+	$(BIN)/python -m benchmarks.scaling
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -1,0 +1,102 @@
+"""What processes send each other at a step, and what `--gradient_compression bf16` makes of it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from textgen.tracking import read_metrics
+
+ROOT = Path(__file__).parents[2]
+STEPS = 40
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is left of a training."""
+
+    losses: list[float]
+    bytes_per_step: float
+    """that all processes together sent at a step, on average over the whole training"""
+    parameters: int
+
+
+Train = Callable[..., Trained]
+BF16 = ("--gradient_compression", "bf16")
+
+
+@pytest.fixture(scope="module")
+def train(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """Return a function that trains in a network of its own, where nobody else sends anything, once per case."""
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+        pytest.skip("a network namespace takes root and `unshare`")
+    home = tmp_path_factory.mktemp("communication")
+
+    @functools.cache
+    def run(processes: int, *compression: str) -> Trained:
+        run_dir = Path(tempfile.mkdtemp(dir=home))
+        gang = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", *gang] if processes > 1 else [sys.executable]
+        command = [
+            *launcher, "train_distributed.py", *tiny_flags, "--run_dir", str(run_dir), "--max_steps", str(STEPS),
+            "--log_every", "1", "--sample_tokens", "1", *compression,
+        ]  # fmt: skip
+        counted = 'ip link set lo up && "$@" && grep lo: /proc/net/dev'
+        own = {
+            "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
+            "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
+        }  # fmt: skip
+        result = subprocess.run(
+            ["unshare", "--net", "sh", "-c", counted, "sh", *command], cwd=ROOT, env=os.environ | own,
+            capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        assert f"{processes} process" in result.stderr, result.stderr
+        parameters = re.search(r"([\d,]+) parameters", result.stderr)
+        assert parameters is not None
+        received = int(result.stdout.split("lo:")[1].split()[0])
+        losses = [row["train/loss"] for row in read_metrics(run_dir) if "train/loss" in row]
+        assert len(losses) == STEPS
+        return Trained(losses, received / STEPS, int(parameters[1].replace(",", "")))
+
+    return run
+
+
+def largest_difference(ours: Trained, theirs: Trained) -> float:
+    return max(abs(a / b - 1) for a, b in zip(ours.losses, theirs.losses, strict=True))
+
+
+def test_two_processes_send_their_gradients_once_and_half_of_it_as_bfloat16(train: Train) -> None:
+    """A ring of two: each sends 4 bytes a parameter. Setting up, headers and agreements come on top."""
+    whole, half = train(2), train(2, *BF16)
+    gradients = 2 * 4 * whole.parameters
+    assert 1 < whole.bytes_per_step / gradients < 1.2
+    assert 0.5 < half.bytes_per_step / gradients < 0.7
+    assert whole.bytes_per_step - half.bytes_per_step == pytest.approx(gradients / 2, rel=0.05)
+
+
+def test_losses_with_bfloat16_gradients_differ_within_their_band(train: Train) -> None:
+    difference = largest_difference(train(2, *BF16), train(2))
+    print(f"largest relative difference {difference:.1e}")
+    assert 1e-7 < difference < 1e-4
+
+
+def test_float32_is_the_default_and_has_the_losses_of_one_process(train: Train) -> None:
+    whole, half = largest_difference(train(2), train(1)), largest_difference(train(2, *BF16), train(1))
+    print(f"largest relative differences {whole:.1e}, with bfloat16 {half:.1e}")
+    assert whole < half / 4
+
+
+def test_one_process_has_nothing_to_compress(train: Train) -> None:
+    assert train(1, *BF16).losses == train(1).losses
+    assert train(1, *BF16).bytes_per_step == 0
