@@ -18,5 +18,6 @@ default=python3
 python=("${TEXTGEN_CONTAINER[@]}" "${TEXTGEN_PYTHON:-$default}")
 export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
 
-processes=${SLURM_GPUS_ON_NODE:-${TEXTGEN_PROCESSES_PER_NODE:-1}}
+processes=${SLURM_GPUS_ON_NODE:-0}
+[ "$processes" != 0 ] || processes=${TEXTGEN_PROCESSES_PER_NODE:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SLURM_CPUS_ON_NODE > processes ? SLURM_CPUS_ON_NODE / processes : 1))}
