@@ -349,7 +349,7 @@ def measure(parts: Sequence[str]) -> None:
         figures = PARTS[part]()
         measured = {
             "date": datetime.now(UTC).date().isoformat(), "seconds": round(time.monotonic() - started),
-            "machine": describe() | {"kernel": os.uname().release}, "figures": figures,
+            "machine": describe() | {"kernel": os.uname().release.split("-")[0]}, "figures": figures,
         }  # fmt: skip
         before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
         RESULT.write_text(json.dumps({**before, part: measured}, indent=1) + "\n")

@@ -281,8 +281,8 @@ def rendered(text: str) -> str:
         if name in parts:
             machine = parts[name]["machine"]
             block += (
-                f"\n\n`python -m benchmarks.communication {name}` at {machine['commit']}, {parts[name]['date']}; "
-                f"{machine['processor']}, Linux {machine['kernel']}, torch {machine['torch']}."
+                f"\n\n`python -m benchmarks.communication {name}`, working tree on {machine['commit']}, "
+                f"{parts[name]['date']}; {machine['processor']}, Linux {machine['kernel']}, torch {machine['torch']}."
             )
         begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
         if text.count(begin) != 1 or text.count(end) != 1:

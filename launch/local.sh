@@ -17,7 +17,7 @@ count_gpus() {
     if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
         IFS=, read -ra devices <<< "$CUDA_VISIBLE_DEVICES"
         for device in "${devices[@]}"; do
-            [ "$device" != -1 ] || break # CUDA reads no further
+            [[ $device != -1 && $device != NoDevFiles ]] || break # CUDA reads no further
             count=$((count + 1))
         done
     elif command -v nvidia-smi > /dev/null; then
@@ -33,7 +33,7 @@ processes=${PROCESSES:-$((gpus > 0 ? gpus : 1))}
 [[ $processes =~ ^[1-9][0-9]*$ ]] || fail "PROCESSES must be a number of at least 1: $processes"
 
 accelerate=$(command -v accelerate) || accelerate=$home/.venv/bin/accelerate
-[ -x "$accelerate" ] || fail "there is no \`accelerate\`: run \`make\` in $home, or activate its environment"
+[ -x "$accelerate" ] || fail "there is no \`accelerate\`: run \`make .venv/installed\` in $home, or activate its environment"
 
 if [ -z "${OMP_NUM_THREADS:-}" ]; then # accelerate would give each process one thread
     cores=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN)

@@ -42,7 +42,7 @@ def test_readme_verbs_run(
     (tmp_path / "flags.txt").write_text("--learning_rate 0.001\n--learning_rate 0.002\n")
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     (tmp_path / "runs" / "sweep-1234").mkdir(parents=True)
-    for run in ("quick", "sweep-1234/1", "sweep-1234/2"):
+    for run in ("quick", "books", "sweep-1234/1", "sweep-1234/2"):
         (tmp_path / "runs" / run).symlink_to(tiny_run)
     monkeypatch.chdir(tmp_path)
     words = [match for word in shlex.split(command) for match in sorted(glob(word)) or [word]]

@@ -67,6 +67,7 @@ def test_dry_run_prints_the_command_and_leaves_nothing(
     before = set(tmp_path.iterdir())
     submit('--nodes 2 --gpus_per_node 8 --time 4:00:00 --preset large --dry_run -- --sample_prompts "it\'s" --seed 3')
     assert capsys.readouterr().out == (
+        "mkdir -p runs/slurm\n"
         f"TEXTGEN_HOME={tmp_path} sbatch --parsable --job-name=large --nodes=2 --gpus-per-node=8 --cpus-per-task=32 "
         "--time=4:00:00 --output=runs/slurm/large-%j.out launch/slurm/train.sbatch "
         "--config launch/presets/large.yaml --sample_prompts 'it'\"'\"'s' --seed 3\n"
@@ -76,7 +77,7 @@ def test_dry_run_prints_the_command_and_leaves_nothing(
 
 def test_what_is_printed_is_what_is_run(sbatch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     submit("--name 'a.b-1' --sbatch=--qos=x --sbatch '--comment=a b' -- --sample_prompts '' 'c  d'")
-    printed = shlex.split(capsys.readouterr().err.splitlines()[0])
+    printed = shlex.split(capsys.readouterr().err.splitlines()[1])
     assert printed[1] == "sbatch"
     told = sbatch.read_text().splitlines()
     assert told[: len(printed) - 2] == printed[2:]
@@ -134,7 +135,7 @@ def test_site_says_account_and_processes(slurm_folder: Path, sbatch: Path, capsy
     assert "--gpus" not in told
     said = capsys.readouterr()
     assert said.out == "42\n"
-    assert said.err.startswith("source launch/slurm/site.sh\nTEXTGEN_HOME=")
+    assert said.err.startswith("mkdir -p runs/slurm\nsource launch/slurm/site.sh\nTEXTGEN_HOME=")
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ def test_slurms_counts_of_tasks() -> None:
         (torchrun(2, 1, 2), Launch(1, 1, None), "told 1 processes .* started 2: start it once per machine"),
         ({}, Launch(1, 2, "my.yaml"), "told 2 machines .* joined 1"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, None, "MPI promised 2 processes"),
+        (torchrun(1, 1, 1) | {"OMPI_COMM_WORLD_SIZE": "2"}, None, "MPI promised 2 processes"),
         ({"ACCELERATE_USE_FSDP": "true"}, None, "told to use FSDP"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, None, "told to use DeepSpeed"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, None, "dynamo_backend INDUCTOR"),
@@ -129,6 +130,7 @@ def test_promises_that_do_not_agree_are_refused(
         (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # one task of a step of its own, in a job of two machines
         (BATCH_SHELL | {"SLURM_JOB_NUM_NODES": "1"} | torchrun(4, 4, 1), Launch(4, None, None)),
         (SRUN | slurm_variables(SRUN) | {"PMI_SIZE": "4"}, None),
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "2"} | torchrun(8, 4, 2) | {"PMI_SIZE": "2"}, None),
         ({}, Launch(1, 1, "accelerate_config.yaml")),
         ({}, Launch(None, None, None)),
         ({"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_FSDP": "false"}, None),
@@ -142,7 +144,14 @@ def test_gpus_are_promised_by_slurm_or_cuda_unless_the_cpu_is_wanted() -> None:
     assert promised_gpus({"SLURM_GPUS_ON_NODE": "2"}) == "SLURM_GPUS_ON_NODE=2"
     assert promised_gpus({"CUDA_VISIBLE_DEVICES": "0,1"}) == "CUDA_VISIBLE_DEVICES=0,1"
     assert promised_gpus({"CUDA_VISIBLE_DEVICES": "0", "ACCELERATE_USE_CPU": "true"}) is None
-    for nothing in ({}, {"CUDA_VISIBLE_DEVICES": ""}, {"CUDA_VISIBLE_DEVICES": "-1"}, {"SLURM_GPUS_ON_NODE": "0"}):
+    hidden = {"SLURM_GPUS_ON_NODE": "2", "CUDA_VISIBLE_DEVICES": ""}
+    for nothing in (
+        {},
+        hidden,
+        {"CUDA_VISIBLE_DEVICES": ""},
+        {"CUDA_VISIBLE_DEVICES": "-1"},
+        {"SLURM_GPUS_ON_NODE": "0"},
+    ):
         assert promised_gpus(nothing) is None
 
 

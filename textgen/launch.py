@@ -121,7 +121,11 @@ def _assert_promised(accelerator: Accelerator, processes: int, device: str, prec
         raise LaunchError(f"{processes} processes on {device} talk by {wanted}, accelerate chose {backend}")
     if device == "cuda":
         uuid = torch.cuda.get_device_properties(accelerator.device).uuid
-        if (gpus := count_different(accelerator, uuid)) < processes:
+        try:
+            gpus = count_different(accelerator, uuid)
+        except torch.distributed.DistError as error:  # NCCL itself refuses two processes on one GPU
+            raise LaunchError(f"{processes} processes cannot talk: {str(error).strip()}".partition("\n")[0]) from error
+        if gpus < processes:
             raise LaunchError(f"{processes} processes share {gpus} GPUs: start one process per GPU")
 
 

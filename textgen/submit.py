@@ -20,6 +20,9 @@ HOME = Path(__file__).resolve().parents[1]
 """The checkout: `launch/` is not installed."""
 SLURM = HOME / "launch" / "slurm"
 
+LOGS = "runs/slurm"
+"""Slurm makes no folder for a log: without it the job would fail."""
+
 # The scripts ask for USR1 two minutes before the limit, and Slurm may send it a minute early.
 MINUTES_TO_SAVE = 3
 
@@ -50,9 +53,8 @@ def submit_command(argv: Sequence[str]) -> None:
             _check_training(_pick(trainings, number, args.sweep), args.nodes * processes)
 
     command = sbatch_command(args, flags, processes)
-    told = [f"TEXTGEN_HOME={shlex.quote(str(HOME))} {shlex.join(command)}"]
-    if (SLURM / "site.sh").exists():
-        told.insert(0, f"source {shlex.quote(_shown(SLURM / 'site.sh'))}")
+    site = [f"source {shlex.quote(_shown(SLURM / 'site.sh'))}"] if (SLURM / "site.sh").exists() else []
+    told = [f"mkdir -p {LOGS}", *site, f"TEXTGEN_HOME={shlex.quote(str(HOME))} {shlex.join(command)}"]
     print("\n".join(told), file=sys.stdout if args.dry_run else sys.stderr)
     if args.dry_run:
         return
@@ -243,14 +245,14 @@ def _name(args: Any) -> str:
 
 
 def _log(args: Any, job: str) -> str:
-    return f"runs/slurm/{_name(args)}-{job}.out"
+    return f"{LOGS}/{_name(args)}-{job}.out"
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> str:
     """Submit, and return the job's id."""
     if shutil.which("sbatch", path=environment.get("PATH")) is None:
         fail("there is no `sbatch` here: submit on a machine of the cluster")
-    Path("runs/slurm").mkdir(parents=True, exist_ok=True)  # Slurm makes no folder for a log: the job would fail
+    Path(LOGS).mkdir(parents=True, exist_ok=True)
     done = subprocess.run(command, env=environment, capture_output=True, check=False)
     if done.returncode != 0:
         fail(f"sbatch refuses the job: {_last_line(done)}")
@@ -264,12 +266,14 @@ def _last_line(done: subprocess.CompletedProcess[bytes]) -> str:
 
 def _advice(args: Any, run_dir: str, job: str, again: str) -> str:
     """Return how to watch the job, stop it and continue it."""
-    sweep, save = args.sweep is not None, f"scancel --signal=USR1 --batch {job}"
+    sweep = args.sweep is not None
+    one = f"{job}_N" if sweep else job  # a signal to all of an array would reach those that only begin, too
+    save = f"scancel --signal=USR1 --batch {one}"
     lines = [
         ("run", f"{run_dir}/*" if sweep else run_dir),
         ("watch", f"tail -F {_log(args, f'{job}_*' if sweep else job)}"),
         ("stop", f"scancel {job}    # saves, if that is done in Slurm's KillWait, mostly 30 s"),
-        ("", f"scontrol update JobId={job} Requeue=0 && {save}    # saves, however long it takes"),
+        ("", f"scontrol update JobId={one} Requeue=0 && {save}    # saves, however long it takes"),
         ("restart", f"{save}    # saves, and waits in the queue again"),
         *([] if sweep else [("go on", f"{again}    # once it has ended")]),
     ]

@@ -71,6 +71,9 @@ def train(config: TrainConfig, *, config_file: str | None = None) -> None:
             timeout=config.distributed_timeout,
             deterministic=config.deterministic,
         )
+        # the text is compared by content, and folders may have other names elsewhere
+        told = {n: v for n, v in asdict(config).items() if n not in ("run_dir", "data", "tokenizer", "tracking")}
+        launch.assert_same(accelerator, (told, accelerator.mixed_precision), "what flags and config file say")
         log.info("%s, %s", launch.describe(accelerator), describe_request(config, config_file))
         if config.dry_run:
             describe_cost(_build(config, accelerator, stop))

@@ -6,6 +6,7 @@ own. So all who promised something are asked (torchrun, accelerate's flags and y
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -69,14 +70,18 @@ def promised_world(environment: Mapping[str, str], launch: Launch | None = None)
     world = World(processes, local, _number(environment, "GROUP_WORLD_SIZE") or -(-processes // local))
     _compare_to_accelerate(world, launch)
     _compare_to_slurm(world, environment)
-    if "WORLD_SIZE" not in environment:
-        for name in MPI_SIZES:
-            if (size := _number(environment, name) or 1) > 1:
-                raise LaunchError(
-                    f"MPI promised {size} processes ({name}) and each would train alone: start them by "
-                    "`accelerate launch --multi_gpu`, torchrun or srun"
-                )
+    for name in MPI_SIZES:
+        if (size := _number(environment, name) or 1) not in (1, _tasks(world, environment)):
+            raise LaunchError(
+                f"MPI promised {size} processes ({name}) and each would train alone: start them by "
+                "`accelerate launch --multi_gpu`, torchrun or srun"
+            )
     return world
+
+
+def _tasks(world: World, environment: Mapping[str, str]) -> int:
+    """Return what srun or mpirun has started: launchers, one on each machine, or the processes themselves."""
+    return world.machines if "TORCHELASTIC_RUN_ID" in environment else world.processes
 
 
 # --- accelerate launch -----------------------------------------------------------------------------------------------
@@ -100,7 +105,8 @@ def read_launch(pid: int) -> Launch | None:
     found = None
     while found is None:
         try:
-            found = ACCELERATE_LAUNCH.search(Path(f"/proc/{pid}/cmdline").read_text())
+            found, folder = ACCELERATE_LAUNCH.search(Path(f"/proc/{pid}/cmdline").read_text()), f"/proc/{pid}/cwd"
+            where = os.readlink(folder) if found else None
             pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])  # its parent
         except (OSError, UnicodeDecodeError):  # above the first process, or not to be looked at
             return None
@@ -113,7 +119,7 @@ def read_launch(pid: int) -> Launch | None:
     file = told.config_file
     if file is None and not told.cpu and Path(default_config_file).is_file():
         file = default_config_file
-    said = load_config_from_file(file) if file is not None else None
+    said = load_config_from_file(os.path.join(where or "", file)) if file is not None else None
     return Launch(
         told.num_processes or getattr(said, "num_processes", None),
         told.num_machines or getattr(said, "num_machines", None),
@@ -187,11 +193,11 @@ def tasks_per_node(counts: str) -> list[int]:
 def _compare_to_slurm(world: World, environment: Mapping[str, str]) -> None:
     if "SLURM_STEP_ID" in environment:
         tasks = _number(environment, "SLURM_STEP_NUM_TASKS") or 1
-        agents = world.machines if "TORCHELASTIC_RUN_ID" in environment else world.processes
-        if tasks > 1 and tasks != agents:
+        if tasks > 1 and tasks != (joined := _tasks(world, environment)):
             raise LaunchError(
-                f"srun started {tasks} tasks and the launcher in this one joined {agents}: give it `--num_machines "
-                f"{tasks} --machine_rank $SLURM_NODEID` and one task per machine, or start python by srun itself"
+                f"srun started {tasks} tasks and the launcher in this one joined {joined}: give it `--num_machines "
+                f"{tasks} --machine_rank $SLURM_NODEID` and one task per machine, or start python by srun itself; in a "
+                "shell of `srun --pty`, ask for one task"
             )
     elif (nodes := _number(environment, "SLURM_JOB_NUM_NODES") or 1) > world.machines:
         raise LaunchError(
@@ -204,9 +210,11 @@ def promised_gpus(environment: Mapping[str, str]) -> str | None:
     """Return what promises GPUs on this machine, as `NAME=value`; None if nothing does, or they are not wanted."""
     if environment.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
         return None
+    if environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):  # hidden: Slurm shows its GPUs there too
+        return None
     for name in ("SLURM_STEP_GPUS", "SLURM_GPUS_ON_NODE", "CUDA_VISIBLE_DEVICES"):
         value = environment.get(name, "")
-        if value not in ("", "-1", "NoDevFiles") and (name != "SLURM_GPUS_ON_NODE" or value != "0"):
+        if value and (name, value) != ("SLURM_GPUS_ON_NODE", "0"):
             return f"{name}={value}"
     return None
 
