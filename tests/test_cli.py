@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -21,112 +18,10 @@ ROOT = Path(__file__).parents[1]
 TEXTGEN = [sys.executable, "-m", "textgen"]
 
 Capture = pytest.CaptureFixture[str]
-Sampler = Callable[..., str]
 
 FIGURES = [
     "bits_per_byte", "nats_per_token", "perplexity", "word_perplexity", "tokens", "bytes", "documents", "seconds",
 ]  # fmt: skip
-
-
-def set_stdin(monkeypatch: pytest.MonkeyPatch, raw: bytes) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw)))
-
-
-@pytest.fixture
-def sample(tiny_run: Path, capsys: Capture) -> Sampler:
-    """Return a function that samples from the tiny run with more flags and returns what went to standard output."""
-
-    def call(*flags: str) -> str:
-        capsys.readouterr()
-        main(["sample", str(tiny_run), *flags])
-        out, err = capsys.readouterr()
-        assert err == ""
-        return out
-
-    return call
-
-
-# --- sample ----------------------------------------------------------------------------------------------------------
-
-
-def test_sample_prints_the_prompt_and_its_continuation_and_nothing_else(sample: Sampler) -> None:
-    text = json.loads(sample("--prompt", "The plot was", "--max_new_tokens", "12", "--json"))["text"]
-    assert text
-    assert sample("--prompt", "The plot was", "--max_new_tokens", "12") == f"The plot was{text}\n"
-
-
-def test_sample_json_is_one_object_for_each_sample(sample: Sampler) -> None:
-    flags = ["--prompt", "I", "--prompt", "Ça va", "--num_samples", "3", "--max_new_tokens", "5", "--json"]
-    rows = [json.loads(line) for line in sample(*flags).splitlines()]
-    assert [(row["prompt"], row["number"]) for row in rows] == [(p, j) for p in ("I", "Ça va") for j in range(3)]
-    assert {frozenset(row) for row in rows} == {frozenset({"prompt", "number", "text", "num_tokens", "finished"})}
-    assert all(row["num_tokens"] == 5 or row["finished"] for row in rows)
-    assert len({row["text"] for row in rows[:3]}) > 1, "samples of one prompt draw noise of their own"
-
-
-def test_several_samples_are_printed_in_order_with_a_blank_line_between(sample: Sampler) -> None:
-    flags = ["--prompt", "I", "--prompt", "See", "--num_samples", "2", "--max_new_tokens", "8"]
-    rows = [json.loads(line) for line in sample(*flags, "--json").splitlines()]
-    assert sample(*flags) == "\n\n".join(row["prompt"] + row["text"] for row in rows) + "\n"
-
-
-def test_temperature_zero_does_not_depend_on_the_seed(sample: Sampler) -> None:
-    flags = ["--prompt", "The", "--max_new_tokens", "20", "--temperature"]
-    assert sample(*flags, "0", "--seed", "1") == sample(*flags, "0", "--seed", "2")
-    assert sample(*flags, "1", "--seed", "1") == sample(*flags, "1", "--seed", "1")
-    assert sample(*flags, "1", "--seed", "1") != sample(*flags, "1", "--seed", "2")
-
-
-def test_top_k_one_is_greedy(sample: Sampler) -> None:
-    flags = ["--prompt", "The", "--max_new_tokens", "20"]
-    assert sample(*flags, "--top_k", "1") == sample(*flags, "--temperature", "0")
-    assert sample(*flags, "--top_p", "1e-9") == sample(*flags, "--temperature", "0")
-
-
-def test_prompt_comes_from_a_file_or_standard_input_without_its_last_line_break(
-    sample: Sampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flags = ["--max_new_tokens", "6"]
-    wanted = sample(*flags, "--prompt", "Très\nbon")
-    file = tmp_path / "prompt.txt"
-    for raw in ("Très\nbon".encode(), "Très\nbon\n".encode(), "Très\nbon\r\n".encode()):
-        file.write_bytes(raw)
-        assert sample(*flags, "--prompt_file", str(file)) == wanted
-        set_stdin(monkeypatch, raw)
-        assert sample(*flags) == wanted
-        set_stdin(monkeypatch, raw)
-        assert sample(*flags, "--prompt_file", "-") == wanted
-
-
-def test_empty_closed_or_terminal_input_starts_a_review(sample: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    wanted = sample("--max_new_tokens", "6", "--prompt", "")
-    set_stdin(monkeypatch, b"")
-    assert sample("--max_new_tokens", "6") == wanted
-    monkeypatch.setattr(sys, "stdin", None)
-    assert sample("--max_new_tokens", "6") == wanted
-    leader, terminal = os.openpty()
-    with os.fdopen(terminal) as stdin:
-        monkeypatch.setattr(sys, "stdin", stdin)
-        assert sample("--max_new_tokens", "6") == wanted
-    os.close(leader)
-
-
-def test_text_is_streamed_as_it_is_drawn_and_a_reader_may_leave(tiny_run: Path) -> None:
-    # so young a model, asked for the likeliest token, never ends its text: 100 million tokens take hours
-    flags = ["--prompt", "The", "--max_new_tokens", "100000000", "--temperature", "0"]
-    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    with subprocess.Popen(
-        [*TEXTGEN, "sample", str(tiny_run), *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered
-    ) as process:
-        assert process.stdout
-        assert process.stderr
-        first = os.read(process.stdout.fileno(), 1 << 16)
-        assert first.startswith(b"The")
-        assert len(first) < 4096, "standard output is buffered: 8 KiB come at once"
-        assert process.poll() is None
-        process.stdout.close()  # as `head` does
-        assert process.wait(60) == 141
-        assert process.stderr.read() == b""
 
 
 # --- evaluate, prepare -----------------------------------------------------------------------------------------------
@@ -219,7 +114,9 @@ def test_interrupt_is_one_line_and_exit_code_130(tiny_flags: list[str], tmp_path
 # --- help and speed --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["prepare", "evaluate", "sample", "verify", "compare", "doctor", "submit", None])
+@pytest.mark.parametrize(
+    "verb", ["prepare", "evaluate", "sample", "export", "verify", "compare", "doctor", "submit", None]
+)
 def test_help_of_every_verb_is_printed_and_exits_with_0(verb: str | None, capsys: Capture) -> None:
     if verb is None:
         main(["--help"])

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
+from textgen import generation
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.generation import Sample, _sample_number, decode_step, generate, prefill, sample_all
+from textgen.decoding import CellDecoder, Decoder, DecoderState
+from textgen.generation import Request, Sample, _prefill, _Row, _sample_number, generate, sample_all, serve
 from textgen.model import LSTMLanguageModel
-from textgen.sampling import draw
+from textgen.sampling import control, controls_of, draw, note
 from tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["it was the best of times, it was the worst of times", "call me ishmael", "é è ü ß 漢字 🙂🙃 naïve café"]
@@ -47,11 +54,17 @@ def draw_ids(
     """Return the ids of one sample alone, the slow way: the whole text is read anew for each token."""
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     start = len(ids)
-    for step in range(config.max_new_tokens):
+    cpu = torch.device("cpu")
+    controls = controls_of(config, ids[1:], number, vocab_size=tokenizer.vocab_size, device=cpu)
+    for token in config.forced_tokens:
+        ids.append(token)
+        note(controls, torch.tensor([token]))
+    for _ in range(config.max_new_tokens - len(config.forced_tokens)):
         logits, _ = model(torch.tensor([ids]), model.zero_state(1))
         logits = logits[:, -1].clone()
         logits[:, tokenizer.unk_id] = -math.inf
-        token = int(draw(logits, config, samples=torch.tensor([number]), step=step))
+        token = int(drawn := draw(control(logits, controls, eos_id=tokenizer.eos_id), controls))
+        note(controls, drawn)
         if token == tokenizer.eos_id:
             break
         ids.append(token)
@@ -63,9 +76,10 @@ def test_prefill_and_steps_equal_one_forward(model: LSTMLanguageModel, tokenizer
     ids = [tokenizer.bos_id, *tokenizer.encode("it was the worst of times")]
     whole, _ = model(torch.tensor([ids]), model.zero_state(1))
     for cut in (1, 2, 10, len(ids)):
-        logits, state = prefill(model, ids[:cut])
-        for token in ids[cut:]:
-            logits, state = decode_step(model, torch.tensor([token]), state)
+        decoder = Decoder(model)
+        state = decoder.prefill(ids[:cut])
+        for token in ids[cut - 1 :]:
+            logits, state = decoder.step(torch.tensor([token]), state)
         torch.testing.assert_close(logits, whole[:, -1], rtol=1e-5, atol=1e-5)
 
 
@@ -201,3 +215,233 @@ def test_the_unknown_token_is_never_drawn(model: LSTMLanguageModel, tokenizer: T
 
 def test_no_prompts_give_no_samples(model: LSTMLanguageModel, tokenizer: Tokenizer) -> None:
     assert sample_all(model, tokenizer, [], SamplingConfig()) == []
+
+
+# --- rows that come and go -------------------------------------------------------------------------------------------
+
+
+def all_of(events: Iterator[tuple[int, str | Sample]]) -> list[Sample]:
+    ended = {row: event for row, event in events if isinstance(event, Sample)}
+    return [ended[row] for row in sorted(ended)]
+
+
+@pytest.mark.parametrize(("batch_size", "refill"), [(1, 8), (2, 8), (7, 8), (6, 2)])
+def test_requests_of_all_kinds_are_what_they_are_alone(
+    model: LSTMLanguageModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, batch_size: int, refill: int
+) -> None:
+    monkeypatch.setattr(generation, "REFILL", refill)
+    prefer(model, {tokenizer.eos_id: 1.5})
+    kinds: list[dict[str, Any]] = [
+        {}, {"temperature": 0.0}, {"top_k": 5, "seed": 3}, {"max_new_tokens": 3}, {"stop": ("a", "\u6f22")},
+        {"repetition_penalty": 1.5, "no_repeat_ngram": 2}, {"logprobs": 2, "min_p": 0.3}, {"forced_tokens": (9, 10)},
+        {"banned_tokens": (7, 8), "typical_p": 0.8}, {"min_new_tokens": 20, "presence_penalty": 0.4, "logprobs": 0},
+        {"temperature": 1.4, "top_p": 0.9, "frequency_penalty": 0.2}, {"forced_tokens": (9,), "max_new_tokens": 1},
+    ]  # fmt: skip
+    requests = [
+        Request(PROMPTS[i % 5], SamplingConfig(**{"max_new_tokens": 30, **kind}), i) for i, kind in enumerate(kinds)
+    ]
+    alone = [all_of(serve(model, tokenizer, [request]))[0] for request in requests]
+    together = all_of(serve(model, tokenizer, requests, batch_size=batch_size))
+    for one, other in zip(alone, together, strict=True):
+        rounded = [[(t.token, round(t.logprob, 4)) for t in sample.logprobs or ()] for sample in (one, other)]
+        assert rounded[0] == rounded[1]
+        assert (one.prompt, one.number, one.text, one.num_tokens, one.finished, one.stop) == (
+            other.prompt, other.number, other.text, other.num_tokens, other.finished, other.stop,
+        )  # fmt: skip
+    assert [sample.prompt for sample in together] == [request.prompt for request in requests]
+
+
+def test_a_free_row_is_given_to_the_next_request_but_not_far_ahead_of_the_oldest(
+    model: LSTMLanguageModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_end(model, tokenizer)
+    taken: list[int] = []
+
+    def requests() -> Iterator[Request]:
+        for number in range(40):
+            taken.append(number)
+            yield Request("a", SamplingConfig(max_new_tokens=60 if number == 0 else 2), number)
+
+    monkeypatch.setattr(generation, "AHEAD", 10)
+    order = []
+    for row, event in serve(model, tokenizer, requests(), batch_size=4):
+        if isinstance(event, Sample):
+            order.append(row)
+            assert len(taken) <= 10 or 0 in order
+        running = len(taken) - len(order)
+        assert running <= 4 + 1  # an ended row is told before the next request is taken
+    assert sorted(order) == list(range(40))
+    assert order.index(0) == 9
+
+
+def test_a_prompt_of_many_samples_is_read_once(model: LSTMLanguageModel, tokenizer: Tokenizer) -> None:
+    class Counting(Decoder):
+        reads = 0
+
+        def prefill(self, tokens: Sequence[int]) -> DecoderState:
+            self.reads += 1
+            return super().prefill(tokens)
+
+    decoder = Counting(model)
+    config = SamplingConfig(max_new_tokens=5)
+    list(generate(decoder, tokenizer, ["it was", "call"], config, num_samples=9, batch_size=2))
+    assert decoder.reads == 2
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("lengths", [[9], [129], [1], [5, 9, 9, 2, 1], [400, 3, 128, 1, 30], [30] * 9])
+def test_prompts_are_read_side_by_side_as_alone(
+    model: LSTMLanguageModel, tokenizer: Tokenizer, lengths: list[int]
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    prompts = [tuple(torch.randint(tokenizer.vocab_size, (n,), generator=generator).tolist()) for n in lengths]
+    wanted = {ids: Decoder(model).prefill(ids) for ids in prompts}
+    steps = []
+
+    class Counting(CellDecoder):
+        def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+            steps.append(len(tokens))
+            return super().step(tokens, state)
+
+    states = _prefill(Counting(model), prompts)
+    assert states.keys() == wanted.keys()
+    for ids in prompts:
+        torch.testing.assert_close(states[ids], wanted[ids], rtol=1e-5, atol=1e-5)
+    stepped = [n for n in lengths if n <= 128]
+    assert len(steps) == max(stepped, default=1) - 1
+    assert sum(steps) == sum(n - 1 for n in stepped)
+
+
+def test_an_interrupt_ends_samples_as_they_are(model: LSTMLanguageModel, tokenizer: Tokenizer) -> None:
+    """What may begin a stop string is told after all, half a character is not."""
+    ids = tokenizer.encode("ab\U0001f680")  # four bytes make the rocket
+    spell(model, tokenizer, ids)
+    drawn = iter(range(10))
+    config = SamplingConfig(temperature=0, stop=("bcd",))
+    events = list(
+        serve(model, tokenizer, [Request("", config), *[Request("x", config)]], batch_size=1,
+              interrupted=lambda: next(drawn) == 4)
+    )  # fmt: skip
+    assert events == [(0, "a"), (0, "b"), (0, Sample("", 0, "ab", 4, False))]
+
+
+# --- what a request may want -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def merging_tokenizer() -> Tokenizer:
+    """Return a tokenizer whose tokens hold several characters, one, or a part of one."""
+    return Tokenizer(train_tokenizer([*TEXTS, "abab abc cab bca" * 9], vocab_size=330, model_type="bpe"))
+
+
+def cut_by_hand(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """Return the text before the stop string that is complete first, of those the longest, character by character."""
+    for end in range(1, len(text) + 1):
+        if ending := [stop for stop in stops if text[:end].endswith(stop)]:
+            stop = max(ending, key=len)
+            return text[: end - len(stop)], stop
+    return text, None
+
+
+@settings(deadline=None, max_examples=300)
+@given(data=st.data())
+def test_stop_strings_end_the_text_wherever_tokens_end(merging_tokenizer: Tokenizer, data: st.DataObject) -> None:
+    tokenizer = merging_tokenizer
+    known = [i for i in range(tokenizer.vocab_size) if i not in (tokenizer.eos_id, tokenizer.unk_id)]
+    ids = data.draw(st.lists(st.sampled_from(known), min_size=1, max_size=12))
+    if data.draw(st.booleans()):
+        ids = tokenizer.encode(data.draw(st.text("abc \u00e9", min_size=1, max_size=12)))
+    text = tokenizer.decode(ids)
+    part = st.tuples(st.integers(0, len(text)), st.integers(1, 5)).map(lambda at: text[at[0] : at[0] + at[1]])
+    stops = data.draw(st.lists(part | st.text("abc", min_size=1, max_size=3), max_size=3))
+    stops = [stop for stop in stops if stop]
+    config = SamplingConfig(stop=tuple(stops), max_new_tokens=len(ids))
+    row = _Row.of(0, Request("", config), tokenizer)
+    events = []
+    for token in ids:
+        if not row.ended:
+            events += list(row.push(token, None))
+    *pieces, sample = events
+    assert isinstance(sample, Sample)
+    wanted, stop = cut_by_hand(text, stops)
+    assert (sample.text, sample.stop) == (wanted, stop)
+    assert "".join(map(str, pieces)) == wanted, "what was streamed is the text: nothing of a stop string was shown"
+
+
+def test_forced_tokens_are_read_counted_and_told(model: LSTMLanguageModel, tokenizer: Tokenizer) -> None:
+    forced = tuple(tokenizer.encode("\u6f22 was"))
+    for settings_ in ({}, {"repetition_penalty": 1.5, "frequency_penalty": 0.5}, {"no_repeat_ngram": 1}):
+        config = SamplingConfig(forced_tokens=forced, max_new_tokens=20, seed=4, **settings_)
+        (sample,) = sample_all(model, tokenizer, ["it"], config)
+        ids = draw_ids(model, tokenizer, "it", config, _sample_number("it", 0))
+        assert ids[: len(forced)] == list(forced)
+        assert (sample.text, sample.num_tokens) == (tokenizer.decode(ids), len(ids))
+    whole = SamplingConfig(forced_tokens=forced, max_new_tokens=len(forced), stop=("s",))
+    assert sample_all(model, tokenizer, ["it"], whole) == [Sample("it", 0, "\u6f22 wa", len(forced), False, "s")]
+    ended = SamplingConfig(forced_tokens=(forced[0], tokenizer.eos_id), stop=("\u6f22a",))
+    assert sample_all(model, tokenizer, ["it"], ended) == [Sample("it", 0, "\u6f22", 1, True)]
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("settings_", [{}, {"temperature": 0.5, "top_k": 3, "repetition_penalty": 1.4}])
+def test_logprobs_are_the_models_own_whatever_filters_do(
+    model: LSTMLanguageModel, tokenizer: Tokenizer, settings_: dict[str, Any]
+) -> None:
+    prefer(model, {tokenizer.unk_id: 2.0, tokenizer.eos_id: 1.0})
+    config = SamplingConfig(logprobs=4, max_new_tokens=15, **settings_)
+    unasked = SamplingConfig(max_new_tokens=15, **settings_)
+    sample, other = all_of(serve(model, tokenizer, [Request("it was", config), Request("it was", unasked, 1)]))
+    assert other.logprobs is None
+    assert sample.logprobs is not None
+    ids = draw_ids(model, tokenizer, "it was", config, _sample_number("it was", 0))
+    assert len(sample.logprobs) == len(ids) + sample.finished
+    read = [tokenizer.bos_id, *tokenizer.encode("it was")]
+    exact = []
+    for token, told in zip([*ids, tokenizer.eos_id], sample.logprobs, strict=False):
+        logits, _ = model(torch.tensor([read]), model.zero_state(1))
+        logprobs = logits[0, -1].double().log_softmax(-1)
+        exact.append(float(logprobs[token]))
+        values, places = logprobs.topk(4)
+        assert told.logprob == pytest.approx(exact[-1], abs=1e-5)
+        assert told.token.encode() == tokenizer.token_bytes(token) or "\\x" in told.token
+        assert [value for _, value in told.top] == pytest.approx(values.tolist(), abs=1e-5)
+        words = [tokenizer.token_bytes(i).decode(errors="backslashreplace") for i in places.tolist()]
+        assert [word for word, _ in told.top] == words
+        read.append(token)
+    assert sample.mean_logprob == pytest.approx(math.fsum(exact) / len(exact), abs=1e-5)
+
+
+def test_a_text_may_end_though_its_first_token_is_the_one_that_ends(
+    model: LSTMLanguageModel, tokenizer: Tokenizer
+) -> None:
+    prefer(model, {tokenizer.eos_id: 50.0})
+    config = SamplingConfig(no_repeat_ngram=1, repetition_penalty=100)
+    assert [sample.finished for sample in sample_all(model, tokenizer, PROMPTS, config)] == [True] * len(PROMPTS)
+
+
+def test_a_prompt_may_be_longer_than_all_that_was_trained_on(model: LSTMLanguageModel, tokenizer: Tokenizer) -> None:
+    prompt = "it was the best of times " * 60
+    config = SamplingConfig(max_new_tokens=4, no_repeat_ngram=3, repetition_penalty=1.1)
+    (sample,) = sample_all(model, tokenizer, [prompt], config)
+    ids = draw_ids(model, tokenizer, prompt, config, _sample_number(prompt, 0))
+    assert len(tokenizer.encode(prompt)) > 1024
+    assert (sample.text, sample.num_tokens) == (tokenizer.decode(ids), len(ids))
+
+
+@pytest.mark.parametrize("name", ["banned_tokens", "forced_tokens"])
+def test_tokens_that_the_model_has_not_are_refused(model: LSTMLanguageModel, tokenizer: Tokenizer, name: str) -> None:
+    config = SamplingConfig(**{name: (3, 9999)})
+    wanted = rf"^`{name}` must be below the vocabulary's size {tokenizer.vocab_size}: 9999$"
+    with pytest.raises(ValueError, match=wanted):
+        sample_all(model, tokenizer, ["a"], config)
+
+
+def test_bans_that_leave_nothing_to_draw_are_refused(model: LSTMLanguageModel, tokenizer: Tokenizer) -> None:
+    but_the_end = tuple(i for i in range(tokenizer.vocab_size) if i not in (tokenizer.eos_id, tokenizer.unk_id))
+    assert [s.finished for s in sample_all(model, tokenizer, ["a"], SamplingConfig(banned_tokens=but_the_end))] == [
+        True
+    ]
+    for settings_ in ({"banned_tokens": but_the_end, "min_new_tokens": 1},
+                      {"banned_tokens": (*but_the_end, tokenizer.eos_id)}):  # fmt: skip
+        with pytest.raises(ValueError, match=r"^`banned_tokens` leave nothing to draw$"):
+            sample_all(model, tokenizer, ["a"], SamplingConfig(**settings_))

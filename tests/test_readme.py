@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 from glob import glob
 from pathlib import Path
 
@@ -40,10 +41,11 @@ def test_readme_verbs_run(
 ) -> None:
     (tmp_path / "reviews.jsonl").write_text(reviews_file.read_text().replace('"text"', '"review"'))
     (tmp_path / "flags.txt").write_text("--learning_rate 0.001\n--learning_rate 0.002\n")
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "i love"}\n{"prompt": "", "seed": 7}\n')
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     (tmp_path / "runs" / "sweep-1234").mkdir(parents=True)
     for run in ("quick", "books", "sweep-1234/1", "sweep-1234/2"):
-        (tmp_path / "runs" / run).symlink_to(tiny_run)
+        shutil.copytree(tiny_run, tmp_path / "runs" / run)  # an export leaves something in it
     monkeypatch.chdir(tmp_path)
     words = [match for word in shlex.split(command) for match in sorted(glob(word)) or [word]]
     AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the test before

@@ -6,20 +6,21 @@ are answered in 0.3 s, not in 1.7 s.
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import json
 import math
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-from textgen.config import Precision, SamplingConfig, TrainConfig
-from textgen.parsing import PATIENCE_SECONDS, Parser, build_settings, config_file, fail, parse_train_config
+from textgen.config import Precision
+from textgen.parsing import PATIENCE_SECONDS, Parser, config_file, fail, parse_train_config
 from textgen.processes import Interrupted, end_siblings, end_with_launcher
 from textgen.world import LaunchError, slurm_variables
 
@@ -28,13 +29,12 @@ DISK_ERRORS = (
     errno.EIO, errno.ESTALE,
 )  # fmt: skip
 
-SPLITS = ("train", "validation", "test")
-
-VERBS = """usage: textgen {prepare,evaluate,sample,verify,compare,doctor,submit} ... (each with --help)
+VERBS = """usage: textgen {prepare,evaluate,sample,export,verify,compare,doctor,submit} ... (each with --help)
 
   prepare    encode the training text ahead of time; takes the flags of train_distributed.py
   evaluate   bits per byte of a checkpoint on a file or a split
   sample     continue prompts
+  export     a checkpoint as a quantised or ONNX decoder, with what that costs
   verify     check every byte of a checkpoint and say what it holds
   compare    a table of runs: bits per byte, tokens per second, the settings that differ
   doctor     check a machine, or all machines of an allocation, before hours are spent
@@ -114,12 +114,12 @@ def _user_errors() -> tuple[type[ValueError], ...]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run a verb of the console script `textgen`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    verbs: dict[str, Callable[[Sequence[str]], None]] = {
-        "prepare": prepare, "evaluate": evaluate, "sample": sample, "verify": verify, "compare": compare,
-        "doctor": doctor, "submit": submit,
-    }  # fmt: skip
-    if argv and argv[0] in verbs:
-        run(lambda: verbs[argv[0]](argv[1:]))
+    here: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare, "evaluate": evaluate, "verify": verify}
+    verbs = re.findall(r"^  (\w+)  ", VERBS, re.MULTILINE)
+    if argv and argv[0] in here:
+        run(lambda: here[argv[0]](argv[1:]))
+    elif argv and argv[0] in verbs:
+        run(lambda: getattr(import_module(f"textgen.{argv[0]}"), f"{argv[0]}_command")(argv[1:]))
     elif argv in (["--help"], ["-h"]):
         print(VERBS, end="")
     else:
@@ -182,7 +182,7 @@ def evaluate(argv: Sequence[str]) -> None:
     from textgen import launch
     from textgen.checkpoint import find_checkpoint, load_model
     from textgen.data import DataError, encode_documents
-    from textgen.evaluation import score
+    from textgen.evaluation import score, texts_to_score
 
     accelerator = launch.start(args.mixed_precision)
     directory = find_checkpoint(args.checkpoint, best=args.best)
@@ -190,11 +190,8 @@ def evaluate(argv: Sequence[str]) -> None:
     model, tokenizer = load_model(directory or args.checkpoint, accelerator.device)
     if not tokenizer.is_lossless:
         raise DataError(f"`{args.checkpoint}` has a word tokenizer, which loses text: it has no bits per byte")
-    if directory is None and args.data in SPLITS:
-        raise DataError(
-            f"`{args.checkpoint}` does not say what it was trained on: give `--data` a file, not `{args.data}`"
-        )
-    texts = _texts(directory, args.data, args.text_column, args.limit, model.text.get("normalization", "none"))
+    normalization = model.text.get("normalization", "none")
+    texts = texts_to_score(directory, args.data, args.text_column, limit=args.limit, normalization=normalization)
     documents = encode_documents(tokenizer, texts)
     num_bytes, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
     result = score(
@@ -217,124 +214,6 @@ def evaluate(argv: Sequence[str]) -> None:
                 )
             )
     accelerator.end_training()
-
-
-def _texts(directory: Path | None, data: str, text_column: str, limit: int | None, normalization: str) -> list[str]:
-    """Return the documents to score: of files, or of a split of the data that the checkpoint was trained on."""
-    from textgen.checkpoint import TRAINER_NAME, CheckpointError, read_json
-    from textgen.corpus import normalize
-    from textgen.data import DataError, prepare_store
-    from textgen.documents import read_documents
-
-    if directory is not None and data in SPLITS:
-        try:
-            settings = read_json(directory / TRAINER_NAME)["config"]
-            config = build_settings(TrainConfig, {"data": settings["data"], "tokenizer": settings["tokenizer"]})
-        except CheckpointError:
-            raise
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"`{directory / TRAINER_NAME}` has no settings of data: {error}") from error
-        store = prepare_store(config.data, config.tokenizer)
-        split = store.split(data)
-        count = split.num_documents if limit is None else min(limit, split.num_documents)
-        # documents end with the end-of-text token, which decodes to nothing
-        texts = [store.tokenizer.decode(split.document(i).tolist()) for i in range(count)]
-    else:
-        documents = (text for text in read_documents([data], text_column=text_column) if text.strip())
-        texts = [
-            normalize(text, normalization) for text, _ in zip(documents, range(limit or sys.maxsize), strict=False)
-        ]
-    if not texts:
-        raise DataError(f"`{data}` holds no documents")
-    return texts
-
-
-def sample(argv: Sequence[str]) -> None:
-    """Continue prompts; only text goes to standard output."""
-    parser = Parser(prog="textgen sample", description="Continue prompts with a trained model.")
-    parser.add_argument("checkpoint", help="checkpoint, run folder or hub repository")
-    parser.add_argument("--best", action="store_true", help="of a run, the best checkpoint instead of the newest")
-    parser.add_argument(
-        "--prompt",
-        action="append",
-        help="text to continue; may be given several times; '' starts a review. Without any, standard input is read, "
-        "unless it is a terminal",
-    )
-    parser.add_argument(
-        "--prompt_file", help="file whose text, but for a last line break, is a prompt; - is standard input"
-    )
-    parser.add_argument("--num_samples", type=int, default=1, help="samples of each prompt")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per sample")
-    parser.add_class_arguments(SamplingConfig, None, fail_untyped=True)
-    args = parser.parse_args(list(argv))
-    try:
-        config = build_settings(SamplingConfig, {f.name: args[f.name] for f in dataclasses.fields(SamplingConfig)})
-    except ValueError as error:
-        parser.error(str(error))
-    if args.num_samples < 1:
-        parser.error(f"`num_samples` must be at least 1: {args.num_samples}")
-    prompts = [_decode(os.fsencode(prompt), "`--prompt`") for prompt in args.prompt or []]
-    if args.prompt_file is not None:
-        prompts.append(_read_prompt(args.prompt_file))
-    if not prompts:
-        from_terminal = sys.stdin is None or sys.stdin.isatty()  # None: it is closed
-        prompts = [""] if from_terminal else [_read_prompt("-")]
-
-    _start_log()
-    import torch
-
-    from textgen.checkpoint import load_model
-    from textgen.corpus import normalize
-    from textgen.generation import generate, sample_all
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_model(args.checkpoint, device, best=args.best)
-    prompts = [normalize(prompt, model.text.get("normalization", "none")) for prompt in prompts]
-    if args.json:
-        for result in sample_all(model, tokenizer, prompts, config, num_samples=args.num_samples):
-            print(json.dumps(dataclasses.asdict(result), ensure_ascii=False), flush=True)
-        return
-    _stream(generate(model, tokenizer, prompts, config, num_samples=args.num_samples), prompts, args.num_samples)
-
-
-def _stream(events: Any, prompts: Sequence[str], num_samples: int) -> None:
-    """Print samples in order, the first unfinished one as it is drawn; a blank line stands between two."""
-    waiting: dict[int, str] = {row: prompts[row // num_samples] for row in range(len(prompts) * num_samples)}
-    ended: set[int] = set()
-    current = 0
-    for row, event in events:
-        if isinstance(event, str):
-            waiting[row] += event
-        else:
-            ended.add(row)
-        while current in waiting:
-            print(waiting.pop(current), end="", flush=True)
-            if current not in ended:
-                waiting[current] = ""
-                break
-            print("\n" if current + 1 < len(prompts) * num_samples else "", flush=True)
-            current += 1
-
-
-def _read_prompt(path: str) -> str:
-    """Return a prompt from a file, or standard input, without the line break that editors and `echo` end it with."""
-    where = "standard input" if path == "-" else f"`{path}`"
-    if path == "-" and sys.stdin is None:
-        fail("standard input is closed")
-    try:
-        raw = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        fail(f"{where} cannot be read: {error.strerror}")
-    text = _decode(raw, where)
-    return text.removesuffix("\n").removesuffix("\r")
-
-
-def _decode(raw: bytes, where: str) -> str:
-    """Return UTF-8 bytes as text, whatever the locale."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        fail(f"{where} is not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}")
 
 
 def verify(argv: Sequence[str]) -> None:
@@ -362,24 +241,3 @@ def verify(argv: Sequence[str]) -> None:
             print(f"{'checkpoint':16} {directory}\n{'valid':16} False\n{'problem':16} {contents['problem']}\n")
     if invalid:
         fail(f"{invalid} invalid checkpoint{'s' if invalid > 1 else ''} in `{args.checkpoint}`")
-
-
-def compare(argv: Sequence[str]) -> None:
-    """Print a table of runs."""
-    from textgen.compare import compare_command
-
-    compare_command(argv)
-
-
-def doctor(argv: Sequence[str]) -> None:
-    """Check the machines that a training would run on."""
-    from textgen.doctor import doctor_command
-
-    doctor_command(argv)
-
-
-def submit(argv: Sequence[str]) -> None:
-    """Hand a training to Slurm."""
-    from textgen.submit import submit_command
-
-    submit_command(argv)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Precision = Literal["no", "bf16", "fp16"]
+DecoderName = Literal["auto", "plain", "float32", "bfloat16", "int8", "compiled", "graph"]
 
 
 def _require_positive(owner: object, *names: str) -> None:
@@ -236,19 +237,64 @@ class SamplingConfig:
     """draw from the k likeliest tokens only"""
     top_p: float | None = None
     """draw from the fewest tokens whose probabilities reach p"""
+    min_p: float | None = None
+    """draw from tokens at least p times as likely as the likeliest one"""
+    typical_p: float | None = None
+    """draw from the tokens of most typical surprisal whose probabilities reach p"""
+    repetition_penalty: float = 1.0
+    """makes tokens of prompt and text less likely: divides positive logits, multiplies negative ones"""
+    presence_penalty: float = 0.0
+    """subtracted from the logits of tokens that were drawn before"""
+    frequency_penalty: float = 0.0
+    """subtracted from a token's logit for each time it was drawn before"""
+    no_repeat_ngram: int | None = None
+    """draw no token that completes n tokens which the last 1,024 hold already"""
+    banned_tokens: tuple[int, ...] = ()
+    """ids of tokens that are never drawn"""
+    forced_tokens: tuple[int, ...] = ()
+    """ids of tokens that every text begins with"""
+    min_new_tokens: int = 0
+    """do not end the text before this many tokens"""
     max_new_tokens: int = 200
     """stop after this many tokens"""
+    stop: tuple[str, ...] = ()
+    """strings that end the text and are not part of it; the one that is complete first counts"""
+    logprobs: int | None = None
+    """tell the log-probability of every token drawn, before all filters, and so many of the likeliest in its place"""
     seed: int = 42
     """decides the draws"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"`temperature` must be finite and at least 0: {self.temperature}")
-        if self.top_k is not None and not self.top_k >= 1:
-            raise ValueError(f"`top_k` must be at least 1: {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` must be above 0 and at most 1: {self.top_p}")
-        if not self.max_new_tokens >= 1:
-            raise ValueError(f"`max_new_tokens` must be at least 1: {self.max_new_tokens}")
+        for name in ("top_k", "no_repeat_ngram", "max_new_tokens"):
+            if (value := getattr(self, name)) is not None and not value >= 1:
+                raise ValueError(f"`{name}` must be at least 1: {value}")
+        for name in ("top_p", "typical_p"):
+            if (share := getattr(self, name)) is not None and not 0 < share <= 1:
+                raise ValueError(f"`{name}` must be above 0 and at most 1: {share}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"`min_p` must be at least 0 and at most 1: {self.min_p}")
+        for name, low in (("repetition_penalty", 0.01), ("presence_penalty", -100), ("frequency_penalty", -100)):
+            if not low <= getattr(self, name) <= 100:
+                raise ValueError(f"`{name}` must be at least {low} and at most 100: {getattr(self, name)}")
+        if self.no_repeat_ngram is not None and self.no_repeat_ngram > 1024:
+            raise ValueError(f"`no_repeat_ngram` must be at most 1024: {self.no_repeat_ngram}")
+        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
+            raise ValueError(
+                f"`min_new_tokens` must be at least 0 and at most `max_new_tokens` {self.max_new_tokens}: "
+                f"{self.min_new_tokens}"
+            )
+        for name in ("banned_tokens", "forced_tokens"):
+            if any(token < 0 for token in getattr(self, name)):
+                raise ValueError(f"`{name}` must be ids of tokens: {getattr(self, name)}")
+        if len(self.forced_tokens) > self.max_new_tokens:
+            raise ValueError(
+                f"`forced_tokens` must be at most `max_new_tokens` {self.max_new_tokens}: {len(self.forced_tokens)}"
+            )
+        if self.logprobs is not None and not 0 <= self.logprobs <= 100:
+            raise ValueError(f"`logprobs` must be at least 0 and at most 100: {self.logprobs}")
+        if "" in self.stop:
+            raise ValueError("`stop` must be strings that are not empty")
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"`seed` must be at least 0 and below 2^63: {self.seed}")

@@ -168,7 +168,7 @@ def doctor_command(argv: Sequence[str]) -> None:
     """Check what a training would run on, print a table or JSON, and end with exit code 1 where a check failed."""
     if {"--help", "-h"} & set(argv):
         print(HELP, end="")
-        return
+        raise SystemExit(0)
     config = parse_train_config([flag for flag in argv if flag != "--json"], prog="textgen doctor")
     os.environ["HF_HUB_OFFLINE"] = "1"  # read at the import of the hub's client: it is never asked
     end_with_launcher()

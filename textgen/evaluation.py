@@ -7,6 +7,8 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +17,13 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from textgen.data import Split
+from textgen.checkpoint import TRAINER_NAME, CheckpointError, read_json
+from textgen.config import TrainConfig
+from textgen.corpus import normalize
+from textgen.data import DataError, Split, prepare_store
+from textgen.documents import read_documents
 from textgen.model import LSTMLanguageModel
+from textgen.parsing import build_settings
 
 Tokens = NDArray[np.integer[Any]]
 
@@ -139,3 +146,51 @@ def _score_batch(
             scored, state = model(x, state, y)
         nats += scored
     return nats
+
+
+# --- what is scored --------------------------------------------------------------------------------------------------
+
+SPLITS = ("train", "validation", "test")
+
+
+def texts_to_score(
+    checkpoint: Path | None, data: str, text_column: str, *, limit: int | None, normalization: str
+) -> list[str]:
+    """Return documents of files, or of a split of the data that a checkpoint was trained on.
+
+    Args:
+        checkpoint: its directory; None of a model that does not say what it was trained on.
+        data: a file, folder or glob, or a split.
+        text_column: of csv, jsonl and parquet files.
+        limit: the first ones only.
+        normalization: what the model reads of texts.
+
+    Raises:
+        DataError, CorpusError, CheckpointError: there are none.
+    """
+    if data in SPLITS:
+        if checkpoint is None:
+            raise DataError(f"the model does not say what it was trained on: give `--data` a file, not `{data}`")
+        texts = _split_texts(checkpoint, data, limit)
+    else:
+        documents = (text for text in read_documents([data], text_column=text_column) if text.strip())
+        texts = [normalize(text, normalization) for text in islice(documents, limit)]
+    if not texts:
+        raise DataError(f"`{data}` holds no documents")
+    return texts
+
+
+def _split_texts(checkpoint: Path, name: str, limit: int | None) -> list[str]:
+    path = checkpoint / TRAINER_NAME
+    try:
+        settings = read_json(path)["config"]
+        config = build_settings(TrainConfig, {"data": settings["data"], "tokenizer": settings["tokenizer"]})
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"`{path}` has no settings of data: {error}") from error
+    store = prepare_store(config.data, config.tokenizer)
+    split = store.split(name)
+    count = split.num_documents if limit is None else min(limit, split.num_documents)
+    # documents end with the end-of-text token, which decodes to nothing
+    return [store.tokenizer.decode(split.document(i).tolist()) for i in range(count)]

@@ -181,7 +181,9 @@ class LSTMLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.text = config, vocab_size, dict(text or {})
-        self.embedding = nn.Embedding(vocab_size, config.embedding_dim)
+        shape = vocab_size, config.embedding_dim
+        # drawing on the meta device would import torch's compiler, which takes longer than all else of a loading
+        self.embedding = nn.Embedding(*shape, _weight=torch.empty(shape) if torch.empty(0).is_meta else None)
         sizes = [config.embedding_dim] + [config.hidden_size] * config.num_layers
         self.layers = nn.ModuleList(LSTMLayer(a, b) for a, b in pairwise(sizes))
         num_norms = config.num_layers if config.layer_norm else 0

@@ -7,6 +7,8 @@ splittable pseudorandom number generators", OOPSLA 2014), applied once per coord
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -35,11 +37,11 @@ def _mix(bits: Tensor) -> Tensor:
     return bits ^ _shift_right(bits, 31)
 
 
-def hash_bits(seed: int, *coordinates: Tensor | int, device: torch.device | None = None) -> Tensor:
+def hash_bits(seed: int | Tensor, *coordinates: Tensor | int, device: torch.device | None = None) -> Tensor:
     """Hash the seed and integer coordinates to 64 bits.
 
     Args:
-        seed: any integer from 0 below 2^63.
+        seed: any integer from 0 below 2^63, or an int64 tensor of them.
         coordinates: int64 tensors of shapes that broadcast together, or integers; their order matters.
         device: where the result is made; by default where the first tensor lies.
 
@@ -47,8 +49,9 @@ def hash_bits(seed: int, *coordinates: Tensor | int, device: torch.device | None
         int64 of the broadcast shape, all 64 bits random.
     """
     if device is None:
-        device = next((c.device for c in coordinates if isinstance(c, Tensor)), torch.device("cpu"))
-    bits = _mix(torch.full((), seed, dtype=torch.int64, device=device))
+        tensors = (c.device for c in (*coordinates, seed) if isinstance(c, Tensor))
+        device = next(tensors, torch.device("cpu"))
+    bits = _mix(seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device))
     for coordinate in coordinates:
         bits = _mix(bits ^ torch.as_tensor(coordinate, dtype=torch.int64, device=device))
     return bits
@@ -61,6 +64,35 @@ def uniform(seed: int, *coordinates: Tensor | int, device: torch.device | None =
     """
     bits = hash_bits(seed, *coordinates, device=device)
     return (_shift_right(bits, 41).to(torch.float32) + 0.5) * 2.0**-23
+
+
+@functools.cache  # for good: a CUDA graph keeps the address
+def _items(count: int, device: torch.device) -> Tensor:
+    """Return 32 hashed bits for each of `count` numbers; no two of the first 128,000 have the same."""
+    return hash_bits(0, torch.arange(count, device=device)).to(torch.int32)
+
+
+def exponential(keys: Tensor, count: int) -> Tensor:
+    """Draw float32 from the exponential distribution, `count` for each key, by two rounds of 32-bit mixing.
+
+    The value at (key, i) depends on nothing else. A key's bits and those of i are hashed already (`hash_bits`), so that
+    two multiplications between shifts are enough; the multipliers are those of Wellons' "lowbias32" (2018). 31 bits,
+    from the fine end of the scale: the smallest value is 2^-32, the largest 16.6.
+
+    Args:
+        keys: (rows,) int64, as `hash_bits` returns them.
+        count: values per key, to 128,000.
+
+    Returns:
+        (rows, count), all above 0.
+    """
+    bits = keys.to(torch.int32)[:, None] ^ _items(count, keys.device)  # (rows, count)
+    bits = bits.mul_(0x7FEB352D)
+    bits ^= (bits >> 15).bitwise_and_(0x1FFFF)
+    bits = bits.mul_(-0x7B935975)  # 0x846ca68b
+    bits ^= (bits >> 16).bitwise_and_(0xFFFF)
+    below_zero = bits.bitwise_and_(0x7FFFFFFF).to(torch.float32).add_(0.5).mul_(-(2.0**-31))
+    return below_zero.clamp_(min=2.0**-24 - 1).log1p_().neg_()
 
 
 def permutation(seed: int, epoch: int, count: int) -> Tensor:

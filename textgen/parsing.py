@@ -61,7 +61,7 @@ class Parser(ArgumentParser):
             if not wrong[1].startswith("-"):
                 return f"unexpected argument `{wrong[1]}`"
             return unknown_setting(wrong[1].split("=")[0].lstrip("-"), options)
-        if wrong := re.match(r"argument (--\S+): expected one argument", message):
+        if wrong := re.match(r"argument (--\S+): expected (?:at least )?one argument", message):
             return f"`{wrong[1]}` wants a value; one that begins with a dash is written `{wrong[1]}=-...`"
         if wrong := re.match(r"the following arguments are required: (.+)", message):
             return f"an argument is missing: `{wrong[1]}`"

@@ -1,0 +1,356 @@
+"""Decoding beside what one would use instead: `python -m benchmarks.decode [--rounds 15] [--compile]`.
+
+All variants hold the same weights and draw every token; rounds are interleaved, so that a busy machine slows all. The
+plain loop is what one would write by hand: nn.LSTM fed one token, softmax, torch.multinomial. Others draw as textgen
+does, which is cheaper. The floor is the time to read the weights once, at the rate a buffer of their size is read
+again and again in the same rounds. onnxruntime and openvino take part where they are installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.machine import save
+from textgen.checkpoint import load_model
+from textgen.config import ModelConfig, SamplingConfig
+from textgen.decoding import CellDecoder, CompiledDecoder, Decoder, DecoderState, choose_decoder, multiplies_int8
+from textgen.generation import advance
+from textgen.model import LSTMLanguageModel, LSTMLayer
+from textgen.sampling import Controls, controls_of, join_controls, select_controls
+
+SHAPES = {"cpu": (8192, 512, 1024, 2), "cuda": (8192, 512, 1024, 3)}
+SECONDS = 0.15  # of a variant's turn in a round
+PROMPT = 64
+BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+Steps = Callable[[int], object]
+
+
+class Plain(nn.Module):
+    """The textbook model; of nn.LSTMCell where torch.compile is to see inside."""
+
+    def __init__(self, model: LSTMLanguageModel, *, cells: bool = False) -> None:
+        super().__init__()
+        config, self.head = model.config, nn.Sequential(model.projection, model.output)
+        self.embedding, self.cells = model.embedding, nn.ModuleList()
+        self.lstm = nn.LSTM(config.embedding_dim, config.hidden_size, config.num_layers, batch_first=True)
+        layers = [layer for layer in model.layers if isinstance(layer, LSTMLayer)]
+        sizes = [config.embedding_dim] + [config.hidden_size] * (config.num_layers - 1)
+        for i, (size, layer) in enumerate(zip(sizes, layers, strict=True)):
+            cell = nn.LSTMCell(size, config.hidden_size)
+            for suffix, value in {
+                "weight_ih": layer.weight_ih, "weight_hh": layer.weight_hh, "bias_ih": layer.bias,
+                "bias_hh": torch.zeros_like(layer.bias),
+            }.items():  # fmt: skip
+                getattr(self.lstm, f"{suffix}_l{i}").data.copy_(value)
+                getattr(cell, suffix).data.copy_(value)
+            if cells:
+                self.cells.append(cell)
+
+    def forward(self, tokens: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Return probabilities (batch, vocab_size) and the new state."""
+        x = self.embedding(tokens)
+        if not self.cells:
+            y, state = self.lstm(x[:, None], state)
+            return self.head(y[:, 0]).softmax(-1), state
+        new = []
+        for i, cell in enumerate(self.cells):
+            x, memory = cell(x, (state[0][i], state[1][i]))
+            new.append((x, memory))
+        return self.head(x).softmax(-1), (torch.stack([h for h, _ in new]), torch.stack([c for _, c in new]))
+
+
+def plain_steps(step: Callable[..., Any], model: LSTMLanguageModel, rows: int, *, onednn: bool = True) -> Steps:
+    """Return what takes n steps of the plain loop."""
+    kept: dict[str, Any] = {"state": model.zero_state(rows)}
+    kept["tokens"] = torch.zeros(rows, dtype=torch.int64, device=kept["state"][0].device)
+
+    def steps(count: int) -> None:
+        with nullcontext() if onednn else torch.backends.mkldnn.flags(enabled=False):
+            for _ in range(count):
+                probabilities, kept["state"] = step(kept["tokens"], kept["state"])
+                kept["tokens"] = torch.multinomial(probabilities, 1)[:, 0]
+
+    return steps
+
+
+def start_of(decoder: Decoder, rows: int) -> tuple[Tensor, DecoderState, Controls]:
+    """Return tokens, state and controls of rows that draw at temperature 1."""
+    one = decoder.prefill([1])
+    state = [part.repeat(rows, 1) for part in one]
+    controls = [
+        controls_of(SamplingConfig(), [1], i, vocab_size=decoder.vocab_size, device=decoder.device) for i in range(rows)
+    ]
+    tokens = torch.ones(rows, dtype=torch.int64, device=decoder.device)
+    return tokens, state, join_controls(controls, decoder.vocab_size)
+
+
+def decoder_steps(decoder: Decoder, rows: int) -> Steps:
+    """Return what takes n steps as `textgen sample` does, the draw included."""
+    tokens, state, controls = start_of(decoder, rows)
+    kept: dict[str, Any] = {"tokens": tokens, "state": state}
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            kept["tokens"], kept["state"], _ = advance(
+                decoder, kept["tokens"], kept["state"], controls, unk_id=0, eos_id=2
+            )
+            kept["tokens"].tolist()  # the host reads each token, as a stream of text does
+
+    return steps
+
+
+def graph_steps(decoder: Decoder, rows: int) -> Steps:
+    """Return what replays CUDA graphs of 32 steps; the host reads their tokens one replay late."""
+    from textgen.graphs import Buffers, CudaCapture
+
+    tokens, state, controls = start_of(decoder, rows)
+    drawn = tokens.new_zeros(32, rows)
+    buffers = Buffers(decoder, 0, 2, tokens, state, controls, torch.zeros_like(tokens).bool(), drawn, ())
+    replay = CudaCapture(decoder.device)(buffers, 32)
+
+    def steps(count: int) -> None:
+        for _ in range(count // 32):
+            replay()
+
+    return steps
+
+
+class OpenvinoDecoder(Decoder):
+    """Decodes with an ONNX file under openvino, in bfloat16 as openvino would itself where the processor has it."""
+
+    name = "openvino bfloat16"
+
+    def __init__(self, model: LSTMLanguageModel, path: Path) -> None:
+        import openvino
+
+        super().__init__(model)
+        settings: dict[str, object] = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "PERFORMANCE_HINT": "LATENCY"}
+        settings["INFERENCE_PRECISION_HINT"] = "bf16"
+        self._request = openvino.Core().compile_model(path, "CPU", settings).create_infer_request()
+
+    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Read one token per row, as `Decoder.step` says."""
+        inputs = [tokens.numpy(), torch.stack(state[::2]).numpy(), torch.stack(state[1::2]).numpy()]
+        results = self._request.infer(inputs, share_inputs=True, share_outputs=False)
+        logits, hidden, cell = (torch.from_numpy(results[i]) for i in range(3))
+        return logits, [part[i] for i in range(len(hidden)) for part in (hidden, cell)]
+
+
+def cpu_decoders(model: LSTMLanguageModel, folder: Path) -> Iterator[Decoder]:
+    """Yield every decoder there is on this CPU."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if importlib.util.find_spec("onnxruntime"):
+            from onnxruntime.quantization import quantize_dynamic
+
+            from textgen.onnx_step import OnnxDecoder, write_onnx
+
+            write_onnx(model, folder / "step.onnx")
+            quantize_dynamic(folder / "step.onnx", folder / "int8.onnx")
+            for name in ("step", "int8"):
+                decoder = OnnxDecoder(model, folder / f"{name}.onnx")
+                decoder.name = f"onnxruntime {'int8' if name == 'int8' else 'float32'}"
+                yield decoder
+            if importlib.util.find_spec("openvino"):
+                yield OpenvinoDecoder(model, folder / "step.onnx")
+    yield CellDecoder(model, "float32")
+    yield CellDecoder(model, "bfloat16")
+    if multiplies_int8():
+        yield CellDecoder(model, "int8")
+
+
+def weight_count(model: LSTMLanguageModel) -> int:
+    """Return how many weights a step must read: all but embedding and first input weights, which are a table."""
+    first = model.layers[0]
+    assert isinstance(first, LSTMLayer)
+    matrices = sum(p.numel() for p in model.parameters() if p.dim() == 2) - first.weight_ih.numel()
+    return matrices if model.config.tie_weights else matrices - model.embedding.weight.numel()
+
+
+def reading(num_bytes: int, device: torch.device) -> Steps:
+    """Return what reads a buffer of so many bytes n times."""
+    buffer = torch.zeros(num_bytes // 4, device=device)
+
+    def steps(count: int) -> None:
+        for _ in range(count):
+            buffer.sum()
+
+    return steps
+
+
+def compare(variants: dict[str, Steps], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Return seconds per step of every round, variant by variant, in turns."""
+
+    def seconds(steps: Steps, count: int) -> float:
+        started = time.perf_counter()
+        steps(count)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - started) / count
+
+    counts = {}
+    for name, steps in variants.items():
+        try:
+            seconds(steps, 32)  # warm
+            counts[name] = max(int(SECONDS / seconds(steps, 32)) // 32 * 32, 32)
+        except RuntimeError as error:  # torch.compile's own; the others are worth having
+            print(f"{name} is left out: {str(error).splitlines()[0]}")
+    times: dict[str, list[float]] = {name: [] for name in counts}
+    for _ in range(rounds):
+        for name, count in counts.items():
+            times[name].append(seconds(variants[name], count))
+    return times
+
+
+def loading(model: LSTMLanguageModel, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Return seconds from files to a decoder, and from a prompt to its first token."""
+    model.save_pretrained(folder / "model")
+    figures: dict[str, Any] = {}
+    for name in ("float32", "bfloat16", "int8") if device.type == "cpu" else ("float32", "bfloat16"):
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            loaded = LSTMLanguageModel.from_pretrained(folder / "model").to(device).eval()
+            read = time.perf_counter()
+            decoder = CellDecoder(loaded, name)
+            made = time.perf_counter()
+            state = decoder.prefill(list(range(1, PROMPT + 1)))
+            tokens, _, controls = start_of(decoder, 1)
+            advance(decoder, tokens, state, controls, unk_id=0, eos_id=2)[0].tolist()
+            times.append((read - started, made - read, time.perf_counter() - made))
+        figures[name] = {
+            part: round(statistics.median(values), 4)
+            for part, values in zip(("read", "pack", "first_token"), zip(*times, strict=True), strict=True)
+        }
+        print(f"{name:10} seconds to {', '.join(f'{part} {value:.3f}' for part, value in figures[name].items())}")
+    return figures
+
+
+def main() -> None:
+    """Measure all variants in turns and print milliseconds per step."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32, 128, 512])
+    parser.add_argument("--compile", action="store_true", help="with torch.compile's variants, minutes more")
+    parser.add_argument("--checkpoint", help="count on this one how often other tokens are drawn, and nothing else")
+    args = parser.parse_args()
+    if args.checkpoint is not None:
+        with torch.inference_mode():
+            save("decode_tokens", differences(args.checkpoint))
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    vocab_size, embedding_dim, hidden_size, num_layers = SHAPES[device.type]
+    torch.manual_seed(0)
+    config = ModelConfig(embedding_dim=embedding_dim, hidden_size=hidden_size, num_layers=num_layers)
+    model = LSTMLanguageModel(config, vocab_size).to(device).eval()
+    with tempfile.TemporaryDirectory() as name, torch.inference_mode():
+        folder = Path(name)
+        figures: dict[str, Any] = {"shape": SHAPES[device.type], "load": loading(model, folder, device), "steps": {}}
+        plain, decoders = Plain(model).to(device).eval(), []
+        if device.type == "cpu":
+            decoders = list(cpu_decoders(model, folder))
+        compiled = args.compile or device.type == "cuda"
+        if compiled:
+            mode = "reduce-overhead" if device.type == "cuda" else "default"
+            cells = torch.compile(Plain(model, cells=True).to(device).eval(), mode=mode)
+            fused = CompiledDecoder(model, "int8" if device.type == "cpu" and multiplies_int8() else "bfloat16")
+        for rows in args.batch_sizes:
+            variants = {"plain": plain_steps(plain, model, rows)}
+            if device.type == "cpu":
+                variants["plain, oneDNN off"] = plain_steps(plain, model, rows, onednn=False)
+            else:
+                graphed = CellDecoder(model, "bfloat16")
+                variants["bfloat16 eager"] = decoder_steps(graphed, rows)
+                variants["bfloat16 graph"] = graph_steps(graphed, rows)
+            if compiled:
+                variants["torch.compile"] = plain_steps(cells, model, rows)
+                variants[fused.name] = decoder_steps(fused, rows)
+            variants |= {decoder.name: decoder_steps(decoder, rows) for decoder in decoders}
+            readings = {
+                f"reading {name}": reading(weight_count(model) * size, device) for name, size in BYTES.items()
+            }  # fmt: skip
+            figures["steps"][rows] = report(compare(variants | readings, args.rounds, device), rows)
+    save("decode" if device.type == "cpu" else "decode_cuda", figures)
+
+
+def differences(name: str, rows: int = 10, length: int = 1000) -> dict[str, Any]:
+    """Tell how often a decoder would draw another token than the model itself, after the same text by the same noise.
+
+    Args:
+        name: a checkpoint.
+        rows: of a batch; each is read alone too.
+        length: tokens of a row, drawn by the plain decoder at temperature 1.
+    """
+    model, tokenizer = load_model(name)
+
+    def drawn(decoder: Decoder, chosen: list[int], text: Tensor | None) -> Tensor:
+        """Return what is drawn (rows, length), along a text or freely."""
+        tokens, state, controls = start_of(decoder, rows)
+        places, out = torch.tensor(chosen), []
+        controls, tokens = select_controls(controls, places), torch.full((len(chosen),), tokenizer.bos_id)
+        state = [part[places] for part in state]
+        for i in range(length):
+            tokens, state, _ = advance(
+                decoder, tokens, state, controls, unk_id=tokenizer.unk_id, eos_id=tokenizer.eos_id
+            )
+            out.append(tokens)
+            tokens = tokens if text is None else text[places, i]
+        return torch.stack(out, 1)
+
+    everyone = list(range(rows))
+    text = drawn(Decoder(model), everyone, None)
+    figures: dict[str, Any] = {"tokens": text.numel()}
+    for kind in ("plain", "float32", "bfloat16", "int8"):
+        decoder = choose_decoder(model, kind)
+        together = drawn(decoder, everyone, text)
+        alone = torch.cat([drawn(decoder, [row], text) for row in everyone])
+        figures[kind] = {"of_plain": int((together != text).sum()), "alone": int((alone != together).sum())}
+        print(
+            f"{kind:10} {figures[kind]['of_plain']} of {text.numel()} tokens differ from the plain decoder's, "
+            f"{figures[kind]['alone']} where a row is read alone"
+        )
+    return figures
+
+
+def report(times: dict[str, list[float]], rows: int) -> dict[str, Any]:
+    """Print and return figures of a batch size; ratios are taken round by round."""
+    figures = {}
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        figures[name] = {
+            "ms": round(median * 1e3, 4), "lowest": round(min(seconds) * 1e3, 4),
+            "highest": round(max(seconds) * 1e3, 4),
+        }  # fmt: skip
+        if name.startswith("reading"):
+            print(f"{rows:4} {name:24} {median * 1e3:8.3f} ms")
+            continue
+        ratios = sorted(p / s for p, s in zip(times["plain"], seconds, strict=True))
+        read = [part for part in BYTES if part in name] or ["float32"]
+        floors = times[f"reading {read[0]}"]
+        share = statistics.median(f / s for f, s in zip(floors, seconds, strict=True))
+        figures[name] |= {
+            "tokens_per_second": round(rows / median), "ratio": round(statistics.median(ratios), 2),
+            "lowest_ratio": round(ratios[0], 2), "highest_ratio": round(ratios[-1], 2), "of_floor": round(share, 3),
+        }  # fmt: skip
+        print(
+            f"{rows:4} {name:24} {median * 1e3:8.3f} ms {rows / median:10,.0f} tokens/s "
+            f"{statistics.median(ratios):6.1f} x plain ({ratios[0]:.1f} to {ratios[-1]:.1f}), {share:.2f} of the floor"
+        )
+    return figures
+
+
+if __name__ == "__main__":
+    main()

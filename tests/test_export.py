@@ -1,0 +1,162 @@
+"""Decoders as files: what is written is what decodes, and the figures beside it are true."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from textgen import decoding, export
+from textgen.checkpoint import load_model, newest_valid, verify
+from textgen.config import ModelConfig
+from textgen.decoding import CellDecoder, Decoder, choose_decoder
+from textgen.evaluation import score
+from textgen.export import decoded_nats, export_command
+from textgen.model import LSTMLanguageModel, LSTMLayer
+from textgen.onnx_step import OnnxDecoder, write_onnx
+from textgen.tensorfile import read_header
+
+needs_onnx = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in export.ONNX_PACKAGES), reason="the extra `export` is missing"
+)
+
+
+@pytest.fixture(autouse=True)
+def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # the verb sets it
+
+
+@pytest.fixture
+def checkpoint(tiny_run: Path, tmp_path: Path) -> Path:
+    newest, _ = newest_valid(tiny_run)
+    assert newest is not None
+    return Path(shutil.copytree(newest, tmp_path / newest.name))
+
+
+def random_model(config: ModelConfig) -> LSTMLanguageModel:
+    torch.manual_seed(4)
+    model = LSTMLanguageModel(config, 60).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+def test_token_by_token_documents_cost_what_they_cost_window_by_window() -> None:
+    model = random_model(ModelConfig(embedding_dim=16, hidden_size=32, num_layers=2, layer_norm=True))
+    draw = np.random.default_rng(5)
+    documents = [draw.integers(60, size=length) for length in (1, 40, 7, 7, 300, 2)]
+    wanted = score(Accelerator(cpu=True), model, documents, 1, bos_id=2).nats
+    for batch_size in (1, 4, 64):
+        nats = decoded_nats(Decoder(model), documents, bos_id=2, batch_size=batch_size)
+        assert nats == pytest.approx(wanted, rel=1e-6)
+
+
+def test_export_keeps_what_int8_costs_and_the_choice_goes_by_it(
+    checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_command([str(checkpoint), "--limit", "5"])
+    printed = capsys.readouterr().out
+    figures = json.loads((checkpoint / "decoder.json").read_text())
+    bits = figures["bits_per_byte"]
+    assert figures["documents"] == 5
+    assert printed.splitlines()[-1] == str(checkpoint / "decoder.json")
+    for name in ("plain", "bfloat16", "int8"):
+        assert f"{name:12} {bits[name]:.6f} bits per byte" in printed
+        assert bits[name] == pytest.approx(bits["plain"], abs=0.01)
+    assert len(set(bits.values())) == 3
+    verify(checkpoint)  # none of it is in the manifest, and the checkpoint is whole as before
+    model, _ = load_model(checkpoint)
+    monkeypatch.setattr(decoding, "multiplies_int8", lambda: True)
+    monkeypatch.setattr(decoding, "MOST_BITS_PER_BYTE", abs(bits["int8"] - bits["plain"]))
+    assert choose_decoder(model, directory=checkpoint).name == "int8"
+    monkeypatch.setattr(decoding, "MOST_BITS_PER_BYTE", bits["int8"] - bits["plain"] - 1e-9)
+    assert choose_decoder(model, directory=checkpoint).name != "int8"
+
+
+def test_decoder_file_holds_what_the_int8_decoder_computes_with(checkpoint: Path, tmp_path: Path) -> None:
+    export_command([str(checkpoint), "--limit", "1", "--out", str(tmp_path / "out")])
+    assert not (checkpoint / "decoder.json").exists()
+    path = tmp_path / "out" / "decoder.safetensors"
+    header, tensors = read_header(path), load_file(path)
+    assert {name for name, (dtype, _) in header.items() if dtype == "I8"} == {
+        "cells.0.weight", "cells.1.weight", "projection.weight", "output.weight",
+    }  # fmt: skip
+    model, _ = load_model(checkpoint)
+    kept = CellDecoder(model, "int8").int8_tensors()
+    assert tensors.keys() == kept.keys()
+    assert all(torch.equal(tensors[name], kept[name]) for name in kept)
+    back = tensors["output.weight"] * tensors["output.scale"][:, None]
+    assert ((back - model.output.weight).abs() <= tensors["output.scale"][:, None] * 0.501).all()
+    first = model.layers[0]
+    assert isinstance(first, LSTMLayer)
+    i, f, g, o = first.weight_hh.chunk(4)
+    back = tensors["cells.0.weight"] * tensors["cells.0.scale"][:, None]
+    assert (back - torch.cat([i, f, o, g])).abs().max() <= tensors["cells.0.scale"].max() * 0.501
+
+
+@needs_onnx
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig(embedding_dim=16, hidden_size=32, num_layers=2),
+        ModelConfig(embedding_dim=32, hidden_size=32, num_layers=3, layer_norm=True, residual=True),
+        ModelConfig(embedding_dim=16, hidden_size=32, num_layers=1, tie_weights=False),
+    ],
+    ids=["default", "normed", "untied"],
+)
+def test_onnx_step_is_the_models(config: ModelConfig, tmp_path: Path) -> None:
+    model = random_model(config)
+    write_onnx(model, tmp_path / "decoder.onnx")
+    decoder = OnnxDecoder(model, tmp_path / "decoder.onnx", threads=1)
+    for rows in (1, 3):
+        ids = torch.randint(60, (rows, 20))
+        with torch.inference_mode():
+            wanted, _ = model(ids, model.zero_state(rows))
+        state = [torch.zeros(rows, 32) for _ in range(2 * config.num_layers)]
+        for place in range(20):
+            logits, state = decoder.step(ids[:, place], state)
+            torch.testing.assert_close(logits, wanted[:, place], rtol=1e-4, atol=1e-4)
+
+
+@needs_onnx
+def test_export_to_onnx_compares_under_onnxruntime(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export_command([str(checkpoint), "--to", "onnx", "--limit", "3"])
+    assert "onnxruntime" in capsys.readouterr().out
+    bits = json.loads((checkpoint / "onnx.json").read_text())["bits_per_byte"]
+    assert bits["onnxruntime"] == pytest.approx(bits["plain"], abs=1e-5)
+    verify(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--limit", "0"], "error: `limit` must be at least 1: 0"),
+        (["--batch_size", "0"], "error: `batch_size` must be at least 1: 0"),
+        (["--to", "zip"], "error: `to` must be one of `decoder`, `onnx`: zip"),
+    ],
+)
+def test_wrong_flags_end_with_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        export_command(["checkpoint", *argv])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == message + "\n"
+
+
+def test_missing_packages_are_named_before_anything_is_read(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(export, "ONNX_PACKAGES", ("json", "no_such_package"))
+    with pytest.raises(SystemExit) as ended:
+        export_command(["nowhere", "--to", "onnx"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: `--to onnx` takes the packages of `pip install textgen[export]`: no_such_package\n"
+    )

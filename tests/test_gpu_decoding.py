@@ -1,0 +1,217 @@
+"""Decoding from CUDA graphs against single steps: `pytest -m gpu` on a machine that has a GPU. Not measured so far."""
+
+from __future__ import annotations
+
+import logging
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from test_graphs import MIXED, batch_of, build, requests_for, samples
+
+from textgen import graphs
+from textgen.config import SamplingConfig
+from textgen.decoding import CellDecoder, DecoderState
+from textgen.generation import Batch
+from textgen.graphs import Buffers, CudaCapture, GraphRunner, Replay
+from textgen.noise import hash_bits
+from textgen.sampling import Controls, draw
+from tokenizer import Tokenizer, train_tokenizer
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+TEXTS = ["it was the best of times, it was the worst of times", "call me ishmael", "é è ü ß 漢字 🙂🙃 naïve café"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(train_tokenizer(TEXTS, vocab_size=400, model_type="char"))
+
+
+@pytest.fixture(scope="module")
+def decoder(tokenizer: Tokenizer) -> CellDecoder:
+    return CellDecoder(build(tokenizer, ending=2.5).model.cuda())
+
+
+@pytest.fixture(scope="module")
+def endless(tokenizer: Tokenizer) -> CellDecoder:
+    return CellDecoder(build(tokenizer, ending=-1000.0).model.cuda())
+
+
+class Counted(CudaCapture):
+    """Captures graphs, and keeps count."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cuda", torch.cuda.current_device()))
+        self.made: list[tuple[int, int]] = []
+        """rows and steps of each"""
+        self.num_steps = 0
+        """replayed"""
+
+    def __call__(self, buffers: Buffers, count: int) -> Replay:
+        run = super().__call__(buffers, count)
+        self.made.append((len(buffers.tokens), count))
+
+        def replay() -> None:
+            self.num_steps += count
+            run()
+
+        return replay
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that this mode does not see everything
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_ten_thousand_tokens_from_graphs_are_those_of_single_steps(endless: CellDecoder, tokenizer: Tokenizer) -> None:
+    config, capture = SamplingConfig(temperature=0.9, top_p=0.98), Counted()
+    requests = requests_for([config], 8, [1250])
+    wanted = samples(Batch.run, endless, tokenizer, requests)
+    assert sum(sample.num_tokens for sample in wanted.values()) == 10_000
+    assert samples(GraphRunner(endless, capture=capture), endless, tokenizer, requests) == wanted
+    assert capture.num_steps > 1000
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_graphs_and_the_steps_before_them_draw_the_same(
+    decoder: CellDecoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """With every control, rows that end and rows that come; log-probabilities bit for bit."""
+    decoder = CellDecoder(decoder.model, dtype)  # type: ignore[arg-type]
+    requests = requests_for(MIXED, 24, [9, 30, 100, 64])
+    monkeypatch.setattr(graphs, "PATIENCE", {32: 10**9})
+    wanted = samples(GraphRunner(decoder), decoder, tokenizer, requests, batch_size=5)
+    monkeypatch.setattr(graphs, "PATIENCE", {32: 0, 8: 0, 1: 0})
+    capture = Counted()
+    assert samples(GraphRunner(decoder, capture=capture), decoder, tokenizer, requests, batch_size=5) == wanted
+    assert {steps for _, steps in capture.made} == {32, 8, 1}
+
+
+@torch.inference_mode()
+def test_nothing_waits_for_the_device_but_the_reading_of_what_was_drawn(
+    endless: CellDecoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "PATIENCE", {32: 0, 8: 0, 1: 0})
+    capture = Counted()
+    runner = GraphRunner(endless, capture=capture)
+    for attempt in range(2):  # the second one replays alone
+        batch = batch_of(endless, tokenizer, requests_for(MIXED[:-1], 6, [75]))
+        with waiting_is_an_error():
+            for tokens, told in runner(batch):
+                for place, row in enumerate(batch.rows):
+                    list(row.push(tokens[place], None if told is None else told[place]))
+        assert len(capture.made) == 3, attempt
+    batch = batch_of(endless, tokenizer, requests_for(MIXED[:-1], 6, [75]))
+    with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchronizing"):
+        batch.advance()
+
+
+def test_memory_does_not_grow_with_the_kinds_of_batches(
+    endless: CellDecoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "PATIENCE", {8: 0})
+    capture = Counted()
+    runner = GraphRunner(endless, capture=capture, max_slots=3)
+    reserved = []
+    for top_k in range(1, 41):  # each one is a kind of its own
+        config = SamplingConfig(top_k=top_k, no_repeat_ngram=2)
+        samples(runner, endless, tokenizer, requests_for([config], 16, [8]))
+        reserved.append(torch.cuda.memory_reserved())
+    assert len(capture.made) == 40
+    assert reserved[-1] <= reserved[9] + (4 << 20)
+
+
+class Waiting(CellDecoder):
+    """Waits for the device at every step, which no graph can hold."""
+
+    def step(self, tokens: torch.Tensor, state: DecoderState) -> tuple[torch.Tensor, DecoderState]:
+        assert tokens.sum().item() >= 0
+        return super().step(tokens, state)
+
+
+class Careless(Counted):
+    """Finds out in the midst of capturing."""
+
+    def _warm_up(self, buffers: Buffers) -> None:
+        pass
+
+
+@pytest.mark.parametrize("kind", [Counted, Careless])
+def test_a_decoder_that_waits_runs_step_by_step_and_harms_no_other(
+    endless: CellDecoder,
+    tokenizer: Tokenizer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    kind: type[Counted],
+) -> None:
+    requests = requests_for(MIXED, 8, [30])
+    monkeypatch.setattr(graphs, "PATIENCE", {8: 10**9})
+    wanted = samples(GraphRunner(endless), endless, tokenizer, requests)
+    monkeypatch.setattr(graphs, "PATIENCE", {8: 0, 1: 0})
+    decoder, capture = Waiting(endless.model), kind()
+    with caplog.at_level(logging.WARNING, "textgen"):
+        assert samples(GraphRunner(decoder, capture=capture), decoder, tokenizer, requests) == wanted
+    assert len(caplog.messages) == 1
+    assert capture.made == []
+    torch.cuda.empty_cache()  # the allocator does not think that a capture goes on
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
+    capture = Counted()
+    assert samples(GraphRunner(endless, capture=capture), endless, tokenizer, requests) == wanted
+    assert capture.made != []
+
+
+def test_a_seed_draws_the_same_text_in_every_batch_size_and_on_a_cpu(
+    decoder: CellDecoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "PATIENCE", {8: 0, 1: 0})
+    requests = requests_for(MIXED[:3], 9, [60])
+    on_cpu = build(tokenizer, ending=2.5)
+    wanted = {i: sample.text for i, sample in samples(Batch.run, on_cpu, tokenizer, requests).items()}
+    for batch_size in (1, 2, 3, 9):
+        drawn = samples(GraphRunner(decoder), decoder, tokenizer, requests, batch_size=batch_size)
+        assert {i: sample.text for i, sample in drawn.items()} == wanted
+
+
+@pytest.mark.parametrize(("batch", "size"), [(1, 40), (3, 1024), (64, 300)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_cell_is_the_plain_one(batch: int, size: int, dtype: torch.dtype) -> None:
+    pytest.importorskip("triton")
+    from textgen.triton_kernels import fused_cell, plain_cell
+
+    torch.manual_seed(0)
+    product = torch.randn(batch, 4 * size, device="cuda").mul_(3).to(dtype)
+    table, memory = torch.randn(50, 4 * size, device="cuda"), torch.randn(batch, size, device="cuda")
+    tokens = torch.randint(50, (batch,), device="cuda")
+    for added, places in ((table, tokens), (table.bfloat16(), tokens), (table[7], None)):
+        wanted = plain_cell(product, added, places, memory)
+        for ours, plain in zip(fused_cell(product, added, places, memory), wanted, strict=True):
+            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("batch", "size"), [(1, 400), (3, 8192), (64, 3001)])
+def test_the_fused_draw_is_the_plain_one(batch: int, size: int) -> None:
+    pytest.importorskip("triton")
+    from textgen.triton_kernels import fused_draw
+
+    torch.manual_seed(0)
+    logits = torch.randn(batch, size, device="cuda").mul_(2)
+    logits[:, ::7] = -math.inf
+    items = hash_bits(0, torch.arange(size, device="cuda")).to(torch.int32)
+    temperature = torch.arange(batch, device="cuda").remainder_(2).float()[:, None]
+    for seed in range(20):
+        key, step = hash_bits(seed, torch.arange(batch, device="cuda")), torch.arange(batch, device="cuda")
+        rows = {"key": key, "step": step}
+        wanted = draw(logits, Controls(rows)), draw(logits, Controls(rows | {"temperature": temperature}))
+        keys = hash_bits(key, step)
+        assert torch.equal(fused_draw(logits, keys, items, None), wanted[0])
+        assert torch.equal(fused_draw(logits, keys, items, temperature), wanted[1])

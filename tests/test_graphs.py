@@ -1,0 +1,328 @@
+"""Steps on buffers against a plain batch, and what the host does around them. No graph here, but the same functions."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Literal
+
+import pytest
+import torch
+
+from textgen import graphs
+from textgen.config import ModelConfig, SamplingConfig
+from textgen.decoding import CellDecoder, Decoder, DecoderState
+from textgen.generation import Batch, Request, Sample, Step, _Row, serve
+from textgen.graphs import Buffers, GraphRunner, Replay, steps_in_place
+from textgen.model import LSTMLanguageModel
+from tokenizer import Tokenizer, train_tokenizer
+
+TEXTS = ["it was the best of times, it was the worst of times", "call me ishmael", "é è ü ß 漢字 🙂🙃 naïve café"]
+MIXED = [
+    SamplingConfig(seed=1),
+    SamplingConfig(temperature=0.0),
+    SamplingConfig(temperature=0.7, top_k=20, top_p=0.9),
+    SamplingConfig(min_p=0.02, typical_p=0.95, repetition_penalty=1.3, logprobs=2),
+    SamplingConfig(presence_penalty=0.5, frequency_penalty=0.2, no_repeat_ngram=2, banned_tokens=(40, 50)),
+    SamplingConfig(forced_tokens=(60, 61), min_new_tokens=9, logprobs=0, seed=3),
+    SamplingConfig(no_repeat_ngram=3, top_k=5, stop=("e", "🙂🙃")),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(train_tokenizer(TEXTS, vocab_size=400, model_type="char"))
+
+
+def build(tokenizer: Tokenizer, *, ending: float) -> CellDecoder:
+    """Return a decoder; the larger `ending`, the sooner its texts end."""
+    torch.manual_seed(4)
+    model = LSTMLanguageModel(ModelConfig(embedding_dim=24, hidden_size=40, num_layers=2), tokenizer.vocab_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+        model.output.bias[tokenizer.eos_id] += ending
+    return CellDecoder(model)
+
+
+@pytest.fixture(scope="module")
+def decoder(tokenizer: Tokenizer) -> CellDecoder:
+    return build(tokenizer, ending=2.5)
+
+
+@pytest.fixture(scope="module")
+def endless(tokenizer: Tokenizer) -> CellDecoder:
+    return build(tokenizer, ending=-1000.0)
+
+
+def requests_for(configs: list[SamplingConfig], count: int, lengths: list[int]) -> list[Request]:
+    """Return requests with configs and lengths in turn."""
+    requests = []
+    for i in range(count):
+        config, length = configs[i % len(configs)], lengths[i % len(lengths)]
+        config = dataclasses.replace(config, max_new_tokens=max(length, config.min_new_tokens))
+        requests.append(Request(f"it was {i}", config))
+    return requests
+
+
+def batch_of(decoder: Decoder, tokenizer: Tokenizer, requests: list[Request]) -> Batch:
+    return Batch.of(decoder, tokenizer, [_Row.of(i, r, tokenizer) for i, r in enumerate(requests)], beside=None)
+
+
+def samples(
+    run: Callable[[Batch], Iterator[Step]],
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    requests: list[Request],
+    *,
+    batch_size: int = 64,
+) -> dict[int, Sample]:
+    events = serve(decoder, tokenizer, requests, batch_size=batch_size, run=run)
+    return {index: event for index, event in events if isinstance(event, Sample)}
+
+
+class Captures:
+    """Stands where graphs are captured: makes the plain function of a capture, and keeps count."""
+
+    def __init__(self) -> None:
+        self.made: list[tuple[int, int]] = []
+        """rows and steps of each"""
+        self.replays: list[int] = []
+        """steps of each replay"""
+
+    def __call__(self, buffers: Buffers, count: int) -> Replay:
+        self.made.append((len(buffers.tokens), count))
+        run = partial(steps_in_place, buffers, count)
+
+        def replay() -> None:
+            self.replays.append(count)
+            run()
+
+        return replay
+
+
+@pytest.fixture
+def captures() -> Captures:
+    return Captures()
+
+
+# --- steps on buffers ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 8, 32])
+@pytest.mark.parametrize("num_rows", [1, 3, 4, 7])
+@torch.inference_mode()
+def test_steps_in_place_are_those_of_a_batch(
+    decoder: CellDecoder, tokenizer: Tokenizer, num_rows: int, count: int
+) -> None:
+    """Tokens, log-probabilities and what is left afterwards, with rows added up to a power of two."""
+    requests = requests_for(MIXED, 7, [200])[-num_rows:]
+    plain, batch = batch_of(decoder, tokenizer, requests), batch_of(decoder, tokenizer, requests)
+    buffers = Buffers.like(batch, 1 << (num_rows - 1).bit_length())
+    buffers.load(batch)
+    before = [part.data_ptr() for part in (buffers.tokens, *buffers.state, *buffers.controls.rows.values())]
+    steps_in_place(buffers, count)
+    running = [True] * num_rows
+    for i in range(count):
+        tokens, told = plain.advance()
+        drawn = buffers.drawn[i].tolist()
+        seen = batch.in_words(drawn[:num_rows], *(part[i, :num_rows] for part in buffers.told)) if told else None
+        for place in range(num_rows):
+            if running[place]:
+                assert drawn[place] == tokens[place]
+                if told is not None and seen is not None:
+                    assert seen[place].token == told[place].token
+                    assert seen[place].logprob == pytest.approx(told[place].logprob, abs=1e-5)
+                    assert [token for token, _ in seen[place].top] == [token for token, _ in told[place].top]
+            else:
+                assert drawn[place] == tokenizer.eos_id  # nothing but the end once a text has ended
+            running[place] &= tokens[place] != tokenizer.eos_id
+        assert set(drawn[num_rows:]) <= {tokenizer.eos_id}
+    assert before == [part.data_ptr() for part in (buffers.tokens, *buffers.state, *buffers.controls.rows.values())]
+    buffers.unload(batch)
+    going = torch.tensor(running)
+    assert torch.equal(batch.tokens[going], plain.tokens[going])
+    for mine, theirs in zip(batch.state, plain.state, strict=True):
+        torch.testing.assert_close(mine[going], theirs[going])
+    for name, value in plain.controls.rows.items():
+        assert torch.equal(batch.controls.rows[name][going], value[going]), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@torch.inference_mode()
+def test_steps_on_a_gpu_decide_nothing_by_data(
+    decoder: CellDecoder, tokenizer: Tokenizer, dtype: Literal["float32", "bfloat16"]
+) -> None:
+    """With tensors that have no data, and take the paths of a GPU: whoever reads a value from them fails."""
+    batch = batch_of(decoder, tokenizer, requests_for(MIXED, 7, [200]))
+    batch.decoder = CellDecoder(copy.deepcopy(decoder.model).to("meta"), dtype)
+    batch.tokens, batch.state = batch.tokens.to("meta"), [part.to("meta") for part in batch.state]
+    batch.controls.rows = {name: value.to("meta") for name, value in batch.controls.rows.items()}
+    buffers = Buffers.like(batch, 8)
+    buffers.load(batch)
+    steps_in_place(buffers, 2)
+    with pytest.raises(RuntimeError):
+        bool(buffers.drawn.any())
+
+
+# --- the host's side -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("patience", [{1: 0}, {8: 0, 1: 0}, {32: 0, 8: 0, 1: 0}, {32: 64, 8: 16, 1: 16}, {32: 10**9}])
+@pytest.mark.parametrize("batch_size", [1, 5, 64])
+def test_samples_are_those_of_single_steps(
+    decoder: CellDecoder,
+    tokenizer: Tokenizer,
+    captures: Captures,
+    monkeypatch: pytest.MonkeyPatch,
+    patience: dict[int, int],
+    batch_size: int,
+) -> None:
+    """Rows that end by themselves, by length or by a stop string in the midst of a replay, and rows that come."""
+    monkeypatch.setattr(graphs, "PATIENCE", patience)
+    requests = requests_for(MIXED, 24, [1, 7, 30, 100, 64])
+    wanted = samples(Batch.run, decoder, tokenizer, requests, batch_size=batch_size)
+    runner = GraphRunner(decoder, capture=captures)
+    assert samples(runner, decoder, tokenizer, requests, batch_size=batch_size) == wanted
+    assert len(wanted) == 24
+    assert {sample.finished for sample in wanted.values()} == {True, False}
+    assert {steps for _, steps in captures.made} <= set(patience)
+    assert all(rows & (rows - 1) == 0 for rows, _ in captures.made)  # powers of two
+    if patience.get(1) == 0:
+        assert set(captures.replays) == set(patience)
+
+
+def test_many_rows_may_end_in_the_middle_of_eight_steps(
+    decoder: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "PATIENCE", {8: 0, 1: 0})
+    monkeypatch.setattr(graphs, "MANY_ROWS", 8)
+    requests = requests_for(MIXED, 20, list(range(1, 21)))
+    wanted = samples(Batch.run, decoder, tokenizer, requests)
+    assert samples(GraphRunner(decoder, capture=captures), decoder, tokenizer, requests) == wanted
+    assert captures.replays[0] == 8  # though one text lacks a single token
+
+
+def test_short_texts_wait_for_no_capture(endless: CellDecoder, tokenizer: Tokenizer, captures: Captures) -> None:
+    runner = GraphRunner(endless, capture=captures)
+    for _ in range(2):
+        samples(runner, endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=8))])
+    assert captures.made == []
+    samples(runner, endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=31))])
+    assert captures.made == [(1, 8), (1, 1)]  # 16 steps were drawn before: 24 and 7 are left
+    samples(runner, endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=200))])
+    assert captures.made == [(1, 8), (1, 1), (1, 32)]
+    assert captures.replays[-1] == 8
+
+
+def test_texts_that_end_by_length_are_not_overrun(
+    endless: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "PATIENCE", {32: 0, 8: 0, 1: 0})
+    samples(
+        GraphRunner(endless, capture=captures), endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=75))]
+    )
+    assert captures.replays == [32, 32, 8, 1, 1, 1]
+
+
+@torch.inference_mode()
+def test_a_replay_is_read_while_the_next_one_runs(
+    endless: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "PATIENCE", {8: 0})
+    batch = batch_of(endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=80))])
+    launched = []
+    for tokens, _ in GraphRunner(endless, capture=captures)(batch):
+        launched.append(len(captures.replays))
+        list(batch.rows[0].push(tokens[0], None))
+    assert launched == [min(i // 8 + 2, 10) for i in range(80)]
+
+
+@torch.inference_mode()
+def test_a_token_is_told_before_the_next_one_is_drawn_without_a_graph(
+    endless: CellDecoder, tokenizer: Tokenizer, captures: Captures
+) -> None:
+    read = 0
+
+    class Counting(CellDecoder):
+        def step(self, tokens: torch.Tensor, state: DecoderState) -> tuple[torch.Tensor, DecoderState]:
+            nonlocal read
+            read += 1
+            return super().step(tokens, state)
+
+    decoder = Counting(endless.model)
+    batch = batch_of(decoder, tokenizer, [Request("it", SamplingConfig(max_new_tokens=10))])
+    read = 0
+    for told, (tokens, _) in enumerate(GraphRunner(decoder, capture=captures)(batch), 1):
+        assert read == told
+        list(batch.rows[0].push(tokens[0], None))
+    assert read == 10
+
+
+def test_the_kinds_of_batches_used_longest_ago_are_dropped(
+    endless: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "PATIENCE", {8: 0})
+    runner = GraphRunner(endless, capture=captures, max_slots=2)
+
+    def run(count: int) -> None:
+        samples(runner, endless, tokenizer, requests_for([SamplingConfig()], count, [8]))
+
+    for count in (1, 2, 1, 4, 1):
+        run(count)
+    assert captures.made == [(1, 8), (2, 8), (4, 8)]
+    run(2)
+    assert captures.made == [(1, 8), (2, 8), (4, 8), (2, 8)]
+
+
+def test_what_cannot_be_captured_runs_step_by_step(
+    decoder: CellDecoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With one warning, and no capture of that kind is tried again, not even after its buffers were dropped."""
+    monkeypatch.setattr(graphs, "PATIENCE", {8: 0, 1: 0})
+    tried = []
+
+    def capture(buffers: Buffers, count: int) -> Replay:
+        tried.append((len(buffers.tokens), buffers.controls.features))
+        raise RuntimeError("called a synchronizing operation\nand more lines")
+
+    requests = requests_for(MIXED, 24, [1, 7, 30, 100, 64])
+    wanted = samples(Batch.run, decoder, tokenizer, requests, batch_size=3)
+    runner = GraphRunner(decoder, capture=capture, max_slots=1)
+    with caplog.at_level(logging.WARNING, "textgen"):
+        for _ in range(2):
+            assert samples(runner, decoder, tokenizer, requests, batch_size=3) == wanted
+    assert len(tried) == len(set(tried)) > 1
+    assert caplog.messages == [
+        "steps that cannot be captured in a CUDA graph run one by one: called a synchronizing operation"
+    ]
+
+
+def test_batches_too_large_run_without_graphs(
+    decoder: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "PATIENCE", {8: 0, 1: 0})
+    monkeypatch.setattr(graphs, "MAX_ROWS", 4)
+    requests = requests_for(MIXED, 6, [20, 40])
+    wanted = samples(Batch.run, decoder, tokenizer, requests)
+    assert samples(GraphRunner(decoder, capture=captures), decoder, tokenizer, requests) == wanted
+    assert {rows for rows, _ in captures.made} == {1, 2, 4}
+
+
+@torch.inference_mode()
+def test_a_runner_runs_one_batch_at_a_time_and_is_free_when_one_is_given_up(
+    endless: CellDecoder, decoder: CellDecoder, tokenizer: Tokenizer, captures: Captures
+) -> None:
+    runner = GraphRunner(endless, capture=captures)
+    request = Request("it", SamplingConfig(max_new_tokens=40))
+    with pytest.raises(RuntimeError, match="of its own decoder"):
+        next(runner(batch_of(decoder, tokenizer, [request])))
+    steps = runner(batch_of(endless, tokenizer, [request]))
+    first = next(steps)
+    with pytest.raises(RuntimeError, match="one batch at a time"):
+        next(runner(batch_of(endless, tokenizer, [request])))
+    del steps
+    assert next(runner(batch_of(endless, tokenizer, [request]))) == first
