@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -84,3 +86,47 @@ def test_nothing_is_updated_on_a_gpu_once_a_loss_is_not_finite(tiny_flags: list[
     assert stop.value.code == 2
     assert (tmp_path / "run" / "nonfinite.json").exists()
     assert checkpoints(tmp_path / "run") == []
+
+
+# --- launches --------------------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+
+
+def launch(flags: list[str], *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *options]
+    return subprocess.run(
+        [*command, str(ROOT / "train_distributed.py"), *flags], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("config", ["accelerate_config.yaml", "launch/configs/single_gpu.yaml"])
+def test_one_process_is_launched_on_the_gpu(tiny_flags: list[str], tmp_path: Path, config: str) -> None:
+    done = launch([*tiny_flags, "--run_dir", str(tmp_path / "run")], "--config_file", str(ROOT / config))
+    assert done.returncode == 0, done.stderr
+    assert "1 process on 1 machine, cuda (" in done.stderr
+
+
+def test_one_process_for_each_gpu_is_the_most(tiny_flags: list[str], tmp_path: Path) -> None:
+    count = torch.cuda.device_count()
+    config = ["--config_file", str(ROOT / "accelerate_config.yaml"), "--num_processes"]
+    flags = [*tiny_flags, "--batch_size", str(count * (count + 1))]
+    done = launch([*flags, "--run_dir", str(tmp_path / "more")], *config, str(count + 1))
+    assert f"error: {count + 1} processes on this machine, but {count} GPUs" in done.stderr
+    assert not (tmp_path / "more").exists()
+    done = launch([*flags, "--run_dir", str(tmp_path / "all")], *config, str(count))
+    assert done.returncode == 0, done.stderr
+    assert f"{count} process{'es' if count > 1 else ''} on 1 machine" in done.stderr
+
+
+def test_gpu_that_is_hidden_by_hand_is_not_missed(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
+    flags = [*tiny_flags, "--run_dir", str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train_distributed.py"), *flags], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "1 process on 1 machine, cpu (" in done.stderr

@@ -68,8 +68,11 @@ def start(
     if use_cpu and promised > 1:
         # Without it accelerate would look for a GPU backend and leave every process alone in a world of one.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    device = int(os.environ.get("LOCAL_RANK", "0"))
-    if not use_cpu and device >= torch.cuda.device_count():
+    # torchrun's processes see the same GPUs; tasks of srun may see one each, all of them as the first
+    wanted = (
+        world.local_processes if "TORCHELASTIC_RUN_ID" in os.environ else int(os.environ.get("LOCAL_RANK", "0")) + 1
+    )
+    if not use_cpu and wanted > torch.cuda.device_count():
         raise LaunchError(
             f"{world.local_processes} processes on this machine, but {torch.cuda.device_count()} GPUs: launch that "
             "many, or set ACCELERATE_USE_CPU=true"
