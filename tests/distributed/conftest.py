@@ -49,7 +49,7 @@ def launch_training(tmp_path_factory: pytest.TempPathFactory) -> Launch:
             [*command, *settings, *flags], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
         )
         assert result.returncode == expect, result.stderr
-        first_line = f"{processes} process{'es' if processes > 1 else ''}, cpu"
+        first_line = f"{processes} process{'es' if processes > 1 else ''} on 1 machine"
         assert first_line in result.stderr, result.stderr
         return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 

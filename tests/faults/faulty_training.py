@@ -29,7 +29,7 @@ PLACES = {
     "updating": ("textgen.steps", "_update"),
     "scoring": ("textgen.training", "score"),
     "evaluating": ("textgen.evaluation", "_score_batch"),
-    "sampling": ("textgen.generation", "decode_step"),
+    "sampling": ("textgen.generation", "advance"),
     "saving": ("textgen.checkpoint", "_write"),
 }
 

@@ -64,6 +64,7 @@ def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]],
     from textgen import cli, launch
     from textgen.checkpoint import find_checkpoint, load_model, newest_valid, verify
     from textgen.data import prepare_store
+    from textgen.evaluation import texts_to_score
     from textgen.model import LSTMLanguageModel
     from textgen.parsing import parse_train_config
     from textgen.processes import StopSignals
@@ -98,7 +99,9 @@ def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]],
         "resume": resume_from,
         "header": lambda path: read_header(Path(path)),
         "tokenizer": Tokenizer.from_file,
-        "texts": lambda path: cli._texts(find_checkpoint(path), "validation", "text", None, "none"),
+        "texts": lambda path: texts_to_score(
+            find_checkpoint(path), "validation", "text", limit=None, normalization="none"
+        ),
         "sample": lambda path: run_verb("sample", path, "--prompt", "a", "--max_new_tokens", "2"),
         "evaluate": lambda path: run_verb("evaluate", path, "--limit", "2"),
     }, (TensorFileError, *cli._user_errors())
