@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from textgen import decoding
+from textgen import decoding, hardware
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import PREFILL_WINDOW, CellDecoder, CellDtype, Decoder, DecoderError, choose_decoder
 from textgen.generation import sample_all
@@ -143,7 +143,7 @@ def exported(directory: Path, cost: float, **changes: Any) -> LSTMLanguageModel:
 
 
 def on_a_processor(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
-    monkeypatch.setattr(decoding, "processor_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(hardware, "processor_flags", lambda: frozenset(flags))
     monkeypatch.setattr(decoding, "multiplies_int8", lambda: "avx512_vnni" in flags)
 
 

@@ -15,11 +15,8 @@ from typing import Any
 import yaml
 
 from textgen.config import TrainConfig
-from textgen.parsing import Parser, fail
+from textgen.parsing import UNTOLD, Parser, dotted, fail
 from textgen.run_directory import read_status
-
-# Settings of the command, not of the training.
-UNTOLD = {"run_dir", "resume", "resume_override", "dry_run"}
 
 # Characters of a setting in the table; a list of prompts would fill a screen. `--json` has all of it.
 LONGEST = 40
@@ -118,14 +115,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"`{path}` is not YAML: {' '.join(str(error).split())[:80]}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"`{path}` holds no settings: {str(settings)[:40]}")
-    return _dotted(json.loads(json.dumps(asdict(TrainConfig())))) | _dotted(settings)
-
-
-def _dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
+    return dotted(json.loads(json.dumps(asdict(TrainConfig())))) | dotted(settings)
 
 
 def _read_newest_trainer(run_dir: Path) -> dict[str, Any]:

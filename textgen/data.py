@@ -207,7 +207,7 @@ def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: boo
     own, wanted = _wanted(tokenizer)
     index = _index_path(data, corpus, wanted)
     with _exclusive(cache / "prepare.lock"):
-        if (found := find_prepared(data, tokenizer, corpus)) is not None:
+        if (found := _open_prepared(cache, index)) is not None:
             log.info("%s: encoded earlier, in `%s`", corpus.description, found.directory)
             return found
         clean = clean_corpus(corpus, data)
@@ -225,10 +225,14 @@ def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: boo
 def find_prepared(data: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus) -> TokenStore | None:
     """Return the token store that `prepare_store` has made of a corpus; None if there is none, or a damaged one."""
     index = _index_path(data, corpus, _wanted(tokenizer)[1])
+    return _open_prepared(Path(data.cache_dir).expanduser(), index)
+
+
+def _open_prepared(cache: Path, index: Path) -> TokenStore | None:
     if not index.exists():
         return None
     try:
-        return TokenStore.open(Path(data.cache_dir).expanduser() / index.read_text())
+        return TokenStore.open(cache / index.read_text())
     except ValueError as error:  # a DataError, or an index that is no text
         log.warning("%s: encoding again", error)
         return None

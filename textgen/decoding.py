@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from textgen.config import DecoderName
+from textgen.hardware import has_bfloat16, processor_flags
 from textgen.model import WEIGHTS_NAME, LSTMLanguageModel, LSTMLayer
 from textgen.tensorfile import JSON_BYTES, parse_json
 
@@ -363,14 +364,6 @@ def _packs(dtype: torch.dtype) -> bool:
         return False
 
 
-@functools.cache
-def processor_flags() -> frozenset[str]:
-    """Return what this processor can do, as Linux names it; nothing elsewhere."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return frozenset(next((line.split() for line in lines if line.startswith("flags")), []))
-
-
 # --- the choice ------------------------------------------------------------------------------------------------------
 
 
@@ -412,7 +405,7 @@ def choose_decoder(model: LSTMLanguageModel, name: str = "auto", *, directory: P
 def _fastest(device: str, directory: Path | None) -> tuple[CellDtype, str]:
     """Return what products of cells best read on a device, and why."""
     if device == "cuda":
-        if torch.cuda.is_bf16_supported(including_emulation=False):
+        if has_bfloat16(use_cpu=False):
             return "bfloat16", "the GPU has it"
         return "float32", "the GPU has no bfloat16"
     if device != "cpu":
@@ -423,7 +416,7 @@ def _fastest(device: str, directory: Path | None) -> tuple[CellDtype, str]:
         cost, no_int8 = _int8_cost(directory)
         if cost is not None and cost <= MOST_BITS_PER_BYTE:
             return "int8", f"it costs {cost:+.5f} bits per byte"
-    if processor_flags() & {"avx512_bf16", "amx_bf16"}:
+    if has_bfloat16(use_cpu=True):
         return "bfloat16", f"the processor has it; {no_int8}"
     return "float32", f"the processor has no bfloat16; {no_int8}"
 

@@ -32,6 +32,7 @@ from textgen.config import ModelConfig, TrainConfig
 from textgen.parsing import PATIENCE_SECONDS, parse_train_config
 from textgen.processes import StopSignals, end_with_launcher
 from textgen.run_directory import RunDirectory, RunDirectoryError, sync_directory, write_whole
+from textgen.world import says_yes
 
 if TYPE_CHECKING:
     import torch
@@ -287,7 +288,7 @@ def check_gpus(
         promised = len([name for name in visible.split(",") if name not in ("", "-1", "NoDevFiles")])
     seen = torch.cuda.device_count()
     value: dict[str, str | int | float] = {"seen": seen, "promised": promised}
-    if seen < promised and environment.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes"):
+    if seen < promised and not says_yes(environment, "ACCELERATE_USE_CPU"):
         why = (
             f"torch {torch.__version__} is built without CUDA: install another build"
             if torch.version.cuda is None
@@ -353,6 +354,7 @@ def check_precision(config: TrainConfig, device: torch.device) -> Check:
     import torch
 
     from textgen import launch
+    from textgen.hardware import has_bfloat16
 
     use_cpu = device.type == "cpu"
     told = os.environ.get("ACCELERATE_MIXED_PRECISION")
@@ -369,7 +371,7 @@ def check_precision(config: TrainConfig, device: torch.device) -> Check:
         torch.set_float32_matmul_precision(before)
     if isinstance(value[_name(launch.LSTM_DTYPES[chosen])], str):
         return Check("precision", "fail", value, f"no LSTM trains in {chosen} here: `--mixed_precision no`")
-    if chosen == "bf16" and not launch.has_bfloat16(use_cpu=use_cpu):
+    if chosen == "bf16" and not has_bfloat16(use_cpu=use_cpu):
         return Check("precision", "warn", value, "bf16 without hardware for it is slow: `--mixed_precision no`")
     return Check("precision", "ok", value)
 
@@ -553,7 +555,7 @@ def check_space(config: TrainConfig, run_dir: Path, store: TokenStore | None) ->
     import torch
 
     from textgen.model import LSTMLanguageModel
-    from textgen.resume import checkpoint_bytes, state_shapes
+    from textgen.resume import checkpoint_bytes, checkpoints_at_a_time, state_shapes
     from textgen.steps import steps_per_epoch
 
     vocab_size = store.record["vocab_size"] if store else config.tokenizer.vocab_size
@@ -566,8 +568,7 @@ def check_space(config: TrainConfig, run_dir: Path, store: TokenStore | None) ->
         size += len(store.tokenizer.model_proto)
         per_epoch = steps_per_epoch(config, store)
         total = min(config.max_epochs * per_epoch, config.max_steps or sys.maxsize)
-        every = config.evaluate_every or per_epoch
-        count = min(count, math.ceil(total / min(every, config.save_every or every)))
+        count = checkpoints_at_a_time(config, total_steps=total, per_epoch=per_epoch)
     place, cache = _existing(run_dir), _existing(Path(config.data.cache_dir).expanduser().absolute())
     free, cache_free = shutil.disk_usage(place).free, shutil.disk_usage(cache).free
     value = {

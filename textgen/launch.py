@@ -6,7 +6,6 @@ import hashlib
 import os
 import socket
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -14,8 +13,9 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from textgen.config import Precision
+from textgen.hardware import has_bfloat16
 from textgen.processes import Interrupted, StopSignals
-from textgen.world import LaunchError, promised_gpus, promised_world, read_launch
+from textgen.world import LaunchError, promised_gpus, promised_world, read_launch, says_yes
 
 LSTM_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What an LSTM computes in, by accelerate's mixed_precision."""
@@ -59,7 +59,7 @@ def start(
             f"`--gradient_accumulation_steps` {gradient_accumulation_steps}: set it by the flag alone"
         )
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
-    use_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    use_cpu = not torch.cuda.is_available() or says_yes(os.environ, "ACCELERATE_USE_CPU")
     if use_cpu and (gpus := promised_gpus(os.environ)) is not None:
         raise LaunchError(
             f"GPUs are promised ({gpus}) and torch {torch.__version__} sees none: mend its CUDA build, the driver or "
@@ -200,15 +200,6 @@ def resolve_precision(flag: Precision | None, environment: str | None, *, use_cp
     if precision == "fp16" and use_cpu:
         raise LaunchError("mixed_precision fp16 is not to be had on a CPU: use `--mixed_precision bf16` or `no`")
     return precision
-
-
-def has_bfloat16(*, use_cpu: bool) -> bool:
-    """Tell whether the hardware multiplies bfloat16 matrices itself, and so faster than float32."""
-    if not use_cpu:
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    cpuinfo = Path("/proc/cpuinfo")
-    flags = cpuinfo.read_text() if cpuinfo.exists() else ""
-    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def describe(accelerator: Accelerator) -> str:

@@ -27,6 +27,9 @@ from textgen.config import TrainConfig
 # waits this long to be ended, and speaks only if nobody did.
 PATIENCE_SECONDS = 3
 
+# Settings of the command, not of the training: runs that differ in them are alike.
+UNTOLD = {"run_dir", "resume", "resume_override", "dry_run"}
+
 TRAINING = """Train an LSTM language model, alone or under `accelerate launch`.
 Flags override the file of `--config`, which overrides the defaults; of a flag given twice the last counts.
 A list is written `--data.files a.txt b.txt`, a switch `--dry_run`."""
@@ -145,6 +148,14 @@ def settings_of(settings: type, prefix: str = "") -> dict[str, Any]:
         else:
             kinds[prefix + name] = kind
     return kinds
+
+
+def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested settings under the names of their flags."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def build_settings(settings: type[Settings], values: Mapping[str, Any], prefix: str = "") -> Settings:

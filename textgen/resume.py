@@ -33,6 +33,7 @@ from textgen.checkpoint import (
 )
 from textgen.config import TrainConfig
 from textgen.model import CONFIG_NAME, WEIGHTS_NAME, LSTMLanguageModel, ModelFileError, State
+from textgen.parsing import UNTOLD, dotted
 from textgen.steps import Progression, Training, TrainingError, fit_steps, zero_lanes
 from textgen.tensorfile import TensorFileError, check_tensors, read_tensors
 from tokenizer import MODEL_NAME
@@ -51,8 +52,6 @@ HARMLESS = {
 }  # fmt: skip
 # A tensor file's dtypes where they are not float32 alone: LSTM states are of what the LSTM computes in.
 DTYPES_OF = {"lanes": ("F32", "F16", "BF16")}
-# Settings of the command, not of the training: nothing is said of them.
-UNTOLD = {"run_dir", "resume", "resume_override", "dry_run"}
 
 
 def state_shapes(model: LSTMLanguageModel, *, batch_size: int, averaged: bool) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -74,6 +73,12 @@ def state_shapes(model: LSTMLanguageModel, *, batch_size: int, averaged: bool) -
 def checkpoint_bytes(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> int:
     """Return about how much disk a checkpoint of such tensors takes, without the tokenizer."""
     return 4 * sum(math.prod(shape) for group in shapes.values() for shape in group.values()) + SMALL_FILES_BYTES
+
+
+def checkpoints_at_a_time(config: TrainConfig, *, total_steps: int, per_epoch: int) -> int:
+    """Return how many checkpoints a training has on disk at most: those kept, the best, and one being written."""
+    every = config.evaluate_every or per_epoch
+    return min(config.keep_last + 2, math.ceil(total_steps / min(every, config.save_every or every)))
 
 
 def save(training: Training) -> float:
@@ -274,8 +279,8 @@ def _read_progression(values: object, path: Path) -> Progression:
 def compare_settings(training: Training, trainer: dict[str, Any], directory: Path) -> None:
     """Raise CheckpointError where a setting that changes the result is not the checkpoint's; note the other ones."""
     config = training.config
-    defaults = _dotted(json.loads(json.dumps(asdict(TrainConfig()))))  # of settings younger than the checkpoint
-    then, now = defaults | _dotted(trainer["config"]), _dotted(json.loads(json.dumps(asdict(config))))
+    defaults = dotted(json.loads(json.dumps(asdict(TrainConfig()))))  # of settings younger than the checkpoint
+    then, now = defaults | dotted(trainer["config"]), dotted(json.loads(json.dumps(asdict(config))))
     then["mixed_precision"], now["mixed_precision"] = trainer["mixed_precision"], training.accelerator.mixed_precision
     harmless = HARMLESS
     if config.early_stopping_patience is not None:
@@ -295,14 +300,6 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
                 f"{message}: `--resume_override` goes on all the same, another `--run_dir` starts anew"
             )
         log.info("%s", message)
-
-
-def _dotted(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings under the names of their flags."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= _dotted(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
 
 
 def describe_checkpoint(directory: Path) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from textgen.generation import Sample, generate
 from textgen.optim import learning_rate
 from textgen.processes import Interrupted, StopSignals
 from textgen.report import draw_loss_curve
-from textgen.resume import checkpoint_bytes, resume, save, state_shapes
+from textgen.resume import checkpoint_bytes, checkpoints_at_a_time, resume, save, state_shapes
 from textgen.run_directory import RunDirectory, write_whole
 from textgen.steps import (
     Training,
@@ -144,11 +144,11 @@ def _train(training: Training, run: RunDirectory) -> None:
         log.info("resuming at step %d", now.step)
     elif config.max_minutes is not None:
         now.total_steps = min(now.total_steps, fit_steps(training))
-    every = config.evaluate_every or steps_per_epoch(config, training.store)
-    saves = math.ceil(now.total_steps / min(every, config.save_every or every))
+    per_epoch = steps_per_epoch(config, training.store)
+    count = checkpoints_at_a_time(config, total_steps=now.total_steps, per_epoch=per_epoch)
     shapes = state_shapes(training.bare, batch_size=config.batch_size, averaged=training.average is not None)
     size = checkpoint_bytes(shapes) + len(training.store.tokenizer.model_proto)
-    run.require_space(size, count=min(config.keep_last + 2, saves))
+    run.require_space(size, count=count)
     if accelerator.is_main_process:
         write_run_files(training)
     settings = asdict(config) | {"parameters": training.bare.num_parameters}
