@@ -1,4 +1,4 @@
-# make train | test | test-slow | check | bench | faults | scaling: each sets up .venv first; a second call does not install again.
+# make train | test | test-slow | check | bench | quality | faults | scaling: each sets up .venv first; a second call does not install again.
 PYTHON ?= python3
 BIN := .venv/bin
 # Another build of torch: make TORCH_INDEX=https://... (see pytorch.org)
@@ -7,7 +7,7 @@ RUN ?= runs/quick
 # Threads that wait must not spin: on a busy machine two-thread regions are many times slower otherwise.
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
-.PHONY: train test test-slow check bench faults scaling clean
+.PHONY: train test test-slow check bench quality faults scaling clean
 
 train: .venv/installed
 	$(BIN)/python train_distributed.py --config launch/presets/quick.yaml --run_dir $(RUN)
@@ -28,8 +28,13 @@ check: .venv/installed
 	$(BIN)/lint-imports
 
 bench: .venv/installed
-	$(BIN)/python -m benchmarks.training
+	$(BIN)/python -m benchmarks.train
+	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.decode
+
+# A quarter of a minute: does a small training learn as well as is recorded? CI's slow tests ask the same.
+quality: .venv/installed
+	$(BIN)/python -m benchmarks.quality guard
 
 # An hour of kills and damage on two cores; puts the figures into docs/reliability.md.
 faults: .venv/installed
@@ -51,7 +56,7 @@ scaling: .venv/installed
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "error: $(PYTHON) has no venv module: install it (Debian: apt install python3-venv)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --no-deps torch -c constraints.txt --index-url $(TORCH_INDEX))
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,export]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,export,dashboard,serve]'
 	@touch $@
 
 clean:

@@ -1,15 +1,17 @@
-"""Decoding beside what one would use instead: `python -m benchmarks.decode [--rounds 15] [--compile]`.
+"""Decoding beside what one would use instead: `python -m benchmarks.decode [--batch_sizes 1 8] [--compile]`.
 
 All variants hold the same weights and draw every token; rounds are interleaved, so that a busy machine slows all. The
 plain loop is what one would write by hand: nn.LSTM fed one token, softmax, torch.multinomial. Others draw as textgen
 does, which is cheaper. The floor is the time to read the weights once, at the rate a buffer of their size is read
-again and again in the same rounds. onnxruntime and openvino take part where they are installed.
+again and again in the same rounds. onnxruntime and openvino take part where they are installed. Batch sizes may be
+measured one after the other: what the results hold of others by the same machine and versions stays.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import statistics
 import tempfile
 import time
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import save
+from benchmarks.machine import RESULTS, describe, save
 from textgen.checkpoint import load_model
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import CellDecoder, CompiledDecoder, Decoder, DecoderState, choose_decoder, multiplies_int8
@@ -170,6 +172,10 @@ def cpu_decoders(model: LSTMLanguageModel, folder: Path) -> Iterator[Decoder]:
     yield CellDecoder(model, "bfloat16")
     if multiplies_int8():
         yield CellDecoder(model, "int8")
+        operators = CellDecoder(model, "int8")
+        operators.__dict__["_kernel"] = None  # as where there is no compiler
+        operators.name = "int8 by operators"
+        yield operators
 
 
 def weight_count(model: LSTMLanguageModel) -> int:
@@ -201,11 +207,11 @@ def compare(variants: dict[str, Steps], rounds: int, device: torch.device) -> di
             torch.cuda.synchronize()
         return (time.perf_counter() - started) / count
 
-    counts = {}
+    counts, unit = {}, 32 if device.type == "cuda" else 2  # steps of a graph
     for name, steps in variants.items():
         try:
-            seconds(steps, 32)  # warm
-            counts[name] = max(int(SECONDS / seconds(steps, 32)) // 32 * 32, 32)
+            seconds(steps, unit)  # warm
+            counts[name] = max(int(SECONDS / seconds(steps, unit)) // unit * unit, unit)
         except RuntimeError as error:  # torch.compile's own; the others are worth having
             print(f"{name} is left out: {str(error).splitlines()[0]}")
     times: dict[str, list[float]] = {name: [] for name in counts}
@@ -283,7 +289,13 @@ def main() -> None:
                 f"reading {name}": reading(weight_count(model) * size, device) for name, size in BYTES.items()
             }  # fmt: skip
             figures["steps"][rows] = report(compare(variants | readings, args.rounds, device), rows)
-    save("decode" if device.type == "cpu" else "decode_cuda", figures)
+    name = "decode" if device.type == "cpu" else "decode_cuda"
+    path = RESULTS / f"{name}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    if before.get("machine") == describe() and before["figures"]["shape"] == list(figures["shape"]):
+        steps = before["figures"]["steps"] | {str(rows): values for rows, values in figures["steps"].items()}
+        figures["steps"] = dict(sorted(steps.items(), key=lambda item: int(item[0])))
+    save(name, figures)
 
 
 def differences(name: str, rows: int = 10, length: int = 1000) -> dict[str, Any]:

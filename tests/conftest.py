@@ -37,9 +37,13 @@ VERDICTS = ("Avoid it!", "See it twice.", "10/10.", "A waste of time...", 'They 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Let no test skip where `TEXTGEN_NO_SKIPS` is set, as in CI: what it needs is to be installed there."""
+    """Let no test skip where `TEXTGEN_NO_SKIPS` is set, as in CI: what it needs is to be installed there.
+
+    A GPU, and what a processor can do, cannot be.
+    """
     report = yield
-    if report.skipped and "gpu" not in item.keywords and os.environ.get("TEXTGEN_NO_SKIPS"):
+    hardware = "gpu" in item.keywords or "this processor" in str(report.longrepr)
+    if report.skipped and not hardware and os.environ.get("TEXTGEN_NO_SKIPS"):
         report.outcome = "failed"
     return report
 

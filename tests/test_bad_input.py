@@ -15,7 +15,7 @@ import pytest
 from textgen import parsing
 from textgen.cli import main, train_main
 from textgen.run_directory import RunDirectory, read_status
-from tokenizer import train_tokenizer
+from textgen.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 TRAIN = [sys.executable, str(ROOT / "train_distributed.py")]

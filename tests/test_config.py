@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from textgen.config import DataConfig, ModelConfig, TokenizerConfig, TrackingConfig, TrainConfig
-from textgen.parsing import build_settings, parse_train_config, settings_of
+from textgen.parsing import build_settings, config_file, parse_train_config, settings_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -24,8 +24,9 @@ resume_override stop_signal gradient_compression distributed_timeout determinist
 data.source data.dataset data.dataset_config data.files data.text_column data.txt_documents data.normalization
 data.train_on data.validation_fraction data.validation_blocks data.cache_dir data.store
 tokenizer.vocab_size tokenizer.model_type tokenizer.path
-model.embedding_dim model.hidden_size model.num_layers model.dropout model.tie_weights model.layer_norm model.residual
-tracking.mode tracking.project
+model.embedding_dim model.hidden_size model.num_layers model.dropout model.embedding_dropout
+model.weight_drop model.tie_weights model.layer_norm model.residual
+tracking.backends tracking.mode tracking.project tracking.group tracking.job_type tracking.upload_checkpoints
 """.split()  # noqa: SIM905
 
 POSITIVE = """
@@ -36,6 +37,7 @@ model.embedding_dim model.hidden_size model.num_layers tokenizer.vocab_size
 """.split()  # noqa: SIM905
 NOT_NEGATIVE = """
 warmup_steps weight_decay seed ema_decay data.validation_fraction model.dropout
+model.embedding_dropout model.weight_drop
 """.split()  # noqa: SIM905
 LISTS = ["adam_betas", "sample_temperatures"]
 
@@ -140,6 +142,17 @@ def test_shipped_preset_is_parsed(path: Path) -> None:
     wanted = yaml.safe_load(path.read_text())
     assert config.run_dir == wanted["run_dir"]
     assert config != TrainConfig(run_dir=config.run_dir)
+
+
+def test_preset_is_named_wherever_one_stands_unless_a_file_has_the_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    wanted = parse_train_config(["--config", str(ROOT / "launch/presets/quick.yaml")])
+    assert parse_train_config(["--config", "quick"]) == wanted
+    assert config_file(["--config", "quick"]) == "quick"
+    (tmp_path / "quick").write_text("batch_size: 64\n")
+    assert parse_train_config(["--config", "quick"]).batch_size == 64
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ from textgen.data import (
     windows_per_epoch,
 )
 from textgen.noise import permutation
-from tokenizer import Tokenizer, train_tokenizer
+from textgen.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -545,9 +545,29 @@ def test_a_tokenizer_that_loses_text_is_refused(corpus: Path, tmp_path: Path, mo
     tokenizer = Tokenizer(train_tokenizer(make_texts(), vocab_size=400, model_type="char"))
     good = encode_documents(tokenizer, ["The film", ""])
     assert [ids.tolist() for ids in good] == [[*tokenizer.encode("The film"), tokenizer.eos_id], [tokenizer.eos_id]]
-    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "something else")
+    spoiled = tokenizer._all_pieces.copy()
+    spoiled[tokenizer._piece_ends[tokenizer.encode("f")[0]] - 1] = ord("F")
+    monkeypatch.setattr(tokenizer, "_all_pieces", spoiled)
     with pytest.raises(DataError, match=r"^the tokenizer loses text of the document that starts 'The film'$"):
-        encode_documents(tokenizer, ["The film"])
+        encode_documents(tokenizer, ["A cat", "The film", "A cat"])
+
+
+def test_the_fast_way_from_ids_to_bytes_is_the_slow_one() -> None:
+    tokenizer = Tokenizer(train_tokenizer(make_texts(), vocab_size=400, model_type="char"))
+    ids = np.random.default_rng(0).integers(0, tokenizer.vocab_size, 2000)
+    utf8, ends = tokenizer.utf8_of(ids)
+    pieces = [tokenizer.token_bytes(int(token)) for token in ids]
+    assert utf8 == b"".join(pieces)
+    assert ends.tolist() == np.cumsum([len(piece) for piece in pieces]).tolist()
+    assert b"" in pieces  # `</s>`
+
+
+def test_long_documents_are_encoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(textgen.data, "ENCODE_CHARACTERS", 10)
+    monkeypatch.setattr(textgen.data, "ENCODE_BATCH", 3)
+    texts = ["a", "b", "c", "d", "e" * 11, "f", "g" * 30, "h"]
+    batches = list(textgen.data._in_batches(iter(texts)))
+    assert batches == [["a", "b", "c"], ["d", "e" * 11], ["f", "g" * 30], ["h"]]
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import PREFILL_WINDOW, CellDecoder, CellDtype, Decoder, DecoderError, choose_decoder
 from textgen.generation import sample_all
 from textgen.model import LSTMLanguageModel
-from tokenizer import Tokenizer, train_tokenizer
+from textgen.tokenizer import Tokenizer, train_tokenizer
 
 SHAPES = [
     ModelConfig(embedding_dim=24, hidden_size=40, num_layers=2),

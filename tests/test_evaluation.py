@@ -26,7 +26,7 @@ from textgen.config import ModelConfig
 from textgen.data import encode_documents
 from textgen.evaluation import SCORE_WINDOW, Score, score
 from textgen.model import LSTMLanguageModel, State
-from tokenizer import Tokenizer, train_tokenizer
+from textgen.tokenizer import Tokenizer, train_tokenizer
 
 Tokens = NDArray[np.int64]
 

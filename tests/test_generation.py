@@ -18,7 +18,7 @@ from textgen.decoding import CellDecoder, Decoder, DecoderState
 from textgen.generation import Request, Sample, _prefill, _Row, _sample_number, generate, sample_all, serve
 from textgen.model import LSTMLanguageModel
 from textgen.sampling import control, controls_of, draw, note
-from tokenizer import Tokenizer, train_tokenizer
+from textgen.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["it was the best of times, it was the worst of times", "call me ishmael", "é è ü ß 漢字 🙂🙃 naïve café"]
 PROMPTS = ["it was", "", "call me 漢", "an unseen Ω prompt", "it was the best of times"]

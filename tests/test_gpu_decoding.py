@@ -19,7 +19,7 @@ from textgen.generation import Batch
 from textgen.graphs import Buffers, CudaCapture, GraphRunner, Replay
 from textgen.noise import hash_bits
 from textgen.sampling import Controls, draw
-from tokenizer import Tokenizer, train_tokenizer
+from textgen.tokenizer import Tokenizer, train_tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

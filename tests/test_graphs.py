@@ -18,7 +18,7 @@ from textgen.decoding import CellDecoder, Decoder, DecoderState
 from textgen.generation import Batch, Request, Sample, Step, _Row, serve
 from textgen.graphs import Buffers, GraphRunner, Replay, steps_in_place
 from textgen.model import LSTMLanguageModel
-from tokenizer import Tokenizer, train_tokenizer
+from textgen.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["it was the best of times, it was the worst of times", "call me ishmael", "é è ü ß 漢字 🙂🙃 naïve café"]
 MIXED = [

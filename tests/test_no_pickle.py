@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tokenizer import Tokenizer
+from textgen.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [

@@ -23,7 +23,7 @@ from textgen import sample as sample_module
 from textgen.checkpoint import checkpoints
 from textgen.cli import main
 from textgen.model import CONFIG_NAME, WEIGHTS_NAME
-from tokenizer import MODEL_NAME
+from textgen.tokenizer import MODEL_NAME
 
 TEXTGEN = [sys.executable, "-m", "textgen"]
 

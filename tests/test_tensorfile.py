@@ -27,7 +27,7 @@ from textgen.tensorfile import (
     read_header,
     read_tensors,
 )
-from tokenizer import MODEL_NAME, Tokenizer
+from textgen.tokenizer import MODEL_NAME, Tokenizer
 
 SHAPES = [(), (0,), (3, 0, 2), (1,), (7,), (2, 3, 5), (1, 1, 1, 1, 1, 1, 1, 2)]
 MODELS: list[dict[str, Any]] = [

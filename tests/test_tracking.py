@@ -1,19 +1,20 @@
-"""metrics.jsonl is whole whatever happens to Weights & Biases (law 7)."""
+"""metrics.jsonl is whole whatever happens to the trackers that follow it (law 7)."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from textgen import tracking
 from textgen.cli import train_main
-from textgen.tracking import has_wandb_key, read_metrics
-
-BIN = Path(sys.executable).parent
+from textgen.tracking import Follower, RunEnd, Tracker, has_wandb_key, read_metrics
 
 
 @pytest.fixture
@@ -22,27 +23,6 @@ def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.delenv("NETRC", raising=False)
-
-
-@pytest.mark.usefixtures("no_key")
-def test_without_a_key_wandb_records_offline_what_metrics_jsonl_holds(tiny_flags: list[str], tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    train_main([*tiny_flags, "--run_dir", str(run_dir), "--log_every", "1", "--tracking.mode", "auto"])
-    (log,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
-    listing = subprocess.run(
-        [BIN / "wandb", "leet", "inspect", "--json", log], capture_output=True, text=True, check=True
-    )
-    recorded: dict[int, dict[str, float]] = {}
-    for line in listing.stdout.splitlines():
-        record = json.loads(line)
-        if record["type"] == "history":
-            row = record["history"]["item"]
-            recorded.setdefault(int(row["step"]), {}).update(row)
-    rows = read_metrics(run_dir)
-    assert {row["step"] for row in rows} == recorded.keys()
-    for row in rows:
-        for name, value in row.items():
-            assert recorded[row["step"]][name] == pytest.approx(value)
 
 
 @pytest.mark.parametrize("broken", ["init", "log"])
@@ -77,6 +57,118 @@ def test_a_key_is_found_in_environment_and_netrc(tmp_path: Path, monkeypatch: py
     (tmp_path / ".netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     assert has_wandb_key()
+
+
+class Slow:
+    """A tracker that does nothing, slowly."""
+
+    patience = 0.1
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self.rows: list[int] = []
+        self.abandoned = False
+
+    def open(self, rows: Sequence[tracking.Row]) -> None:
+        self.rows += range(len(rows))
+
+    def log(self, number: int, row: tracking.Row, samples: Sequence[tracking.SampledText]) -> None:
+        time.sleep(self._seconds)
+        self.rows.append(number)
+
+    def checkpoint(self, path: Path, *, best: bool, about: tracking.Row) -> None:
+        raise ConnectionError
+
+    def finish(self, end: RunEnd) -> None:
+        self.rows.append(-end.exit_code)
+
+    def abandon(self) -> None:
+        self.abandoned = True
+
+
+def test_a_tracker_that_hangs_costs_the_training_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(tracking, "MAX_WAITING", 3)
+    backend = Slow(seconds=60)
+    tracker = Tracker(tmp_path, {"dashboard": backend}, main=True, first_step=0, evaluated_step=0)
+    started = time.monotonic()
+    for step in range(1, 10):
+        tracker.log(step, {"train/loss": 1.0})
+    tracker.finish(RunEnd("finished", 0, ""))
+    assert time.monotonic() - started < 5
+    assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 10))
+    assert [record.message for record in caplog.records if record.name == "textgen"] == [
+        "dashboard is off from here on, `metrics.jsonl` goes on: it is 3 rows behind"
+    ]
+    assert backend.abandoned
+
+
+def test_rows_of_later_steps_are_made_again_and_counted_on(tmp_path: Path) -> None:
+    """What a tracker is given are the numbers of lines in metrics.jsonl, through a resume too."""
+    tracker = Tracker(tmp_path, {}, main=True, first_step=0, evaluated_step=0)
+    for step in (1, 2, 3):
+        tracker.log(step, {"train/loss": 1.0})
+        tracker.log(step, {"valid/loss": 1.0})
+    backend = Slow(seconds=0)
+    tracker = Tracker(tmp_path, {"dashboard": backend}, main=True, first_step=2, evaluated_step=1)
+    assert [(row["step"], *row) for row in read_metrics(tmp_path)] == [
+        (1, "step", "train/loss"), (1, "step", "valid/loss"), (2, "step", "train/loss")
+    ]  # fmt: skip
+    tracker.log(2, {"valid/loss": 1.0})
+    tracker.finish(RunEnd("failed", 2, ""))
+    assert backend.rows == [0, 1, 2, 3, -2]
+
+
+def test_what_a_tracker_raises_is_said_with_its_kind_where_it_has_no_words(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    follower = Follower("dashboard", Slow(seconds=0), [])
+    follower.put(lambda backend: backend.checkpoint(tmp_path, best=True, about={}))
+    follower.end()
+    said = [record.message for record in caplog.records if record.name == "textgen"]
+    assert [line.rpartition(": ")[2] for line in said] == ["ConnectionError"]
+
+
+def test_tensorboard_has_every_step_once_through_a_resume(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Accelerate's tracker; read as TensorBoard reads it, in a process of its own: it warns of numpy."""
+    flags = [
+        *tiny_flags, "--run_dir", str(tmp_path / "run"), "--tracking.mode", "auto", "--log_every", "1",
+        "--evaluate_every", "2", "--tracking.backends", "tensorboard",
+    ]  # fmt: skip
+    train_main([*flags, "--max_steps", "3"])
+    train_main([*flags, "--max_steps", "5"])
+    read = """
+import json, sys
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+events = EventAccumulator(sys.argv[1]); events.Reload()
+values = {name: [(e.step, e.value) for e in events.Scalars(name)] for name in events.Tags()["scalars"]}
+texts = [name for name in events.Tags()["tensors"]]
+print(json.dumps([values, texts]))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", read, str(tmp_path / "run" / "tensorboard")], capture_output=True, text=True, check=True
+    )
+    values, texts = json.loads(result.stdout)
+    rows = read_metrics(tmp_path / "run")
+    for name in ("train/loss", "valid/loss", "train/gradient_norm"):
+        wanted = [(row["step"], row[name]) for row in rows if name in row]
+        assert [step for step, _ in values[name]] == [step for step, _ in wanted]
+        assert [value for _, value in values[name]] == pytest.approx([value for _, value in wanted])
+    assert texts == ["samples/text_summary"]
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = [*tiny_flags, "--run_dir", str(tmp_path / "run"), "--tracking.mode", "auto"]
+    with pytest.raises(SystemExit) as refused:
+        train_main([*flags, "--tracking.backends", "wandb", "trackio"])
+    assert refused.value.code == 2
+    assert capsys.readouterr().err.endswith(
+        "error: `tracking.backends` names trackio, which is not installed: `pip install trackio`\n"
+    )
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_line_cut_off_by_a_kill_is_left_out(tmp_path: Path) -> None:

@@ -26,8 +26,8 @@ from torch import Tensor
 from textgen.model import CONFIG_NAME, WEIGHTS_NAME, LSTMLanguageModel, resolve_model_directory
 from textgen.run_directory import make_directory, sync_directory
 from textgen.tensorfile import JSON_BYTES, chunks, memory_bytes, parse_json
-from tokenizer import MODEL_NAME, Tokenizer
-from tokenizer.tokenizer import MAX_MODEL_BYTES
+from textgen.tokenizer import MODEL_NAME, Tokenizer
+from textgen.tokenizer.tokenizer import MAX_MODEL_BYTES
 
 log = logging.getLogger("textgen")
 

@@ -29,18 +29,24 @@ DISK_ERRORS = (
     errno.EIO, errno.ESTALE,
 )  # fmt: skip
 
-VERBS = """usage: textgen {prepare,evaluate,sample,export,verify,compare,doctor,submit} ... (each with --help)
+VERBS = """usage: textgen VERB ... (each with --help)
 
+  train      train; the same as train_distributed.py
   prepare    encode the training text ahead of time; takes the flags of train_distributed.py
   evaluate   bits per byte of a checkpoint on a file or a split
   sample     continue prompts
+  serve      continue prompts over HTTP, as OpenAI's API does, with a page to play with
   export     a checkpoint as a quantised or ONNX decoder, with what that costs
+  publish    a model and its card as a folder, or on the Hugging Face hub
   verify     check every byte of a checkpoint and say what it holds
   compare    a table of runs: bits per byte, tokens per second, the settings that differ
+  report     a page of a run, or of several over each other: curves, samples, settings, how to make it again
+  measure    texts of a run at several temperatures beside human ones: variety, repetition, what is copied
+  dashboard  a W&B workspace for the runs of a project
   doctor     check a machine, or all machines of an allocation, before hours are spent
   submit     hand a training to Slurm
 
-Training itself is `train_distributed.py`, alone or under `accelerate launch`.
+Several processes train under `accelerate launch --module textgen train`, or with train_distributed.py in its place.
 """
 
 
@@ -103,11 +109,12 @@ def _user_errors() -> tuple[type[ValueError], ...]:
     from textgen.model import ModelFileError
     from textgen.run_directory import RunDirectoryError
     from textgen.steps import TrainingError
-    from tokenizer import TokenizerError
+    from textgen.tokenizer import TokenizerError
+    from textgen.tracking import TrackingError
 
     return (
         CheckpointError, CorpusError, DataError, LaunchError, ModelFileError, RunDirectoryError, TokenizerError,
-        TrainingError,
+        TrackingError, TrainingError,
     )  # fmt: skip
 
 
@@ -116,7 +123,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     here: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare, "evaluate": evaluate, "verify": verify}
     verbs = re.findall(r"^  (\w+)  ", VERBS, re.MULTILINE)
-    if argv and argv[0] in here:
+    if argv and argv[0] == "train":
+        train_main(argv[1:], prog="textgen train")
+    elif argv and argv[0] in here:
         run(lambda: here[argv[0]](argv[1:]))
     elif argv and argv[0] in verbs:
         run(lambda: getattr(import_module(f"textgen.{argv[0]}"), f"{argv[0]}_command")(argv[1:]))
@@ -126,14 +135,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(f"`textgen` wants one of {', '.join(f'`{verb}`' for verb in verbs)}" + (f": {argv[0]}" if argv else ""))
 
 
-def train_main(argv: Sequence[str] | None = None) -> None:
+def train_main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> None:
     """Train as the command line says."""
     end_with_launcher()
-    run(lambda: _train(argv))
+    run(lambda: _train(argv, prog))
 
 
-def _train(argv: Sequence[str] | None) -> None:
-    config = parse_train_config(argv)
+def _train(argv: Sequence[str] | None, prog: str | None) -> None:
+    config = parse_train_config(argv, prog=prog)
     _start_log()
     from textgen.training import train
 
@@ -142,7 +151,7 @@ def _train(argv: Sequence[str] | None) -> None:
 
 def _start_log() -> None:
     """Send the log of the first process to standard error."""
-    from textgen.tracking import setup_logging
+    from textgen.progress import setup_logging
 
     setup_logging(main=os.environ.get("RANK", "0") == "0")
 

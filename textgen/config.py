@@ -102,6 +102,10 @@ class ModelConfig:
     """number of stacked LSTM layers"""
     dropout: float = 0.0
     """locked dropout on the embeddings, between layers and on the output: one mask per lane and step"""
+    embedding_dropout: float = 0.0
+    """share of the vocabulary that is left out of the input of a step"""
+    weight_drop: float = 0.0
+    """share of the recurrent weights that is left out of a step; to the nearest 256th"""
     tie_weights: bool = True
     """output layer shares the embedding's weights"""
     layer_norm: bool = False
@@ -111,17 +115,30 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "embedding_dim", "hidden_size", "num_layers")
-        _require_within(self, 0, 1, "dropout")
+        _require_within(self, 0, 1, "dropout", "embedding_dropout", "weight_drop")
+
+    @property
+    def drops(self) -> bool:
+        """Whether a step of training leaves anything out."""
+        return max(self.dropout, self.embedding_dropout, self.weight_drop) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Weights & Biases, beside `metrics.jsonl` which is always written."""
+    """Weights & Biases and other trackers, beside `metrics.jsonl` which is always written."""
 
+    backends: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ("wandb",)
+    """trackers that follow metrics.jsonl; the last two are extras to install"""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """auto: online where an API key exists, else offline"""
+    """W&B's; auto: online where an API key exists and the server answers, else offline. disabled: no tracker at all"""
     project: str = "textgen"
-    """W&B project"""
+    """project of W&B and trackio"""
+    group: str | None = None
+    """W&B group of runs that belong together; default: those of a Slurm array"""
+    job_type: str | None = None
+    """W&B job type; default: sweep in a W&B sweep or a Slurm array, else train"""
+    upload_checkpoints: bool = False
+    """copy checkpoints into W&B artifacts instead of noting where they are"""
 
 
 @dataclass(frozen=True, kw_only=True)

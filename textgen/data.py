@@ -15,13 +15,11 @@ import math
 import mmap
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +29,12 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from textgen.config import DataConfig, TokenizerConfig
 from textgen.corpus import CleanCorpus, Corpus, clean_corpus, open_corpus
 from textgen.noise import permutation
-from tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
+from textgen.progress import Progress
+from textgen.tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
 
 log = logging.getLogger("textgen")
 
@@ -46,7 +44,7 @@ UNIGRAM_NAME = "unigram.int64"
 # Documents between two entries of an epoch's table of stream positions. Positions in between are found by walking
 # over at most this many lengths, so that the table is small beside the permutation.
 STRIDE = 64
-ENCODE_BATCH = 512
+ENCODE_BATCH, ENCODE_CHARACTERS = 512, 1 << 22  # at a time; the check of a batch takes 16 bytes a character
 READ_AHEAD_BELOW = 1 << 28  # bytes of a file
 
 
@@ -313,20 +311,15 @@ def _write_split(
     """Encode a split document by document; return its sizes."""
     total, num_bytes, num_documents = 0, 0, 0
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    bar = tqdm(
-        unit="doc",
-        desc=f"encoding {name}",
-        disable=not (progress and sys.stderr.isatty()),
-        total=clean.counts.get(f"{name}_documents"),
-    )
+    total_documents = clean.counts.get(f"{name}_documents")
     with (
         open(directory / f"{name}.tokens.{dtype}", "wb") as tokens,
         open(directory / f"{name}.offsets.int64", "wb") as offsets,
         open(directory / f"{name}.bytes.uint32", "wb") as sizes,
-        bar,
+        Progress(f"encoded {name} document", total_documents, show=progress) as bar,
     ):
         offsets.write(np.int64(0).tobytes())
-        for texts in _in_batches(clean.documents(name), ENCODE_BATCH):
+        for texts in _in_batches(clean.documents(name)):
             encoded = encode_documents(tokenizer, texts)
             flat = np.concatenate(encoded).astype(dtype)
             ends = total + np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
@@ -335,7 +328,7 @@ def _write_split(
                 file.write(values.data)  # numpy's `tofile` on a full disk raises an OSError that does not say so
             counts += np.bincount(flat, minlength=tokenizer.vocab_size)
             total, num_bytes, num_documents = int(ends[-1]), num_bytes + int(lengths.sum()), num_documents + len(texts)
-            bar.update(len(texts))
+            bar.update(num_documents)
     if name == "train":
         (directory / UNIGRAM_NAME).write_bytes(counts.data)
     return {"documents": num_documents, "tokens": total, "bytes": num_bytes}
@@ -347,16 +340,30 @@ def encode_documents(tokenizer: Tokenizer, texts: Sequence[str]) -> list[NDArray
     Raises:
         DataError: a text does not come back from its tokens; with a lossless tokenizer that cannot be.
     """
-    documents = []
-    for text, ids in zip(texts, tokenizer.encode_batch(texts, num_threads=os.cpu_count() or 1), strict=True):
-        if tokenizer.is_lossless and tokenizer.decode(ids) != text:
+    encoded = tokenizer.encode_batch(texts, num_threads=os.cpu_count() or 1)
+    documents = [np.append(ids, tokenizer.eos_id).astype(np.int64) for ids in encoded]
+    if not tokenizer.is_lossless or not texts:
+        return documents
+    utf8, ends = tokenizer.utf8_of(np.concatenate(documents))
+    start = 0
+    for text, end in zip(texts, ends[np.cumsum([len(ids) for ids in documents]) - 1], strict=True):
+        if utf8[start:end] != text.encode():
             raise DataError(f"the tokenizer loses text of the document that starts {text[:40]!r}")
-        documents.append(np.append(ids, tokenizer.eos_id).astype(np.int64))
+        start = end
     return documents
 
 
-def _in_batches(texts: Iterator[str], size: int) -> Iterator[list[str]]:
-    while batch := list(islice(texts, size)):
+def _in_batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    """Yield texts in lists of ENCODE_BATCH, or fewer long ones."""
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if len(batch) == ENCODE_BATCH or size > ENCODE_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
         yield batch
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from textgen import decoding_kernels
 from textgen.config import DecoderName
 from textgen.hardware import has_bfloat16, processor_flags
 from textgen.model import WEIGHTS_NAME, LSTMLanguageModel, LSTMLayer
@@ -147,9 +148,29 @@ class CellDecoder(Decoder):
                 self._projection, bounded = pack(projection.weight, projection.bias, bounded=bounded), False
             self._output = pack(model.output.weight, model.output.bias, bounded=bounded)
 
+    @functools.cached_property
+    def _kernel(self) -> decoding_kernels.Int8Step | None:
+        """The same step in compiled code, where that is to be had."""
+        config = self.model.config
+        plain = len(self.model.norms) == 0 and (config.num_layers == 1 or not config.residual)
+        # torch rounds the last elements of an array that is no multiple of 32 by another `exp`
+        whole = config.hidden_size % 32 == 0 and config.embedding_dim % 32 == 0
+        if (
+            self.name != "int8"
+            or self.device.type != "cpu"
+            or not (plain and whole and decoding_kernels.has_int8_step())
+        ):
+            return None
+        products = [cast(_Int8Product, p) for p in (*self._cells, self._projection, self._output) if p is not None]
+        return decoding_kernels.Int8Step(self._table, [product.parts for product in products], config.num_layers)
+
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Read one token per row, as `Decoder.step` says."""
+        return self._by_operators(tokens, state) if self._kernel is None else self._kernel(tokens, state)
+
+    def _by_operators(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         config, norms, out = self.model.config, self.model.norms, []
+        tanh = _tanh if self.name.endswith("int8") else torch.tanh
         size, x = config.hidden_size, state[0]
         for i, cell in enumerate(self._cells):
             hidden, memory = state[2 * i : 2 * i + 2]
@@ -160,8 +181,8 @@ class CellDecoder(Decoder):
                 below, alone = (norms[i - 1](x) if len(norms) else x), self._below[i]
                 gates = cell(torch.cat([below, hidden], 1)) if alone is None else cell(hidden).add_(alone(below))
             opened = gates[:, : 3 * size].sigmoid_()  # input, forget, output
-            memory = (opened[:, size : 2 * size] * memory).addcmul_(opened[:, :size], gates[:, 3 * size :].tanh_())
-            x = hidden = opened[:, 2 * size :] * memory.tanh()
+            memory = (opened[:, size : 2 * size] * memory).addcmul_(opened[:, :size], tanh(gates[:, 3 * size :]))
+            x = hidden = opened[:, 2 * size :] * tanh(memory)
             if i > 0 and config.residual:
                 x = x + before
             out += [hidden, memory]
@@ -201,7 +222,7 @@ class CompiledDecoder(CellDecoder):
             self._below = [below and _Opaque(below) for below in self._below]
             self._projection = self._projection and _Opaque(self._projection)
             self._output = _Opaque(self._output)
-        self._step = torch.compile(super().step, dynamic=True)
+        self._step = torch.compile(self._by_operators, dynamic=True)
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Read one token per row, as `Decoder.step` says."""
@@ -230,6 +251,11 @@ class _Opaque:
         library.impl("product", lambda x, product, outputs: cls._alive[product](x), "CPU")  # type: ignore[no-untyped-call]
         library.impl("product", lambda x, product, outputs: x.new_empty(len(x), outputs), "Meta")  # type: ignore[no-untyped-call]
         return library
+
+
+def _tanh(x: Tensor) -> Tensor:
+    """Return tanh(x) but for 2^-23, which int8 does not see. torch's own is its BLAS's, which may round as it likes."""
+    return (x * 2).sigmoid_().mul_(2).sub_(1)
 
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -293,7 +319,16 @@ class _Int8Product:
         self._offset = -sums * self._scale
         if bounded and bias is not None:
             self._offset += bias
-        self._product = _product_in_int8(whole, sums) if multiplies_int8() else _product_in_float64(whole)
+        self._whole, self._sums = whole, sums
+
+    @property
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return weight, scale, offset, and the bias that comes after a row's scale."""
+        return self._whole, self._scale, self._offset, None if self._bounded else self._bias
+
+    @functools.cached_property
+    def _product(self) -> _WholeProduct:
+        return _product_in_int8(self._whole, self._sums) if multiplies_int8() else _product_in_float64(self._whole)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._bounded:

@@ -15,7 +15,7 @@ from textgen.config import SamplingConfig
 from textgen.decoding import CellDecoder, Decoder, DecoderState
 from textgen.model import LSTMLanguageModel
 from textgen.sampling import Controls, control, controls_of, draw, join_controls, note, select_controls
-from tokenizer import Tokenizer
+from textgen.tokenizer import Tokenizer
 
 # Samples that run at a time, unless the caller says so: enough to keep a processor or GPU busy.
 BATCH_SIZE = 64
@@ -411,7 +411,7 @@ def advance(
     """
     logits, state = decoder.step(tokens, state)
     told = logits.log_softmax(-1) if controls.logprobs is not None else None  # before anything is changed
-    logits[:, unk_id] = -math.inf
+    logits.select(1, unk_id).fill_(-math.inf)
     drawn = draw(control(logits, controls, eos_id=eos_id), controls)
     note(controls, drawn)
     if told is None or controls.logprobs is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,21 +15,27 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from textgen import training_kernels
 from textgen.config import ModelConfig
-from textgen.noise import uniform
+from textgen.noise import hash_bits, uniform
 from textgen.tensorfile import JSON_BYTES, TensorFileError, chunks, parse_json, read_header, read_tensors
-from tokenizer import MODEL_NAME
+from textgen.tokenizer import MODEL_NAME
 
 # (hidden, cell), each (num_layers, batch, hidden_size)
 State = tuple[Tensor, Tensor]
 
 # Logits alive at a time. A step of 128 x 64 tokens and 8,192 pieces would have 2^26 of them, three times over with
 # softmax and gradient; in chunks they stay in a processor's cache, on a GPU they only must not be small.
-LOGITS_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}
+LOGITS_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
+
+# Where masks of other kinds than locked dropout's are drawn: its sites count up from 0.
+_EMBEDDING_SITE, _WEIGHT_SITE = -1, -2
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 _FORMAT = "textgen.lstm.1"
+
+HUB_SECONDS = 3  # to wait for the hub's first answer
 
 
 class ModelFileError(ValueError):
@@ -37,7 +44,7 @@ class ModelFileError(ValueError):
 
 @dataclass(frozen=True)
 class DropoutMasks:
-    """What locked dropout needs to draw its masks, one per lane and step: a pure function, kept by no generator."""
+    """What dropout of all kinds needs to draw its masks: pure functions of the step, kept by no generator."""
 
     seed: int
     step: int
@@ -68,23 +75,12 @@ class _SummedCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=x.device)
         rows = max(LOGITS_CHUNK.get(x.device.type, 1 << 24) // len(weight), 1)
         for start in range(0, len(x), rows):
-            part, wanted = low_x[start : start + rows], targets[start : start + rows, None]
-            logits = (part @ low_weight.T).float().add_(bias)  # (rows, vocab_size)
-            scored = wanted >= 0  # (rows, 1)
-            wanted = wanted.clamp(min=0)
-            seen, peak = logits.gather(1, wanted), logits.amax(1, keepdim=True)
-            softmax = logits.sub_(peak).exp_()  # in place, and so far without its denominator
-            mass = softmax.sum(1, keepdim=True)
-            total += ((mass.log() + peak - seen) * scored).sum()
-            if grad_x is None or grad_weight is None or grad_bias is None:
-                continue
-            # d nats / d logits = softmax - one-hot, zero where the target is not scored
-            slope = softmax.div_(mass).scatter_add_(1, wanted, softmax.new_full((1, 1), -1.0).expand_as(wanted))
-            slope = slope.mul_(scored)
-            grad_bias += slope.sum(0)
-            low_slope = slope.to(dtype)
-            torch.mm(low_slope, low_weight, out=grad_x[start : start + rows])
-            grad_weight += low_slope.T @ part
+            part = low_x[start : start + rows]
+            nats, slopes = _slopes(part @ low_weight.T, bias, targets[start : start + rows], grad_bias)
+            total += nats
+            if grad_x is not None and grad_weight is not None:
+                torch.mm(slopes, low_weight, out=grad_x[start : start + rows])
+                grad_weight += slopes.T @ part
         if grad_x is not None and grad_weight is not None and grad_bias is not None:
             ctx.save_for_backward(grad_x, grad_weight, grad_bias)
             ctx.x_dtype = x.dtype  # type: ignore[attr-defined]
@@ -95,6 +91,35 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_x, grad_weight, grad_bias = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_x = (grad_x.float() * grad).to(ctx.x_dtype)  # type: ignore[attr-defined]
         return grad_x, grad_weight * grad, grad_bias * grad, None, None, None
+
+
+def _slopes(logits: Tensor, bias: Tensor, targets: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the nats of some rows, a scalar, and the slopes of their logits (rows, vocab_size), in the logits' dtype.
+
+    Args:
+        logits: (rows, vocab_size), without the bias; may be overwritten.
+        bias: (vocab_size,).
+        targets: (rows,) int64; -1 is not scored.
+        grad_bias: (vocab_size,), the slopes are added to it; None where no slopes are wanted, and none are returned.
+    """
+    nats = training_kernels.softmax(logits, bias, targets, grad_bias)
+    if nats is not None:
+        return nats.sum(), logits
+    exact = logits.float().add_(bias)  # (rows, vocab_size)
+    wanted = targets[:, None]
+    scored = wanted >= 0  # (rows, 1)
+    wanted = wanted.clamp(min=0)
+    seen, peak = exact.gather(1, wanted), exact.amax(1, keepdim=True)
+    softmax = exact.sub_(peak).exp_()  # in place, and so far without its denominator
+    mass = softmax.sum(1, keepdim=True)
+    total = ((mass.log() + peak - seen) * scored).sum()
+    if grad_bias is None:
+        return total, logits
+    # d nats / d logits = softmax - one-hot, zero where the target is not scored
+    slopes = softmax.div_(mass).scatter_add_(1, wanted, softmax.new_full((1, 1), -1.0).expand_as(wanted))
+    slopes = slopes.mul_(scored)
+    grad_bias += slopes.sum(0)
+    return total, slopes.to(logits.dtype)
 
 
 def summed_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -130,19 +155,31 @@ class LSTMLayer(nn.Module):
         self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
         self.bias = nn.Parameter(torch.zeros(4 * hidden_size))
 
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: State, mask: Tensor | None = None) -> tuple[Tensor, State]:
         """Run over a window.
 
         Args:
             x: (batch, time, input_size).
             state: hidden and cell, each (1, batch, hidden_size).
+            mask: (4 * hidden_size, hidden_size), multiplies the recurrent weights.
 
         Returns:
             (batch, time, hidden_size) and the new state, in autocast's dtype where it is on, else the weights'.
+
+        Raises:
+            ValueError: shapes do not fit; torch's kernel would read beyond them.
         """
+        wanted = 1, len(x), self.weight_hh.shape[1]
+        if x.shape[2] != self.weight_ih.shape[1] or any(part.shape != wanted for part in state):
+            raise ValueError(f"x of {tuple(x.shape)} and a state of {tuple(state[0].shape)} do not fit the layer")
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight_ih.dtype
-        weights = self._packed(dtype)
+        weight_hh = self.weight_hh if mask is None else self.weight_hh * mask
+        if dtype == torch.bfloat16:
+            compiled = training_kernels.lstm(x, state, self.weight_ih, weight_hh, self.bias)
+            if compiled is not None:
+                return compiled
+        weights = self._packed(dtype, weight_hh)
         with torch.autocast(device, enabled=False):
             y, hidden, cell = torch.lstm(
                 x.to(dtype), [s.to(dtype) for s in state], weights,
@@ -150,9 +187,9 @@ class LSTMLayer(nn.Module):
             )  # fmt: skip
         return y, (hidden, cell)
 
-    def _packed(self, dtype: torch.dtype) -> list[Tensor]:
+    def _packed(self, dtype: torch.dtype, weight_hh: Tensor) -> list[Tensor]:
         """Return weights and biases in `dtype`; on CUDA as views of one buffer, as cuDNN wants them."""
-        weights = [self.weight_ih, self.weight_hh, self.bias, torch.zeros_like(self.bias)]
+        weights = [self.weight_ih, weight_hh, self.bias, torch.zeros_like(self.bias)]
         if self.weight_ih.device.type != "cuda":
             return [w.to(dtype) for w in weights]
         flat = torch.cat([w.flatten().to(dtype) for w in weights])
@@ -236,7 +273,7 @@ class LSTMLanguageModel(nn.Module):
             tokens: (batch, time) int64.
             state: hidden and cell, each (num_layers, batch, hidden_size), as an earlier call returned them.
             targets: (batch, time) int64, the token after each; -1 is not scored.
-            masks: draws dropout in training; None, or a `dropout` of 0, leaves it out.
+            masks: draws what training leaves out by `dropout`, `embedding_dropout`, `weight_drop`; None: nothing.
 
         Returns:
             Without targets the logits (batch, time, vocab_size), with them the nats summed over all targets, a
@@ -249,13 +286,14 @@ class LSTMLanguageModel(nn.Module):
 
     def _features(self, tokens: Tensor, state: State, masks: DropoutMasks | None) -> tuple[Tensor, State]:
         """Return what the output layer sees (batch, time, embedding_dim or hidden_size), and the new state."""
-        x = self._drop(self.embedding(tokens), masks, 0)  # (batch, time, embedding_dim)
+        x = self._drop(self._embed(tokens, masks), masks, 0)  # (batch, time, embedding_dim)
         hidden, cell = [], []
         for i, layer in enumerate(self.layers):
             before = x
             if i > 0 and self.norms:
                 x = self.norms[i - 1](x)
-            x, (h, c) = layer(x, (state[0][i : i + 1], state[1][i : i + 1]))  # (batch, time, hidden_size)
+            own_state = state[0][i : i + 1], state[1][i : i + 1]
+            x, (h, c) = layer(x, own_state, self._weight_mask(masks, i))  # (batch, time, hidden_size)
             if i > 0 and self.config.residual:
                 x = x + before
             x = self._drop(x, masks, i + 1)
@@ -264,6 +302,29 @@ class LSTMLanguageModel(nn.Module):
         if self.norms:
             x = self.norms[-1](x)
         return self.projection(x), (torch.cat(hidden), torch.cat(cell))
+
+    def _embed(self, tokens: Tensor, masks: DropoutMasks | None) -> Tensor:
+        """Return embeddings (batch, time, embedding_dim); where a token is left out, it is so all over the step."""
+        x: Tensor = self.embedding(tokens)
+        share = self.config.embedding_dropout
+        if masks is None or share == 0:
+            return x
+        kept = uniform(masks.seed, masks.step, _EMBEDDING_SITE, tokens) >= share  # (batch, time)
+        return x * (kept / (1 - share)).to(x.dtype)[..., None]
+
+    def _weight_mask(self, masks: DropoutMasks | None, layer: int) -> Tensor | None:
+        """Return what multiplies a layer's recurrent weights (4 * hidden_size, hidden_size): one mask per step.
+
+        A byte of a hash decides on each weight: a hash for each would cost more than the layer.
+        """
+        dropped = min(round(256 * self.config.weight_drop), 255)
+        if masks is None or dropped == 0:
+            return None
+        size = self.config.hidden_size
+        count = 4 * size * size
+        eights = torch.arange(-(-count // 8), device=masks.lanes.device)
+        kept = hash_bits(masks.seed, masks.step, _WEIGHT_SITE - layer, eights).view(torch.uint8)[:count] >= dropped
+        return (kept * (256 / (256 - dropped))).view(4 * size, size)
 
     def _drop(self, x: Tensor, masks: DropoutMasks | None, site: int) -> Tensor:
         """Apply locked dropout to x (batch, time, size): the same units of a lane are left out at all times."""
@@ -344,23 +405,44 @@ def _check_types(settings: Mapping[str, Any], vocab_size: object, text: object) 
 def resolve_model_directory(name: str | Path) -> Path:
     """Return the directory of a model: `name` itself where it is one, else a snapshot fetched from the hub.
 
+    Args:
+        name: a directory, or a repository `OWNER/NAME`; `hub:OWNER/NAME` is never a directory.
+
     Raises:
         ModelFileError: neither a directory with a config nor a repository that can be reached.
     """
-    path = Path(name)
-    if (path / CONFIG_NAME).is_file():
-        return path
-    if path.exists() or str(name).count("/") != 1 or str(name).startswith((".", "/", "~")):
-        raise ModelFileError(f"`{name}` has no `{CONFIG_NAME}`: not a checkpoint directory")
-    from huggingface_hub import snapshot_download
+    path, repository = Path(name), str(name).removeprefix("hub:")
+    if repository == str(name):
+        if (path / CONFIG_NAME).is_file():
+            return path
+        if path.exists() or repository.count("/") != 1 or repository.startswith((".", "/", "~")):
+            raise ModelFileError(f"`{name}` has no `{CONFIG_NAME}`: not a checkpoint directory")
+    from huggingface_hub import HfApi, snapshot_download
 
+    draw_bars_in_terminals_only()
+    unreached = None
+    try:  # for a hub that is silent `snapshot_download` waits without end; what it fetched before is taken then
+        HfApi().model_info(repository, timeout=HUB_SECONDS)
+    except Exception as error:
+        unreached = error
     try:
-        files = [CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME]
-        return Path(snapshot_download(str(name), allow_patterns=files, etag_timeout=3))
+        files = [CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME, "decoder.json"]  # by the last one a decoder is chosen
+        offline = unreached is not None
+        return Path(
+            snapshot_download(repository, allow_patterns=files, etag_timeout=HUB_SECONDS, local_files_only=offline)
+        )
     except Exception as error:
         raise ModelFileError(
-            f"`{name}` is no directory and cannot be read from the hub: {_first_line(error)}"
+            f"`{name}` is no directory and cannot be read from the hub: {_first_line(unreached or error)}"
         ) from error
+
+
+def draw_bars_in_terminals_only() -> None:
+    """Have the hub's client draw no progress bars into files and pipes."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if sys.stderr is None or not sys.stderr.isatty():
+        disable_progress_bars()
 
 
 def _first_line(error: Exception) -> str:

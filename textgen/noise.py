@@ -67,7 +67,7 @@ def uniform(seed: int, *coordinates: Tensor | int, device: torch.device | None =
 
 
 @functools.cache  # for good: a CUDA graph keeps the address
-def _items(count: int, device: torch.device) -> Tensor:
+def item_bits(count: int, device: torch.device) -> Tensor:
     """Return 32 hashed bits for each of `count` numbers; no two of the first 128,000 have the same."""
     return hash_bits(0, torch.arange(count, device=device)).to(torch.int32)
 
@@ -86,7 +86,7 @@ def exponential(keys: Tensor, count: int) -> Tensor:
     Returns:
         (rows, count), all above 0.
     """
-    bits = keys.to(torch.int32)[:, None] ^ _items(count, keys.device)  # (rows, count)
+    bits = keys.to(torch.int32)[:, None] ^ item_bits(count, keys.device)  # (rows, count)
     bits = bits.mul_(0x7FEB352D)
     bits ^= (bits >> 15).bitwise_and_(0x1FFFF)
     bits = bits.mul_(-0x7B935975)  # 0x846ca68b

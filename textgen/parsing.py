@@ -27,6 +27,9 @@ from textgen.config import TrainConfig
 # waits this long to be ended, and speaks only if nobody did.
 PATIENCE_SECONDS = 3
 
+# Settings of whole trainings: launch/presets in a checkout.
+PRESETS = Path(__file__).with_name("presets")
+
 # Settings of the command, not of the training: runs that differ in them are alike.
 UNTOLD = {"run_dir", "resume", "resume_override", "dry_run"}
 
@@ -97,7 +100,7 @@ def in_words(kind: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(f"`{value}`" for value in parts)
     if origin is tuple:
-        items = {int: "integers", float: "numbers", str: "texts"}.get(parts[0], "values")
+        items = {int: "integers", float: "numbers", str: "texts"}.get(parts[0]) or in_words(parts[0])
         return f"a list of {items}" if parts[-1] is ... else f"a list of {len(parts)} {items}"
     return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}.get(kind, str(kind))
 
@@ -106,8 +109,8 @@ def parse_train_config(argv: Sequence[str] | None = None, *, prog: str | None = 
     """Parse defaults < `--config FILE` < flags; end with one line and exit code 2 where something is wrong."""
     parser = build_train_parser(prog)
     flags = _plain_flags(sys.argv[1:] if argv is None else argv, settings_of(TrainConfig))
-    files = [flag for flag in flags if flag.startswith("--config=")]
-    files = [flag for flag in files if _check_config_file(flag.partition("=")[2])]
+    files = [_preset_or_file(flag.partition("=")[2]) for flag in flags if flag.startswith("--config=")]
+    files = [f"--config={path}" for path in files if _check_config_file(path)]
     # a file stands before all flags, wherever it was named
     parsed = parser.parse_args(files + [flag for flag in flags if not flag.startswith("--config=")])
     try:
@@ -126,7 +129,7 @@ def build_train_parser(prog: str | None = None) -> Parser:
     """Return the parser of a training's settings."""
     parser = Parser(prog=prog, description=TRAINING, usage="%(prog)s [--config FILE] [--SETTING VALUE] ...")
     parser.add_argument(
-        "--config", action="config", metavar="FILE", help="YAML file of settings, such as launch/presets/quick.yaml"
+        "--config", action="config", metavar="FILE", help="YAML file of settings, or a preset's name, such as quick"
     )
     parser.add_class_arguments(TrainConfig, None, fail_untyped=True)
     kinds = settings_of(TrainConfig)
@@ -224,6 +227,12 @@ def _number(text: str) -> float | str:
         return float(text)
     except ValueError:
         return text
+
+
+def _preset_or_file(name: str) -> str:
+    """Return the file that `--config` means: a preset, by its bare name, unless there is a file of that name."""
+    preset = PRESETS / f"{name}.yaml"
+    return str(preset) if re.fullmatch(r"[\w-]+", name) and preset.is_file() and not Path(name).is_file() else name
 
 
 def _check_config_file(path: str) -> bool:

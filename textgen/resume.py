@@ -36,7 +36,7 @@ from textgen.model import CONFIG_NAME, WEIGHTS_NAME, LSTMLanguageModel, ModelFil
 from textgen.parsing import UNTOLD, dotted
 from textgen.steps import Progression, Training, TrainingError, fit_steps, zero_lanes
 from textgen.tensorfile import TensorFileError, check_tensors, read_tensors
-from tokenizer import MODEL_NAME
+from textgen.tokenizer import MODEL_NAME
 
 log = logging.getLogger("textgen")
 

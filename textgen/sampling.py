@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from textgen import decoding_kernels
 from textgen.config import SamplingConfig
-from textgen.noise import exponential, hash_bits
+from textgen.noise import exponential, hash_bits, item_bits
 
 Number = float | Tensor
 
@@ -132,6 +133,20 @@ def ban_repeated_ngrams(logits: Tensor, history: Tensor, n: int) -> Tensor:
     banned = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
     banned.scatter_add_(1, windows[:, :, -1].clamp(min=0), repeats.int())
     return logits.masked_fill(banned > 0, -math.inf)
+
+
+def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
+    """Divide by the temperature, from the likeliest at 0: a tiny one sends the others to -inf, not all to inf.
+
+    Args:
+        logits: (batch, vocab_size).
+        temperature: (batch, 1); 1 leaves a row's bits as they are, and 0, which `draw` knows, its differences.
+    """
+    divided = decoding_kernels.divide_by_temperature(logits, temperature)
+    if divided is not None:
+        return divided
+    divided = (logits - logits.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1.0)
+    return torch.where(temperature == 1, logits, divided)
 
 
 # --- what decides the draws of a batch -------------------------------------------------------------------------------
@@ -258,10 +273,7 @@ def control(logits: Tensor, controls: Controls, *, eos_id: int) -> Tensor:
     if controls.ngrams:  # they may leave nothing to say: the text ends
         logits = logits.masked_fill((logits.amax(-1, keepdim=True) == -math.inf) & ending, 0.0)
     if "temperature" in rows:
-        temperature = rows["temperature"]
-        # from the likeliest at 0: a tiny temperature sends the others to -inf, not all to inf
-        divided = (logits - logits.amax(-1, keepdim=True)) / torch.where(temperature > 0, temperature, 1.0)
-        logits = torch.where(temperature == 1, logits, divided)  # the same bits as if no row had a temperature
+        logits = divide_by_temperature(logits, rows["temperature"])
     if "top_k" in rows:
         logits = keep_top_k(logits, rows["top_k"], at_most=controls.largest_k)
     if "top_p" in rows:
@@ -278,11 +290,25 @@ def draw(logits: Tensor, controls: Controls) -> Tensor:
 
     The draw is the argmax of probabilities over exponential noise, in logarithms (the Gumbel-max trick). The noise is
     a hash of (seed, sample, step, token): a row's draw depends on nothing but its own logits and numbers, not on the
-    batch, the device or a generator.
+    batch, the device or a generator. On a CPU compiled code draws what is beyond the doubt of rounding.
     """
     if controls.greedy:
         return logits.argmax(-1)
     rows = controls.rows
+    drawn = decoding_kernels.draw(
+        logits, item_bits(logits.shape[-1], logits.device), rows["key"], rows["step"], rows.get("temperature")
+    )
+    if drawn is None:
+        return _draw(logits, rows)
+    tokens, num_doubtful = drawn
+    if num_doubtful:
+        doubtful = (tokens < 0).nonzero()[:, 0]
+        tokens[doubtful] = _draw(logits[doubtful], select_controls(controls, doubtful).rows)
+    return tokens
+
+
+def _draw(logits: Tensor, rows: dict[str, Tensor]) -> Tensor:
+    """Draw by torch's operators, which define the draw."""
     keys = hash_bits(rows["key"], rows["step"])
     # a processor draws as many rows at a time as its cache holds, a GPU all of them
     height = max(DRAWN_AT_A_TIME // logits.shape[-1], 1) if logits.device.type == "cpu" else len(logits)

@@ -25,7 +25,7 @@ from textgen.launch import LSTM_DTYPES
 from textgen.model import DropoutMasks, LSTMLanguageModel, State
 from textgen.optim import build_optimizer, learning_rate
 from textgen.processes import StopSignals
-from textgen.tracking import say
+from textgen.progress import say
 from textgen.world import LaunchError
 
 log = logging.getLogger("textgen")
@@ -225,7 +225,7 @@ def train_step(training: Training, micro_batches: Sequence[dict[str, Tensor]], *
     nats = torch.zeros((), device=accelerator.device)
     parts = []
     for i, batch in enumerate(micro_batches):
-        masks = DropoutMasks(config.seed, step, batch["lanes"]) if config.model.dropout else None
+        masks = DropoutMasks(config.seed, step, batch["lanes"]) if config.model.drops else None
         with accelerator.no_sync(model) if i + 1 < len(micro_batches) else nullcontext():
             part, (hidden, cell) = model(batch["tokens"], training.lane_states[i], batch["targets"], masks=masks)
             accelerator.backward(part * scale)

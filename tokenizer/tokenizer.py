@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,9 @@ class Tokenizer:
             self._bytes_of = [_piece_bytes(processor, token_id) for token_id in range(processor.GetPieceSize())]
         except (RuntimeError, UnicodeDecodeError):  # SentencePiece does not look whether pieces are UTF-8
             raise TokenizerError(f"not a SentencePiece model: {len(model_proto)} bytes") from None
+        self._all_pieces = np.frombuffer(b"".join(self._bytes_of), dtype=np.uint8)
+        self._piece_lengths = np.array([len(piece) for piece in self._bytes_of], dtype=np.int64)
+        self._piece_ends = self._piece_lengths.cumsum()
         self._processor = processor
         self.model_proto = model_proto
         self.sha256 = hashlib.sha256(model_proto).hexdigest()
@@ -140,6 +144,20 @@ class Tokenizer:
             TokenizerError: An id outside `range(vocab_size)`.
         """
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
+
+    def utf8_of(self, ids: NDArray[np.integer[Any]]) -> tuple[bytes, NDArray[np.int64]]:
+        """Return the bytes that the ids of many texts stand for, sooner than `decode`, and where each token's end.
+
+        Args:
+            ids: (tokens,), all in `range(vocab_size)`.
+
+        Returns:
+            UTF-8 bytes, and int64 (tokens,).
+        """
+        lengths = self._piece_lengths[ids]  # (tokens,)
+        ends = lengths.cumsum()
+        starts = self._piece_ends[ids] - ends  # of each token's piece among all, less its place in the text
+        return self._all_pieces[starts.repeat(lengths) + np.arange(lengths.sum())].tobytes(), ends
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the UTF-8 bytes that a token stands for, possibly a part of a character.

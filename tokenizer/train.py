@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tokenizer.tokenizer import MODEL_NAME, Tokenizer, TokenizerError
-from tokenizer.trainer import take_training_texts, train_tokenizer
+from .tokenizer import MODEL_NAME, Tokenizer, TokenizerError
+from .trainer import take_training_texts, train_tokenizer
 
 __all__ = ["main", "read_texts", "train_tokenizer"]
 
@@ -133,7 +133,9 @@ def _measure_bytes_per_token(tokenizer: Tokenizer, texts: Iterator[str]) -> floa
 
 
 def _build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m tokenizer.train", description="Train a tokenizer on files.", allow_abbrev=False)
+    parser = _Parser(
+        prog=f"python -m {__package__}.train", description="Train a tokenizer on files.", allow_abbrev=False
+    )
     parser.add_argument("--input", type=Path, nargs="+", required=True, help="txt, jsonl, csv or parquet files")
     parser.add_argument("--text_column", default="text", help="column of jsonl, csv and parquet (default: text)")
     parser.add_argument("--vocab_size", type=int, default=8192, help="number of token ids (default: 8192)")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from tokenizer.tokenizer import SPACE, TokenizerError, to_utf8
+from .tokenizer import SPACE, TokenizerError, to_utf8
 
 ModelType = Literal["unigram", "bpe", "char", "word"]
 

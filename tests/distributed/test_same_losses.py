@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 Launch = Callable[..., list[dict[str, Any]]]
+DROPOUT = ("--model.dropout", "0.1", "--model.embedding_dropout", "0.1", "--model.weight_drop", "0.2")
 LAYOUTS = [(1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1)]
 
 
@@ -17,7 +18,7 @@ def losses(rows: list[dict[str, Any]]) -> list[float]:
 
 @pytest.fixture(scope="session")
 def alone(launch_training: Launch) -> list[dict[str, Any]]:
-    return launch_training("1x1", "--max_steps", "50", "--model.dropout", "0.1")
+    return launch_training("1x1", "--max_steps", "50", *DROPOUT)
 
 
 def largest_difference(ours: list[float], theirs: list[float]) -> float:
@@ -28,9 +29,9 @@ def largest_difference(ours: list[float], theirs: list[float]) -> float:
 def test_any_layout_has_the_losses_of_one_process(
     launch_training: Launch, alone: list[dict[str, Any]], processes: int, micro_batches: int
 ) -> None:
-    """50 steps in fp32, dropout on: its masks are a function of (seed, step, lane)."""
+    """50 steps in fp32, dropout on: its masks are functions of seed and step, lanes or tokens or weights."""
     rows = launch_training(
-        f"{processes}x{micro_batches}", "--max_steps", "50", "--model.dropout", "0.1",
+        f"{processes}x{micro_batches}", "--max_steps", "50", *DROPOUT,
         "--gradient_accumulation_steps", str(micro_batches), processes=processes,
     )  # fmt: skip
     assert len(losses(rows)) == 50
@@ -40,14 +41,15 @@ def test_any_layout_has_the_losses_of_one_process(
 
 def test_another_seed_has_other_losses(launch_training: Launch, alone: list[dict[str, Any]]) -> None:
     """The band above is far below what a different order of data makes."""
-    rows = launch_training("seed", "--max_steps", "5", "--model.dropout", "0.1", "--seed", "43")
+    rows = launch_training("seed", "--max_steps", "5", *DROPOUT, "--seed", "43")
     assert largest_difference(losses(rows), losses(alone)[:5]) > 1e-4
 
 
 @pytest.mark.slow
-def test_bfloat16_on_two_processes_stays_within_its_band(launch_training: Launch) -> None:
+@pytest.mark.parametrize("hidden_size", ["32", "64"])  # compiled code takes multiples of 64
+def test_bfloat16_on_two_processes_stays_within_its_band(launch_training: Launch, hidden_size: str) -> None:
     """Rounding differs with the shape of a micro-batch: the band is measured, see docs/exactness.md."""
-    flags = ("--max_steps", "50", "--mixed_precision", "bf16")
-    alone = launch_training("bf16-1x1", *flags)
-    rows = launch_training("bf16-2x2", *flags, "--gradient_accumulation_steps", "2", processes=2)
+    flags = ("--max_steps", "50", "--mixed_precision", "bf16", "--model.hidden_size", hidden_size)
+    alone = launch_training(f"bf16-1x1-{hidden_size}", *flags)
+    rows = launch_training(f"bf16-2x2-{hidden_size}", *flags, "--gradient_accumulation_steps", "2", processes=2)
     assert largest_difference(losses(rows), losses(alone)) <= 5e-4

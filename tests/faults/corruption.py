@@ -35,7 +35,7 @@ from textgen.parsing import parse_train_config
 from textgen.processes import StopSignals
 from textgen.resume import optimizer_tensors, resume
 from textgen.steps import build
-from tokenizer import TokenizerError
+from textgen.tokenizer import TokenizerError
 
 ROOT = Path(__file__).parents[2]
 REFUSALS = (CheckpointError, ModelFileError, TokenizerError)

@@ -18,7 +18,7 @@ from textgen.model import LSTMLanguageModel, ModelFileError
 from textgen.resume import read_trainer
 from textgen.steps import Progression
 from textgen.tensorfile import SIZES, TensorFileError, read_header, read_tensors
-from tokenizer import Tokenizer, TokenizerError
+from textgen.tokenizer import Tokenizer, TokenizerError
 
 Result = TypeVar("Result")
 

@@ -71,7 +71,7 @@ def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]],
     from textgen.resume import resume
     from textgen.steps import build
     from textgen.tensorfile import TensorFileError, read_header
-    from tokenizer import Tokenizer
+    from textgen.tokenizer import Tokenizer
 
     config = parse_train_config([*flags, "--run_dir", os.devnull])
     training = build(config, launch.start("no"), prepare_store(config.data, config.tokenizer), StopSignals())

@@ -1,0 +1,581 @@
+"""Training speed beside what one would use instead: `python -m benchmarks.train` (all of it: `pip install '.[bench]'`).
+
+Every way trains the same shape (embedding as large as the hidden layers and tied to the output, but for the shapes that
+have a projection, which only the plain loop can follow) on the same tokens, as its authors run it and again under bf16
+autocast. Rounds are interleaved, so that a busy machine slows all of them. `--profile` tells where textgen's step goes,
+`--memory` what a step takes at its peak, `--kernels` what a sequential time step costs, in the dtypes and batches that
+decide which of cuDNN's kernels runs. On a CUDA device all of them are measured, in ten minutes; that was not tried yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from itertools import count
+from typing import Any, cast
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from benchmarks.machine import RESULTS, save
+from textgen import training_kernels
+from textgen.config import ModelConfig, TrainConfig
+from textgen.model import LSTMLanguageModel, LSTMLayer
+from textgen.optim import build_optimizer
+from textgen.steps import Progression, Training, train_step, zero_lanes
+
+Steps = Callable[[int], float]
+"""takes so many optimizer steps and returns the last loss, nats per token"""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What is trained."""
+
+    vocab_size: int
+    embedding_dim: int
+    hidden_size: int
+    num_layers: int
+    batch_size: int
+    seq_len: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.batch_size * self.seq_len
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the matrix products of a step, there and back; a product and a sum are two."""
+        layers = sum(
+            4 * self.hidden_size * ((self.embedding_dim if i == 0 else self.hidden_size) + self.hidden_size)
+            for i in range(self.num_layers)
+        )
+        projection = self.embedding_dim * self.hidden_size if self.embedding_dim != self.hidden_size else 0
+        return 6 * self.tokens * (layers + projection + self.vocab_size * self.embedding_dim)
+
+
+CPU_SHAPES = {
+    "1 x 512": Shape(4000, 512, 512, 1, 128, 128),
+    "2 x 512": Shape(4000, 512, 512, 2, 128, 128),
+    "3 x 1024": Shape(4000, 1024, 1024, 3, 64, 64),
+    "2 x 256 (the peers' own)": Shape(4000, 256, 256, 2, 64, 35),
+    "1 x 512, embedding 256": Shape(4000, 256, 512, 1, 128, 128),
+    "quick": Shape(4000, 256, 512, 1, 32, 32),
+    "bare defaults": Shape(8192, 256, 512, 2, 128, 64),
+}
+CUDA_SHAPES = {"3 x 1024": Shape(8192, 1024, 1024, 3, 128, 256), "default": Shape(8192, 512, 1024, 3, 128, 64)}
+
+
+def token_windows(shape: Shape, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield inputs and targets (batch_size, seq_len), the same ones always: made up, some tokens far more often."""
+    chance = 1 / torch.arange(10.0, 10.0 + shape.vocab_size)
+    draw = torch.Generator().manual_seed(0)
+    for _ in count():
+        rows = torch.multinomial(chance, shape.tokens + shape.batch_size, replacement=True, generator=draw)
+        rows = rows.view(shape.batch_size, shape.seq_len + 1).to(device)
+        yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+class _Stream(IterableDataset[tuple[Tensor, Tensor]]):
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return token_windows(self.shape, torch.device("cpu"))
+
+
+# --- the ways to train -----------------------------------------------------------------------------------------------
+
+
+def textgen_steps(shape: Shape, precision: str) -> Steps:
+    """Train by textgen's own step."""
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(mixed_precision=precision)
+    model = ModelConfig(
+        embedding_dim=shape.embedding_dim, hidden_size=shape.hidden_size, num_layers=shape.num_layers
+    )  # fmt: skip
+    config = TrainConfig(batch_size=shape.batch_size, seq_len=shape.seq_len, model=model)
+    bare = LSTMLanguageModel(model, shape.vocab_size)
+    prepared, optimizer = accelerator.prepare(bare, build_optimizer(bare, config))
+    device = accelerator.device
+    training = Training(
+        config=config, accelerator=accelerator, store=cast(Any, None), bare=bare, model=prepared, optimizer=optimizer,
+        progression=Progression(total_steps=1), stop=cast(Any, None),
+        nats=torch.zeros((), dtype=torch.float64, device=device),
+        nonfinite=torch.zeros((), dtype=torch.bool, device=device),
+    )  # fmt: skip
+    training.lane_states = zero_lanes(training)
+    windows = token_windows(shape, device)
+    lanes = torch.arange(shape.batch_size, device=device)
+
+    def steps(number: int) -> float:
+        for _ in range(number):
+            tokens, targets = next(windows)
+            nats = train_step(training, [{"tokens": tokens, "targets": targets, "lanes": lanes}])
+        return nats.item() / shape.tokens
+
+    steps.model = bare  # type: ignore[attr-defined]
+    return steps
+
+
+def without_kernels_steps(shape: Shape, precision: str) -> Steps:
+    """Train by textgen's own step as it is without a compiler."""
+    steps = textgen_steps(shape, precision)
+
+    def run(number: int) -> float:
+        code, training_kernels._code = training_kernels._code, cast(Any, lambda: None)
+        try:
+            return steps(number)
+        finally:
+            training_kernels._code = code
+
+    return run
+
+
+class PlainModel(nn.Module):
+    """The textbook model, tied, with a projection where the sizes differ."""
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(shape.vocab_size, shape.embedding_dim)
+        self.lstm = nn.LSTM(shape.embedding_dim, shape.hidden_size, shape.num_layers, batch_first=True)
+        self.projection: nn.Module = nn.Identity()
+        if shape.hidden_size != shape.embedding_dim:
+            self.projection = nn.Linear(shape.hidden_size, shape.embedding_dim)
+        self.output = nn.Linear(shape.embedding_dim, shape.vocab_size)
+        self.output.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """Return logits (batch, time, vocab_size) and the new state."""
+        x, state = self.lstm(self.embedding(tokens), state)
+        return self.output(self.projection(x)), state
+
+
+def plain_steps(shape: Shape, precision: str) -> Steps:
+    """Train by the loop that Accelerate's guides show, over nn.LSTM."""
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(mixed_precision=precision)
+    bare = PlainModel(shape)
+    optimizer = torch.optim.Adam(bare.parameters(), lr=1e-3)
+    loader: Any = DataLoader(_Stream(shape), batch_size=None)
+    model, optimizer, loader = accelerator.prepare(bare, optimizer, loader)
+    windows, state = iter(loader), None
+
+    def steps(number: int) -> float:
+        nonlocal state
+        for _ in range(number):
+            tokens, targets = next(windows)
+            logits, state = model(tokens, state)
+            state = tuple(part.detach() for part in state)
+            loss = F.cross_entropy(logits.view(-1, shape.vocab_size), targets.view(-1))
+            accelerator.backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        return float(loss.item())
+
+    steps.model = bare  # type: ignore[attr-defined]
+    return steps
+
+
+class _WordLanguageModel(nn.Module):
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.2)
+        self.encoder = nn.Embedding(shape.vocab_size, shape.embedding_dim)
+        self.lstm = nn.LSTM(
+            shape.embedding_dim, shape.hidden_size, shape.num_layers, dropout=0.2 * (shape.num_layers > 1)
+        )
+        self.decoder = nn.Linear(shape.hidden_size, shape.vocab_size)
+        self.decoder.weight = self.encoder.weight
+        nn.init.uniform_(self.encoder.weight, -0.1, 0.1)
+        nn.init.zeros_(self.decoder.bias)
+
+    def forward(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        x, state = self.lstm(self.dropout(self.encoder(tokens)), state)
+        return F.log_softmax(self.decoder(self.dropout(x)).flatten(0, 1), dim=1), state
+
+
+def word_language_model_steps(shape: Shape, precision: str) -> Steps:
+    """Train as PyTorch's word_language_model is described: SGD at 20, clipping at 0.25, dropout 0.2, time first."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, windows = _WordLanguageModel(shape).to(device), token_windows(shape, device)
+    state = None
+
+    def steps(number: int) -> float:
+        nonlocal state
+        for _ in range(number):
+            tokens, targets = (part.T.contiguous() for part in next(windows))
+            model.zero_grad()
+            with _autocast(device, precision):
+                scores, state = model(tokens, state)
+                loss = F.nll_loss(scores, targets.flatten())
+            state = tuple(part.detach() for part in state)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(parameter.grad, alpha=-20)  # type: ignore[arg-type]
+        return loss.item()
+
+    return steps
+
+
+def fastai_steps(shape: Shape, precision: str) -> Steps:
+    """Train by fastai's learner of an AWD-LSTM, with its own dropouts and penalties, without its validation."""
+    from fastai.callback.core import CancelValidException
+    from fastai.text import all as fastai
+
+    class NoValidation(fastai.Callback):  # type: ignore[misc]
+        def before_validate(self) -> None:
+            raise CancelValidException
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config = {
+        **fastai.awd_lstm_lm_config, "emb_sz": shape.embedding_dim, "n_hid": shape.hidden_size,
+        "n_layers": shape.num_layers,
+    }  # fmt: skip
+    model = fastai.get_language_model(fastai.AWD_LSTM, shape.vocab_size, config)
+    windows = token_windows(shape, torch.device("cpu"))
+    learners: dict[int, Any] = {}
+
+    def steps(number: int) -> float:
+        if number not in learners:
+            parts = [next(windows)[0] for _ in range(number)]
+            text = torch.cat(parts, dim=1).flatten()  # lane by lane, as its loader will cut it
+            text = torch.cat([text, text[:1]])
+            loader = fastai.LMDataLoader([(text,)], lens=[len(text)], bs=shape.batch_size, seq_len=shape.seq_len)
+            learners[number] = fastai.LMLearner(
+                fastai.DataLoaders(loader, loader, device=device), model, loss_func=fastai.CrossEntropyLossFlat(),
+                cbs=[fastai.ModelResetter(), fastai.RNNRegularizer(alpha=2.0, beta=1.0), NoValidation()],
+            )  # fmt: skip
+        learner = learners[number]
+        with learner.no_bar(), learner.no_logging(), _autocast(device, precision):
+            learner.fit(1, lr=1e-3)
+        return float(learner.recorder.losses[-1])
+
+    return steps
+
+
+def keras_steps(shape: Shape, precision: str) -> Steps:
+    """Train by Keras's `fit` on its torch backend, from no state at each window: keeping one fails there (3.15)."""
+    os.environ["KERAS_BACKEND"] = "torch"
+    import keras
+    import numpy as np
+
+    keras.config.set_dtype_policy("mixed_bfloat16" if precision == "bf16" else "float32")
+    tokens = keras.Input(batch_shape=(shape.batch_size, shape.seq_len), dtype="int32")
+    embedding = keras.layers.Embedding(shape.vocab_size, shape.embedding_dim)
+    x = embedding(tokens)
+    for _ in range(shape.num_layers):
+        x = keras.layers.LSTM(shape.hidden_size, return_sequences=True)(x)
+
+    class TiedOutput(keras.layers.Layer):  # type: ignore[misc]
+        def build(self, _: Any) -> None:
+            self.bias = self.add_weight(shape=(shape.vocab_size,), initializer="zeros")
+
+        def call(self, x: Any) -> Any:
+            weight = keras.ops.cast(embedding.embeddings, x.dtype)
+            return keras.ops.cast(keras.ops.matmul(x, keras.ops.transpose(weight)), "float32") + self.bias
+
+    model = keras.Model(tokens, TiedOutput()(x))
+    model.compile(
+        optimizer=keras.optimizers.Adam(1e-3), loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    )
+    windows = token_windows(shape, torch.device("cpu"))
+
+    def steps(number: int) -> float:
+        pairs = [next(windows) for _ in range(number)]
+        tokens, targets = (np.concatenate([part.numpy() for part in parts]) for parts in zip(*pairs, strict=True))
+        return float(model.fit(tokens, targets, shape.batch_size, shuffle=False, verbose=0).history["loss"][-1])
+
+    return steps
+
+
+WAYS: dict[str, Callable[[Shape, str], Steps]] = {
+    "textgen": textgen_steps,
+    "textgen, not compiled": without_kernels_steps,
+    "accelerate loop": plain_steps,
+    "word_language_model": word_language_model_steps,
+    "fastai AWD-LSTM": fastai_steps,
+    "keras on torch": keras_steps,
+}
+
+
+def _autocast(device: torch.device, precision: str) -> Any:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def variants(shape: Shape) -> Iterator[tuple[str, str]]:
+    """Yield what is measured at a shape: way and precision."""
+    for way in WAYS:
+        if way == "textgen, not compiled" and torch.cuda.is_available():
+            continue
+        flexible = way.startswith(("textgen", "accelerate"))
+        if flexible or shape.embedding_dim == shape.hidden_size:
+            yield from ((way, precision) for precision in ("no", "bf16"))
+        if flexible and torch.cuda.is_available():
+            yield way, "fp16"
+
+
+def built(way: str, shape: Shape, precision: str) -> Steps | None:
+    """Return a way to train, or None with a line where it is not installed."""
+    torch.manual_seed(0)
+    try:
+        return WAYS[way](shape, precision)
+    except ModuleNotFoundError as error:
+        print(f"{way} is left out: {error}", file=sys.stderr)
+        return None
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def measure(shape: Shape, *, rounds: int, steps: int) -> dict[str, Any]:
+    """Return tokens per second of all ways, medians of interleaved rounds of `steps` steps."""
+    made = {variant: built(variant[0], shape, variant[1]) for variant in variants(shape)}
+    running = {variant: run for variant, run in made.items() if run is not None}
+    rates: dict[tuple[str, str], list[float]] = {variant: [] for variant in running}
+    for round_ in range(rounds + 1):
+        for variant, run in running.items():
+            started = time.perf_counter()
+            run(steps)
+            rates[variant].append(steps * shape.tokens / (time.perf_counter() - started))
+            if round_ == 0:  # which warms up
+                rates[variant].clear()
+    figures: dict[str, Any] = {}
+    for (way, precision), seen in rates.items():
+        figures[f"{way}, {precision}"] = {
+            "tokens_per_second": round(statistics.median(seen)),
+            "lowest": round(min(seen)), "highest": round(max(seen)),
+        }  # fmt: skip
+    ours = max(figures[f"textgen, {precision}"]["tokens_per_second"] for way, precision in rates if way == "textgen")
+    for name, values in figures.items():
+        values["textgen_is_faster_by"] = round(ours / values["tokens_per_second"], 2)
+        spread = f"({values['lowest']:,} to {values['highest']:,})"
+        print(f"  {name:28} {values['tokens_per_second']:10,} tokens/s {spread:24} x {values['textgen_is_faster_by']}")
+    return figures
+
+
+def equal_losses(shape: Shape, number: int) -> dict[str, float]:
+    """Return the loss after `number` steps from equal weights on equal tokens, of textgen and the plain loop.
+
+    The plain model's second bias, which would double its steps, is held at zero.
+    """
+    losses = {}
+    for precision in ("no", "bf16"):
+        ours, plain = textgen_steps(shape, precision), plain_steps(shape, precision)
+        torch.manual_seed(1)
+        model, other = ours.model, plain.model  # type: ignore[attr-defined]
+        model._initialize(None)
+        with torch.no_grad():
+            other.embedding.weight.copy_(model.embedding.weight)
+            other.output.bias.copy_(model.output.bias)
+            for i, layer in enumerate(model.layers):
+                for name, value in (
+                    ("weight_ih", layer.weight_ih),
+                    ("weight_hh", layer.weight_hh),
+                    ("bias_ih", layer.bias),
+                ):
+                    getattr(other.lstm, f"{name}_l{i}").copy_(value)
+                getattr(other.lstm, f"bias_hh_l{i}").zero_().requires_grad_(False)
+            if isinstance(model.projection, nn.Linear):
+                other.projection.load_state_dict(model.projection.state_dict())
+        losses[f"textgen, {precision}"], losses[f"accelerate loop, {precision}"] = ours(number), plain(number)
+    print(f"  loss after {number} steps: " + ", ".join(f"{name} {loss:.6f}" for name, loss in losses.items()))
+    return losses
+
+
+def peak_memory(shape_name: str, shape: Shape) -> dict[str, Any]:
+    """Return the bytes that two steps add to a fresh process's memory (on CUDA: allocate at their peak)."""
+    figures = {}
+    for way, precision in variants(shape):
+        if not way.startswith(("textgen", "accelerate")):
+            continue
+        argv = [sys.executable, "-m", "benchmarks.train", "--peak", way, precision, "--shapes", shape_name]
+        told = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
+        figures[f"{way}, {precision}"] = json.loads(told.strip().splitlines()[-1])
+        print(f"  {way}, {precision}: {figures[f'{way}, {precision}']['step'] / 1e6:,.0f} MB", flush=True)
+    return figures
+
+
+def print_peak(way: str, shape: Shape, precision: str) -> None:
+    """Take two steps in this process and print what they added to its memory."""
+
+    def now() -> int:
+        if torch.cuda.is_available():
+            return torch.cuda.memory_allocated()
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    run = built(way, shape, precision)
+    assert run is not None
+    before = now()
+    run(2)
+    top = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    top = top or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({"step": top - before, "process": top}))
+
+
+# parts of a step by the names that torch's profiler gives them
+PARTS = {
+    "LSTM, forward": ("_LSTM", "aten::lstm"),
+    "LSTM, backward": ("_LSTMBackward", "MkldnnRnnLayerBackward0", "CudnnRnnBackward0"),
+    "output layer, softmax and loss": ("_SummedCrossEntropy", "_SummedCrossEntropyBackward"),
+    "optimizer": ("Optimizer.step#Adam.step",),
+    "embedding, backward": ("EmbeddingBackward0",),
+}
+
+
+def profile_step(shape: Shape) -> dict[str, Any]:
+    """Return the share of each part in textgen's bf16 step, and the rate of its matrix products beside the possible."""
+    steps = textgen_steps(shape, "bf16")
+    steps(2)
+    seconds = []
+    for _ in range(5):
+        started = time.perf_counter()
+        steps(1)
+        seconds.append(time.perf_counter() - started)
+    with torch.profiler.profile() as profiler:
+        steps(3)
+    events = {event.key: event for event in profiler.key_averages()}
+    field = "device_time_total" if torch.cuda.is_available() else "cpu_time_total"
+    step = statistics.median(seconds)
+    shares = {
+        part: sum(getattr(events[name], field) for name in names if name in events) / 3e6 / step
+        for part, names in PARTS.items()
+    }
+    shares["everything else"] = 1 - sum(shares.values())
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    possible = gemm_rate(torch.bfloat16, device)
+    reached = shape.flops / step
+    print(f"  step {step * 1e3:.1f} ms: " + ", ".join(f"{part} {share:.1%}" for part, share in shares.items()))
+    print(f"  {reached / 1e9:,.0f} GFLOP/s, {reached / possible:.0%} of the {possible / 1e9:,.0f} of a large product")
+    return {
+        "step_ms": step * 1e3, "shares": shares, "gflops": reached / 1e9, "gemm_gflops": possible / 1e9,
+        "share_of_gemm": reached / possible,
+    }  # fmt: skip
+
+
+def gemm_rate(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:
+    """Return the floating-point operations per second of large square matrix products: the best of ten."""
+    size = size or (8192 if device.type == "cuda" else 2048)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = min(_seconds(lambda: a @ b, device) for _ in range(12))
+    return 2 * size**3 / best
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    started = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def time_step_microseconds(
+    device: torch.device,
+    *,
+    sizes: tuple[int, ...] = (1024, 1536),
+    batches: tuple[int, ...] = (16, 64, 128, 136, 256, 512),
+    steps: int = 256,
+    layers: int = 3,
+) -> dict[str, dict[str, float]]:
+    """Return microseconds per sequential time step and layer, forward and backward together, by dtype and batch.
+
+    `stack` is one call per layer, as textgen makes them, `call` one call of torch's LSTM for all. cuDNN's persistent
+    kernel, for float16, one layer a call, at most 1,024 units and batches of at most 128 that 8 divides, shows as a
+    jump where one of these ends.
+    """
+    figures: dict[str, dict[str, float]] = {}
+    dtypes = (torch.float16, torch.bfloat16) if device.type == "cuda" else (torch.bfloat16,)
+    for size, dtype, batch in ((s, d, b) for s in sizes for d in dtypes for b in batches):
+        stack = nn.ModuleList(LSTMLayer(size, size) for _ in range(layers)).to(device)
+        for parameter in stack.parameters():
+            nn.init.normal_(parameter, std=size**-0.5)
+        whole = nn.LSTM(size, size, layers, batch_first=True).to(device, dtype)
+        x = torch.randn(batch, steps, size, device=device, dtype=dtype)
+        zeros = torch.zeros(1, batch, size, device=device)
+
+        def of_stack(
+            x: Tensor = x, stack: nn.ModuleList = stack, dtype: torch.dtype = dtype, zeros: Tensor = zeros
+        ) -> None:
+            with torch.autocast(device.type, dtype):
+                for layer in stack:
+                    x, _ = layer(x, (zeros, zeros))
+            x.sum().backward()  # type: ignore[no-untyped-call]
+
+        def of_call(x: Tensor = x, whole: nn.LSTM = whole) -> None:
+            whole(x)[0].sum().backward()
+
+        seen = {}
+        for name, call in (("stack", of_stack), ("call", of_call)):
+            best = min(_seconds(call, device) for _ in range(5))
+            seen[name] = best / steps / layers * 1e6
+        figures[f"{size} units, {str(dtype).removeprefix('torch.')}, batch {batch}"] = seen
+        print(
+            f"  {size} units, {dtype}, batch {batch}: {seen['stack']:.1f} us stacked, {seen['call']:.1f} us in one call"
+        )
+    return figures
+
+
+def main() -> None:
+    """Measure what the flags say and put it beside what the result file holds of other shapes."""
+    cuda = torch.cuda.is_available()
+    shapes = CUDA_SHAPES if cuda else CPU_SHAPES
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=list(shapes), default=list(shapes))
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that count; one more warms up (default: 5)")
+    parser.add_argument("--steps", type=int, help="steps of a round (default: a second or more)")
+    parser.add_argument("--profile", action="store_true", help="where textgen's step goes, and nothing else")
+    parser.add_argument("--memory", action="store_true", help="what a step takes at its peak, and nothing else")
+    parser.add_argument("--kernels", action="store_true", help="cost of a sequential time step, and nothing else")
+    parser.add_argument("--peak", nargs=2, metavar=("WAY", "PRECISION"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    chosen = {name: shapes[name] for name in args.shapes}
+    if args.peak:
+        print_peak(args.peak[0], next(iter(chosen.values())), args.peak[1])
+        return
+    everything = not (args.profile or args.memory or args.kernels)
+    name = "train_cuda" if cuda else "train"
+    path = RESULTS / f"{name}.json"
+    figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
+    for title, shape in chosen.items():
+        print(f"{title}: {shape.batch_size} x {shape.seq_len} tokens, {shape.vocab_size} pieces", flush=True)
+        entry = figures.setdefault(title, {"shape": asdict(shape)})
+        if everything:
+            steps = args.steps or max((1 << (18 if cuda else 14)) // shape.tokens, 1)
+            entry["speed"] = measure(shape, rounds=args.rounds, steps=steps)
+            entry["losses"] = equal_losses(shape, 10 if shape.tokens <= 1 << 12 else 3)
+        if args.profile or (everything and cuda):
+            entry["profile"] = profile_step(shape)
+        if args.memory or (everything and cuda):
+            entry["memory"] = peak_memory(title, shape)
+    if args.kernels or (everything and cuda):
+        device = torch.device("cuda" if cuda else "cpu")
+        sizes: dict[str, Any] = {} if cuda else {"sizes": (512, 1024), "batches": (32, 128), "steps": 32}
+        figures["microseconds per time step"] = time_step_microseconds(device, **sizes)
+    save(name, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Compiled code against torch's operators, bit for bit and token for token, and what happens where there is none."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+from textgen import decoding_kernels, native, sampling
+from textgen.config import ModelConfig, SamplingConfig
+from textgen.decoding import CellDecoder
+from textgen.generation import sample_all
+from textgen.hardware import processor_flags
+from textgen.model import LSTMLanguageModel
+from textgen.noise import exponential, hash_bits
+from textgen.sampling import Controls, divide_by_temperature, draw
+from textgen.tokenizer import Tokenizer, train_tokenizer
+
+compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
+vnni = pytest.mark.skipif("avx512_vnni" not in processor_flags(), reason="this processor has no AVX512-VNNI")
+
+
+def without_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding_kernels, "_code", lambda: None)
+
+
+def build(config: ModelConfig, vocab_size: int = 300) -> LSTMLanguageModel:
+    torch.manual_seed(3)
+    model = LSTMLanguageModel(config, vocab_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+# --- the draw --------------------------------------------------------------------------------------------------------
+
+
+def rows_to_draw(num_rows: int, vocab_size: int, seed: int) -> tuple[torch.Tensor, Controls]:
+    """Return logits with ties and banned tokens among them, and rows of every temperature, 0 included."""
+    random = torch.Generator().manual_seed(seed)
+    logits = torch.randn(num_rows, vocab_size, generator=random) * 4
+    logits[torch.rand(logits.shape, generator=random) < 0.1] = -torch.inf
+    logits[::3] = logits[::3].round()  # equals: at temperature 0 the first counts
+    logits[:, -1] = 0.0
+    temperature = torch.tensor([0.0, 0.01, 0.7, 1.0, 1.0, 30.0]).repeat(num_rows)[:num_rows, None]
+    key = torch.randint(1 << 62, (num_rows,), generator=random)
+    return logits, Controls({"key": key, "step": torch.arange(num_rows) % 1000, "temperature": temperature})
+
+
+@compiler
+@pytest.mark.parametrize(("num_rows", "vocab_size", "times"), [(20_000, 50, 60), (500, 8192, 12), (7, 1, 1)])
+def test_a_million_compiled_draws_are_those_of_torch(num_rows: int, vocab_size: int, times: int) -> None:
+    doubtful = 0
+    for seed in range(times):
+        logits, controls = rows_to_draw(num_rows, vocab_size, seed)
+        logits = divide_by_temperature(logits, controls.rows["temperature"])
+        drawn = decoding_kernels.draw(
+            logits, sampling.item_bits(vocab_size, logits.device), *(controls.rows[name] for name in controls.rows)
+        )
+        assert drawn is not None
+        drawing = controls.rows["temperature"][:, 0] > 0
+        doubtful += int((drawn[0][drawing] < 0).sum())
+        assert drawn[1] == int((drawn[0] < 0).sum())
+        assert torch.equal(draw(logits, controls), sampling._draw(logits, controls.rows))
+    assert doubtful <= num_rows * times / 1000
+
+
+@compiler
+def test_tokens_that_only_rounding_tells_apart_are_drawn_as_torch_draws_them() -> None:
+    _, controls = rows_to_draw(200, 300, 0)
+    del controls.rows["temperature"]
+    logits = exponential(hash_bits(controls.rows["key"], controls.rows["step"]), 300).log()  # all equal less the noise
+    assert torch.equal(draw(logits, controls), sampling._draw(logits, controls.rows))
+
+
+@compiler
+def test_what_no_comparison_orders_is_drawn_as_torch_draws_it() -> None:
+    logits, controls = rows_to_draw(12, 300, 0)
+    logits[0] = -torch.inf
+    logits[1, 5] = torch.nan
+    logits[2, 7] = torch.inf
+    logits[3, [8, 200]] = torch.inf
+    assert torch.equal(draw(logits, controls), sampling._draw(logits, controls.rows))
+
+
+@compiler
+def test_logits_that_are_a_part_of_a_larger_tensor_are_drawn_by_their_own_rows() -> None:
+    logits, controls = rows_to_draw(64, 400, 0)
+    part = logits[:, 30:250]
+    assert torch.equal(draw(part, controls), sampling._draw(part.clone(), controls.rows))
+
+
+@compiler
+def test_compiled_division_by_temperature_is_torchs_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, controls = rows_to_draw(300, 500, 0)
+    temperature = controls.rows["temperature"]
+    divided = decoding_kernels.divide_by_temperature(logits, temperature)
+    without_code(monkeypatch)
+    assert divided is not None
+    assert torch.equal(divide_by_temperature(logits, temperature), divided)
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+@compiler
+@vnni
+@torch.inference_mode()
+@pytest.mark.parametrize("rows", [1, 6, 7, 33])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ModelConfig(embedding_dim=32, hidden_size=64, num_layers=3),
+        ModelConfig(embedding_dim=96, hidden_size=32, num_layers=1, residual=True),
+        ModelConfig(embedding_dim=64, hidden_size=64, num_layers=2),
+        ModelConfig(embedding_dim=32, hidden_size=64, num_layers=2, tie_weights=False),
+    ],
+    ids=["projected", "one layer", "not projected", "untied"],
+)
+def test_a_compiled_int8_step_is_that_of_the_operators_bit_for_bit(shape: ModelConfig, rows: int) -> None:
+    compiled, by_operators = CellDecoder(build(shape), "int8"), CellDecoder(build(shape), "int8")
+    by_operators.__dict__["_kernel"] = None
+    assert compiled._kernel is not None
+    state = [part.repeat(rows, 1) for part in compiled.prefill([1, 2, 3])]
+    wanted_state = state
+    for tokens in torch.randint(300, (12, rows), generator=torch.Generator().manual_seed(5)):
+        logits, state = compiled.step(tokens, state)
+        wanted, wanted_state = by_operators.step(tokens, wanted_state)
+        assert torch.equal(logits, wanted)
+        assert all(torch.equal(part, other) for part, other in zip(state, wanted_state, strict=True))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ModelConfig(embedding_dim=64, hidden_size=64, num_layers=2, residual=True),
+        ModelConfig(embedding_dim=64, hidden_size=64, num_layers=1, layer_norm=True),
+        ModelConfig(embedding_dim=64, hidden_size=72, num_layers=1),
+    ],
+    ids=["residual", "normed", "uneven"],
+)
+def test_what_compiled_code_would_round_otherwise_is_left_to_the_operators(shape: ModelConfig) -> None:
+    assert CellDecoder(build(shape), "int8")._kernel is None
+
+
+@compiler
+@vnni
+@pytest.mark.parametrize("token", [-1, 300])
+def test_a_token_outside_the_vocabulary_is_an_error(token: int) -> None:
+    decoder = CellDecoder(build(ModelConfig(embedding_dim=32, hidden_size=64)), "int8")
+    with pytest.raises(IndexError, match=rf"below the vocabulary's size 300: \[1, {token}\]$"):
+        decoder.step(torch.tensor([1, token]), [part.repeat(2, 1) for part in decoder.prefill([1])])
+
+
+@compiler
+@vnni
+def test_a_state_of_other_rows_or_tokens_of_another_type_are_an_error_and_no_rows_are_none() -> None:
+    decoder = CellDecoder(build(ModelConfig(embedding_dim=32, hidden_size=64)), "int8")
+    state = decoder.prefill([1])
+    for tokens in (torch.tensor([1, 2]), torch.tensor([1], dtype=torch.int32)):
+        with pytest.raises(ValueError, match="do not fit a state"):
+            decoder.step(tokens, state)
+    logits, state = decoder.step(torch.zeros(0, dtype=torch.int64), [part[:0] for part in state])
+    assert logits.shape == (0, 300)
+    assert [part.shape for part in state] == [(0, 64)] * 4
+
+
+def test_texts_are_the_same_with_compiled_code_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = ["it was the best of times, it was the worst of times", "call me ishmael"]
+    tokenizer = Tokenizer(train_tokenizer(texts, vocab_size=300, model_type="char"))
+    model = build(ModelConfig(embedding_dim=32, hidden_size=64), tokenizer.vocab_size)
+    config = SamplingConfig(max_new_tokens=100, temperature=0.8, top_p=0.95)
+    prompts = [f"it was {i}" for i in range(9)]
+    samples = sample_all(CellDecoder(model, "int8"), tokenizer, prompts, config)
+    without_code(monkeypatch)
+    decoder = CellDecoder(model, "int8")
+    assert decoder._kernel is None
+    assert sample_all(decoder, tokenizer, prompts, config) == samples
+
+
+# --- compiling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "two.cpp"
+    path.write_text('extern "C" int two() { return 2; }\n')
+    return path
+
+
+@compiler
+def test_two_that_compile_at_a_time_leave_one_whole_file(source: Path, tmp_path: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        made = set(pool.map(lambda _: native.compiled(source, tmp_path / "cache"), range(4)))
+    assert made == set((tmp_path / "cache").iterdir())
+    assert native.ctypes.CDLL(str(made.pop())).two() == 2
+
+
+@compiler
+def test_a_changed_source_is_compiled_anew_and_an_old_one_is_not(source: Path, tmp_path: Path) -> None:
+    first = native.compiled(source, tmp_path)
+    changed = first.stat().st_mtime_ns
+    assert native.compiled(source, tmp_path) == first
+    assert first.stat().st_mtime_ns == changed
+    source.write_text('extern "C" int two() { return 3; }\n')
+    second = native.compiled(source, tmp_path)
+    assert second != first
+    assert native.ctypes.CDLL(str(second)).two() == 3
+
+
+@compiler
+def test_code_is_not_taken_from_where_others_may_write(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache").chmod(0o777)
+    with pytest.raises(OSError, match="may be written by others"):
+        native.compiled(source, tmp_path / "cache")
+    assert native.compiled(source, tmp_path / "own").parent.stat().st_mode & 0o777 == 0o700
+
+
+@compiler
+def test_code_that_does_not_compile_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
+    source.write_text("int two( {")
+    with pytest.raises(subprocess.CalledProcessError):
+        native.compiled(source, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_without_a_compiler_a_line_of_log_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    with caplog.at_level(logging.INFO, logger="textgen"):
+        assert native.library.__wrapped__("decoding_kernels.cpp") is None
+    assert [record.getMessage() for record in caplog.records] == [
+        "`decoding_kernels.cpp` is not compiled, torch's slower operators are used: there is no C++ compiler "
+        "(g++, clang++)"
+    ]

@@ -1,0 +1,122 @@
+"""The wheel, built from the sdist and installed alone: it is all that training and sampling need, and owns one name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from textgen.publish import publish_command
+
+ROOT = Path(__file__).parents[1]
+BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, f'build_{sys.argv[1]}')(sys.argv[2])"
+LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "wandb")
+
+Run = Callable[..., str]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the sdist of the checkout, and the wheel from that, by the hooks that pip calls."""
+    folder = tmp_path_factory.mktemp("built")
+    checkout = shutil.copytree(ROOT, folder / "checkout", symlinks=True, ignore=LEFT_OUT)
+    subprocess.run([sys.executable, "-c", BUILD, "sdist", str(folder)], cwd=checkout, check=True, capture_output=True)
+    (sdist,) = folder.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "sdist", filter="data")
+    (source,) = (folder / "sdist").iterdir()
+    subprocess.run([sys.executable, "-c", BUILD, "wheel", str(folder)], cwd=source, check=True, capture_output=True)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Return a function that runs a program of a new environment, far from the checkout, and returns what it printed.
+
+    The environment holds the wheel and somebody else's package `tokenizer`; torch and the like are lent by this one.
+    """
+    home = tmp_path_factory.mktemp("environment")
+    venv.create(home / "env", symlinks=True)
+    site = Path(sysconfig.get_path("purelib", "venv", {"base": str(home / "env")}))
+    (site / "lent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    (site / "tokenizer").mkdir()
+    (site / "tokenizer" / "__init__.py").write_text("OWNER = 'somebody else'\n")
+    python = str(home / "env" / "bin" / "python")
+    install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+    def call(program: str, *argv: str) -> str:
+        command = [str(home / "env" / "bin" / program), *argv]
+        done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return call
+
+
+def test_wheel_holds_every_file_of_the_package_and_nothing_beside_it(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    wanted = {
+        str((Path(folder) / file).relative_to(ROOT))
+        for folder, _, files in os.walk(ROOT / "textgen", followlinks=True)
+        for file in files
+        if not folder.endswith("__pycache__")
+    }
+    assert {name for name in names if name.startswith("textgen/")} == wanted
+    assert {"textgen/presets/quick.yaml", "textgen/imdb_test_sha256.txt", "textgen/tokenizer/train.py"} <= wanted
+    assert {name.partition("/")[0].partition("-")[0] for name in names} == {"textgen"}
+
+
+def test_the_wheel_is_what_runs_and_leaves_another_tokenizer_alone(run: Run) -> None:
+    program = (
+        "import json, textgen.cli, textgen.generation, textgen.tokenizer, tokenizer;"
+        "print(json.dumps([textgen.__file__, textgen.tokenizer.__file__, tokenizer.OWNER]))"
+    )
+    *files, owner = json.loads(run("python", "-c", program))
+    assert [file.split("site-packages")[1] for file in files] == [
+        "/textgen/__init__.py",
+        "/textgen/tokenizer/__init__.py",
+    ]
+    assert not any(file.startswith(str(ROOT)) for file in files)
+    assert owner == "somebody else"
+    assert "  publish  " in run("textgen", "--help")
+    assert "--vocab_size" in run("python", "-m", "textgen.tokenizer.train", "--help")
+
+
+def test_every_preset_is_in_the_wheel_by_name(run: Run) -> None:
+    names = [path.stem for path in (ROOT / "launch" / "presets").glob("*.yaml")]
+    program = (
+        "import sys; from textgen.parsing import parse_train_config as p; [p(['--config', n]) for n in sys.argv[1:]]"
+    )
+    run("python", "-c", program, *names)
+    assert len(names) >= 4
+
+
+def test_the_wheel_samples_the_text_of_the_checkout(run: Run, tiny_run: Path, tmp_path: Path) -> None:
+    publish_command([str(tiny_run), "--to", str(tmp_path / "reviews")])
+    flags = [str(tmp_path / "reviews"), "--prompt", "The plot", "--min_new_tokens", "200", "--seed", "5"]
+    here = subprocess.run(
+        [sys.executable, "-m", "textgen", "sample", *flags], cwd=ROOT, check=True, capture_output=True, text=True
+    )
+    assert run("textgen", "sample", *flags) == here.stdout
+    assert len(here.stdout) > 200
+
+
+def test_the_wheel_trains(run: Run, tiny_flags: list[str], tmp_path: Path) -> None:
+    said = run("textgen", "train", *tiny_flags, "--run_dir", str(tmp_path / "run"))
+    assert "step 4: valid loss" in said
+    assert f"{tmp_path / 'run'}" in run("textgen", "compare", str(tmp_path / "run"))

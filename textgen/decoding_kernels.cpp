@@ -1,0 +1,310 @@
+// One step of an int8 decoder, and the draw, each in a single call: see decoding_kernels.py.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#ifdef __AVX512VNNI__
+#include <immintrin.h>
+#endif
+
+// --- the draw --------------------------------------------------------------------------------------------------------
+
+static uint64_t mix(uint64_t bits) {  // noise._mix
+    bits += 0x9E3779B97F4A7C15;
+    bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9;
+    bits = (bits ^ bits >> 27) * 0x94D049BB133111EB;
+    return bits ^ bits >> 31;
+}
+
+static inline float uniform(uint32_t key, uint32_t item) {  // what noise.exponential takes the logarithm of: 1 minus it
+    uint32_t bits = (key ^ item) * 0x7FEB352D;
+    bits = (bits ^ bits >> 15) * 0x846CA68B;
+    bits = (bits ^ bits >> 16) & 0x7FFFFFFF;
+    const float value = (static_cast<float>(static_cast<int32_t>(bits)) + 0.5f) * 0x1p-31f;
+    return value < 1 - 0x1p-24f ? value : 1 - 0x1p-24f;
+}
+
+static const int64_t BLOCK = 64;
+
+// Return the token of the largest logit - log(noise), or -1 where torch's rounding may make another one the largest.
+// log(noise) > log(uniform), which in turn is above the straight line between powers of two that the bits of a float
+// are: so few tokens are worth an exact look.
+static int64_t draw_row(const float* logits, int64_t size, const int32_t* items, uint32_t key, bool noisy,
+                        std::vector<float>& bounds) {
+    const int64_t blocks = (size + BLOCK - 1) / BLOCK;
+    bounds.resize(blocks * (BLOCK + 1));
+    float* largest = bounds.data() + blocks * BLOCK;
+    const float slope = noisy ? static_cast<float>(M_LN2) * 0x1p-23f : 0.0f, start = noisy ? 127 * M_LN2 : 0.0;
+    int strange = 0;
+    for (int64_t block = 0; block < blocks; block++) {
+        const int64_t first = block * BLOCK, count = first + BLOCK < size ? BLOCK : size - first;
+        const float* from = logits + first;
+        const int32_t* item = items + first;
+        float* to = bounds.data() + first;
+        float most = -std::numeric_limits<float>::infinity();
+#pragma omp simd reduction(max : most) reduction(| : strange)
+        for (int64_t i = 0; i < count; i++) {
+            const float value = uniform(key, item[i]);
+            int32_t bits;
+            std::memcpy(&bits, &value, 4);
+            const float bound = from[i] + (start - slope * static_cast<float>(bits));
+            to[i] = bound;
+            most = bound > most ? bound : most;
+            strange |= !(from[i] <= std::numeric_limits<float>::max());  // infinity, or no number
+        }
+        largest[block] = most;
+    }
+    if (strange) return -1;
+    double best = -std::numeric_limits<double>::infinity(), second = best;
+    int64_t token = -1;
+    // Both logarithms may be 4 units off in torch, of values to 16.6 and 22.2, and the difference half a unit.
+    const auto unsure = [&] { return 0x1p-13 + std::fabs(best) * 0x1p-21; };
+    for (int64_t block = 0; block < blocks; block++) {
+        if (token >= 0 && largest[block] < best - 2 * unsure()) continue;
+        for (int64_t i = block * BLOCK; i < size && i < (block + 1) * BLOCK; i++) {
+            if (token >= 0 ? bounds[i] < best - 2 * unsure() : bounds[i] == -std::numeric_limits<float>::infinity()) continue;
+            const double noise = noisy ? std::log(-std::log1p(-static_cast<double>(uniform(key, items[i])))) : 0.0;
+            const double value = logits[i] - noise;
+            if (value > best) {
+                second = best, best = value, token = i;
+            } else if (value > second) {
+                second = value;
+            }
+        }
+    }
+    return token >= 0 && best - second > unsure() ? token : -1;
+}
+
+// Draw a token for each row of logits (rows, size); rows begin `stride` apart. Return how many tokens are -1: these are
+// to be drawn by torch.
+extern "C" int64_t textgen_draw(const float* logits, int64_t rows, int64_t size, int64_t stride, const int32_t* items,
+                                const int64_t* keys, const int64_t* steps, const float* temperature, int64_t* tokens,
+                                int threads) {
+    int64_t left = 0;
+    if (rows * size < 1 << 16) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1) reduction(+ : left)
+    {
+        std::vector<float> bounds;
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++) {
+            const auto key = static_cast<uint32_t>(mix(mix(keys[row]) ^ static_cast<uint64_t>(steps[row])));
+            const bool noisy = temperature == nullptr || temperature[row] > 0;
+            tokens[row] = draw_row(logits + row * stride, size, items, key, noisy, bounds);
+            left += tokens[row] < 0;
+        }
+    }
+    return left;
+}
+
+// Write (logits - their largest) / temperature, or the logits as they are at 1; rows as above.
+extern "C" void textgen_divide(const float* logits, int64_t rows, int64_t size, int64_t stride,
+                               const float* temperature, float* divided, int threads) {
+    if (rows * size < 1 << 16) threads = 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *from = logits + row * stride, by = temperature[row] > 0 ? temperature[row] : 1;
+        float *to = divided + row * size, most = -std::numeric_limits<float>::infinity();
+        if (temperature[row] == 1) {
+            std::memcpy(to, from, size * sizeof(float));
+            continue;
+        }
+#pragma omp simd reduction(max : most)
+        for (int64_t i = 0; i < size; i++) most = from[i] > most ? from[i] : most;
+        for (int64_t i = 0; i < size; i++) to[i] = (from[i] - most) / by;
+    }
+}
+
+// --- the step --------------------------------------------------------------------------------------------------------
+
+// x @ weight.T: weights (outputs / 64, inputs / 4, 64, 4), the rest per output, in the order of weights.
+struct Product {
+    const int8_t* weight;
+    const float *scale, *offset;
+    const float* bias;  // of what is scaled per row, else it is in the offset
+    int64_t inputs, outputs;
+};
+
+struct Model {
+    const Product* products;  // of each layer, perhaps a projection, output
+    const uint16_t* table;    // bfloat16 (vocab_size, 4, hidden_size)
+    int64_t num_layers, hidden_size, vocab_size;
+    int64_t projected;  // there is a projection
+    void* exp;          // of 16 floats
+};
+
+#ifdef __AVX512VNNI__
+
+typedef __m512 (*Exp)(__m512);
+
+static const int64_t ROWS = 6;  // at a time: 24 sums, 4 weights and what they are multiplied by fill the 32 registers
+
+static inline __m512 sigmoid(Exp exp, __m512 x) {  // as torch's
+    return _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(_mm512_set1_ps(1), exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+static inline __m512 tanh(Exp exp, __m512 x) {  // as decoding._tanh
+    const __m512 twice = _mm512_add_ps(x, x), opened = sigmoid(exp, twice);
+    return _mm512_sub_ps(_mm512_add_ps(opened, opened), _mm512_set1_ps(1));
+}
+
+static inline __m128i bytes(__m512 x) {  // whole numbers -127..127, and 128 more
+    return _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(128)));
+}
+
+static inline void store_hidden(uint8_t* to, __m512 x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes(_mm512_mul_ps(x, _mm512_set1_ps(127))));
+}
+
+// Multiply R rows with 64 outputs; what comes out is scaled.
+template <int R>
+static inline void multiply(const Product& product, int64_t panel, const uint8_t* x, int64_t stride, float* y) {
+    const int8_t* weight = product.weight + panel * 64 * product.inputs;
+    __m512i sums[R][4];  // in registers, which takes loops that are unrolled, all of them
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) sums[r][j] = _mm512_setzero_si512();
+    for (int64_t k = 0; k < product.inputs; k += 4, weight += 256) {
+        __m512i w[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) w[j] = _mm512_loadu_si512(weight + 64 * j);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            int32_t four;
+            std::memcpy(&four, x + r * stride + k, 4);
+            const __m512i same = _mm512_set1_epi32(four);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)  // GCC 12 keeps half of the sums in memory if it is told by the intrinsic
+                asm("vpdpbusd %2, %1, %0" : "+v"(sums[r][j]) : "v"(same), "v"(w[j]));
+        }
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        const __m512 scale = _mm512_loadu_ps(product.scale + panel * 64 + 16 * j);
+        const __m512 offset = _mm512_loadu_ps(product.offset + panel * 64 + 16 * j);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++) {
+            const __m512 sum = _mm512_mul_ps(_mm512_cvtepi32_ps(sums[r][j]), scale);
+            _mm512_storeu_ps(y + r * 64 + 16 * j, _mm512_add_ps(sum, offset));
+        }
+    }
+}
+
+static void multiply(int64_t rows, const Product& product, int64_t panel, const uint8_t* x, int64_t stride, float* y) {
+    switch (rows) {
+        case 1: return multiply<1>(product, panel, x, stride, y);
+        case 2: return multiply<2>(product, panel, x, stride, y);
+        case 3: return multiply<3>(product, panel, x, stride, y);
+        case 4: return multiply<4>(product, panel, x, stride, y);
+        case 5: return multiply<5>(product, panel, x, stride, y);
+        default: return multiply<6>(product, panel, x, stride, y);
+    }
+}
+
+// Read a token per row: state (layers, hidden and cell) in separate arrays (rows, hidden_size) to one array of all,
+// logits (rows, vocab_size). Return whether all tokens are in the vocabulary; else nothing is done.
+extern "C" int textgen_step(const Model* model, int64_t rows, const int64_t* tokens, const float* const* before,
+                            float* after, float* logits, int threads) {
+    const int64_t size = model->hidden_size, layers = model->num_layers, part = rows * size;
+    for (int64_t row = 0; row < rows; row++)
+        if (tokens[row] < 0 || tokens[row] >= model->vocab_size) return 0;
+    if (rows == 0) return 1;
+    const int64_t chunks = (rows + ROWS - 1) / ROWS, height = (rows + chunks - 1) / chunks;  // as even as can be
+    const Exp exp = reinterpret_cast<Exp>(model->exp);
+    const Product* products = model->products;
+    const Product& output = products[layers + model->projected];
+    // in bytes: what each layer multiplies, (rows, inputs), then what comes out of the last one
+    thread_local std::vector<uint8_t> whole_memory;
+    thread_local std::vector<float> projected_memory;
+    whole_memory.resize(part * 2 * layers + rows * output.inputs);
+    projected_memory.resize(rows * (output.inputs + 1));
+    uint8_t* const whole = whole_memory.data();
+    float *const projected = projected_memory.data(), *const row_scales = projected + rows * output.inputs;
+    const auto inputs_of = [&](int64_t layer) { return whole + (layer == 0 ? 0 : part * (2 * layer - 1)); };
+
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        float y[ROWS * 64];
+#pragma omp for collapse(2)
+        for (int64_t layer = 0; layer < layers; layer++)
+            for (int64_t row = 0; row < rows; row++) {
+                const float* from = before[2 * layer] + row * size;
+                uint8_t* to = inputs_of(layer) + (layer == 0 ? row * size : (2 * row + 1) * size);
+                for (int64_t i = 0; i < size; i += 16) store_hidden(to + i, _mm512_loadu_ps(from + i));
+            }
+        for (int64_t layer = 0; layer < layers; layer++) {
+            const int64_t stride = products[layer].inputs, next_stride = layer + 1 < layers ? 2 * size : size;
+#pragma omp for
+            for (int64_t panel = 0; panel < size / 16; panel++)
+                for (int64_t first = 0; first < rows; first += height) {
+                    const int64_t count = rows - first < height ? rows - first : height;
+                    multiply(count, products[layer], panel, inputs_of(layer) + first * stride, stride, y);
+                    for (int64_t r = 0; r < count; r++) {
+                        const int64_t row = first + r, place = row * size + panel * 16;
+                        __m512 gates[4];  // input, forget, output, cell
+                        for (int j = 0; j < 4; j++) {
+                            gates[j] = _mm512_loadu_ps(y + r * 64 + 16 * j);
+                            if (layer > 0) continue;
+                            const uint16_t* entry = model->table + (tokens[row] * 4 + j) * size + panel * 16;
+                            const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(entry));
+                            const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+                            gates[j] = _mm512_add_ps(gates[j], _mm512_castsi512_ps(wide));
+                        }
+                        const __m512 old = _mm512_loadu_ps(before[2 * layer + 1] + place);
+                        const __m512 kept = _mm512_mul_ps(sigmoid(exp, gates[1]), old);
+                        const __m512 entered = sigmoid(exp, gates[0]);
+                        const __m512 cell = _mm512_fmadd_ps(entered, tanh(exp, gates[3]), kept);
+                        const __m512 hidden = _mm512_mul_ps(sigmoid(exp, gates[2]), tanh(exp, cell));
+                        _mm512_storeu_ps(after + 2 * layer * part + place, hidden);
+                        _mm512_storeu_ps(after + (2 * layer + 1) * part + place, cell);
+                        store_hidden(inputs_of(layer + 1) + row * next_stride + panel * 16, hidden);
+                    }
+                }
+        }
+        uint8_t* last = inputs_of(layers);
+        if (model->projected) {
+            const Product& product = products[layers];
+#pragma omp for
+            for (int64_t panel = 0; panel < (product.outputs + 63) / 64; panel++)
+                for (int64_t first = 0; first < rows; first += height) {
+                    const int64_t count = rows - first < height ? rows - first : height;
+                    multiply(count, product, panel, last + first * size, size, y);
+                    const int64_t width = product.outputs - panel * 64 < 64 ? product.outputs - panel * 64 : 64;
+                    for (int64_t r = 0; r < count; r++)
+                        std::memcpy(projected + (first + r) * product.outputs + panel * 64, y + r * 64, width * 4);
+                }
+            last += part;
+#pragma omp for
+            for (int64_t row = 0; row < rows; row++) {
+                const float* from = projected + row * output.inputs;
+                __m512 most = _mm512_setzero_ps();
+                for (int64_t i = 0; i < output.inputs; i += 16)
+                    most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(from + i)));
+                const float scale = _mm512_reduce_max_ps(most) / 127;
+                row_scales[row] = scale > std::numeric_limits<float>::min() ? scale : std::numeric_limits<float>::min();
+                for (int64_t i = 0; i < output.inputs; i += 16) {
+                    const __m512 x = _mm512_div_ps(_mm512_loadu_ps(from + i), _mm512_set1_ps(row_scales[row]));
+                    _mm_storeu_si128(reinterpret_cast<__m128i*>(last + row * output.inputs + i), bytes(x));
+                }
+            }
+        }
+#pragma omp for
+        for (int64_t panel = 0; panel < (output.outputs + 63) / 64; panel++)
+            for (int64_t first = 0; first < rows; first += height) {
+                const int64_t count = rows - first < height ? rows - first : height;
+                multiply(count, output, panel, last + first * output.inputs, output.inputs, y);
+                const int64_t width = output.outputs - panel * 64 < 64 ? output.outputs - panel * 64 : 64;
+                for (int64_t r = 0; r < count; r++) {
+                    float* to = logits + (first + r) * output.outputs + panel * 64;
+                    for (int64_t i = 0; i < width; i++)
+                        to[i] = model->projected ? y[r * 64 + i] * row_scales[first + r] + output.bias[panel * 64 + i] : y[r * 64 + i];
+                }
+            }
+    }
+    return 1;
+}
+
+#endif
