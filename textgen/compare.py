@@ -88,11 +88,14 @@ def read_run(path: Path) -> Run:
     """
     if not path.is_dir():
         raise ValueError(f"`{path}` is no run folder" if path.exists() else f"`{path}` does not exist")
-    settings = _read_settings(path / "config.yaml")
-    trainer = _read_newest_trainer(path)
+    return summarize(path, read_settings(path / "config.yaml"), _read_rows(path / "metrics.jsonl"))
+
+
+def summarize(path: Path, settings: dict[str, Any], rows: Sequence[Row]) -> Run:
+    """Return the figures of a run by its settings and metrics, and what else can be read in its folder."""
+    trainer, status = _read_newest_trainer(path), read_status(path)
     if isinstance(trainer.get("mixed_precision"), str):  # config.yaml has null where hardware decided
-        settings["mixed_precision"] = trainer["mixed_precision"]
-    rows, status = _read_rows(path / "metrics.jsonl"), read_status(path)
+        settings = settings | {"mixed_precision": trainer["mixed_precision"]}
     bits, speeds = _values(rows, "valid/bits_per_byte"), _values(rows, "train/tokens_per_second")
     steps = _values(rows, "step")
     return Run(
@@ -107,8 +110,12 @@ def read_run(path: Path) -> Run:
     )  # fmt: skip
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings by dotted name; the defaults of those that are younger than the run."""
+def read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings by dotted name; the defaults of those that are younger than the run.
+
+    Raises:
+        OSError, ValueError: as `read_run`.
+    """
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

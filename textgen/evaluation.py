@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -15,15 +14,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from textgen.checkpoint import TRAINER_NAME, CheckpointError, read_json
 from textgen.config import TrainConfig
 from textgen.corpus import normalize
-from textgen.data import DataError, Split, prepare_store
+from textgen.data import DataError, Split, TokenStore, prepare_store
 from textgen.documents import read_documents
 from textgen.model import LSTMLanguageModel
 from textgen.parsing import build_settings
+from textgen.progress import Progress
 
 Tokens = NDArray[np.integer[Any]]
 
@@ -49,11 +48,11 @@ class Score:
     @property
     def perplexity(self) -> float:
         """Perplexity per token; compare it between equal tokenizers only."""
-        return _exp(self.nats_per_token)
+        return perplexity(self.nats_per_token)
 
     def word_perplexity(self, words: int) -> float:
         """Perplexity per whitespace-separated word: comparable between tokenizers."""
-        return _exp(self.nats / words)
+        return perplexity(self.nats / words)
 
     @property
     def bits_per_byte(self) -> float:
@@ -61,7 +60,7 @@ class Score:
         return self.nats / math.log(2) / self.bytes
 
 
-def _exp(nats: float) -> float:
+def perplexity(nats: float) -> float:
     """Return e^nats, infinity where that is no float: a word of 800 nats is one of a text without spaces."""
     return math.exp(nats) if nats < 709 else math.inf
 
@@ -98,7 +97,7 @@ def score(
         num_bytes: UTF-8 bytes of all of them.
         bos_id: the first input of each.
         batch_size: documents read side by side.
-        progress: show a bar on standard error.
+        progress: show on standard error how far it is.
         poll: called before each batch, equally often by all processes; may raise to end the scoring.
     """
     started = time.perf_counter()
@@ -108,13 +107,14 @@ def score(
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
     own = batches[accelerator.process_index :: accelerator.num_processes]
-    show = progress and accelerator.is_main_process and sys.stderr.isatty()
     rounds = math.ceil(len(batches) / accelerator.num_processes)
-    for turn in tqdm(range(rounds), desc="scoring", unit="batch", disable=not show, leave=False):
-        if poll is not None:
-            poll()
-        if turn < len(own):
-            nats += _score_batch(accelerator, model, [documents[i] for i in own[turn]], bos_id)
+    with Progress("scored batch", rounds, show=progress) as bar:
+        for turn in range(rounds):
+            if poll is not None:
+                poll()
+            if turn < len(own):
+                nats += _score_batch(accelerator, model, [documents[i] for i in own[turn]], bos_id)
+            bar.update(turn + 1)
     total = float(accelerator.reduce(nats, "sum"))
     model.train(was_training)
     return Score(
@@ -181,6 +181,22 @@ def texts_to_score(
 
 
 def _split_texts(checkpoint: Path, name: str, limit: int | None) -> list[str]:
+    return list(islice(read_split(store_of(checkpoint), name), limit))
+
+
+def read_split(store: TokenStore, name: str) -> Iterator[str]:
+    """Yield the texts of a split's documents."""
+    split = store.split(name)
+    for i in range(split.num_documents):  # documents end with the end-of-text token, which decodes to nothing
+        yield store.tokenizer.decode(split.document(i).tolist())
+
+
+def store_of(checkpoint: Path) -> TokenStore:
+    """Return the tokens that a checkpoint was trained on; they are made anew where they are gone.
+
+    Raises:
+        CheckpointError, DataError, CorpusError: it does not say which, or they are not to be had.
+    """
     path = checkpoint / TRAINER_NAME
     try:
         settings = read_json(path)["config"]
@@ -189,8 +205,4 @@ def _split_texts(checkpoint: Path, name: str, limit: int | None) -> list[str]:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"`{path}` has no settings of data: {error}") from error
-    store = prepare_store(config.data, config.tokenizer)
-    split = store.split(name)
-    count = split.num_documents if limit is None else min(limit, split.num_documents)
-    # documents end with the end-of-text token, which decodes to nothing
-    return [store.tokenizer.decode(split.document(i).tolist()) for i in range(count)]
+    return prepare_store(config.data, config.tokenizer)

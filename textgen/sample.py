@@ -15,7 +15,6 @@ import os
 import re
 import signal
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +23,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from textgen.config import DecoderName, SamplingConfig
 from textgen.parsing import Parser, build_settings, fail, in_words, unknown_setting
+from textgen.progress import Progress, setup_logging
 
 if TYPE_CHECKING:
     from textgen.decoding import Decoder
     from textgen.generation import Request, Sample
-    from tokenizer import Tokenizer
+    from textgen.tokenizer import Tokenizer
 
 log = logging.getLogger("textgen")
 
@@ -37,8 +37,6 @@ LISTS = {
     "banned_tokens": "ids of tokens that are never drawn",
     "forced_tokens": "ids of tokens that every sample begins with",
 }
-
-LINE_SECONDS = 30  # between lines of progress where standard error is no terminal
 
 Events = Iterator[tuple[int, "str | Sample"]]
 
@@ -251,8 +249,7 @@ def _decode(raw: bytes, where: str) -> str:
 
 def _load(args: Any) -> tuple[Path, Decoder, Tokenizer, dict[str, Any]]:
     """Return the checkpoint's directory, its decoder and tokenizer, and how its text was treated."""
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-    log.setLevel(logging.INFO)
+    setup_logging(main=True)
     import torch
 
     from textgen.checkpoint import find_checkpoint, load_model
@@ -415,7 +412,7 @@ def _first_interrupt() -> Iterator[Callable[[], bool]]:
 def _origin(args: Any, config: SamplingConfig, raw: bytes, directory: Path) -> dict[str, str]:
     """Return digests of all that decides the samples."""
     from textgen.model import CONFIG_NAME, WEIGHTS_NAME
-    from tokenizer import MODEL_NAME
+    from textgen.tokenizer import MODEL_NAME
 
     settings = [dataclasses.asdict(config), args.num_samples, args.best_of, args.decoder]
     weights = hashlib.sha256()
@@ -431,26 +428,19 @@ def _origin(args: Any, config: SamplingConfig, raw: bytes, directory: Path) -> d
 
 def _write_batch(sampler: _Sampler, path: Path, origin: dict[str, str]) -> None:
     """Append to a file what it lacks of the samples, each as soon as those before it are there."""
-    from tqdm import tqdm
-
     with _open_output(path, origin) as (append, done):
         if done > sampler.num_kept:
             fail(f"`{path}` has {done} lines, the prompts have {sampler.num_kept} samples")
         if done:
             log.info("`%s` holds %d of %d samples", path, done, sampler.num_kept)
-        terminal = sys.stderr is not None and sys.stderr.isatty()
         skip, written = sampler.place(done)
-        said = time.monotonic()
-        with tqdm(total=sampler.num_kept, initial=done, unit="sample", disable=not terminal) as bar:
+        with Progress("sample", sampler.num_kept, done=done) as bar:
             for records in sampler.records(skip):
                 lines = [_json_line(record) + "\n" for record in records[written:]]
                 written = 0  # of a list that was written in part
                 append("".join(lines).encode())
                 done += len(lines)
-                bar.update(len(lines))
-                if not terminal and time.monotonic() - said >= LINE_SECONDS:
-                    log.info("sample %d/%d", done, sampler.num_kept)
-                    said = time.monotonic()
+                bar.update(done)
 
 
 @contextmanager

@@ -1,19 +1,21 @@
-"""What a run tells while it goes: metrics.jsonl, the progress line, Weights & Biases."""
+"""What a run records while it goes: metrics.jsonl, and trackers that follow it on threads of their own."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import netrc
 import os
-import sys
-import time
-from collections.abc import Callable, Mapping
+import queue
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from accelerate import Accelerator
-from tqdm import tqdm
+from typing import Any, Literal, Protocol
+from urllib.parse import urlsplit
 
 from textgen.config import TrackingConfig
 from textgen.run_directory import write_whole
@@ -21,92 +23,98 @@ from textgen.run_directory import write_whole
 log = logging.getLogger("textgen")
 
 METRICS_NAME = "metrics.jsonl"
-LINE_SECONDS = 30  # between progress lines where standard error is no terminal
+
+# Rows that a tracker may be behind, which is hours of a training; then it is dead, whatever it says.
+MAX_WAITING = 10_000
+
+Row = Mapping[str, Any]
+SampledText = tuple[float, str, str]
+"""temperature, prompt, text"""
 
 
-def setup_logging(*, main: bool) -> None:
-    """Send textgen's log to standard error, from one process only."""
-    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
-    log.setLevel(logging.INFO if main else logging.ERROR)
+@dataclass(frozen=True)
+class RunEnd:
+    """How a training ended."""
+
+    state: Literal["finished", "preempted", "failed"]
+    exit_code: int
+    reason: str
+
+
+class TrackingError(ValueError):
+    """A tracker that cannot be had; the message is one line."""
+
+
+class Backend(Protocol):
+    """A tracker as the thread that follows a training calls it; every method may raise."""
+
+    patience: float
+    """seconds that the end of a training waits for it"""
+
+    def open(self, rows: Sequence[Row]) -> None:
+        """Begin, or go on with the run of an earlier part of the training, given its rows.
+
+        It may lack the last ones, which a kill loses, and it may have later ones.
+        """
+
+    def log(self, number: int, row: Row, samples: Sequence[SampledText]) -> None:
+        """Record a row of metrics.jsonl, its number counted from 0 through all parts of the training."""
+
+    def checkpoint(self, path: Path, *, best: bool, about: Row) -> None:
+        """Record a checkpoint that is on disk."""
+
+    def finish(self, end: RunEnd) -> None:
+        """Tell how the training ended, and close."""
+
+    def abandon(self) -> None:
+        """Leave nothing behind that the end of this process would wait for."""
 
 
 class Tracker:
     """Writes metrics of the main process; on the others every method does nothing.
 
-    `metrics.jsonl` is the source of truth. Weights & Biases stands beside it: whatever fails there is said once and
-    the training goes on.
+    `metrics.jsonl` is the source of truth. Other trackers are given its rows: whatever fails there is said once and the
+    training goes on.
 
     Args:
-        accelerator: made with `log_with` unset; its W&B tracker is opened here.
-        config: whether and where to W&B.
         run_dir: the run's folder.
-        settings: shown as the run's config in W&B.
-        wandb_id: of an earlier part of this run, to go on with it.
+        backends: what follows, by name.
+        main: whether this is the main process.
         first_step: metrics of later steps are dropped from the file: they are about to be made again.
-        evaluated_step: the same of validation; an evaluation may have been interrupted before it was saved.
+        evaluated_step: the same of evaluations; one may have been interrupted before it was saved.
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        config: TrackingConfig,
-        run_dir: Path,
-        settings: Mapping[str, Any],
-        *,
-        wandb_id: str | None,
-        first_step: int,
-        evaluated_step: int,
+        self, run_dir: Path, backends: Mapping[str, Backend], *, main: bool, first_step: int, evaluated_step: int
     ) -> None:
-        self.wandb_id: str | None = None
-        self._main, self._accelerator = accelerator.is_main_process, accelerator
-        self._path = run_dir / METRICS_NAME
-        if not self._main:
+        self._main, self._path = main, run_dir / METRICS_NAME
+        self._followers: list[Follower] = []
+        if not main:
             return
         kept = [
             row
             for row in read_metrics(run_dir)
-            if row["step"] <= (evaluated_step if "valid/loss" in row else first_step)
+            if row["step"] <= (first_step if "train/loss" in row else evaluated_step)
         ]
         write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
-        if config.mode != "disabled":
-            self._guard(lambda: self._open_wandb(config, run_dir, settings, wandb_id))
+        self._number = len(kept)
+        self._followers = [Follower(name, backend, kept) for name, backend in backends.items()]
 
-    def _open_wandb(
-        self, config: TrackingConfig, run_dir: Path, settings: Mapping[str, Any], wandb_id: str | None
-    ) -> None:
-        offline = config.mode == "offline" or (config.mode == "auto" and not has_wandb_key())
-        os.environ.setdefault("WANDB_DATA_DIR", str(run_dir.resolve()))
-        if offline:
-            os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        import wandb
-        from accelerate.tracking import WandBTracker
-
-        tracker = WandBTracker(
-            config.project,
-            dir=str(run_dir), name=run_dir.name, id=wandb_id, mode="offline" if offline else "online",
-            resume="allow" if wandb_id else None, settings=wandb.Settings(silent=True, console="off"),
-        )  # fmt: skip
-        tracker.start()
-        tracker.store_init_configuration(dict(settings))
-        tracker.run.define_metric("*", step_metric="step")
-        self._accelerator.trackers.append(tracker)
-        self.wandb_id = str(tracker.run.id)
-        if offline:
-            log.info(
-                "W&B offline; look with `wandb leet %s`, upload with `wandb sync %s`",
-                run_dir / "wandb",
-                Path(tracker.run.dir).parent,
-            )
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append a row of metrics."""
+    def log(self, step: int, values: Mapping[str, float], samples: Sequence[SampledText] = ()) -> None:
+        """Append a row of metrics; samples of text go to the trackers alone."""
         if not self._main:
             return
-        row = {"step": step, **values}
+        row, number = {"step": step, **values}, self._number
+        self._number += 1
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        if self._accelerator.trackers:
-            self._guard(lambda: self._accelerator.log(row))
+        for follower in self._followers:
+            follower.put(lambda backend: backend.log(number, row, samples))
+
+    def checkpoint(self, path: Path, *, best: bool, about: Row) -> None:
+        """Tell of a checkpoint that is on disk."""
+        for follower in self._followers:
+            follower.put(lambda backend: backend.checkpoint(path, best=best, about=about))
 
     def sync(self) -> None:
         """Wait until the rows so far are on disk: a checkpoint must not outlive them."""
@@ -114,27 +122,78 @@ class Tracker:
             with self._path.open("a") as file:
                 os.fsync(file.fileno())
 
-    def finish(self) -> None:
-        """Close W&B."""
-        if self._main and self._accelerator.trackers:
-            self._guard(lambda: [tracker.finish() for tracker in self._accelerator.trackers])
-            self._accelerator.trackers.clear()
+    def finish(self, end: RunEnd) -> None:
+        """Tell the trackers how the training ended, and wait a little for them."""
+        for follower in self._followers:
+            follower.put(lambda backend: backend.finish(end))
+        for follower in self._followers:
+            follower.end()
 
-    def _guard(self, action: Callable[[], object]) -> None:
+
+class Follower:
+    """Calls a tracker on a thread of its own, where it can neither end nor slow a training (law 7).
+
+    What fails is said once, and from then on nothing is done.
+
+    Args:
+        name: what the tracker is called.
+        backend: the tracker.
+        rows: of metrics.jsonl so far.
+    """
+
+    def __init__(self, name: str, backend: Backend, rows: Sequence[Row]) -> None:
+        self._name, self._backend, self._off = name, backend, False
+        self._waiting: queue.Queue[Callable[[Backend], None] | None] = queue.Queue(MAX_WAITING)
+        self._thread = threading.Thread(target=self._follow, args=(rows,), name=name, daemon=True)
+        self._thread.start()
+
+    def put(self, action: Callable[[Backend], None]) -> None:
+        """Have the thread do something when it comes to it."""
         try:
-            action()
-        except Exception as error:  # a tracker must never end a training (law 7)
-            self._accelerator.trackers.clear()
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            log.warning("W&B is off from here on, `%s` goes on: %s", METRICS_NAME, reason)
+            if not self._off:
+                self._waiting.put_nowait(action)
+        except queue.Full:
+            self._give_up(f"it is {MAX_WAITING} rows behind")
+
+    def end(self) -> None:
+        """Wait until all is done, a few seconds at most."""
+        with suppress(queue.Full):
+            self._waiting.put_nowait(None)
+        self._thread.join(self._backend.patience)
+        if self._thread.is_alive():
+            self._give_up(f"it has not ended within {self._backend.patience:.0f} s")
+            self._backend.abandon()
+
+    def _follow(self, rows: Sequence[Row]) -> None:
+        try:
+            self._backend.open(rows)
+            while not self._off and (action := self._waiting.get()) is not None:
+                action(self._backend)
+        except Exception as error:
+            self._give_up((str(error).splitlines() or [type(error).__name__])[0])
+        if self._off:
+            self._backend.abandon()
+
+    def _give_up(self, reason: str) -> None:
+        if not self._off:
+            self._off = True
+            log.warning("%s is off from here on, `%s` goes on: %s", self._name, METRICS_NAME, reason)
+
+
+def assert_installed(config: TrackingConfig) -> None:
+    """Raise TrackingError where a tracker is asked for that is not installed."""
+    for name in config.backends:
+        if config.mode != "disabled" and importlib.util.find_spec(name) is None:
+            raise TrackingError(f"`tracking.backends` names {name}, which is not installed: `pip install {name}`")
 
 
 def has_wandb_key() -> bool:
     """Tell whether a W&B API key exists, in the environment or in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
-        return netrc.netrc().authenticators("api.wandb.ai") is not None
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
 
@@ -151,35 +210,6 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Progress:
-    """A bar where standard error is a terminal, else a line every half minute; the main process only."""
-
-    def __init__(self, *, total: int, done: int, main: bool) -> None:
-        self._bar = tqdm(total=total, initial=done, unit="step", disable=not (main and sys.stderr.isatty()))
-        self._lines = main and not sys.stderr.isatty()
-        self._total, self._started, self._first, self._said = total, time.monotonic(), done, time.monotonic()
-
-    def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the latest figures after step `step`."""
-        text = f"loss {values['train/loss']:.4f}, "
-        if "train/bits_per_byte" in values:
-            text += f"{values['train/bits_per_byte']:.3f} bits per byte, "
-        text += f"{values['train/tokens_per_second']:,.0f} tokens/s"
-        self._bar.set_postfix_str(text, refresh=False)
-        self._bar.update(step - self._bar.n)
-        now = time.monotonic()
-        if self._lines and now - self._said >= LINE_SECONDS:
-            left = (now - self._started) / (step - self._first) * (self._total - step)
-            log.info("step %d/%d, %s, %.0f s left", step, self._total, text, left)
-            self._said = now
-
-    def close(self) -> None:
-        """Leave the bar as it is."""
-        self._bar.close()
-
-
-def say(accelerator: Accelerator, message: str) -> None:
-    """Print a line of results to standard output, from the main process and without breaking the bar."""
-    if accelerator.is_main_process:
-        tqdm.write(message, file=sys.stdout)
-        sys.stdout.flush()
+def tells_of_the_machine(name: str) -> bool:
+    """Tell whether a metric is what clock and memory say: equal runs differ in it."""
+    return re.search(r"per_second|_seconds$|_share$|^memory/|^machine/", name) is not None

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,15 +19,17 @@ import yaml
 from accelerate import Accelerator
 
 from textgen import launch
-from textgen.checkpoint import Saver
+from textgen.checkpoint import Saver, checkpoint_path
 from textgen.config import SamplingConfig, TrainConfig
 from textgen.corpus import normalize
 from textgen.data import prepare_store
-from textgen.evaluation import Score, score, split_documents
+from textgen.environment import ENVIRONMENT_NAME, describe_environment
+from textgen.evaluation import Score, perplexity, score, split_documents
 from textgen.generation import Sample, generate
 from textgen.optim import learning_rate
 from textgen.processes import Interrupted, StopSignals
-from textgen.report import draw_loss_curve
+from textgen.progress import Progress, say
+from textgen.report import SAMPLES_NAME, draw_loss_curve, leave_report
 from textgen.resume import checkpoint_bytes, checkpoints_at_a_time, resume, save, state_shapes
 from textgen.run_directory import RunDirectory, write_whole
 from textgen.steps import (
@@ -40,12 +44,13 @@ from textgen.steps import (
     steps_per_epoch,
     train_step,
 )
-from textgen.tracking import Progress, Tracker, say
+from textgen.trackers import build_trackers, choose_wandb_id, describe_launch
+from textgen.tracking import RunEnd, SampledText, Tracker, assert_installed
+from textgen.usage import flops_per_token, measure_machines, peak_flops
 
 log = logging.getLogger("textgen")
 
 NONFINITE_NAME = "nonfinite.json"
-SAMPLES_NAME = "samples.md"
 
 # float16 overflows now and then, and the scale is halved; so often in a row it is no longer that.
 MAX_SKIPS_IN_A_ROW = 30
@@ -59,8 +64,8 @@ def train(config: TrainConfig, *, config_file: str | None = None) -> None:
         config_file: what the first line of the run calls them.
 
     Raises:
-        CorpusError, DataError, TokenizerError, LaunchError, CheckpointError, RunDirectoryError, TrainingError: what is
-            wrong, in a line.
+        CorpusError, DataError, TokenizerError, LaunchError, CheckpointError, RunDirectoryError, TrackingError,
+            TrainingError: what is wrong, in a line.
         Interrupted: a signal asked to stop; the training is saved, if it had begun.
     """
     with StopSignals(config.stop_signal) as stop:
@@ -74,6 +79,7 @@ def train(config: TrainConfig, *, config_file: str | None = None) -> None:
         # the text is compared by content, and folders may have other names elsewhere
         told = {n: v for n, v in asdict(config).items() if n not in ("run_dir", "data", "tokenizer", "tracking")}
         launch.assert_same(accelerator, (told, accelerator.mixed_precision), "what flags and config file say")
+        assert_installed(config.tracking)
         log.info("%s, %s", launch.describe(accelerator), describe_request(config, config_file))
         if config.dry_run:
             describe_cost(_build(config, accelerator, stop))
@@ -151,25 +157,28 @@ def _train(training: Training, run: RunDirectory) -> None:
     run.require_space(size, count=count)
     if accelerator.is_main_process:
         write_run_files(training)
-    settings = asdict(config) | {"parameters": training.bare.num_parameters}
-    tracker = Tracker(
-        accelerator, config.tracking, run.path, settings, wandb_id=training.wandb_id, first_step=now.step,
-        evaluated_step=now.evaluated_step,
-    )  # fmt: skip
-    training.wandb_id = tracker.wandb_id
+    tracker = start_tracking(training, run)
+
+    def written(step: int) -> None:
+        run.write_status("running", step=step, total_steps=now.total_steps)
+        about = {"step": step, "best_step": now.best_step, "best_loss": now.best_loss}
+        tracker.checkpoint(checkpoint_path(run.path, step), best=step == now.best_step, about=about)
+
     if accelerator.is_main_process:
         training.saver = Saver(
-            run.path, keep_last=config.keep_last, device=accelerator.device, before=tracker.sync,
-            after=lambda step: run.write_status("running", step=step, total_steps=now.total_steps),
-        )  # fmt: skip
+            run.path, keep_last=config.keep_last, device=accelerator.device, before=tracker.sync, after=written
+        )
         training.saver.reserve(shapes)
     log.info("%s", describe_training(training))
     accelerator.wait_for_everyone()  # so that a signal to all of them hardly finds only some of them saving
     training.stop.defer()
     run.write_status("running", step=now.step, total_steps=now.total_steps)
     try:
-        with _status_of_the_end(run, training.stop):  # which does not wait for W&B
-            run_steps(training, tracker, run)
+        with (
+            _status_of_the_end(run, training.stop),  # which does not wait for W&B
+            Progress("step", now.total_steps, done=now.step, per_epoch=per_epoch) as bar,
+        ):
+            run_steps(training, tracker, run, bar)
             finish_saving(training)
             run.write_status("finished", step=now.step, total_steps=now.total_steps)
     except Interrupted as interrupted:
@@ -181,7 +190,40 @@ def _train(training: Training, run: RunDirectory) -> None:
     finally:
         if training.saver is not None:
             training.saver.settle()
-        tracker.finish()
+            leave_report(run.path)
+        tracker.finish(_how_it_ended(training, sys.exception()))
+
+
+def start_tracking(training: Training, run: RunDirectory) -> Tracker:
+    """Open metrics.jsonl, and on the main process the trackers that follow it."""
+    config, accelerator, now = training.config, training.accelerator, training.progression
+    begun, trackers = training.wandb_id, {}
+    training.wandb_id = choose_wandb_id(begun)
+    if accelerator.is_main_process:
+        settings = asdict(config) | {
+            "parameters": training.bare.num_parameters,
+            "environment": describe_environment(),
+            "launch": describe_launch(os.environ)
+            | {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision},
+        }
+        trackers = build_trackers(
+            config.tracking, run.path, settings, wandb_id=training.wandb_id, resumed=begun == training.wandb_id,
+            first_step=now.step,
+        )  # fmt: skip
+    return Tracker(
+        run.path, trackers, main=accelerator.is_main_process, first_step=now.step, evaluated_step=now.evaluated_step
+    )
+
+
+def _how_it_ended(training: Training, error: BaseException | None) -> RunEnd:
+    """Return what trackers are told in the end."""
+    now = training.progression
+    if error is None:
+        best = "" if now.best_loss is None else f", best validation loss {now.best_loss:.4f} at step {now.best_step}"
+        return RunEnd("finished", 0, f"step {now.step} of {now.total_steps}{best}")
+    if isinstance(error, Interrupted):
+        return RunEnd("preempted", error.exit_code, f"{error}: saved at step {now.step}")
+    return RunEnd("failed", 2 if isinstance(error, TrainingError | OSError) else 1, _reason(error))
 
 
 def finish_saving(training: Training) -> None:
@@ -200,18 +242,19 @@ def finish_saving(training: Training) -> None:
 
 @dataclass
 class Meter:
-    """Time and steps since the last row of metrics, or since the resume."""
+    """Steps since the last row of metrics, or since the resume, and what became of the time."""
 
     steps: int = 0
     waited: float = 0.0
     """seconds for data"""
+    evaluated: float = 0.0
+    """seconds for scores, samples and pictures"""
     paused: float = 0.0
     """seconds for checkpoints"""
-    mark: float = field(default_factory=time.perf_counter)
-    """when the steps began; evaluations do not count"""
+    started: float = field(default_factory=time.perf_counter)
 
 
-def run_steps(training: Training, tracker: Tracker, run: RunDirectory) -> None:
+def run_steps(training: Training, tracker: Tracker, run: RunDirectory, bar: Progress) -> None:
     """Take all remaining steps: log, evaluate, sample and save by the way. Collective.
 
     Raises:
@@ -220,14 +263,13 @@ def run_steps(training: Training, tracker: Tracker, run: RunDirectory) -> None:
     """
     config, accelerator, now = training.config, training.accelerator, training.progression
     per_epoch = steps_per_epoch(config, training.store)
-    bar = Progress(total=now.total_steps, done=now.step, main=accelerator.is_main_process)
     agreement, meter = launch.Agreement(accelerator), Meter()
 
     def evaluation_is_due() -> bool:
         return now.step == now.total_steps or now.step % (config.evaluate_every or per_epoch) == 0
 
     if evaluation_is_due() and now.evaluated_step < now.step:  # a signal came before it was done
-        meter = Meter(paused=evaluate_and_save(training, tracker, run))
+        evaluate_and_save(training, tracker, run, bar, meter)
     for micro_batches, waiting in step_batches(training, now.total_steps) if not now.finished else ():
         training.nats += train_step(training, micro_batches)
         now.step, now.unlogged_steps = now.step + 1, now.unlogged_steps + 1
@@ -236,22 +278,21 @@ def run_steps(training: Training, tracker: Tracker, run: RunDirectory) -> None:
         saving = evaluating or (config.save_every is not None and now.step % config.save_every == 0)
         stopped = agree(training, agreement, now=saving)
         if now.step % config.log_every == 0 or evaluating or epoch_end:
-            values = log_metrics(training, tracker, meter)
-            bar.update(now.step, values)
+            bar.show(log_metrics(training, tracker, meter))
             meter = Meter()
+        bar.update(now.step)
         if epoch_end or now.step == now.total_steps:
             say_epoch(training, per_epoch)
         if epoch_end:
             now.epoch_nats, now.epoch_tokens = 0.0, 0
         if stopped:
             launch.raise_if_stopped(accelerator, training.stop)
-        if saving:
-            before = time.perf_counter()
-            meter.paused += evaluate_and_save(training, tracker, run) if evaluating else save(training)
-            meter.mark += time.perf_counter() - before
+        if evaluating:
+            evaluate_and_save(training, tracker, run, bar, meter)
+        elif saving:
+            meter.paused += save(training)
         if now.finished:
             break
-    bar.close()
 
 
 def agree(training: Training, agreement: launch.Agreement, *, now: bool) -> bool:
@@ -284,23 +325,45 @@ def log_metrics(training: Training, tracker: Tracker, meter: Meter) -> dict[str,
     config, now = training.config, training.progression
     step_tokens = config.batch_size * config.seq_len
     total = float(training.accelerator.reduce(training.nats, "sum"))
-    tokens, seconds = now.unlogged_steps * step_tokens, time.perf_counter() - meter.mark
+    tokens, norm = now.unlogged_steps * step_tokens, training.recent[-1].norm
     now.epoch_nats, now.epoch_tokens = now.epoch_nats + total, now.epoch_tokens + tokens
     training.nats.zero_()
     now.unlogged_steps = 0
     loss, bits = total / tokens, bits_per_nat(training)
     values: dict[str, float] = {
         "tokens": now.step * step_tokens,
+        "epoch": now.step / steps_per_epoch(config, training.store),
         "train/loss": loss,
+        "train/perplexity": perplexity(loss),
         **({"train/bits_per_byte": loss * bits} if bits else {}),
         "train/learning_rate": learning_rate(now.step - 1, now.total_steps, config),
-        "train/tokens_per_second": meter.steps * step_tokens / seconds,
-        "train/data_share": meter.waited / seconds,
+        "train/gradient_norm": float(norm) if norm is not None else math.nan,
         **({"train/skipped_steps": now.skipped_steps} if now.skipped_steps else {}),
-        **({"checkpoint/pause_seconds": meter.paused} if meter.paused else {}),
+        **measure_speed(training, meter),
+        **measure_machines(training.accelerator),
     }
+    values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON knows no others
     tracker.log(now.step, values)
     return values
+
+
+def measure_speed(training: Training, meter: Meter) -> dict[str, float]:
+    """Return tokens and operations per second of the steps, and the shares of all time that went elsewhere."""
+    config, accelerator = training.config, training.accelerator
+    everything = time.perf_counter() - meter.started
+    tokens = meter.steps * config.batch_size * config.seq_len
+    rate = tokens / (everything - meter.evaluated - meter.paused)
+    flops, peak = rate * flops_per_token(training.bare), peak_flops(accelerator)
+    return {
+        "train/tokens_per_second": rate,
+        "train/tokens_per_second_per_process": rate / accelerator.num_processes,
+        "train/flops_per_second": flops,
+        **({"train/flops_share": flops / peak / accelerator.num_processes} if peak else {}),
+        "train/data_share": meter.waited / everything,
+        "train/evaluate_share": meter.evaluated / everything,
+        "train/save_share": meter.paused / everything,
+        **({"checkpoint/pause_seconds": meter.paused} if meter.paused else {}),
+    }
 
 
 def bits_per_nat(training: Training) -> float | None:
@@ -320,11 +383,8 @@ def say_epoch(training: Training, per_epoch: int) -> None:
     )
 
 
-def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory) -> float:
+def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory, bar: Progress, meter: Meter) -> None:
     """Score the validation split, sample, write a checkpoint; mark the training finished where it is. Collective.
-
-    Returns:
-        Seconds that the training paused for the checkpoint.
 
     Raises:
         Interrupted: a signal came before score and samples were done; the evaluation will be made anew.
@@ -332,7 +392,7 @@ def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory) -
     config, accelerator, now = training.config, training.accelerator, training.progression
     best_loss, best_step, without_better = now.best_loss, now.best_step, now.evaluations_without_better + 1
     patience, last = config.early_stopping_patience, now.step == now.total_steps
-    stop_early = False
+    stop_early, started = False, time.perf_counter()
     score = evaluate(training, config.evaluate_documents)
     if score is not None:
         if best_loss is None or score.nats_per_token < best_loss:
@@ -342,30 +402,36 @@ def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory) -
             score = evaluate(training, None) or score  # the figure to report; the best one is chosen by like measures
     if score is not None and not math.isfinite(score.nats):
         raise TrainingError(f"the validation loss turned to {score.nats_per_token} by step {now.step}; it is not saved")
-    if accelerator.is_main_process:
-        write_samples(training)
+    samples = write_samples(training) if accelerator.is_main_process else []
+    bar.sample("".join(samples[0][1:]) if samples else "")
     launch.raise_if_stopped(accelerator, training.stop)
     now.best_loss, now.best_step, now.evaluations_without_better = best_loss, best_step, without_better
     now.evaluated_step, now.finished = now.step, stop_early or last
+    values: dict[str, float] = {"tokens": now.step * config.batch_size * config.seq_len}
     if score is not None:
         lossless = training.store.tokenizer.is_lossless
-        values = {"valid/loss": score.nats_per_token}
-        tracker.log(now.step, values | ({"valid/bits_per_byte": score.bits_per_byte} if lossless else {}))
+        values |= {"valid/loss": score.nats_per_token}
+        values |= {"valid/perplexity": score.perplexity} if math.isfinite(score.perplexity) else {}
+        values |= {"valid/bits_per_byte": score.bits_per_byte} if lossless else {}
+        bar.show(values)
         say(
             accelerator,
             f"step {now.step}: valid loss {score.nats_per_token:.4f}"
             + (f", {score.bits_per_byte:.4f} bits per byte" if lossless else "")
             + f" ({score.documents} documents, {score.seconds:.0f} s)",
         )
+    if values.keys() - {"tokens"} or samples:
+        tracker.log(now.step, values, samples)
     if stop_early:
         say(accelerator, f"stopping early: no better validation loss in {patience} evaluations")
     pause = save(training)
+    meter.paused += pause
     if accelerator.is_main_process:
         try:
             draw_loss_curve({"": run.path}, run.path / "loss.png")
         except Exception as error:  # a picture is no reason to end a training
             log.warning("no loss.png: %s", error)
-    return pause
+    meter.evaluated += time.perf_counter() - started - pause
 
 
 def evaluate(training: Training, limit: int | None) -> Score | None:
@@ -387,32 +453,37 @@ def evaluate(training: Training, limit: int | None) -> Score | None:
     )  # fmt: skip
 
 
-def write_samples(training: Training) -> None:
+def write_samples(training: Training) -> list[SampledText]:
     """Write samples at every temperature into samples.md, in place of those of this step and later ones.
 
     Leaves the file as it is where a signal comes in between.
+
+    Returns:
+        Temperature, prompt and text of each.
     """
     config, model, step = training.config, training.best_weights, training.progression.step
     if not config.sample_prompts:
-        return
+        return []
     model.eval()
     prompts = [normalize(prompt, model.text["normalization"]) for prompt in config.sample_prompts]
-    lines = [f"## step {step}\n"]
+    written: list[SampledText] = []
     for temperature in config.sample_temperatures:
         sampling = SamplingConfig(temperature=temperature, max_new_tokens=config.sample_tokens, seed=config.seed)
         samples: dict[int, Sample] = {}
         for row, event in generate(model, training.store.tokenizer, prompts, sampling):
             if training.stop.number is not None:
                 model.train()
-                return
+                return []
             if isinstance(event, Sample):
                 samples[row] = event
-        lines += [f"- temperature {temperature}: **{samples[i].prompt}**{samples[i].text}" for i in sorted(samples)]
+        written += [(temperature, samples[i].prompt, samples[i].text) for i in sorted(samples)]
     model.train()
     path = Path(config.run_dir) / SAMPLES_NAME
     earlier = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8")) if path.exists() else []
     kept = [part for part in earlier if (found := re.match(r"## step (\d+)\n", part)) and int(found[1]) < step]
+    lines = [f"## step {step}\n", *(f"- temperature {t}: **{prompt}**{text}" for t, prompt, text in written)]
     write_whole(path, "".join(kept) + "\n".join(lines) + "\n\n")  # samples of earlier steps are made only once
+    return written
 
 
 def describe_nonfinite(training: Training) -> str:
@@ -443,8 +514,9 @@ def describe_nonfinite(training: Training) -> str:
 
 
 def write_run_files(training: Training) -> None:
-    """Write config.yaml of the run, before its first step."""
+    """Write what the run is made of, before its first step."""
     run_dir = Path(training.config.run_dir)
     settings = json.loads(json.dumps(asdict(training.config)))  # tuples become lists, as the parser wants them
     write_whole(run_dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_whole(run_dir / "data.json", json.dumps(training.store.record, indent=2) + "\n")
+    write_whole(run_dir / ENVIRONMENT_NAME, json.dumps(describe_environment(), indent=2) + "\n")

@@ -1,0 +1,220 @@
+"""What a person sees while it goes: the log, results, and how far counted work is.
+
+In a terminal the work stands in a few lines below everything else, and is gone when it is done. Where there is none (a
+pipe, a file, a Slurm log, a dumb terminal) it is a line of the log now and then: no carriage returns, no escape codes.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, TextIO
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from rich.console import RenderableType
+    from rich.live import Live
+
+log = logging.getLogger("textgen")
+
+FIRST_LINE_SECONDS = 5.0  # then twice as long from line to line
+LINE_SECONDS = 60.0  # but no longer than that
+DRAW_SECONDS = 0.5  # between two pictures of a terminal
+
+BAR_WIDTH = 40
+SAMPLE_WIDTH = 120  # characters of a sample in a line of the log
+
+FIGURES = {
+    "train/loss": "loss {:.4f}",
+    "train/bits_per_byte": "{:.3f} bits per byte",
+    "train/tokens_per_second": "{:,.0f} tokens/s",
+    "valid/bits_per_byte": "valid {:.4f}",
+}
+"""metrics that are shown, in this order"""
+
+
+def setup_logging(*, main: bool) -> None:
+    """Send textgen's log to standard error, from one process only."""
+    logging.basicConfig(handlers=[_Handler()], format="%(message)s", level=logging.WARNING)
+    log.setLevel(logging.INFO if main else logging.ERROR)
+
+
+def say(accelerator: Accelerator, message: str) -> None:
+    """Print a line of results to standard output, from the main process."""
+    if accelerator.is_main_process:
+        _print(message, sys.stdout)
+
+
+class _Handler(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            _print(self.format(record), sys.stderr)
+        except Exception:
+            self.handleError(record)
+
+
+def _print(text: str, file: TextIO | None) -> None:
+    """Print a line, above the bars where they stand in the way."""
+    if file is None:  # it is closed
+        return
+    if _live is not None and file.isatty():
+        _live.console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
+    else:
+        print(text, file=file, flush=True)
+
+
+# --- counted work ----------------------------------------------------------------------------------------------------
+
+_bars: list[Progress] = []  # in the terminal, the outer ones first
+_live: Live | None = None
+
+
+class Progress:
+    """Shows how far counted work is, in a `with` statement; one may stand in another's.
+
+    Args:
+        what: is counted, as `step`.
+        total: how many there are; None where nobody knows.
+        done: how many of them there were before.
+        show: whether to, in a process whose log says anything.
+        per_epoch: how many are an epoch, if that is to be shown.
+    """
+
+    def __init__(
+        self, what: str, total: int | None, *, done: int = 0, show: bool = True, per_epoch: int | None = None
+    ) -> None:
+        self._what, self._total, self._done, self._per_epoch = what, total, done, per_epoch
+        self._show, self._pinned = show and log.isEnabledFor(logging.INFO), False
+        self._values: dict[str, float] = {}
+        self._sample = ""
+        self._first: int | None = None  # after what the first one takes, time left is reckoned from there
+        self._started = time.monotonic()
+        self._gap = FIRST_LINE_SECONDS
+        self._due = self._started + self._gap
+
+    def __enter__(self) -> Self:
+        if self._show and has_terminal():
+            self._pinned, self._due = True, self._started
+            _bars.append(self)
+            _draw()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._pinned:
+            if self in _bars:
+                _bars.remove(self)
+            _draw()
+
+    def update(self, done: int) -> None:
+        """Say how many are done now: cheap enough for every one of them."""
+        self._done = done
+        now = time.monotonic()
+        if self._first is None:
+            self._first, self._started = done, now
+        if not self._show or now < self._due:
+            return
+        if self._pinned:
+            self._due = now + DRAW_SECONDS
+            _draw()
+        else:
+            self._gap = min(2 * self._gap, LINE_SECONDS)
+            self._due = now + self._gap
+            log.info("%s", ", ".join(filter(None, (self._place(), self._figures(), self._left(now)))))
+
+    def show(self, values: Mapping[str, float]) -> None:
+        """Keep the latest metrics, as a row of metrics.jsonl names them, for what is shown next."""
+        self._values.update(values)
+
+    def sample(self, text: str) -> None:
+        """Show the beginning of a text, if there is one."""
+        if not text:
+            return
+        self._sample = "".join(letter if letter.isprintable() else " " for letter in text)  # a model may draw an escape
+        if self._pinned:
+            _draw()
+        elif self._show:
+            log.info("sample: %s", self._sample[:SAMPLE_WIDTH])
+
+    def _place(self) -> str:
+        return f"{self._what} {self._done}" + (f"/{self._total}" if self._total is not None else "")
+
+    def _figures(self) -> str:
+        told = [text.format(self._values[name]) for name, text in FIGURES.items() if name in self._values]
+        if self._per_epoch is not None and self._total is not None:
+            epoch, epochs = (max(1, math.ceil(count / self._per_epoch)) for count in (self._done, self._total))
+            told.insert(0, f"epoch {epoch}/{epochs}")
+        return ", ".join(told)
+
+    def _left(self, now: float) -> str:
+        if self._total is None or self._first is None or self._done == self._first:
+            return ""
+        seconds = (now - self._started) / (self._done - self._first) * (self._total - self._done)
+        return f"{timedelta(seconds=round(seconds))} left"
+
+    def lines(self, width: int) -> list[RenderableType]:
+        """Return what stands in a terminal of so many columns."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        now = time.monotonic()
+        place, left = self._place(), self._left(now) or f"{timedelta(seconds=int(now - self._started))}"
+        room = width - len(place) - len(left) - 2
+        head = Table.grid(padding=(0, 1, 0, 0))
+        if self._total is not None and room >= 10:
+            bar = ProgressBar(
+                self._total, self._done, width=min(room, BAR_WIDTH), complete_style="cyan", finished_style="cyan"
+            )
+            head.add_row(Text(place), bar, Text(left))
+        else:
+            head.add_row(Text(f"{place} {left}"))
+        lines: list[RenderableType] = [head]
+        if figures := self._figures():
+            lines.append(Text(figures))
+        if self._sample:
+            lines.append(Text(self._sample, style="dim", no_wrap=True, overflow="ellipsis"))
+        return lines
+
+
+def has_terminal() -> bool:
+    """Tell whether standard error is a terminal that can move its cursor."""
+    able = os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
+    return able and sys.stderr is not None and sys.stderr.isatty()
+
+
+def _draw() -> None:
+    """Draw all bars below everything else, or take them away if there are none."""
+    global _live
+    if _live is None and not _bars:  # the terminal is gone
+        return
+    from rich.console import Console, Group
+    from rich.live import Live
+
+    try:
+        if _live is None:
+            console = Console(stderr=True, force_terminal=True, force_interactive=True)
+
+            def picture() -> RenderableType:
+                return Group(*(line for bar in _bars for line in bar.lines(console.width)))
+
+            # Results may go to another place than the bars. Nothing is drawn by a thread: it would take turns from
+            # the one that trains.
+            _live = Live(
+                get_renderable=picture, console=console, auto_refresh=False, transient=True, redirect_stdout=False
+            )
+            _live.start()
+            console.show_cursor(True)  # killed, nobody would bring it back
+        if _bars:
+            _live.refresh()
+        else:
+            stopping, _live = _live, None
+            stopping.stop()
+    except OSError:  # of a terminal that is closed; the work goes on
+        _bars.clear()
+        _live = None
