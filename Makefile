@@ -13,7 +13,7 @@ train: .venv/installed
 	$(BIN)/python train_distributed.py --config launch/presets/quick.yaml --run_dir $(RUN)
 	$(BIN)/textgen evaluate $(RUN) --data validation
 	@cat $(RUN)/samples.md | sed -n '/^## /h;/^## /!H;$${x;p;}'
-	@echo "loss curve: $(RUN)/loss.png"
+	@echo "loss curve: $(RUN)/loss.png, report: $(RUN)/report.html"
 
 test: .venv/installed
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
@@ -31,6 +31,7 @@ bench: .venv/installed
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.prepare
 	$(BIN)/python -m benchmarks.decode
+	test ! -d $(RUN) || $(BIN)/python -m benchmarks.serve $(RUN)
 
 # A quarter of a minute: does a small training learn as well as is recorded? CI's slow tests ask the same.
 quality: .venv/installed

@@ -15,7 +15,7 @@ from torch import Tensor
 from textgen import generation
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import CellDecoder, Decoder, DecoderState
-from textgen.generation import Request, Sample, _prefill, _Row, _sample_number, generate, sample_all, serve
+from textgen.generation import Request, Row, Sample, _prefill, _sample_number, generate, sample_all, serve
 from textgen.model import LSTMLanguageModel
 from textgen.sampling import control, controls_of, draw, note
 from textgen.tokenizer import Tokenizer, train_tokenizer
@@ -356,7 +356,7 @@ def test_stop_strings_end_the_text_wherever_tokens_end(merging_tokenizer: Tokeni
     stops = data.draw(st.lists(part | st.text("abc", min_size=1, max_size=3), max_size=3))
     stops = [stop for stop in stops if stop]
     config = SamplingConfig(stop=tuple(stops), max_new_tokens=len(ids))
-    row = _Row.of(0, Request("", config), tokenizer)
+    row = Row.of(0, Request("", config), tokenizer)
     events = []
     for token in ids:
         if not row.ended:

@@ -15,7 +15,7 @@ import torch
 from textgen import graphs
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import CellDecoder, Decoder, DecoderState
-from textgen.generation import Batch, Request, Sample, Step, _Row, serve
+from textgen.generation import Batch, Request, Row, Sample, Step, serve
 from textgen.graphs import Buffers, GraphRunner, Replay, steps_in_place
 from textgen.model import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer
@@ -69,7 +69,7 @@ def requests_for(configs: list[SamplingConfig], count: int, lengths: list[int]) 
 
 
 def batch_of(decoder: Decoder, tokenizer: Tokenizer, requests: list[Request]) -> Batch:
-    return Batch.of(decoder, tokenizer, [_Row.of(i, r, tokenizer) for i, r in enumerate(requests)], beside=None)
+    return Batch.of(decoder, tokenizer, [Row.of(i, r, tokenizer) for i, r in enumerate(requests)], beside=None)
 
 
 def samples(

@@ -268,8 +268,8 @@ def test_an_lstm_in_another_dtype_is_refused(
 
     original = LSTMLayer.forward
 
-    def half(self: LSTMLayer, x: torch.Tensor, state: Any) -> Any:
-        y, state = original(self, x, state)
+    def half(self: LSTMLayer, *args: Any) -> Any:
+        y, state = original(self, *args)
         return y.to(torch.float16), state
 
     monkeypatch.setattr(LSTMLayer, "forward", half)

@@ -142,7 +142,7 @@ def serve(
         running = batch.rows if batch is not None else []
         room = min(batch_size - len(running), min((row.index for row in running), default=begun) + AHEAD - begun)
         room = room if room >= batch_size // REFILL else 0
-        arrived = [_Row.of(begun + i, request, tokenizer) for i, request in enumerate(islice(waiting, room))]
+        arrived = [Row.of(begun + i, request, tokenizer) for i, request in enumerate(islice(waiting, room))]
         begun += len(arrived)
         for row in arrived:
             for event in row.begin():
@@ -185,7 +185,7 @@ def require_drawable(config: SamplingConfig, tokenizer: Tokenizer) -> None:
 
 
 @dataclass(kw_only=True)
-class _Row:
+class Row:
     """What the host knows of a running sample."""
 
     index: int
@@ -204,7 +204,7 @@ class _Row:
         self._stream = self.tokenizer.stream()
 
     @classmethod
-    def of(cls, index: int, request: Request, tokenizer: Tokenizer) -> _Row:
+    def of(cls, index: int, request: Request, tokenizer: Tokenizer) -> Row:
         require_drawable(request.config, tokenizer)
         prompt = [tokenizer.bos_id, *tokenizer.encode(request.prompt)]
         return cls(index=index, request=request, tokenizer=tokenizer, prompt=prompt)
@@ -280,7 +280,7 @@ class Batch:
 
     decoder: Decoder
     tokenizer: Tokenizer
-    rows: list[_Row]
+    rows: list[Row]
     tokens: Tensor
     state: DecoderState
     controls: Controls
@@ -290,7 +290,7 @@ class Batch:
         cls,
         decoder: Decoder,
         tokenizer: Tokenizer,
-        rows: list[_Row],
+        rows: list[Row],
         *,
         beside: Batch | None = None,
         prefilled: Prefilled | None = None,

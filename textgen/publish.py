@@ -40,7 +40,8 @@ REACH_SECONDS = 10.0
 # Settings that say where something lies on this machine, or what is told while training.
 PRIVATE = {
     "run_dir", "resume", "resume_override", "dry_run", "data.files", "data.cache_dir", "data.store", "data.dataset",
-    "tokenizer.path", "tracking.mode", "tracking.project",
+    "tokenizer.path", "tracking.mode", "tracking.project", "tracking.backends", "tracking.group", "tracking.job_type",
+    "tracking.upload_checkpoints",
 }  # fmt: skip
 
 LIMITS = """It has learnt which tokens follow which, and nothing else: it knows no facts, follows no instructions, and

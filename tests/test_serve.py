@@ -1,0 +1,352 @@
+"""`textgen serve` as OpenAI's clients see it: the texts of `textgen sample`, whoever else is there."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.serving import Running, running
+from textgen.checkpoint import load_model
+from textgen.config import SamplingConfig
+from textgen.decoding import choose_decoder
+from textgen.generation import Sample, sample_all
+
+PROMPTS = ["The plot was", "Ça va, très café", "", "I watched this 🙂"]
+ENDLESS = {
+    "prompt": "The",
+    "temperature": 0,
+    "max_tokens": 100_000,
+}  # the tiny model's likeliest token is never the end
+
+
+@pytest.fixture(scope="module")
+def server(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    log = tmp_path_factory.mktemp("serve") / "log"
+    with running(tiny_run, log, "--max_tokens", "100000", "--max_waiting", "64", "--batch_size", "16") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def client(server: Running) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        yield client
+
+
+class Alone:
+    """Samples without a server, of a batch of one."""
+
+    def __init__(self, run: Path) -> None:
+        model, self.tokenizer = load_model(run)
+        self.decoder = choose_decoder(model, "int8")
+
+    def __call__(self, prompt: str, number: int = 0, **settings: Any) -> Sample:
+        config = SamplingConfig(**{"max_new_tokens": 16, **settings})
+        return sample_all(self.decoder, self.tokenizer, [prompt], config, num_samples=number + 1)[number]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_run: Path) -> Alone:
+    return Alone(tiny_run)
+
+
+# --- the API ---------------------------------------------------------------------------------------------------------
+
+
+def test_openai_client_gets_the_texts_of_textgen_sample(client: openai.OpenAI, alone: Alone) -> None:
+    asked: dict[str, Any] = {"temperature": 0.8, "seed": 7, "max_tokens": 30}
+    extra = {"top_k": 50, "min_p": 0.01}
+    answer = client.completions.create(model="tiny", prompt=PROMPTS, n=2, top_p=0.9, extra_body=extra, **asked)
+    samples = [
+        alone(prompt, number, seed=7, temperature=0.8, top_p=0.9, max_new_tokens=30, **extra)
+        for prompt in PROMPTS
+        for number in range(2)
+    ]
+    assert [choice.text for choice in answer.choices] == [sample.text for sample in samples]
+    assert [choice.index for choice in answer.choices] == list(range(8))
+    assert [choice.finish_reason for choice in answer.choices] == [
+        "stop" if sample.finished else "length" for sample in samples
+    ]
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == sum(sample.num_tokens for sample in samples)
+    assert answer.usage.prompt_tokens == sum(len(alone.tokenizer.encode(prompt)) for prompt in PROMPTS)
+    assert (answer.object, answer.model) == ("text_completion", "tiny")
+
+
+def test_a_streamed_text_is_the_same_and_comes_in_pieces(client: openai.OpenAI, alone: Alone) -> None:
+    stream = client.completions.create(
+        model="tiny", prompt=PROMPTS[:2], max_tokens=400, seed=3, stream=True, stream_options={"include_usage": True}
+    )
+    texts, reasons, pieces, usage = {0: "", 1: ""}, {}, 0, None
+    for event in stream:
+        usage = event.usage or usage
+        for choice in event.choices:
+            assert choice.index not in reasons, "something came after the end"
+            texts[choice.index] += choice.text
+            pieces += 1
+            if choice.finish_reason:
+                reasons[choice.index] = choice.finish_reason
+    samples = [alone(prompt, seed=3, max_new_tokens=400) for prompt in PROMPTS[:2]]
+    assert list(texts.values()) == [sample.text for sample in samples]
+    assert sorted(reasons) == [0, 1]
+    assert pieces > 4
+    assert usage is not None
+    assert usage.completion_tokens == sum(sample.num_tokens for sample in samples)
+
+
+def test_stop_strings_end_a_text_and_echo_stands_before_it(client: openai.OpenAI, alone: Alone) -> None:
+    whole = alone("The plot", seed=5, max_new_tokens=60).text
+    stop = whole[20:23]
+    answer = client.completions.create(model="tiny", prompt="The plot", max_tokens=60, seed=5, stop=[stop], echo=True)
+    assert answer.choices[0].text == "The plot" + whole[: whole.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_logprobs_are_the_models_and_say_where_each_token_stands(client: openai.OpenAI, alone: Alone) -> None:
+    sample = alone("The plot", seed=5, max_new_tokens=40, logprobs=3)
+    assert sample.logprobs is not None
+    told = sample.logprobs[:-1] if sample.finished else sample.logprobs
+    for stream in (False, True):
+        answer = client.completions.create(
+            model="tiny", prompt="The plot", max_tokens=40, seed=5, logprobs=3, stream=stream
+        )
+        parts = [event.choices[0] for event in (answer if stream else [answer])]
+        got = [part.logprobs for part in parts if part.logprobs is not None]
+        tokens = [token for part in got for token in part.tokens]
+        assert tokens == [at.token for at in told]
+        assert [v for part in got for v in part.token_logprobs] == pytest.approx([at.logprob for at in told], abs=1e-5)
+        tops = [top for part in got for top in part.top_logprobs]
+        assert [sorted(top) for top in tops] == [sorted({token for token, _ in at.top}) for at in told]
+        offsets = [offset for part in got for offset in part.text_offset]
+        for token, start in zip(tokens, offsets, strict=True):
+            assert "\\x" in token or sample.text[start:].startswith(token)  # but for parts of characters
+    assert any("\\x" not in token for token in tokens)
+
+
+def test_penalties_and_top_k_reach_the_draw(server: Running, alone: Alone) -> None:
+    asked = {"prompt": "The", "seed": 1, "max_tokens": 40}
+    text = server.complete(**asked, presence_penalty=1.5, frequency_penalty=-0.5)["choices"][0]["text"]
+    wanted = alone("The", seed=1, max_new_tokens=40, presence_penalty=1.5, frequency_penalty=-0.5).text
+    assert text == wanted != alone("The", seed=1, max_new_tokens=40).text
+    likeliest = alone("The", temperature=0.0, max_new_tokens=40).text
+    assert server.complete(**asked, top_k=1)["choices"][0]["text"] == likeliest
+
+
+def test_null_is_as_good_as_nothing(server: Running) -> None:
+    fields = json.loads(server.ask("GET", "/openapi.json")[2])["components"]["schemas"]["Asked"]["properties"]
+    assert "stream_options" in fields
+    answer = server.complete(**dict.fromkeys(fields))
+    assert answer["usage"]["completion_tokens"] <= 16
+    assert answer["choices"][0]["logprobs"] is None
+
+
+def test_without_a_seed_texts_differ(server: Running) -> None:
+    texts = {server.complete(prompt="The", max_tokens=30)["choices"][0]["text"] for _ in range(4)}
+    assert len(texts) == 4
+
+
+def test_the_model_is_listed_and_another_one_is_not_found(client: openai.OpenAI) -> None:
+    assert [model.id for model in client.models.list()] == ["tiny"]
+    assert client.models.retrieve("tiny").owned_by == "textgen"
+    for ask in (lambda: client.models.retrieve("gpt"), lambda: client.completions.create(model="gpt", prompt="")):
+        with pytest.raises(openai.NotFoundError, match="the model here is `tiny`"):
+            ask()
+
+
+def test_64_streams_at_a_time_are_each_what_they_are_alone(server: Running, alone: Alone) -> None:
+    def asked(number: int) -> dict[str, Any]:
+        return {"temperature": 0.5 + number / 64, "seed": number, "presence_penalty": number % 3 / 2}
+
+    async def text_of(client: openai.AsyncOpenAI, number: int) -> str:
+        await asyncio.sleep(number % 7 / 50)  # they join a batch that runs
+        stream = await client.completions.create(
+            model="tiny", prompt=PROMPTS[number % 4], max_tokens=20 + number, stream=True, **asked(number)
+        )
+        return "".join([event.choices[0].text async for event in stream])
+
+    async def texts() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(text_of(client, number) for number in range(64)))
+
+    wanted = [alone(PROMPTS[i % 4], max_new_tokens=20 + i, **asked(i)).text for i in range(64)]
+    assert asyncio.run(texts()) == wanted
+
+
+# --- clients that leave, queues that are full ------------------------------------------------------------------------
+
+
+def begin(server: Running, **asked: Any) -> socket.socket:
+    """Send a request and return its connection, the head of the answer read if it streams."""
+    body = json.dumps(ENDLESS | asked).encode()
+    connection = socket.create_connection(("127.0.0.1", server.port), timeout=30)
+    connection.sendall(
+        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+        b"content-length: %d\r\n\r\n%s" % (len(body), body)
+    )
+    if asked.get("stream"):
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+    return connection
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_places(server: Running, stream: bool) -> None:
+    with begin(server, stream=stream, n=3):
+        server.wait_until("samples_running", 3)
+    server.wait_until("samples_running", 0)
+
+
+def test_more_than_the_queue_holds_is_refused_and_taken_again_later(server: Running) -> None:
+    with ExitStack() as clients:
+        for running in (8, 16):
+            clients.enter_context(begin(server, n=8))
+            server.wait_until("samples_running", running)
+        for _ in range(8):
+            clients.enter_context(begin(server, n=8))
+        server.wait_until("samples_waiting", 64)
+        status, headers, body = server.ask("POST", "/v1/completions", {"prompt": "The"})
+        assert (status, headers["retry-after"]) == (429, "1")
+        assert json.loads(body)["error"]["message"] == "64 samples wait already, at most 64 may"
+    server.wait_until("samples_running", 0)
+    assert server.metric("samples_waiting") == 0
+    assert server.complete(prompt="The")["choices"]
+
+
+# --- what is told to whom --------------------------------------------------------------------------------------------
+
+
+def test_other_hosts_and_other_sites_are_refused(server: Running) -> None:
+    own = f"127.0.0.1:{server.port}"
+    for host in (own, "localhost", "LOCALHOST:1", "[::1]:8000"):
+        assert server.ask("GET", "/v1/models", headers={"host": host})[0] == 200
+    for host in ("evil.example", "127.0.0.1.evil.example", "192.168.0.1", "evil.example@127.0.0.1", "[", ""):
+        status, _, body = server.ask("GET", "/", headers={"host": host})
+        assert (status, "`Host`" in json.loads(body)["error"]["message"]) == (403, True), host
+    assert server.ask("GET", "/", headers={"origin": server.url})[0] == 200
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1", "", f"http://evil.example?{own}"):
+        status, headers, _ = server.ask("POST", "/v1/completions", {"prompt": ""}, headers={"origin": origin})
+        assert status == 403, origin
+        assert "access-control-allow-origin" not in headers
+
+
+def test_answers_forbid_what_a_browser_need_not_do(server: Running) -> None:
+    for path in ("/", "/page.js", "/v1/models", "/nothing"):
+        headers = server.ask("GET", path)[1]
+        assert headers["content-security-policy"].startswith("default-src 'none'; script-src 'self'; style-src 'self'")
+        assert headers["x-content-type-options"] == "nosniff"
+        assert "unsafe" not in headers["content-security-policy"]
+
+
+def test_health_and_metrics_are_told(server: Running) -> None:
+    status, _, body = server.ask("GET", "/healthz")
+    assert (status, json.loads(body)) == (200, {"status": "ok"})
+    before = server.metric("tokens_total")
+    server.complete(prompt="The", max_tokens=5, temperature=0)
+    assert server.metric("tokens_total") == before + 5
+    for line in server.ask("GET", "/metrics")[2].decode().splitlines():
+        figure = r'textgen_\w+(\{path="[^"]+",code="\d+"\})? [\d.e+-]+'
+        assert re.fullmatch(rf"# TYPE textgen_\w+ (counter|gauge|summary)|{figure}", line)
+
+
+def test_the_log_holds_neither_prompts_nor_texts(server: Running) -> None:
+    text = server.complete(prompt="Xanadu", max_tokens=50, stop=["Xerxes"])["choices"][0]["text"]
+    server.ask("POST", "/v1/completions", {"prompt": "Xanadu", "n": "Xylophone"})
+    server.ask("POST", "/v1/completions?prompt=Xanadu", b'{"prompt": "Xanadu')
+    server.ask("GET", "/Xanadu?Xanadu")
+    log = server.log.read_text()
+    assert "/v1/completions 400 " in log
+    assert "other 404 " in log
+    assert not re.search("X(anadu|erxes|ylophone)", log)
+    assert text not in log
+    assert "failed" not in log, "some request before, or one that was cut"
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--host", "0.0.0.0"], "`host` 0.0.0.0 can be reached from elsewhere, which needs `token_file`"),
+        (["--host", "example.org"], "`host` example.org can be reached from elsewhere, which needs `token_file`"),
+        (["--token_file", "short"], "`short` must hold a token of at least 16 letters, digits and signs"),
+        (["--token_file", "none"], "`none` cannot be read: No such file or directory"),
+        (["--max_waiting", "63"], "`max_waiting` must be at least 64: 63"),
+        (["--port", "65536"], "`port` must be at most 65535: 65536"),
+        (["--threads", "0"], "`threads` must be at least 1: 0"),
+        (["--timeout", "0"], "`timeout` must be above 0 and at most 86400: 0.0"),
+    ],
+)
+def test_what_cannot_be_served_is_said_in_a_line(
+    flags: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from textgen.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    Path("short").write_text("secret\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["serve", "nowhere", *flags])
+    assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_a_port_that_is_taken_is_said_in_a_line(server: Running, tiny_run: Path) -> None:
+    argv = [sys.executable, "-m", "textgen", "serve", str(tiny_run), "--port", str(server.port)]
+    ended = subprocess.run(argv, capture_output=True, text=True)
+    said = f"error: `host` 127.0.0.1 and `port` {server.port} cannot be listened on: Address already in use\n"
+    assert (ended.returncode, ended.stderr) == (2, said)
+
+
+def test_a_token_is_demanded_time_is_limited_and_sigterm_drains(tiny_run: Path, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("correct-horse-battery\n")
+    flags = ["--host", "0.0.0.0", "--token_file", str(token), "--timeout", "1.5", "--max_tokens", "100000"]
+    with running(tiny_run, tmp_path / "log", *flags, "--name", "own") as server:
+        for sent in ({}, {"authorization": "Bearer wrong"}, {"authorization": "correct-horse-battery"}):
+            for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/completions")):
+                status, headers, body = server.ask(method, path, headers=sent)
+                assert (status, headers["www-authenticate"]) == (401, "Bearer")
+                assert json.loads(body)["error"]["type"] == "authentication_error"
+        assert server.ask("GET", "/", headers={"host": "192.168.0.1"})[0] == 200
+        assert server.ask("GET", "/", headers={"host": "evil.example"})[0] == 403
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="correct-horse-battery", max_retries=0)
+        with client:
+            assert client.completions.create(model="own", prompt="The", max_tokens=3).choices[0].text
+            with pytest.raises(openai.APIError, match=r"not ready within 1\.5 seconds"):
+                client.completions.create(model="own", **ENDLESS)
+            with pytest.raises(openai.APIError, match=r"not ready within 1\.5 seconds"):
+                list(client.completions.create(model="own", stream=True, **ENDLESS))
+
+    with running(tiny_run, tmp_path / "log", "--max_tokens", "100000") as server:
+        ended: dict[str, bytes] = {}
+
+        def read(name: str, connection: socket.socket) -> None:
+            with connection:
+                while data := connection.recv(1 << 16):
+                    ended[name] = ended.get(name, b"") + data
+
+        asked = {"short": {"max_tokens": 1000}, "endless": {}}
+        streams = {name: begin(server, stream=True, **more) for name, more in asked.items()}
+        threads = [threading.Thread(target=read, args=item) for item in streams.items()]
+        for thread in threads:
+            thread.start()
+        server.process.send_signal(signal.SIGTERM)
+        started = time.monotonic()
+        assert server.process.wait(5) == 0
+        assert time.monotonic() - started > 1.5, "the endless stream was given no time"
+        for thread in threads:
+            thread.join()
+        assert b'"finish_reason": "length"' in ended["short"]
+        assert b"the server is shutting down" in ended["endless"]
+        assert all(data.endswith(b"data: [DONE]\n\n\r\n0\r\n\r\n") for data in ended.values())
