@@ -24,8 +24,8 @@ resume_override stop_signal gradient_compression distributed_timeout determinist
 data.source data.dataset data.dataset_config data.files data.text_column data.txt_documents data.normalization
 data.train_on data.validation_fraction data.validation_blocks data.cache_dir data.store
 tokenizer.vocab_size tokenizer.model_type tokenizer.path
-model.embedding_dim model.hidden_size model.num_layers model.dropout model.embedding_dropout
-model.weight_drop model.tie_weights model.layer_norm model.residual
+model.embedding_dim model.hidden_size model.num_layers model.dropout model.weight_drop
+model.tie_weights model.layer_norm model.residual
 tracking.backends tracking.mode tracking.project tracking.group tracking.job_type tracking.upload_checkpoints
 """.split()  # noqa: SIM905
 
@@ -37,7 +37,7 @@ model.embedding_dim model.hidden_size model.num_layers tokenizer.vocab_size
 """.split()  # noqa: SIM905
 NOT_NEGATIVE = """
 warmup_steps weight_decay seed ema_decay data.validation_fraction model.dropout
-model.embedding_dropout model.weight_drop
+model.weight_drop
 """.split()  # noqa: SIM905
 LISTS = ["adam_betas", "sample_temperatures"]
 

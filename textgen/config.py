@@ -102,8 +102,6 @@ class ModelConfig:
     """number of stacked LSTM layers"""
     dropout: float = 0.0
     """locked dropout on the embeddings, between layers and on the output: one mask per lane and step"""
-    embedding_dropout: float = 0.0
-    """share of the vocabulary that is left out of the input of a step"""
     weight_drop: float = 0.0
     """share of the recurrent weights that is left out of a step; to the nearest 256th"""
     tie_weights: bool = True
@@ -115,12 +113,12 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "embedding_dim", "hidden_size", "num_layers")
-        _require_within(self, 0, 1, "dropout", "embedding_dropout", "weight_drop")
+        _require_within(self, 0, 1, "dropout", "weight_drop")
 
     @property
     def drops(self) -> bool:
         """Whether a step of training leaves anything out."""
-        return max(self.dropout, self.embedding_dropout, self.weight_drop) > 0
+        return max(self.dropout, self.weight_drop) > 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,8 +28,8 @@ State = tuple[Tensor, Tensor]
 # softmax and gradient; in chunks they stay in a processor's cache, on a GPU they only must not be small.
 LOGITS_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
 
-# Where masks of other kinds than locked dropout's are drawn: its sites count up from 0.
-_EMBEDDING_SITE, _WEIGHT_SITE = -1, -2
+# Where weight drop draws its masks, counting down over layers: locked dropout's sites count up from 0.
+_WEIGHT_SITE = -2
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -44,7 +44,7 @@ class ModelFileError(ValueError):
 
 @dataclass(frozen=True)
 class DropoutMasks:
-    """What dropout of all kinds needs to draw its masks: pure functions of the step, kept by no generator."""
+    """What dropout and weight drop need to draw their masks: pure functions of the step, kept by no generator."""
 
     seed: int
     step: int
@@ -273,7 +273,7 @@ class LSTMLanguageModel(nn.Module):
             tokens: (batch, time) int64.
             state: hidden and cell, each (num_layers, batch, hidden_size), as an earlier call returned them.
             targets: (batch, time) int64, the token after each; -1 is not scored.
-            masks: draws what training leaves out by `dropout`, `embedding_dropout`, `weight_drop`; None: nothing.
+            masks: draws what training leaves out by `dropout` and `weight_drop`; None: nothing.
 
         Returns:
             Without targets the logits (batch, time, vocab_size), with them the nats summed over all targets, a
@@ -286,7 +286,7 @@ class LSTMLanguageModel(nn.Module):
 
     def _features(self, tokens: Tensor, state: State, masks: DropoutMasks | None) -> tuple[Tensor, State]:
         """Return what the output layer sees (batch, time, embedding_dim or hidden_size), and the new state."""
-        x = self._drop(self._embed(tokens, masks), masks, 0)  # (batch, time, embedding_dim)
+        x = self._drop(self.embedding(tokens), masks, 0)  # (batch, time, embedding_dim)
         hidden, cell = [], []
         for i, layer in enumerate(self.layers):
             before = x
@@ -302,15 +302,6 @@ class LSTMLanguageModel(nn.Module):
         if self.norms:
             x = self.norms[-1](x)
         return self.projection(x), (torch.cat(hidden), torch.cat(cell))
-
-    def _embed(self, tokens: Tensor, masks: DropoutMasks | None) -> Tensor:
-        """Return embeddings (batch, time, embedding_dim); where a token is left out, it is so all over the step."""
-        x: Tensor = self.embedding(tokens)
-        share = self.config.embedding_dropout
-        if masks is None or share == 0:
-            return x
-        kept = uniform(masks.seed, masks.step, _EMBEDDING_SITE, tokens) >= share  # (batch, time)
-        return x * (kept / (1 - share)).to(x.dtype)[..., None]
 
     def _weight_mask(self, masks: DropoutMasks | None, layer: int) -> Tensor | None:
         """Return what multiplies a layer's recurrent weights (4 * hidden_size, hidden_size): one mask per step.

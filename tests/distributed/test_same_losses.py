@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 Launch = Callable[..., list[dict[str, Any]]]
-DROPOUT = ("--model.dropout", "0.1", "--model.embedding_dropout", "0.1", "--model.weight_drop", "0.2")
+DROPOUT = ("--model.dropout", "0.1", "--model.weight_drop", "0.2")
 LAYOUTS = [(1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1)]
 
 
@@ -29,7 +29,7 @@ def largest_difference(ours: list[float], theirs: list[float]) -> float:
 def test_any_layout_has_the_losses_of_one_process(
     launch_training: Launch, alone: list[dict[str, Any]], processes: int, micro_batches: int
 ) -> None:
-    """50 steps in fp32, dropout on: its masks are functions of seed and step, lanes or tokens or weights."""
+    """50 steps in fp32, dropout on: its masks are functions of seed and step, and of lane or weight."""
     rows = launch_training(
         f"{processes}x{micro_batches}", "--max_steps", "50", *DROPOUT,
         "--gradient_accumulation_steps", str(micro_batches), processes=processes,

@@ -1,0 +1,438 @@
+"""What the levers of a recipe are worth: `python -m benchmarks.quality levers --jobs 2`.
+
+Every recipe is trained by textgen's own code over a fixed number of steps, one thread per run, from several seeds, and
+scored in bits per byte on validation reviews. Runs with the same seed read the same text in the same order, so that
+recipes are compared seed by seed. A finished run is a line of `benchmarks/results/quality.jsonl` and is not repeated.
+
+`python -m benchmarks.quality guard` trains the small run of `make quality` and compares it with what is recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.machine import RESULTS
+from textgen import launch
+from textgen.config import DataConfig, ModelConfig, TrainConfig
+from textgen.corpus import held_out_blocks, open_corpus
+from textgen.data import prepare_store
+from textgen.evaluation import score, split_documents
+from textgen.model import LSTMLanguageModel, LSTMLayer
+from textgen.parsing import build_settings, parse_train_config
+from textgen.processes import StopSignals
+from textgen.steps import Training, build, step_batches, train_step, zero_lanes
+
+PRESETS = Path(__file__).parents[1] / "launch" / "presets"
+CACHE = Path("~/.cache/textgen").expanduser()
+QUICK: dict[str, Any] = {
+    "data.source": "package", "tokenizer.vocab_size": 4000, "model.embedding_dim": 256, "model.num_layers": 1,
+    "batch_size": 32, "seq_len": 32, "learning_rate": 0.01, "lr_schedule": "linear", "warmup_steps": 100,
+    "max_grad_norm": 1.0,
+}  # fmt: skip
+SPREAD = 0.004
+"""standard deviation of a seed, about: laws that miss runs by less are not told apart"""
+SMALL: dict[str, Any] = {"tokenizer.vocab_size": 500, "model.embedding_dim": 128, "model.hidden_size": 192}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings by dotted name, and what is taken away that is no setting."""
+
+    settings: Mapping[str, Any]
+    without: str | None = None
+    subset: int | None = None
+    """train on every so many-th review only"""
+    documents: int | None = 250
+    """evenly spaced validation reviews that are scored; None for all"""
+
+    def but(self, without: str | None = None, /, **settings: Any) -> Recipe:
+        """Return this recipe with other settings; a double underscore stands for a dot."""
+        changed = {name.replace("__", "."): value for name, value in settings.items()}
+        return Recipe({**self.settings, **changed}, without or self.without, self.subset, self.documents)
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------------
+
+
+def levers() -> dict[str, Recipe]:
+    """Return a small `quick`, with as many tokens per parameter (336,000 and 1M), and its levers one by one."""
+    base = Recipe({**QUICK, **SMALL, "max_steps": 1000})
+    joined: dict[str, Any] = {"model__layer_norm": True, "model__residual": True}
+    return {
+        "baseline": base,
+        "peak rate 3e-3": base.but(learning_rate=0.003),
+        "constant rate": base.but(lr_schedule="constant"),
+        "constant rate of 3e-3": base.but(lr_schedule="constant", learning_rate=0.003),
+        "constant rate of 3e-3, average 0.999": base.but(lr_schedule="constant", learning_rate=0.003, ema_decay=0.999),
+        "cosine decay": base.but(lr_schedule="cosine"),
+        "no warm-up": base.but(warmup_steps=0),
+        "no clipping": base.but(max_grad_norm=None),
+        "clipping at 0.25": base.but(max_grad_norm=0.25),
+        "betas (0.9, 0.99)": base.but(adam_betas=(0.9, 0.99)),
+        "average, 0.999": base.but(ema_decay=0.999),
+        "L2 penalty 1e-5": base.but(weight_decay=1e-5),
+        "no unigram bias": base.but("unigram bias"),
+        "recurrent weights not orthogonal": base.but("orthogonal weights"),
+        "forget gate at 0": base.but("open forget gate"),
+        "input weights five times as large": base.but("small input weights"),
+        "state reset at each window": base.but("carried state"),
+        "windows of 16": base.but(seq_len=16, max_steps=2000),
+        "windows of 64": base.but(seq_len=64, max_steps=500),
+        "16 lanes": base.but(batch_size=16, max_steps=2000),
+        "64 lanes": base.but(batch_size=64, max_steps=500),
+        "untied": base.but(model__tie_weights=False),
+        "2 layers": base.but(model__num_layers=2),
+        "2 layers, LayerNorm and residual": base.but(model__num_layers=2, **joined),
+        "3 layers": base.but(model__num_layers=3),
+        "3 layers, LayerNorm and residual": base.but(model__num_layers=3, **joined),
+        "1 layer, LayerNorm": base.but(model__layer_norm=True),
+        "a layer of 288": base.but(model__hidden_size=288),
+        "dropout 0.1": base.but(model__dropout=0.1),
+        "weight drop 0.2": base.but(model__weight_drop=0.2),
+    }
+
+
+def depth() -> dict[str, Recipe]:
+    """Return stacks of layers at the small model's shape, at a rate that all of them bear."""
+    base = levers()["baseline"].but(learning_rate=0.003, max_steps=2000)
+    recipes = {"1 layer": base, "1 layer, LayerNorm": base.but(model__layer_norm=True)}
+    for layers in (2, 3):
+        for what in ((), ("layer_norm",), ("residual",), ("layer_norm", "residual")):
+            settings = {f"model__{name}": True for name in what}
+            recipes[f"{layers} layers{''.join(f', {name}' for name in what)}"] = base.but(
+                model__num_layers=layers, **settings
+            )
+    return recipes
+
+
+def regularization() -> dict[str, Recipe]:
+    """Return ten epochs over 1.2 tokens per parameter, as `default` takes over 0.9: where dropout is to pay."""
+    shape = {"tokenizer.vocab_size": 500, "model.embedding_dim": 64, "model.hidden_size": 192}
+    steps = {"learning_rate": 0.006, "max_epochs": 10, "ema_decay": 0.999}
+    base = Recipe({**QUICK, **shape, **steps}, subset=40, documents=None)
+    recipes = {"nothing left out": base}
+    for dropout, weight_drop in ((0.1, 0), (0.2, 0), (0, 0.2), (0, 0.4), (0.1, 0.2), (0.2, 0.2)):
+        shares = {"dropout": dropout, "weight_drop": weight_drop}
+        name = ", ".join(f"{name} {share}" for name, share in shares.items() if share)
+        recipes[name] = base.but(**{f"model__{name}": share for name, share in shares.items() if share})
+    recipes["L2 penalty 1e-5"] = base.but(weight_decay=1e-5)
+    return recipes
+
+
+def scaling() -> dict[str, Recipe]:
+    """Return `quick` at several sizes and lengths; `fit` is held against the last two."""
+    base = Recipe({**QUICK, "learning_rate": 0.006}, documents=None)
+    sizes = [(h, s) for s in (1000, 2000) for h in (128, 256, 512)] + [(512, 4000), (512, 8416)]
+    return {f"{h} units, {s} steps": base.but(model__hidden_size=h, max_steps=s) for h, s in sizes}
+
+
+GROUPS: dict[str, Callable[[], dict[str, Recipe]]] = {
+    "levers": levers, "depth": depth, "regularization": regularization, "scaling": scaling,
+}  # fmt: skip
+
+
+# --- one run ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def take_away(training: Training, what: str) -> None:
+    """Undo a part of how a model begins."""
+    layers = [layer for layer in training.bare.layers if isinstance(layer, LSTMLayer)]
+    if what == "unigram bias":
+        training.bare.output.bias.zero_()
+    elif what == "orthogonal weights":
+        for layer in layers:
+            nn.init.xavier_uniform_(layer.weight_hh)
+    elif what == "small input weights":
+        for layer in layers:
+            layer.weight_ih.mul_(5)
+    elif what == "open forget gate":
+        for layer in layers:
+            layer.bias.zero_()
+    else:
+        assert what == "carried state"
+
+
+def subset_of_reviews(every: int) -> DataConfig:
+    """Write every so many-th packaged review into files, and return where: validation is the same for all subsets."""
+    home = CACHE / "quality" / f"every-{every}"
+    files = [home / "train" / "reviews.jsonl", home / "valid" / "reviews.jsonl"]
+    if not files[1].exists():
+        texts = list(open_corpus(DataConfig(source="package")).splits["train"]())
+        held_out = {i for block in held_out_blocks(len(texts), 0.1, 4) for i in block}
+        chosen = [
+            [text for i, text in enumerate(texts) if i % every == 0 and i not in held_out],
+            [texts[i] for i in sorted(held_out)[::10]],
+        ]
+        for file, part in zip(files, chosen, strict=True):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    return DataConfig(source="files", files=(str(home),))
+
+
+def settings_of(recipe: Recipe, seed: int) -> TrainConfig:
+    """Return a recipe's settings with a seed."""
+    nested: dict[str, Any] = {"seed": seed}
+    for name, value in recipe.settings.items():
+        part, _, rest = name.rpartition(".")
+        (nested.setdefault(part, {}) if part else nested)[rest] = value
+    if recipe.subset is not None:
+        nested["data"] = subset_of_reviews(recipe.subset)
+    return build_settings(TrainConfig, nested)
+
+
+def train(config: TrainConfig, *, without: str | None = None, documents: int | None = None) -> dict[str, Any]:
+    """Train and score by textgen's own parts.
+
+    Args:
+        config: the settings.
+        without: what is taken away that is no setting.
+        documents: validation reviews to score, evenly spaced; None for all.
+
+    Returns:
+        bits_per_byte on validation, and what the run took; `curve` holds the training loss in nats per token, averaged
+        over each tenth of the steps.
+    """
+    started = time.perf_counter()
+    accelerator = launch.start(config.mixed_precision)
+    store = prepare_store(config.data, config.tokenizer, progress=False)
+    training = build(config, accelerator, store, StopSignals())
+    if without is not None:
+        take_away(training, without)
+    steps = training.progression.total_steps
+    tenths = torch.zeros(10, dtype=torch.float64)
+    for micro_batches, _ in step_batches(training, steps):
+        if without == "carried state":
+            training.lane_states = zero_lanes(training)
+        tenths[10 * training.progression.step // steps] += float(train_step(training, micro_batches))
+        training.progression.step += 1
+    counts = torch.bincount(torch.arange(steps) * 10 // steps, minlength=10) * config.batch_size * config.seq_len
+    trained = time.perf_counter() - started
+    chosen, num_bytes = split_documents(store.split("validation"), documents)
+    scored = score(accelerator, training.best_weights, chosen, num_bytes, bos_id=store.tokenizer.bos_id)
+    accelerator.free_memory()
+    return {
+        "bits_per_byte": scored.bits_per_byte, "curve": (tenths / counts).tolist(), "documents": scored.documents,
+        "parameters": training.bare.num_parameters, "tokens": steps * config.batch_size * config.seq_len,
+        "train_tokens": store.split("train").num_tokens, "seconds": trained,
+    }  # fmt: skip
+
+
+def run(name: str, recipe: Recipe, seed: int) -> dict[str, Any]:
+    """Train a recipe from a seed in this process, on one thread."""
+    torch.set_num_threads(1)
+    figures = train(settings_of(recipe, seed), without=recipe.without, documents=recipe.documents)
+    return {"recipe": name, **identity(recipe, seed), **figures}
+
+
+def identity(recipe: Recipe, seed: int) -> dict[str, Any]:
+    """Return what makes a run the same as another one, as JSON gives it back."""
+    told = {"seed": seed, "settings": dict(recipe.settings), "without": recipe.without, "subset": recipe.subset}
+    told["scored"] = recipe.documents
+    return dict(json.loads(json.dumps(told)))
+
+
+# --- many runs -------------------------------------------------------------------------------------------------------
+
+
+def run_all(recipes: Mapping[str, Recipe], seeds: Sequence[int], path: Path, *, jobs: int) -> None:
+    """Take all runs that are not in the file yet, some at a time; all recipes from one seed before the next."""
+    finished = [identity_of(row) for row in read(path)]
+    wanted = [(name, recipe, seed) for seed in seeds for name, recipe in recipes.items()]
+    wanted = [each for each in wanted if identity(each[1], each[2]) not in finished]
+    for every in {recipe.subset for _, recipe, _ in wanted if recipe.subset is not None}:
+        subset_of_reviews(every)  # once, not by each process
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for future in as_completed([pool.submit(run, *each) for each in wanted]):
+            row = future.result()
+            with path.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            took = f"{row['bits_per_byte']:.4f} ({row['seconds']:.0f} s)"
+            print(f"{row['recipe']}, seed {row['seed']}: {took}", flush=True)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the finished runs of a file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def identity_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity of a finished run."""
+    return {name: row[name] for name in ("seed", "settings", "without", "subset", "scored")}
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Bits per byte of several seeds."""
+
+    mean: float
+    spread: float
+    """standard deviation of a seed"""
+
+    def holds(self, bits: Sequence[float]) -> bool:
+        """Tell whether the mean of some seeds lies within four standard deviations of such a mean."""
+        return abs(statistics.fmean(bits) - self.mean) <= 4 * self.spread / math.sqrt(len(bits))
+
+
+GUARD = Recipe(
+    {**QUICK, "tokenizer.vocab_size": 500, "model.embedding_dim": 64, "model.hidden_size": 128, "seq_len": 8,
+     "learning_rate": 0.01, "max_steps": 2500},
+    subset=10,
+    documents=None,
+)  # fmt: skip
+
+RECORDED = Recorded(2.2045, 0.0040)
+"""of seeds 1 to 5: docs/experiments.md, 2026-11-23"""
+
+
+def guard(recipe: Recipe = GUARD, seeds: Sequence[int] = (1, 2)) -> list[float]:
+    """Return bits per byte of a recipe, a process for each seed."""
+    assert recipe.subset is not None
+    subset_of_reviews(recipe.subset)  # once, not by each process
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        rows = list(pool.map(run, ["guard"] * len(seeds), [recipe] * len(seeds), seeds))
+    return [row["bits_per_byte"] for row in rows]
+
+
+def table(recipes: Mapping[str, Recipe], rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield the lines of a table: mean, spread over seeds, and the mean difference to the first recipe seed by seed."""
+    found: dict[str, dict[int, float]] = {}
+    for name, recipe in recipes.items():
+        same = identity(recipe, 0)
+        alike = [row for row in rows if {**identity_of(row), "seed": 0} == same]
+        found[name] = {row["seed"]: row["bits_per_byte"] for row in alike}
+    baseline = next(iter(found.values()))
+    yield "| recipe | seeds | bits per byte | standard deviation | difference, seed by seed |"
+    yield "|---|---|---|---|---|"
+    for name, by_seed in found.items():
+        if by_seed:
+            differences = [value - baseline[seed] for seed, value in by_seed.items() if seed in baseline]
+            values = list(by_seed.values())
+            mean = f"{statistics.fmean(values):.4f}"
+            yield f"| {name} | {len(values)} | {mean} | {spread(values)} | {mean_of(differences)} |"
+
+
+@dataclass(frozen=True)
+class Law:
+    """bits per byte = floor + of_size / parameters^size_exponent + of_tokens / tokens^token_exponent.
+
+    The form is that of Hoffmann et al. 2022, section 3.3; parameters are those beside embedding and output layer.
+    """
+
+    floor: float
+    of_size: float
+    size_exponent: float
+    of_tokens: float
+    token_exponent: float
+
+    def __call__(self, parameters: float, tokens: float) -> float:
+        """Predict bits per byte."""
+        of_size = self.of_size * math.pow(parameters, -self.size_exponent)
+        return self.floor + of_size + self.of_tokens * math.pow(tokens, -self.token_exponent)
+
+
+def fit(points: Sequence[tuple[float, float, float]]) -> list[tuple[float, Law]]:
+    """Fit laws to runs: (parameters, tokens, bits per byte) each.
+
+    Returns:
+        Root mean square error and law for every pair of exponents whose factors come out positive, the best first: all
+        that fit about as well tell how far a prediction can be trusted.
+    """
+    parameters, tokens, bits = np.array(points).T
+    laws = []
+    for a, b in product(np.arange(0.05, 1.55, 0.05), repeat=2):
+        columns = np.stack([np.ones(len(bits)), parameters**-a, tokens**-b], 1)
+        factors = np.linalg.lstsq(columns, bits, rcond=None)[0]
+        if (factors >= 0).all():
+            error = float(np.sqrt(np.mean((columns @ factors - bits) ** 2)))
+            floor, of_size, of_tokens = factors.tolist()
+            laws.append((error, Law(floor, of_size, float(a), of_tokens, float(b))))
+    return sorted(laws, key=lambda law: law[0])
+
+
+def describe_scaling(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what laws fitted to the smaller runs say of the two largest ones, and of `default`."""
+    recipes = scaling()
+    points = {}
+    for name, recipe in recipes.items():
+        bits = [row["bits_per_byte"] for row in rows if {**identity_of(row), "seed": 0} == identity(recipe, 0)]
+        parameters = beside_embedding(settings_of(recipe, 0).model)
+        points[name] = parameters, 1024.0 * recipe.settings["max_steps"], statistics.fmean(bits) if bits else math.nan
+    small = list(points.values())[:-2]
+    if any(math.isnan(bits) for _, _, bits in small):
+        yield "no law: not all of the smaller runs are there"
+        return
+    default = parse_train_config(["--config", str(PRESETS / "default.yaml")])
+    points["default.yaml, ten epochs as if all text were new"] = beside_embedding(default.model), 246e6, math.nan
+    laws = fit(small)
+    bearable = max(SPREAD, 2 * laws[0][0])
+    alike = [law for error, law in laws if error <= bearable]
+    yield f"{laws[0][1]}, root mean square error {laws[0][0]:.4f}; {len(alike)} laws within {bearable:.4f}"
+    for name, (parameters, tokens, seen) in list(points.items())[len(small) :]:
+        told = [law(parameters, tokens) for law in alike]
+        met = "" if math.isnan(seen) else f", seen {seen:.4f}"
+        yield f"{name}: predicted {told[0]:.4f} ({min(told):.4f} to {max(told):.4f}){met}"
+
+
+def beside_embedding(model: ModelConfig) -> float:
+    """Return the number of parameters beside embedding and output layer."""
+    with torch.device("meta"):
+        language_model = LSTMLanguageModel(model, 2)
+    parts = (language_model.layers, language_model.norms, language_model.projection)
+    return float(sum(p.numel() for part in parts for p in part.parameters()))
+
+
+def spread(values: Sequence[float]) -> str:
+    """Return the standard deviation as text."""
+    return f"{statistics.stdev(values):.4f}" if len(values) > 1 else "-"
+
+
+def mean_of(values: Sequence[float]) -> str:
+    """Return a mean with its standard error as text."""
+    if not any(values):
+        return "-"
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.4f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):+.4f}{error}"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Take the runs of a group that are missing, and print its table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("group", choices=[*GROUPS, "guard"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--only", nargs="*", default=[], metavar="RECIPE", help="recipes, beside the first one")
+    parser.add_argument("--file", type=Path, default=RESULTS / "quality.jsonl")
+    asked = parser.parse_args(argv)
+    if asked.group == "guard":
+        bits = guard()
+        print(f"bits per byte {bits}, recorded {RECORDED}")
+        raise SystemExit(not RECORDED.holds(bits))
+    recipes = GROUPS[asked.group]()
+    if unknown := [name for name in asked.only if name not in recipes]:
+        parser.error(f"no recipe `{unknown[0]}` in {asked.group}; it has {', '.join(recipes)}")
+    first = next(iter(recipes))
+    recipes = {name: recipe for name, recipe in recipes.items() if not asked.only or name in [first, *asked.only]}
+    run_all(recipes, range(1, asked.seeds + 1), asked.file, jobs=asked.jobs)
+    print("\n".join(table(recipes, read(asked.file))))
+    if asked.group == "scaling":
+        print("\n".join(describe_scaling(read(asked.file))))
+
+
+if __name__ == "__main__":
+    main()
