@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,8 @@ import pytest
 from textgen import tracking
 from textgen.cli import train_main
 from textgen.tracking import Follower, RunEnd, Tracker, has_wandb_key, read_metrics
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture
@@ -158,9 +163,29 @@ print(json.dumps([values, texts]))
     assert texts == ["samples/text_summary"]
 
 
+def test_trackio_has_every_step_once_through_a_resume(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Accelerate's tracker; in processes of their own, as trackio keeps a folder for each."""
+    flags = [
+        *tiny_flags, "--run_dir", str(tmp_path / "run"), "--tracking.mode", "auto", "--log_every", "1",
+        "--tracking.backends", "trackio",
+    ]  # fmt: skip
+    for steps in ("3", "5"):
+        subprocess.run(
+            [sys.executable, "train_distributed.py", *flags, "--max_steps", steps],
+            check=True, cwd=ROOT, env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")},
+        )  # fmt: skip
+    (database,) = (tmp_path / "trackio").glob("*.db")
+    with closing(sqlite3.connect(database)) as connection:
+        kept = connection.execute("select step, metrics from metrics order by id").fetchall()
+    losses = [(step, json.loads(row)["train/loss"]) for step, row in kept if "train/loss" in json.loads(row)]
+    assert losses == [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path / "run") if "train/loss" in row]
+    assert [step for step, _ in losses] == [1, 2, 3, 4, 5]
+
+
 def test_a_tracker_that_is_not_installed_is_one_line(
-    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(sys.modules, "trackio", None)
     flags = [*tiny_flags, "--run_dir", str(tmp_path / "run"), "--tracking.mode", "auto"]
     with pytest.raises(SystemExit) as refused:
         train_main([*flags, "--tracking.backends", "wandb", "trackio"])
