@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.machine import RESULTS, save
-from textgen import training_kernels
+from textgen import training_kernels, usage
 from textgen.config import ModelConfig, TrainConfig
 from textgen.model import LSTMLanguageModel, LSTMLayer
 from textgen.optim import build_optimizer
@@ -427,8 +427,7 @@ def print_peak(way: str, shape: Shape, precision: str) -> None:
     assert run is not None
     before = now()
     run(2)
-    top = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    top = top or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    top = usage.peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     print(json.dumps({"step": top - before, "process": top}))
 
 

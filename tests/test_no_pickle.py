@@ -237,7 +237,7 @@ def assert_known_kind(path: Path) -> None:
             Tokenizer.from_file(path)
         case ".png", _:
             assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
-        case ".md", _:
+        case ".md" | ".html", _:
             assert all(line.isprintable() for line in path.read_text(encoding="utf-8").splitlines())
         case _, ".lock":
             assert path.read_bytes() == b""

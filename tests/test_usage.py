@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from textgen.config import ModelConfig
 from textgen.model import LSTMLanguageModel
 from textgen.tracking import read_metrics, tells_of_the_machine
-from textgen.usage import flops_per_token, known_peak, measure_machines, peak_flops, peak_memory
+from textgen.usage import flops_per_token, known_peak, measure_machines, peak_flops
 
 ROOT = Path(__file__).parents[1]
 
@@ -61,12 +61,21 @@ def test_a_peak_is_that_of_the_data_sheet_or_not_known(gpu: str, half: bool, pea
 
 
 def test_memory_is_the_most_that_was_held() -> None:
-    before = peak_memory(torch.device("cpu"))
-    block = torch.ones(50 << 20)  # 200 MiB
-    after = peak_memory(torch.device("cpu"))
-    del block
-    assert 150 << 20 < after - before < 260 << 20
-    assert peak_memory(torch.device("cpu")) >= after
+    """In a process of its own: this one may have held more before."""
+    measure = """
+import torch
+from textgen.usage import peak_memory
+device, figures = torch.device("cpu"), []
+figures.append(peak_memory(device))
+block = torch.ones(50 << 20)
+figures.append(peak_memory(device))
+del block
+print(*figures, peak_memory(device))
+"""
+    told = subprocess.run([sys.executable, "-c", measure], check=True, capture_output=True, text=True).stdout
+    before, held, after = map(int, told.split())
+    assert 150 << 20 < held - before < 260 << 20  # 200 MiB
+    assert after > held - (8 << 20)  # the kernel counts in batches
 
 
 def test_nothing_is_guessed_of_a_processors_peak() -> None:

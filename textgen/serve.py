@@ -187,7 +187,7 @@ def _server(app: ASGIApp, scheduler: Scheduler) -> Any:
         refused = False
 
         def connection_made(self, transport: BaseTransport) -> None:
-            assert isinstance(transport, Transport)
+            assert isinstance(transport, Transport)  # as asyncio's loop gives them, uvloop does not
             super().connection_made(transport)
             if len(self.connections) > MAX_CONNECTIONS:
                 transport.write(TOO_MANY)
@@ -248,8 +248,8 @@ def _server(app: ASGIApp, scheduler: Scheduler) -> Any:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * MAX_CONNECTIONS)), hard))
     config = Config(
-        app, http=Connection, ws="none", lifespan="on", backlog=128, log_config=None, log_level="critical",
-        access_log=False, server_header=False, timeout_graceful_shutdown=int(DRAIN_SECONDS) + 1,
+        app, http=Connection, loop="asyncio", ws="none", lifespan="on", backlog=128, log_config=None,
+        log_level="critical", access_log=False, server_header=False, timeout_graceful_shutdown=int(DRAIN_SECONDS) + 1,
         h11_max_incomplete_event_size=16384,
     )  # fmt: skip
     return Draining(config)

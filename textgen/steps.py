@@ -26,6 +26,7 @@ from textgen.model import DropoutMasks, LSTMLanguageModel, State
 from textgen.optim import build_optimizer, learning_rate
 from textgen.processes import StopSignals
 from textgen.progress import say
+from textgen.usage import peak_memory
 from textgen.world import LaunchError
 
 log = logging.getLogger("textgen")
@@ -341,17 +342,12 @@ def describe_cost(training: Training) -> None:
     """Print what the training would cost, from two steps. Collective."""
     seconds = time_steps(training, budget_seconds=0.0)
     accelerator, steps = training.accelerator, training.progression.total_steps
-    if accelerator.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated()
-    else:
-        import resource
-
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    memory = peak_memory(accelerator.device) / 2**30
     if training.config.max_minutes is not None:
         steps = min(steps, max(int(training.config.max_minutes * 60 / seconds), 1))
     say(
         accelerator,
         f"dry run: {describe_training(training)}\n"
         f"{steps:,} steps of {seconds:.3f} s: {steps * seconds / 3600:.2f} hours, "
-        f"{memory / 2**30:.2f} GiB of memory at its peak so far per process; nothing was written but the token store",
+        f"{memory:.2f} GiB of memory at its peak so far per process; nothing was written but the token store",
     )

@@ -140,6 +140,8 @@ class WandbRun:
             self._init("offline")
             self._next = here
             folder = self._dir / "wandb"  # of a resumed run it holds several parts
+            if folder.is_relative_to(Path.cwd()):
+                folder = folder.relative_to(Path.cwd())
             upload = f"wandb sync {folder / f'*run-*-{self._id}'}"
             log.info("W&B offline; look with `wandb leet %s`, upload with `%s`", folder, upload)
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import resource
+import sys
 
 import psutil
 import torch
@@ -59,7 +60,12 @@ def peak_memory(device: torch.device) -> int:
     """Return the most bytes that this process has held so far: of a GPU's memory as torch allots it, else resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    try:  # getrusage's figure on Linux is at least what the process held that started this one
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) * 1024
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def measure_machines(accelerator: Accelerator) -> dict[str, float]:
