@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import RESULTS, describe, save
+from benchmarks.machine import RESULTS, describe, joules, save
 from textgen.checkpoint import load_model
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import CellDecoder, CompiledDecoder, Decoder, DecoderState, choose_decoder, multiplies_int8
@@ -197,8 +197,10 @@ def reading(num_bytes: int, device: torch.device) -> Steps:
     return steps
 
 
-def compare(variants: dict[str, Steps], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Return seconds per step of every round, variant by variant, in turns."""
+def compare(
+    variants: dict[str, Steps], rounds: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return seconds per step of every round, variant by variant, in turns; and joules per step where they are told."""
 
     def seconds(steps: Steps, count: int) -> float:
         started = time.perf_counter()
@@ -215,10 +217,13 @@ def compare(variants: dict[str, Steps], rounds: int, device: torch.device) -> di
         except RuntimeError as error:  # torch.compile's own; the others are worth having
             print(f"{name} is left out: {str(error).splitlines()[0]}")
     times: dict[str, list[float]] = {name: [] for name in counts}
+    energy: dict[str, float] = dict.fromkeys(counts, 0.0)
     for _ in range(rounds):
         for name, count in counts.items():
+            before = joules(device)
             times[name].append(seconds(variants[name], count))
-    return times
+            energy[name] += (joules(device) - before) / count / rounds
+    return times, energy if joules(device) else {}
 
 
 def loading(model: LSTMLanguageModel, folder: Path, device: torch.device) -> dict[str, Any]:
@@ -288,7 +293,7 @@ def main() -> None:
             readings = {
                 f"reading {name}": reading(weight_count(model) * size, device) for name, size in BYTES.items()
             }  # fmt: skip
-            figures["steps"][rows] = report(compare(variants | readings, args.rounds, device), rows)
+            figures["steps"][rows] = report(*compare(variants | readings, args.rounds, device), rows)
     name = "decode" if device.type == "cpu" else "decode_cuda"
     path = RESULTS / f"{name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
@@ -337,7 +342,7 @@ def differences(name: str, rows: int = 10, length: int = 1000) -> dict[str, Any]
     return figures
 
 
-def report(times: dict[str, list[float]], rows: int) -> dict[str, Any]:
+def report(times: dict[str, list[float]], energy: dict[str, float], rows: int) -> dict[str, Any]:
     """Print and return figures of a batch size; ratios are taken round by round."""
     figures = {}
     for name, seconds in times.items():
@@ -346,6 +351,8 @@ def report(times: dict[str, list[float]], rows: int) -> dict[str, Any]:
             "ms": round(median * 1e3, 4), "lowest": round(min(seconds) * 1e3, 4),
             "highest": round(max(seconds) * 1e3, 4),
         }  # fmt: skip
+        if name in energy:
+            figures[name]["millijoules_per_token"] = round(energy[name] / rows * 1e3, 3)
         if name.startswith("reading"):
             print(f"{rows:4} {name:24} {median * 1e3:8.3f} ms")
             continue

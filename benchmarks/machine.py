@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,22 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "commit": commit,
     }
+
+
+def joules(device: torch.device, powercap: Path = Path("/sys/class/powercap")) -> float:
+    """Return what a GPU (by NVML) or the processors' packages (by RAPL) have taken so far; 0 where untold."""
+    if device.type == "cuda":
+        try:
+            pynvml = import_module("pynvml")  # of nvidia-ml-py
+            pynvml.nvmlInit()
+            gpu = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+            return float(pynvml.nvmlDeviceGetTotalEnergyConsumption(gpu)) / 1e3
+        except Exception:  # no library, or a GPU without the counter
+            return 0.0
+    try:
+        return sum(int((path / "energy_uj").read_text()) for path in powercap.glob("intel-rapl:?")) / 1e6
+    except OSError:
+        return 0.0
 
 
 def save(name: str, figures: Any) -> None:

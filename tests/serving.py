@@ -61,11 +61,13 @@ class Running:
 
 
 @contextmanager
-def running(checkpoint: Path, log: Path, *flags: str) -> Iterator[Running]:
+def running(
+    checkpoint: Path, log: Path, *flags: str, python: str = sys.executable, cwd: Path | None = None
+) -> Iterator[Running]:
     """Start a server and end it."""
-    argv = [sys.executable, "-m", "textgen", "serve", str(checkpoint), "--port", "0", "--decoder", "int8", *flags]
+    argv = [python, "-m", "textgen", "serve", str(checkpoint), "--port", "0", "--decoder", "int8", *flags]
     with log.open("wb") as file:
-        process = subprocess.Popen(argv, stderr=file)
+        process = subprocess.Popen(argv, stderr=file, cwd=cwd)
     try:
         last = time.monotonic() + 120
         while not (said := re.search(r"serving on http://\S+:(\d+)\n", log.read_text())):

@@ -7,11 +7,14 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import accumulate
+from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.machine import joules
 from benchmarks.train import Shape, Steps, plain_steps, textgen_steps
 from textgen import training_kernels
 from textgen.hardware import has_bfloat16
@@ -85,3 +88,12 @@ def test_memory_of_a_step_is_what_it_keeps_and_one_chunk_of_logits() -> None:
     # measured 2026-11-23: 28.5 MB, 28.8 by the formula; torch's operators take logits several times over
     assert seen < (1.15 if training_kernels._code() is not None else 2.5) * wanted, f"{seen:,} bytes, not {wanted:,}"
     assert seen < 0.5 * peak_bytes(plain_steps(shape, PRECISION))  # 313 MB
+
+
+def test_energy_is_counted_where_the_machine_tells(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    assert joules(cpu, tmp_path) == 0  # as on most virtual machines
+    for name, told in (("intel-rapl:0", 5_000_000), ("intel-rapl:1", 2_500_000), ("intel-rapl:0:0", 1_000_000)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(f"{told}\n")
+    assert joules(cpu, tmp_path) == 7.5  # both packages; the cores of one are part of it

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.serving import running
 from textgen.publish import publish_command
 
 ROOT = Path(__file__).parents[1]
@@ -43,10 +44,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Return a function that runs a program of a new environment, far from the checkout, and returns what it printed.
+def home(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Make an environment, far from the checkout.
 
-    The environment holds the wheel and somebody else's package `tokenizer`; torch and the like are lent by this one.
+    It holds the wheel and somebody else's package `tokenizer`; torch and the like are lent by this one.
     """
     home = tmp_path_factory.mktemp("environment")
     venv.create(home / "env", symlinks=True)
@@ -57,6 +58,12 @@ def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     python = str(home / "env" / "bin" / "python")
     install = ["install", "--quiet", "--no-deps", "--no-index", str(wheel)]
     subprocess.run([sys.executable, "-m", "pip", "--python", python, *install], check=True)
+    return home
+
+
+@pytest.fixture(scope="module")
+def run(home: Path) -> Run:
+    """Return a function that runs a program of the new environment and returns what it printed."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
     def call(program: str, *argv: str) -> str:
@@ -114,6 +121,20 @@ def test_the_wheel_samples_the_text_of_the_checkout(run: Run, tiny_run: Path, tm
     )
     assert run("textgen", "sample", *flags) == here.stdout
     assert len(here.stdout) > 200
+
+
+def test_the_wheel_serves_its_page_and_the_text_of_the_checkout(home: Path, tiny_run: Path, tmp_path: Path) -> None:
+    asked = {"prompt": "The plot", "seed": 5, "max_tokens": 50}
+    with running(tiny_run, tmp_path / "here") as here:
+        text = here.complete(**asked)["choices"][0]["text"]
+    python = str(home / "env" / "bin" / "python")
+    with running(tiny_run, tmp_path / "there", python=python, cwd=home) as there:
+        assert there.complete(**asked)["choices"][0]["text"] == text
+        served = {name: there.ask("GET", f"/{name}")[2] for name in ("", "page.js", "page.css")}
+    page = ROOT / "textgen" / "page"
+    assert served == {"": (page / "index.html").read_bytes()} | {
+        name: (page / name).read_bytes() for name in ("page.js", "page.css")
+    }
 
 
 def test_the_wheel_trains(run: Run, tiny_flags: list[str], tmp_path: Path) -> None:
