@@ -20,7 +20,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any, cast
@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from benchmarks.machine import RESULTS, save
 from textgen import training_kernels, usage
 from textgen.config import ModelConfig, TrainConfig
+from textgen.hardware import keep_freed_memory
 from textgen.model import LSTMLanguageModel, LSTMLayer
 from textgen.optim import build_optimizer
 from textgen.steps import Progression, Training, train_step, zero_lanes
@@ -105,6 +106,7 @@ class _Stream(IterableDataset[tuple[Tensor, Tensor]]):
 
 def textgen_steps(shape: Shape, precision: str) -> Steps:
     """Train by textgen's own step."""
+    keep_freed_memory()  # as `launch.start` does
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(mixed_precision=precision)
     model = ModelConfig(
@@ -346,18 +348,61 @@ def built(way: str, shape: Shape, precision: str) -> Steps | None:
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
-def measure(shape: Shape, *, rounds: int, steps: int) -> dict[str, Any]:
+Worker = Callable[[int], dict[str, float] | None]
+"""takes so many steps in a process of its own; returns seconds and bytes, or None where the way is not installed"""
+
+
+@contextmanager
+def worker(title: str, way: str, precision: str) -> Iterator[Worker]:
+    """Start a process for a way to train: what one sets for all of its process, others do not get."""
+    argv = [sys.executable, "-m", "benchmarks.train", "--work", way, precision, "--shapes", title]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        asking, told = process.stdin, process.stdout
+        assert asking is not None
+        assert told is not None
+
+        def steps(number: int) -> dict[str, float] | None:
+            if process.poll() is None:
+                with suppress(BrokenPipeError):
+                    print(number, file=asking, flush=True)
+            return next((json.loads(line) for line in told if line.startswith('{"seconds"')), None)
+
+        yield steps
+        with suppress(BrokenPipeError):
+            asking.close()
+
+
+def work(way: str, shape: Shape, precision: str) -> None:
+    """Take as many steps as each line of standard input says, and print their seconds and what they added to memory."""
+    cuda = torch.cuda.is_available()
+
+    def now() -> int:
+        if cuda:
+            return torch.cuda.memory_allocated()
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * resource.getpagesize()
+
+    if (run := built(way, shape, precision)) is None:
+        return
+    before = now()
+    for line in sys.stdin:
+        started = time.perf_counter()
+        run(int(line))
+        seconds, top = time.perf_counter() - started, usage.peak_memory(torch.device("cuda" if cuda else "cpu"))
+        print(json.dumps({"seconds": seconds, "step": top - before, "process": top}), flush=True)
+
+
+def measure(title: str, shape: Shape, *, rounds: int, steps: int) -> dict[str, Any]:
     """Return tokens per second of all ways, medians of interleaved rounds of `steps` steps."""
-    made = {variant: built(variant[0], shape, variant[1]) for variant in variants(shape)}
-    running = {variant: run for variant, run in made.items() if run is not None}
-    rates: dict[tuple[str, str], list[float]] = {variant: [] for variant in running}
-    for round_ in range(rounds + 1):
-        for variant, run in running.items():
-            started = time.perf_counter()
-            run(steps)
-            rates[variant].append(steps * shape.tokens / (time.perf_counter() - started))
-            if round_ == 0:  # which warms up
-                rates[variant].clear()
+    with ExitStack() as stack:
+        made = {variant: stack.enter_context(worker(title, *variant)) for variant in variants(shape)}
+        running = {variant: run for variant, run in made.items() if run(steps) is not None}  # which warms up
+        rates: dict[tuple[str, str], list[float]] = {variant: [] for variant in running}
+        for _ in range(rounds):
+            for variant, run in running.items():
+                told = run(steps)
+                assert told is not None, variant
+                rates[variant].append(steps * shape.tokens / told["seconds"])
     figures: dict[str, Any] = {}
     for (way, precision), seen in rates.items():
         figures[f"{way}, {precision}"] = {
@@ -401,34 +446,18 @@ def equal_losses(shape: Shape, number: int) -> dict[str, float]:
     return losses
 
 
-def peak_memory(shape_name: str, shape: Shape) -> dict[str, Any]:
+def peak_memory(title: str, shape: Shape) -> dict[str, Any]:
     """Return the bytes that two steps add to a fresh process's memory (on CUDA: allocate at their peak)."""
     figures = {}
     for way, precision in variants(shape):
         if not way.startswith(("textgen", "accelerate")):
             continue
-        argv = [sys.executable, "-m", "benchmarks.train", "--peak", way, precision, "--shapes", shape_name]
-        told = subprocess.run(argv, capture_output=True, text=True, check=True).stdout
-        figures[f"{way}, {precision}"] = json.loads(told.strip().splitlines()[-1])
-        print(f"  {way}, {precision}: {figures[f'{way}, {precision}']['step'] / 1e6:,.0f} MB", flush=True)
+        with worker(title, way, precision) as run:
+            told = run(2)
+        assert told is not None
+        figures[f"{way}, {precision}"] = {part: told[part] for part in ("step", "process")}
+        print(f"  {way}, {precision}: {told['step'] / 1e6:,.0f} MB", flush=True)
     return figures
-
-
-def print_peak(way: str, shape: Shape, precision: str) -> None:
-    """Take two steps in this process and print what they added to its memory."""
-
-    def now() -> int:
-        if torch.cuda.is_available():
-            return torch.cuda.memory_allocated()
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * resource.getpagesize()
-
-    run = built(way, shape, precision)
-    assert run is not None
-    before = now()
-    run(2)
-    top = usage.peak_memory(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    print(json.dumps({"step": top - before, "process": top}))
 
 
 # parts of a step by the names that torch's profiler gives them
@@ -546,13 +575,13 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where textgen's step goes, and nothing else")
     parser.add_argument("--memory", action="store_true", help="what a step takes at its peak, and nothing else")
     parser.add_argument("--kernels", action="store_true", help="cost of a sequential time step, and nothing else")
-    parser.add_argument("--peak", nargs=2, metavar=("WAY", "PRECISION"), help=argparse.SUPPRESS)
+    parser.add_argument("--work", nargs=2, metavar=("WAY", "PRECISION"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     chosen = {name: shapes[name] for name in args.shapes}
-    if args.peak:
-        print_peak(args.peak[0], next(iter(chosen.values())), args.peak[1])
+    if args.work:
+        work(args.work[0], next(iter(chosen.values())), args.work[1])
         return
     everything = not (args.profile or args.memory or args.kernels)
     name = "train_cuda" if cuda else "train"
@@ -563,7 +592,7 @@ def main() -> None:
         entry = figures.setdefault(title, {"shape": asdict(shape)})
         if everything:
             steps = args.steps or max((1 << (18 if cuda else 14)) // shape.tokens, 1)
-            entry["speed"] = measure(shape, rounds=args.rounds, steps=steps)
+            entry["speed"] = measure(title, shape, rounds=args.rounds, steps=steps)
             entry["losses"] = equal_losses(shape, 10 if shape.tokens <= 1 << 12 else 3)
         if args.profile or (everything and cuda):
             entry["profile"] = profile_step(shape)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from textgen import training_kernels
 from textgen.hardware import has_bfloat16
 from textgen.model import LOGITS_CHUNK
 
+ROOT = Path(__file__).parents[1]
 SMALL = Shape(vocab_size=4000, embedding_dim=128, hidden_size=128, num_layers=2, batch_size=32, seq_len=32)
 PRECISION = "bf16" if has_bfloat16(use_cpu=True) else "no"
 
@@ -97,3 +100,26 @@ def test_energy_is_counted_where_the_machine_tells(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "energy_uj").write_text(f"{told}\n")
     assert joules(cpu, tmp_path) == 7.5  # both packages; the cores of one are part of it
+
+
+def test_a_launched_training_asks_the_kernel_for_hardly_any_pages() -> None:
+    """In a process of its own, where nothing has been launched yet."""
+    count = """
+import resource
+from benchmarks import train
+from tests.test_performance import PRECISION, SMALL
+from textgen import launch
+train.keep_freed_memory = lambda: None
+steps = train.textgen_steps(SMALL, PRECISION)
+def faults():
+    steps(5)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    steps(10)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 10
+by_itself = faults()
+launch.start(PRECISION)
+print(by_itself, faults())
+"""
+    told = subprocess.run([sys.executable, "-c", count], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    by_itself, launched = map(int, told.split())
+    assert launched < 200 < 1000 < by_itself  # measured 2026-11-24: see docs/experiments.md

@@ -13,7 +13,7 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from textgen.config import Precision
-from textgen.hardware import has_bfloat16
+from textgen.hardware import has_bfloat16, keep_freed_memory
 from textgen.processes import Interrupted, StopSignals
 from textgen.world import LaunchError, promised_gpus, promised_world, read_launch, says_yes
 
@@ -78,6 +78,8 @@ def start(
             "many, or set ACCELERATE_USE_CPU=true"
         )
     precision = resolve_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), use_cpu=use_cpu)
+    if use_cpu:
+        keep_freed_memory()
     if precision == "no" and not use_cpu:
         torch.backends.cudnn.allow_tf32 = False  # by default cuDNN's LSTM rounds to TF32
     if deterministic and not use_cpu:
