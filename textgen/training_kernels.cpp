@@ -57,14 +57,12 @@ static inline __m512 hyperbolic_tangent(__m512 x) {
 struct Window {
     int64_t lanes, steps, inputs, units;
     const float *weight_ih, *weight_hh, *bias;  // (4 * units, inputs), (4 * units, units), (4 * units): torch's order
-    // What is read again and again has the lanes of a step side by side: far apart they would share few sets of a cache.
-    bf16* seen;           // (steps, lanes, inputs + units): inputs and the units' last outputs
-    bf16* outputs;        // (lanes, steps, units)
-    bf16* gates;          // (steps, lanes, 4 * units), or null; in the end of backward: slopes
-    bf16* cells;          // (steps, lanes, units), or null
-    float* cell;          // (lanes, units): before the window, then after it
-    const bf16* slopes;   // (lanes, steps, units), of the outputs; these many values apart from lane to lane and
-    int64_t lane_stride, step_stride;           // from step to step
+    bf16* seen;                                 // (lanes, steps, inputs + units): inputs and the units' last outputs
+    bf16* outputs;                              // (lanes, steps, units)
+    bf16* gates;                                // (lanes, steps, 4 * units), or null; in the end of backward: slopes
+    bf16* cells;                                // (lanes, steps, units), or null
+    float* cell;                                // (lanes, units): before the window, then after it
+    const bf16* slopes;                         // (lanes, steps, units), of the outputs
     float *slope_hidden, *slope_cell;           // (lanes, units), of the state after the window
     float* slope_bias;                          // (4 * units), zeros at first
     bf16* packed;                               // room for the weights
@@ -111,18 +109,18 @@ struct Forward {
         __m512 sums[ROWS][BLOCK];
         for (long r = 0; r < R; r++)
             for (long z = 0; z < BLOCK; z++) sums[r][z] = load(w.bias + z * w.units + unit);
-        const bf16* rows = w.seen + (step * w.lanes + lane) * size;
-        multiply<R>(sums, rows, size, w.packed + b * size * BLOCK * LANES, size);
+        const bf16* rows = w.seen + (lane * w.steps + step) * size;
+        multiply<R>(sums, rows, w.steps * size, w.packed + b * size * BLOCK * LANES, size);
         for (long r = 0; r < R; r++) {
-            const long row = step * w.lanes + lane + r;
+            const long row = (lane + r) * w.steps + step;
             const __m512 in = sigmoid(sums[r][0]), forget = sigmoid(sums[r][1]), out = sigmoid(sums[r][3]);
             const __m512 fresh = hyperbolic_tangent(sums[r][2]);
             float* cell = w.cell + (lane + r) * w.units + unit;
             const __m512 c = _mm512_fmadd_ps(forget, load(cell), _mm512_mul_ps(in, fresh));
             const __m512 h = _mm512_mul_ps(out, hyperbolic_tangent(c));
             store(cell, c);
-            store(w.outputs + ((lane + r) * w.steps + step) * w.units + unit, h);
-            if (step + 1 < w.steps) store(w.seen + (row + w.lanes) * size + w.inputs + unit, h);
+            store(w.outputs + row * w.units + unit, h);
+            if (step + 1 < w.steps) store(w.seen + (row + 1) * size + w.inputs + unit, h);
             if (w.gates == nullptr) continue;
             bf16* gates = w.gates + row * 4 * w.units + unit;
             store(gates, in);
@@ -154,20 +152,20 @@ struct Backward {
         for (long r = 0; r < R; r++)
             for (long z = 0; z < BLOCK; z++) {
                 const long unit = (b * BLOCK + z) * LANES;
-                sums[r][z] = load(w.slopes + (lane + r) * w.lane_stride + step * w.step_stride + unit);
+                sums[r][z] = load(w.slopes + ((lane + r) * w.steps + step) * w.units + unit);
                 if (last) sums[r][z] = _mm512_add_ps(sums[r][z], load(w.slope_hidden + (lane + r) * w.units + unit));
             }
         const long size = 4 * w.units;
-        const bf16* rows = w.gates + ((step + 1) * w.lanes + lane) * size;  // slopes by now
-        if (!last) multiply<R>(sums, rows, size, w.packed + b * size * BLOCK * LANES, size);
+        const bf16* rows = w.gates + (lane * w.steps + step + 1) * size;  // slopes by now
+        if (!last) multiply<R>(sums, rows, w.steps * size, w.packed + b * size * BLOCK * LANES, size);
         for (long r = 0; r < R; r++)
             for (long z = 0; z < BLOCK; z++) {
-                const long row = step * w.lanes + lane + r, unit = (b * BLOCK + z) * LANES;
+                const long row = (lane + r) * w.steps + step, unit = (b * BLOCK + z) * LANES;
                 bf16* gates = w.gates + row * size + unit;
                 const __m512 in = load(gates), forget = load(gates + w.units), fresh = load(gates + 2 * w.units);
                 const __m512 out = load(gates + 3 * w.units);
                 const __m512 c = hyperbolic_tangent(load(w.cells + row * w.units + unit));
-                const __m512 before = step > 0 ? load(w.cells + (row - w.lanes) * w.units + unit)
+                const __m512 before = step > 0 ? load(w.cells + (row - 1) * w.units + unit)
                                                : load(w.cell + (lane + r) * w.units + unit);
                 const __m512 dh = sums[r][z], one = all(1);
                 float* carried = w.slope_cell + (lane + r) * w.units + unit;

@@ -43,9 +43,7 @@ class _Window(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("lanes", "steps", "inputs", "units")),
         *((name, ctypes.c_void_p) for name in ("weight_ih", "weight_hh", "bias", "seen", "outputs", "gates", "cells")),
-        *((name, ctypes.c_void_p) for name in ("cell", "slopes")),
-        *((name, ctypes.c_int64) for name in ("lane_stride", "step_stride")),
-        *((name, ctypes.c_void_p) for name in ("slope_hidden", "slope_cell", "slope_bias", "packed")),
+        *((name, ctypes.c_void_p) for name in ("cell", "slopes", "slope_hidden", "slope_cell", "slope_bias", "packed")),
         ("threads", ctypes.c_int64),
     ]  # fmt: skip
 
@@ -66,11 +64,11 @@ class _LSTM(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         (lanes, steps, inputs), units = x.shape, weight_hh.shape[1]
         make = functools.partial(torch.empty, dtype=torch.bfloat16, device="cpu")
-        seen = make(steps, lanes, inputs + units)
-        seen[:, :, :inputs], seen[0, :, inputs:] = x.transpose(0, 1), hidden[0]
+        seen = make(lanes, steps, inputs + units)
+        seen[:, :, :inputs], seen[:, 0, inputs:] = x, hidden[0]
         after = cell[0].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         y, packed = make(lanes, steps, units), make(weight_ih.numel() + weight_hh.numel())
-        gates, cells = (make(steps, lanes, 4 * units), make(steps, lanes, units)) if with_gradient else (None, None)
+        gates, cells = (make(lanes, steps, 4 * units), make(lanes, steps, units)) if with_gradient else (None, None)
         _run(
             "textgen_lstm_forward", x.shape, weight_ih=weight_ih, weight_hh=weight_hh, bias=bias, seen=seen, outputs=y,
             gates=gates, cells=cells, cell=after, packed=packed,
@@ -87,41 +85,37 @@ class _LSTM(torch.autograd.Function):
             raise RuntimeError("the gradient of this LSTM can be taken once: what it needs is overwritten")
         ctx.used = True  # type: ignore[attr-defined]
         seen, gates, cells, cell, weight_ih, weight_hh = ctx.saved_tensors  # type: ignore[attr-defined]
-        (steps, lanes, _), inputs = seen.shape, weight_ih.shape[1]
+        (lanes, steps, _), inputs = seen.shape, weight_ih.shape[1]
         grad_before = grad_cell[0].to(torch.float32, copy=True).contiguous()
         slope_hidden = grad_hidden[0].float().contiguous()
         grad_bias = torch.zeros_like(weight_hh[:, 0], memory_format=torch.contiguous_format)
-        packed, grad_y = torch.empty_like(weight_hh, dtype=torch.bfloat16), grad_y.to(torch.bfloat16)
-        grad_y = grad_y if grad_y.stride(2) == 1 else grad_y.contiguous()
+        packed = torch.empty_like(weight_hh, dtype=torch.bfloat16)
         _run(
             "textgen_lstm_backward", (lanes, steps, inputs), weight_hh=weight_hh, gates=gates, cells=cells,
-            cell=cell[0].float().contiguous(), slopes=grad_y, slope_hidden=slope_hidden,
+            cell=cell[0].float().contiguous(), slopes=grad_y.to(torch.bfloat16).contiguous(), slope_hidden=slope_hidden,
             slope_cell=grad_before, slope_bias=grad_bias, packed=packed,
         )  # fmt: skip
-        slopes = gates.flatten(0, 1)  # (steps * lanes, 4 * units)
+        slopes = gates.flatten(0, 1)  # (lanes * steps, 4 * units)
         grad_weight = slopes.T @ seen.flatten(0, 1)  # (4 * units, inputs + units)
-        grad_x = (slopes @ weight_ih.to(torch.bfloat16)).view(steps, lanes, inputs).transpose(0, 1)
-        if ctx.x_dtype != torch.bfloat16:  # type: ignore[attr-defined]
-            grad_x = grad_x.to(ctx.x_dtype, memory_format=torch.contiguous_format)  # type: ignore[attr-defined]
+        grad_x = (slopes @ weight_ih.to(torch.bfloat16)).view(lanes, steps, inputs)
         grad_state: State | tuple[None, None] = None, None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
             grad_state = (
-                (gates[0] @ weight_hh.to(torch.bfloat16))[None].to(cell.dtype),
+                (gates[:, 0] @ weight_hh.to(torch.bfloat16))[None].to(cell.dtype),
                 grad_before[None].to(cell.dtype),
             )
         weights = grad_weight[:, :inputs].float(), grad_weight[:, inputs:].float()
-        return grad_x, *grad_state, *weights, grad_bias, None
+        return grad_x.to(ctx.x_dtype), *grad_state, *weights, grad_bias, None  # type: ignore[attr-defined]
 
 
 def _run(name: str, shape: tuple[int, ...] | torch.Size, **tensors: Tensor | None) -> None:
-    assert all(tensor is None or tensor.is_contiguous() for key, tensor in tensors.items() if key != "slopes")
-    weight_hh, slopes, code = tensors["weight_hh"], tensors.get("slopes"), _code()
+    assert all(tensor is None or tensor.is_contiguous() for tensor in tensors.values())
+    weight_hh, code = tensors["weight_hh"], _code()
     assert code is not None
     assert weight_hh is not None
     lanes, steps, inputs = shape
     places = {field: _at(tensor) for field, tensor in tensors.items()}
-    strides = dict(zip(("lane_stride", "step_stride"), (0, 0) if slopes is None else slopes.stride(), strict=False))
-    window = _Window(lanes, steps, inputs, weight_hh.shape[1], threads=torch.get_num_threads(), **places, **strides)
+    window = _Window(lanes, steps, inputs, weight_hh.shape[1], threads=torch.get_num_threads(), **places)
     getattr(code, name)(ctypes.byref(window))
 
 
