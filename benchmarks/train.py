@@ -598,6 +598,7 @@ def main() -> None:
             entry["profile"] = profile_step(shape)
         if args.memory or (everything and cuda):
             entry["memory"] = peak_memory(title, shape)
+        save(name, figures)  # each shape: the next may take long
     if args.kernels or (everything and cuda):
         device = torch.device("cuda" if cuda else "cpu")
         sizes: dict[str, Any] = {} if cuda else {"sizes": (512, 1024), "batches": (32, 128), "steps": 32}
