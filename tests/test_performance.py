@@ -122,4 +122,4 @@ print(by_itself, faults())
 """
     told = subprocess.run([sys.executable, "-c", count], check=True, capture_output=True, text=True, cwd=ROOT).stdout
     by_itself, launched = map(int, told.split())
-    assert launched < 200 < 1000 < by_itself  # measured 2026-11-24: see docs/experiments.md
+    assert launched < 200 < 1000 < by_itself
