@@ -12,15 +12,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,6 +47,10 @@ QUICK: dict[str, Any] = {
 }  # fmt: skip
 SPREAD = 0.004
 """standard deviation of a seed, about: laws that miss runs by less are not told apart"""
+REVIEWS = {0: 71_210, 1: 22_323, 3: 7_450, 10: 2_232}
+"""that are trained on, by subset"""
+TOKENS_A_REVIEW = 363
+"""at `quick`'s 4,000 pieces"""
 SMALL: dict[str, Any] = {"tokenizer.vocab_size": 500, "model.embedding_dim": 128, "model.hidden_size": 192}
 
 
@@ -56,14 +61,14 @@ class Recipe:
     settings: Mapping[str, Any]
     without: str | None = None
     subset: int | None = None
-    """train on every so many-th review only"""
+    """train on every so many-th review only; 0 for all and the unlabelled ones beside them"""
     documents: int | None = 250
     """evenly spaced validation reviews that are scored; None for all"""
 
     def but(self, without: str | None = None, /, **settings: Any) -> Recipe:
         """Return this recipe with other settings; a double underscore stands for a dot."""
         changed = {name.replace("__", "."): value for name, value in settings.items()}
-        return Recipe({**self.settings, **changed}, without or self.without, self.subset, self.documents)
+        return replace(self, settings={**self.settings, **changed}, without=without or self.without)
 
 
 # --- recipes ---------------------------------------------------------------------------------------------------------
@@ -135,14 +140,30 @@ def regularization() -> dict[str, Recipe]:
 
 
 def scaling() -> dict[str, Recipe]:
-    """Return `quick` at several sizes and lengths; `fit` is held against the last two."""
-    base = Recipe({**QUICK, "learning_rate": 0.006}, documents=None)
-    sizes = [(h, s) for s in (1000, 2000) for h in (128, 256, 512)] + [(512, 4000), (512, 8416)]
-    return {f"{h} units, {s} steps": base.but(model__hidden_size=h, max_steps=s) for h, s in sizes}
+    """Return `quick` at several sizes, lengths and amounts of text; a law fitted to them is held against `held_out`."""
+    grid = [(h, s, 1) for h in (128, 256, 512) for s in (1000, 2000, 4000, 8000)]
+    grid += [(h, s, 3) for h in (128, 256, 512) for s in (4000, 8000)]
+    grid += [(h, s, 10) for h in (128, 256, 512) for s in (2000, 4000, 8000)]
+    return dict(_scaled(*each) for each in grid)
+
+
+def held_out() -> dict[str, Recipe]:
+    """Return larger runs, which a law from `scaling` has to predict."""
+    return dict(_scaled(*each) for each in ((512, 8416, 1), (768, 8416, 1), (512, 16832, 1), (512, 16832, 0)))
+
+
+def _scaled(units: int, steps: int, subset: int) -> tuple[str, Recipe]:
+    """Return `quick` on a part of the text; recurrent weights are dropped where it is read three times or more."""
+    settings = {**QUICK, "learning_rate": 0.006, "model.hidden_size": units, "max_steps": steps}
+    if steps * 1024 >= 3 * TOKENS_A_REVIEW * REVIEWS[subset]:
+        settings["model.weight_drop"] = 0.2
+    text = f", {REVIEWS[subset]:,} reviews" if subset != 1 else ""
+    return f"{units} units, {steps} steps{text}", Recipe(settings, subset=None if subset == 1 else subset)
 
 
 GROUPS: dict[str, Callable[[], dict[str, Recipe]]] = {
     "levers": levers, "depth": depth, "regularization": regularization, "scaling": scaling,
+    "held_out": held_out,
 }  # fmt: skip
 
 
@@ -168,21 +189,30 @@ def take_away(training: Training, what: str) -> None:
         assert what == "carried state"
 
 
-def subset_of_reviews(every: int) -> DataConfig:
-    """Write every so many-th packaged review into files, and return where: validation is the same for all subsets."""
+def subset_of_reviews(every: int, unlabelled: Path | None = None) -> DataConfig:
+    """Write every so many-th packaged review into files, once, and return where: validation is the same for all.
+
+    Args:
+        every: 1 in how many; 0 for all, with the unlabelled reviews beside them.
+        unlabelled: a parquet file of those, needed when the files are written.
+    """
     home = CACHE / "quality" / f"every-{every}"
-    files = [home / "train" / "reviews.jsonl", home / "valid" / "reviews.jsonl"]
-    if not files[1].exists():
+    if not (home / "valid").exists():
         texts = list(open_corpus(DataConfig(source="package")).splits["train"]())
-        held_out = {i for block in held_out_blocks(len(texts), 0.1, 4) for i in block}
-        chosen = [
-            [text for i, text in enumerate(texts) if i % every == 0 and i not in held_out],
-            [texts[i] for i in sorted(held_out)[::10]],
-        ]
-        for file, part in zip(files, chosen, strict=True):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
-    return DataConfig(source="files", files=(str(home),))
+        validation = {i for block in held_out_blocks(len(texts), 0.1, 4) for i in block}
+        chosen = {
+            "train": [text for i, text in enumerate(texts) if i % max(every, 1) == 0 and i not in validation],
+            "valid": [texts[i] for i in sorted(validation)[::10]],
+        }
+        if every == 0:
+            assert unlabelled is not None
+            (home / "unsupervised").mkdir(parents=True, exist_ok=True)
+            shutil.copy(unlabelled, home / "unsupervised")
+        for part, reviews in chosen.items():
+            (home / part).mkdir(parents=True, exist_ok=True)
+            (home / part / "reviews.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in reviews))
+    splits = "train+unsupervised" if every == 0 else "train"
+    return build_settings(DataConfig, {"source": "files", "files": [str(home)], "train_on": splits})
 
 
 def settings_of(recipe: Recipe, seed: int) -> TrainConfig:
@@ -223,13 +253,14 @@ def train(config: TrainConfig, *, without: str | None = None, documents: int | N
         training.progression.step += 1
     counts = torch.bincount(torch.arange(steps) * 10 // steps, minlength=10) * config.batch_size * config.seq_len
     trained = time.perf_counter() - started
+    text = store.split("train")
     chosen, num_bytes = split_documents(store.split("validation"), documents)
     scored = score(accelerator, training.best_weights, chosen, num_bytes, bos_id=store.tokenizer.bos_id)
     accelerator.free_memory()
     return {
         "bits_per_byte": scored.bits_per_byte, "curve": (tenths / counts).tolist(), "documents": scored.documents,
         "parameters": training.bare.num_parameters, "tokens": steps * config.batch_size * config.seq_len,
-        "train_tokens": store.split("train").num_tokens, "seconds": trained,
+        "train_tokens": text.num_tokens, "train_bytes": int(text.num_bytes.sum(dtype=int)), "seconds": trained,
     }  # fmt: skip
 
 
@@ -250,13 +281,15 @@ def identity(recipe: Recipe, seed: int) -> dict[str, Any]:
 # --- many runs -------------------------------------------------------------------------------------------------------
 
 
-def run_all(recipes: Mapping[str, Recipe], seeds: Sequence[int], path: Path, *, jobs: int) -> None:
+def run_all(
+    recipes: Mapping[str, Recipe], seeds: Sequence[int], path: Path, *, jobs: int, unlabelled: Path | None = None
+) -> None:
     """Take all runs that are not in the file yet, some at a time; all recipes from one seed before the next."""
     finished = [identity_of(row) for row in read(path)]
     wanted = [(name, recipe, seed) for seed in seeds for name, recipe in recipes.items()]
     wanted = [each for each in wanted if identity(each[1], each[2]) not in finished]
     for every in {recipe.subset for _, recipe, _ in wanted if recipe.subset is not None}:
-        subset_of_reviews(every)  # once, not by each process
+        subset_of_reviews(every, unlabelled)  # once, not by each process
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         for future in as_completed([pool.submit(run, *each) for each in wanted]):
             row = future.result()
@@ -327,65 +360,101 @@ def table(recipes: Mapping[str, Recipe], rows: Sequence[Mapping[str, Any]]) -> I
             yield f"| {name} | {len(values)} | {mean} | {spread(values)} | {mean_of(differences)} |"
 
 
+class Point(NamedTuple):
+    """A run, as laws see it."""
+
+    parameters: float
+    """beside embedding and output layer"""
+    read: float
+    """bytes of text trained on, each time it is read counted"""
+    unique: float
+    """bytes of text there are"""
+    bits: float
+    """per byte of validation text"""
+
+
 @dataclass(frozen=True)
 class Law:
-    """bits per byte = floor + of_size / parameters^size_exponent + of_tokens / tokens^token_exponent.
+    """bits per byte = floor + of_size / parameters^size_exponent + of_text / text^text_exponent.
 
-    The form is that of Hoffmann et al. 2022, section 3.3; parameters are those beside embedding and output layer.
+    The form is that of Hoffmann et al. 2022, section 3.3. Text that is read again is worth less each time
+    (Muennighoff et al. 2023, section 3.1): u bytes that are read again r times count as
+    u + u * patience * (1 - exp(-r / patience)).
     """
 
     floor: float
     of_size: float
     size_exponent: float
-    of_tokens: float
-    token_exponent: float
+    of_text: float
+    text_exponent: float
+    patience: float
 
-    def __call__(self, parameters: float, tokens: float) -> float:
+    def __call__(self, parameters: float, read: float, unique: float) -> float:
         """Predict bits per byte."""
         of_size = self.of_size * math.pow(parameters, -self.size_exponent)
-        return self.floor + of_size + self.of_tokens * math.pow(tokens, -self.token_exponent)
+        of_text = self.of_text * math.pow(worth(read, unique, self.patience), -self.text_exponent)
+        return self.floor + of_size + of_text
 
 
-def fit(points: Sequence[tuple[float, float, float]]) -> list[tuple[float, Law]]:
-    """Fit laws to runs: (parameters, tokens, bits per byte) each.
+def worth(read: float, unique: float, patience: float) -> float:
+    """Return how many bytes of new text those that were read are worth."""
+    if read <= unique:
+        return read
+    return unique - unique * patience * math.expm1((1 - read / unique) / patience)
+
+
+def fit(points: Sequence[Point]) -> list[tuple[float, Law]]:
+    """Fit laws to runs.
 
     Returns:
-        Root mean square error and law for every pair of exponents whose factors come out positive, the best first: all
-        that fit about as well tell how far a prediction can be trusted.
+        Root mean square error and law for all exponents and patiences whose factors come out positive, the best first:
+        all that fit about as well tell how far a prediction can be trusted.
     """
-    parameters, tokens, bits = np.array(points).T
+    parameters = np.array([point.parameters for point in points])
+    bits = np.array([point.bits for point in points])
     laws = []
-    for a, b in product(np.arange(0.05, 1.55, 0.05), repeat=2):
-        columns = np.stack([np.ones(len(bits)), parameters**-a, tokens**-b], 1)
-        factors = np.linalg.lstsq(columns, bits, rcond=None)[0]
-        if (factors >= 0).all():
-            error = float(np.sqrt(np.mean((columns @ factors - bits) ** 2)))
-            floor, of_size, of_tokens = factors.tolist()
-            laws.append((error, Law(floor, of_size, float(a), of_tokens, float(b))))
+    for patience in (2.0, 4.0, 8.0, 16.0, 32.0):
+        text = np.array([worth(point.read, point.unique, patience) for point in points])
+        for a, b in product(np.arange(0.05, 1.55, 0.05).tolist(), repeat=2):
+            columns = np.stack([np.ones(len(bits)), parameters**-a, text**-b], 1)
+            scale = columns.max(0)
+            factors = np.linalg.lstsq(columns / scale, bits, rcond=None)[0] / scale
+            if (factors >= 0).all():
+                error = float(np.sqrt(np.mean((columns @ factors - bits) ** 2)))
+                floor, of_size, of_text = factors.tolist()
+                laws.append((error, Law(floor, of_size, a, of_text, b, patience)))
     return sorted(laws, key=lambda law: law[0])
 
 
-def describe_scaling(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield what laws fitted to the smaller runs say of the two largest ones, and of `default`."""
-    recipes = scaling()
+def points_of(recipes: Mapping[str, Recipe], rows: Sequence[Mapping[str, Any]]) -> dict[str, Point]:
+    """Return what is there of some runs, averaged over seeds."""
     points = {}
     for name, recipe in recipes.items():
-        bits = [row["bits_per_byte"] for row in rows if {**identity_of(row), "seed": 0} == identity(recipe, 0)]
-        parameters = beside_embedding(settings_of(recipe, 0).model)
-        points[name] = parameters, 1024.0 * recipe.settings["max_steps"], statistics.fmean(bits) if bits else math.nan
-    small = list(points.values())[:-2]
-    if any(math.isnan(bits) for _, _, bits in small):
+        found = [row for row in rows if {**identity_of(row), "seed": 0} == identity(recipe, 0)]
+        if found:
+            bits = statistics.fmean(row["bits_per_byte"] for row in found)
+            unique = float(found[0]["train_bytes"])
+            read = unique * found[0]["tokens"] / found[0]["train_tokens"]
+            points[name] = Point(beside_embedding(settings_of(recipe, 0).model), read, unique, bits)
+    return points
+
+
+def describe_scaling(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Yield what laws fitted to `scaling` say of the runs held out, and of `default`."""
+    seen = points_of(scaling(), rows)
+    if len(seen) < len(scaling()):
         yield "no law: not all of the smaller runs are there"
         return
-    default = parse_train_config(["--config", str(PRESETS / "default.yaml")])
-    points["default.yaml, ten epochs as if all text were new"] = beside_embedding(default.model), 246e6, math.nan
-    laws = fit(small)
+    laws = fit(list(seen.values()))
     bearable = max(SPREAD, 2 * laws[0][0])
     alike = [law for error, law in laws if error <= bearable]
     yield f"{laws[0][1]}, root mean square error {laws[0][0]:.4f}; {len(alike)} laws within {bearable:.4f}"
-    for name, (parameters, tokens, seen) in list(points.items())[len(small) :]:
-        told = [law(parameters, tokens) for law in alike]
-        met = "" if math.isnan(seen) else f", seen {seen:.4f}"
+    default = parse_train_config(["--config", str(PRESETS / "default.yaml")])
+    text = 71_210 / 22_323 * seen["512 units, 8000 steps"].unique
+    target = Point(beside_embedding(default.model), 10 * text, text, math.nan)
+    for name, point in {**points_of(held_out(), rows), "default.yaml": target}.items():
+        told = [law(point.parameters, point.read, point.unique) for law in alike]
+        met = "" if math.isnan(point.bits) else f", seen {point.bits:.4f}"
         yield f"{name}: predicted {told[0]:.4f} ({min(told):.4f} to {max(told):.4f}){met}"
 
 
@@ -418,6 +487,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--only", nargs="*", default=[], metavar="RECIPE", help="recipes, beside the first one")
     parser.add_argument("--file", type=Path, default=RESULTS / "quality.jsonl")
+    parser.add_argument("--unlabelled", type=Path, help="parquet file of IMDB's unlabelled reviews, for held_out")
     asked = parser.parse_args(argv)
     if asked.group == "guard":
         bits = guard()
@@ -428,9 +498,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"no recipe `{unknown[0]}` in {asked.group}; it has {', '.join(recipes)}")
     first = next(iter(recipes))
     recipes = {name: recipe for name, recipe in recipes.items() if not asked.only or name in [first, *asked.only]}
-    run_all(recipes, range(1, asked.seeds + 1), asked.file, jobs=asked.jobs)
+    run_all(recipes, range(1, asked.seeds + 1), asked.file, jobs=asked.jobs, unlabelled=asked.unlabelled)
     print("\n".join(table(recipes, read(asked.file))))
-    if asked.group == "scaling":
+    if asked.group in ("scaling", "held_out"):
         print("\n".join(describe_scaling(read(asked.file))))
 
 

@@ -16,6 +16,7 @@ from benchmarks.quality import (
     GUARD,
     RECORDED,
     Law,
+    Point,
     Recipe,
     fit,
     guard,
@@ -24,9 +25,10 @@ from benchmarks.quality import (
     run_all,
     settings_of,
     table,
+    worth,
 )
 from textgen.cli import train_main
-from textgen.config import ModelConfig
+from textgen.config import DataConfig, ModelConfig
 from textgen.model import DropoutMasks, LSTMLanguageModel
 from textgen.tracking import read_metrics
 
@@ -36,7 +38,10 @@ def finished(recipe: Recipe, seed: int, bits_per_byte: float) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_every_recipe_has_settings_that_are_allowed_and_its_own(group: str) -> None:
+def test_every_recipe_has_settings_that_are_allowed_and_its_own(
+    group: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quality, "subset_of_reviews", lambda every: DataConfig(source="files", files=(str(tmp_path),)))
     recipes = GROUPS[group]()
     for recipe in recipes.values():
         assert settings_of(recipe, 3).seed == 3
@@ -65,14 +70,23 @@ def test_recipes_are_compared_seed_by_seed() -> None:
 
 
 def test_a_law_is_found_again_and_predicts_a_larger_run() -> None:
-    law = Law(floor=1.0, of_size=40.0, size_exponent=0.35, of_tokens=900.0, token_exponent=0.5)
+    law = Law(floor=1.0, of_size=40.0, size_exponent=0.35, of_text=900.0, text_exponent=0.5, patience=8.0)
     draw = random.Random(0)
-    noisy = [(n, d, law(n, d) + draw.gauss(0, 0.002)) for n in (2e5, 5e5, 2e6) for d in (1e6, 2e6, 4e6)]
-    laws = fit(noisy)
+    runs = [(n, read, unique) for n in (2e5, 5e5, 2e6) for read in (1e6, 2e6, 4e6) for unique in (5e5, 8e6)]
+    laws = fit([Point(*run, law(*run) + draw.gauss(0, 0.002)) for run in runs])
     assert laws[0][0] < 0.003
-    told = [law(2e6, 1e7) for error, law in laws if error <= 2 * laws[0][0]]
-    assert told[0] == pytest.approx(law(2e6, 1e7), abs=0.02)
-    assert min(told) <= law(2e6, 1e7) <= max(told)
+    for larger in ((2e6, 1.6e7, 8e6), (4e6, 1e7, 1e6)):
+        told = [each(*larger) for error, each in laws if error <= 2 * laws[0][0]]
+        assert told[0] == pytest.approx(law(*larger), abs=0.02)
+        assert min(told) <= law(*larger) <= max(told)
+
+
+def test_text_that_is_read_again_is_worth_less_each_time() -> None:
+    worths = [worth(passes * 100.0, 100.0, patience=8.0) for passes in (0.5, 1, 2, 3, 1000)]
+    assert worths[:2] == [50, 100]
+    assert 190 < worths[2] < 200
+    assert worths[3] - worths[2] < worths[2] - worths[1]
+    assert worths[4] == pytest.approx(900)  # all repetitions together: 8 times the text
 
 
 def test_an_unknown_recipe_is_refused_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
