@@ -164,8 +164,7 @@ def _scaled(units: int, steps: int, subset: int) -> tuple[str, Recipe]:
 
 
 GROUPS: dict[str, Callable[[], dict[str, Recipe]]] = {
-    "levers": levers, "depth": depth, "regularization": regularization, "scaling": scaling,
-    "held_out": held_out,
+    "levers": levers, "depth": depth, "regularization": regularization, "scaling": scaling, "held_out": held_out,
 }  # fmt: skip
 
 
@@ -447,13 +446,12 @@ def describe_scaling(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     if len(seen) < len(scaling()):
         yield "no law: not all of the smaller runs are there"
         return
-    few = [point for point in seen.values() if point.read < MOST_PASSES * point.unique]
-    laws = fit(few)
+    laws = fit([point for point in seen.values() if point.read < MOST_PASSES * point.unique])
     bearable = max(SPREAD, 2 * laws[0][0])
     alike = [law for error, law in laws if error <= bearable]
     yield f"{laws[0][1]}, root mean square error {laws[0][0]:.4f}; {len(alike)} laws within {bearable:.4f}"
     default = parse_train_config(["--config", str(PRESETS / "default.yaml")])
-    text = 71_210 / 22_323 * seen["512 units, 8000 steps"].unique
+    text = REVIEWS[0] / REVIEWS[1] * seen["512 units, 8000 steps"].unique
     target = Point(beside_embedding(default.model), 10 * text, text, math.nan)
     for name, point in {**points_of(held_out(), rows), "default.yaml": target}.items():
         told = [law(point.parameters, point.read, point.unique) for law in alike]

@@ -660,5 +660,6 @@ def test_two_billion_tokens_train_in_the_memory_of_a_few(corpus: Path, tmp_path:
     )
     print(report)
     assert many[1] - many[0] < 50, report
+    assert textgen.data._document_order(1, 0, documents).nbytes == 4 * documents
     # 12 bytes a document while the permutation is made, in 4 of which it stays; glibc keeps the other 8 for activations
     assert many[2] - few[2] < 12e-6 * documents + 20, report
