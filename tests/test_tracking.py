@@ -13,6 +13,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from textgen import tracking
@@ -51,6 +52,7 @@ def test_a_failing_tracker_does_not_end_the_training(
     said = [record.message for record in caplog.records if "W&B is off" in record.message]
     assert len(said) == 1
     assert "wandb-core is dead" in said[0]
+    assert "wandb-core" not in [child.name() for child in psutil.Process().children()]  # not as a zombie either
 
 
 @pytest.mark.usefixtures("no_key")

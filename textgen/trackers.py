@@ -12,6 +12,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ INIT_SECONDS = 30
 # training was shorter than wandb's start, and online for the upload as well.
 PATIENCE_SECONDS = 10
 UPLOAD_SECONDS = 10
+GRACE_SECONDS = 1  # for wandb's own process to end by itself where it is given up
 # So many seconds of an offline run are lost at most when it is killed; wandb's own 15 also make `wandb leet` lag.
 FLUSH_SECONDS = 2.0
 MIN_FREE_BYTES = 1 << 16
@@ -232,13 +234,19 @@ class WandbRun:
         self._restore()
 
     def abandon(self) -> None:
-        """End wandb's own process, which would have this one wait at its end."""
+        """End wandb's own process, which would have this one wait at its end.
+
+        It is asked before it is killed: wandb waits for it only where it took the question, and would leave a zombie.
+        """
         logging.getLogger("wandb").setLevel(logging.CRITICAL)  # it would print tracebacks of what is done here
+        asked = threading.Thread(target=_tear_down, daemon=True)
+        asked.start()
+        asked.join(GRACE_SECONDS)
         for child in psutil.Process().children():
             with suppress(psutil.Error):
                 if child.name() == "wandb-core":
                     child.kill()
-        _tear_down()
+        asked.join()
         self._restore()
 
     def _restore(self) -> None:
