@@ -206,7 +206,8 @@ def subset_of_reviews(every: int, unlabelled: Path | None = None) -> DataConfig:
             "valid": [texts[i] for i in sorted(validation)[::10]],
         }
         if every == 0:
-            assert unlabelled is not None
+            if unlabelled is None:
+                raise SystemExit("error: --unlabelled is needed: a parquet file of IMDB's unlabelled reviews")
             (home / "unsupervised").mkdir(parents=True, exist_ok=True)
             shutil.copy(unlabelled, home / "unsupervised")
         for part, reviews in chosen.items():
