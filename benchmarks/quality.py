@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from benchmarks.cells import CELLS, drop_embeddings, in_place_of_layers
 from benchmarks.machine import RESULTS
 from textgen import launch
 from textgen.config import DataConfig, ModelConfig, TrainConfig
@@ -62,6 +64,8 @@ class Recipe:
 
     settings: Mapping[str, Any]
     without: str | None = None
+    instead: str | None = None
+    """one of `benchmarks.cells` in place of the layers, or `embedding dropout`"""
     subset: int | None = None
     """train on every so many-th review only; 0 for all and the unlabelled ones beside them"""
     documents: int | None = 250
@@ -141,6 +145,51 @@ def regularization() -> dict[str, Recipe]:
     return recipes
 
 
+def cells() -> dict[str, Recipe]:
+    """Return other cells in place of the layer, and wider layers that multiply as much or have as many weights."""
+    base = levers()["baseline"]
+    named = {
+        "the same cell, as a loop": "loop",
+        "Mogrifier, 5 rounds": "mogrifier",
+        "LayerNorm in the cell": "normalized",
+        "exponential input gate": "exponential",
+        "a feed-forward after the layer": "feed-forward",
+        "embedding dropout 0.1": "embedding dropout",
+    }
+    recipes = {"baseline": base} | {name: replace(base, instead=cell) for name, cell in named.items()}
+    return recipes | {f"a layer of {units}": base.but(model__hidden_size=units) for units in (256, 288)}
+
+
+def cells_longer() -> dict[str, Recipe]:
+    """Return what gained most of `cells` over four times the text."""
+    chosen = ("baseline", "Mogrifier, 5 rounds", "LayerNorm in the cell", "a layer of 256")
+    return {name: cells()[name].but(max_steps=4000) for name in chosen}
+
+
+def small_default() -> dict[str, Recipe]:
+    """Return `default.yaml` made small, with as many tokens per parameter over its ten epochs, and its levers."""
+    settings = {
+        "data.source": "package", "tokenizer.vocab_size": 2000, "model.embedding_dim": 128, "model.hidden_size": 192,
+        "model.num_layers": 3, "model.layer_norm": True, "model.residual": True, "batch_size": 32, "seq_len": 32,
+        "max_epochs": 10, "learning_rate": 0.003, "lr_schedule": "cosine", "warmup_steps": 300, "max_grad_norm": 0.5,
+        "ema_decay": 0.999,
+    }  # fmt: skip
+    none = Recipe(settings, subset=10, documents=None)
+    base = none.but(model__dropout=0.15)
+    return {
+        "dropout 0.15": base,
+        "nothing left out": none,
+        "dropout 0.3": none.but(model__dropout=0.3),
+        "weight drop 0.2": none.but(model__weight_drop=0.2),
+        "dropout 0.15, weight drop 0.2": base.but(model__weight_drop=0.2),
+        "dropout 0.15, no residual": base.but(model__residual=False),
+        "dropout 0.15, no LayerNorm": base.but(model__layer_norm=False),
+        "dropout 0.15, embedding dropout 0.1": replace(base, instead="embedding dropout"),
+        "dropout 0.15, rate 0.006": base.but(learning_rate=0.006),
+        "dropout 0.15, linear decay": base.but(lr_schedule="linear"),
+    }
+
+
 def scaling() -> dict[str, Recipe]:
     """Return `quick` at several sizes, lengths and amounts of text; a law fitted to them is held against `held_out`."""
     grid = [(h, s, 1) for h in (128, 256, 512) for s in (1000, 2000, 4000, 8000)]
@@ -164,7 +213,8 @@ def _scaled(units: int, steps: int, subset: int) -> tuple[str, Recipe]:
 
 
 GROUPS: dict[str, Callable[[], dict[str, Recipe]]] = {
-    "levers": levers, "depth": depth, "regularization": regularization, "scaling": scaling, "held_out": held_out,
+    "levers": levers, "depth": depth, "regularization": regularization, "cells": cells, "cells_longer": cells_longer,
+    "small_default": small_default, "scaling": scaling, "held_out": held_out,
 }  # fmt: skip
 
 
@@ -228,12 +278,15 @@ def settings_of(recipe: Recipe, seed: int) -> TrainConfig:
     return build_settings(TrainConfig, nested)
 
 
-def train(config: TrainConfig, *, without: str | None = None, documents: int | None = None) -> dict[str, Any]:
+def train(
+    config: TrainConfig, *, without: str | None = None, instead: str | None = None, documents: int | None = None
+) -> dict[str, Any]:
     """Train and score by textgen's own parts.
 
     Args:
         config: the settings.
         without: what is taken away that is no setting.
+        instead: what stands in place of the layers; see `Recipe`.
         documents: validation reviews to score, evenly spaced; None for all.
 
     Returns:
@@ -243,9 +296,12 @@ def train(config: TrainConfig, *, without: str | None = None, documents: int | N
     started = time.perf_counter()
     accelerator = launch.start(config.mixed_precision)
     store = prepare_store(config.data, config.tokenizer, progress=False)
-    training = build(config, accelerator, store, StopSignals())
+    with in_place_of_layers(instead) if instead in CELLS else nullcontext():
+        training = build(config, accelerator, store, StopSignals())
     if without is not None:
         take_away(training, without)
+    if instead == "embedding dropout":
+        drop_embeddings(training)
     steps = training.progression.total_steps
     tenths = torch.zeros(10, dtype=torch.float64)
     for micro_batches, _ in step_batches(training, steps):
@@ -269,14 +325,16 @@ def train(config: TrainConfig, *, without: str | None = None, documents: int | N
 def run(name: str, recipe: Recipe, seed: int) -> dict[str, Any]:
     """Train a recipe from a seed in this process, on one thread."""
     torch.set_num_threads(1)
-    figures = train(settings_of(recipe, seed), without=recipe.without, documents=recipe.documents)
+    figures = train(
+        settings_of(recipe, seed), without=recipe.without, instead=recipe.instead, documents=recipe.documents
+    )
     return {"recipe": name, **identity(recipe, seed), **figures}
 
 
 def identity(recipe: Recipe, seed: int) -> dict[str, Any]:
     """Return what makes a run the same as another one, as JSON gives it back."""
     told = {"seed": seed, "settings": dict(recipe.settings), "without": recipe.without, "subset": recipe.subset}
-    told["scored"] = recipe.documents
+    told |= {"instead": recipe.instead, "scored": recipe.documents}
     return dict(json.loads(json.dumps(told)))
 
 
@@ -308,7 +366,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def identity_of(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the identity of a finished run."""
-    return {name: row[name] for name in ("seed", "settings", "without", "subset", "scored")}
+    return {name: row.get(name) for name in ("seed", "settings", "without", "instead", "subset", "scored")}
 
 
 @dataclass(frozen=True)
