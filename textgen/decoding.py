@@ -453,7 +453,7 @@ def _fastest(device: str, directory: Path | None) -> tuple[CellDtype, str]:
             return "int8", f"it costs {cost:+.5f} bits per byte"
     if has_bfloat16(use_cpu=True):
         return "bfloat16", f"the processor has it; {no_int8}"
-    return "float32", f"the processor has no bfloat16; {no_int8}"
+    return "float32", f"the processor has no fast bfloat16; {no_int8}"
 
 
 def _int8_cost(directory: Path | None) -> tuple[float | None, str]:

@@ -372,7 +372,7 @@ def check_precision(config: TrainConfig, device: torch.device) -> Check:
     if isinstance(value[_name(launch.LSTM_DTYPES[chosen])], str):
         return Check("precision", "fail", value, f"no LSTM trains in {chosen} here: `--mixed_precision no`")
     if chosen == "bf16" and not has_bfloat16(use_cpu=use_cpu):
-        return Check("precision", "warn", value, "bf16 without hardware for it is slow: `--mixed_precision no`")
+        return Check("precision", "warn", value, "bf16 is slow on this hardware: `--mixed_precision no`")
     return Check("precision", "ok", value)
 
 

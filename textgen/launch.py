@@ -216,7 +216,7 @@ def describe(accelerator: Accelerator) -> str:
     else:
         name = _counted(torch.get_num_threads(), "thread")
     slow = accelerator.mixed_precision == "bf16" and not has_bfloat16(use_cpu=device.type == "cpu")
-    note = " (without hardware for it, slow: `--mixed_precision no`)" if slow else ""
+    note = " (slow on this hardware: `--mixed_precision no`)" if slow else ""
     return (
         f"{_counted(count, 'process')} on {_counted(machines, 'machine')}{backend}, {device.type} ({name}), "
         f"LSTM in {LSTM_DTYPES[accelerator.mixed_precision]}{note}".replace("torch.", "")
