@@ -90,17 +90,16 @@ struct Forward {
     static void pack(const Window& w, long b) {
         const long size = w.inputs + w.units;
         int32_t* out = reinterpret_cast<int32_t*>(w.packed) + b * size / 2 * BLOCK * LANES;
-        for (long z = 0; z < BLOCK; z++)
-            for (long u = 0; u < LANES; u++) {
-                const long row = z * w.units + b * LANES + u;
-                for (long k = 0; k < size; k += LANES) {
+        for (long k = 0; k < size; k += LANES)  // outermost: what is written at a time stays in the nearest cache
+            for (long z = 0; z < BLOCK; z++)
+                for (long u = 0; u < LANES; u++) {
+                    const long row = z * w.units + b * LANES + u;
                     int32_t pairs[LANES / 2];
                     const float* from = k < w.inputs ? w.weight_ih + row * w.inputs + k
                                                      : w.weight_hh + row * w.units + k - w.inputs;
                     _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs), rounded(load(from)));
                     for (long i = 0; i < LANES / 2; i++) out[(k / 2 + i) * BLOCK * LANES + z * LANES + u] = pairs[i];
                 }
-            }
     }
 
     template <long R>
