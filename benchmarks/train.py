@@ -110,7 +110,8 @@ def textgen_steps(shape: Shape, precision: str) -> Steps:
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(mixed_precision=precision)
     model = ModelConfig(
-        embedding_dim=shape.embedding_dim, hidden_size=shape.hidden_size, num_layers=shape.num_layers
+        embedding_dim=shape.embedding_dim, hidden_size=shape.hidden_size, num_layers=shape.num_layers,
+        projection=shape.embedding_dim != shape.hidden_size,
     )  # fmt: skip
     config = TrainConfig(batch_size=shape.batch_size, seq_len=shape.seq_len, model=model)
     bare = LSTMLanguageModel(model, shape.vocab_size)

@@ -25,7 +25,7 @@ data.source data.dataset data.dataset_config data.files data.text_column data.tx
 data.train_on data.validation_fraction data.validation_blocks data.cache_dir data.store
 tokenizer.vocab_size tokenizer.model_type tokenizer.path
 model.embedding_dim model.hidden_size model.num_layers model.dropout model.weight_drop
-model.tie_weights model.layer_norm model.residual
+model.tie_weights model.projection model.layer_norm model.residual
 tracking.backends tracking.mode tracking.project tracking.group tracking.job_type tracking.upload_checkpoints
 """.split()  # noqa: SIM905
 
@@ -66,6 +66,13 @@ def test_bare_defaults_are_the_origins() -> None:
     assert (config.warmup_steps, config.weight_decay, config.model.dropout) == (0, 0.0, 0.0)
     off = (config.max_grad_norm, config.ema_decay, config.max_steps, config.max_minutes, config.early_stopping_patience)
     assert off == (None,) * 5
+
+
+def test_a_tied_output_without_projection_needs_equal_sizes() -> None:
+    assert not ModelConfig(embedding_dim=64, hidden_size=64, projection=False).projection
+    assert not ModelConfig(embedding_dim=64, hidden_size=96, projection=False, tie_weights=False).projection
+    with pytest.raises(ValueError, match="needs `embedding_dim` 64 to be `hidden_size` 96"):
+        ModelConfig(embedding_dim=64, hidden_size=96, projection=False)
 
 
 def test_options_are_these_and_no_others() -> None:

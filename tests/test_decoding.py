@@ -20,9 +20,9 @@ from textgen.tokenizer import Tokenizer, train_tokenizer
 
 SHAPES = [
     ModelConfig(embedding_dim=24, hidden_size=40, num_layers=2),
-    ModelConfig(embedding_dim=24, hidden_size=24, num_layers=3, residual=True, layer_norm=True),
+    ModelConfig(embedding_dim=24, hidden_size=24, num_layers=3, residual=True, layer_norm=True, projection=False),
     ModelConfig(embedding_dim=24, hidden_size=40, num_layers=1, tie_weights=False, layer_norm=True),
-    ModelConfig(embedding_dim=40, hidden_size=40, num_layers=3, residual=True),
+    ModelConfig(embedding_dim=40, hidden_size=40, num_layers=3, residual=True, projection=False),
 ]
 
 

@@ -107,7 +107,7 @@ def test_decoder_file_holds_what_the_int8_decoder_computes_with(checkpoint: Path
     "config",
     [
         ModelConfig(embedding_dim=16, hidden_size=32, num_layers=2),
-        ModelConfig(embedding_dim=32, hidden_size=32, num_layers=3, layer_norm=True, residual=True),
+        ModelConfig(embedding_dim=32, hidden_size=32, num_layers=3, layer_norm=True, residual=True, projection=False),
         ModelConfig(embedding_dim=16, hidden_size=32, num_layers=1, tie_weights=False),
     ],
     ids=["default", "normed", "untied"],

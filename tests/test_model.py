@@ -305,6 +305,26 @@ def test_save_and_load_give_the_same_bits(tmp_path: Path, shape: dict[str, Any])
     assert (back.output.weight is back.embedding.weight) == model.config.tie_weights
 
 
+@pytest.mark.parametrize(("embedding_dim", "hidden_size", "has_one"), [(20, 20, False), (12, 20, True)])
+def test_a_model_older_than_the_setting_has_a_projection_where_sizes_differ(
+    tmp_path: Path, embedding_dim: int, hidden_size: int, has_one: bool
+) -> None:
+    model = build(embedding_dim=embedding_dim, hidden_size=hidden_size, projection=has_one)
+    assert isinstance(model.projection, nn.Linear) == has_one
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["projection"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    back = LSTMLanguageModel.from_pretrained(tmp_path)
+    assert back.config == model.config
+    assert back.state_shapes() == model.state_shapes()
+
+
+def test_a_tied_output_has_a_projection_also_where_sizes_are_equal() -> None:
+    assert isinstance(build(embedding_dim=20, hidden_size=20).projection, nn.Linear)
+    assert not isinstance(build(embedding_dim=20, hidden_size=20, tie_weights=False).projection, nn.Linear)
+
+
 @pytest.mark.parametrize("tie_weights", [True, False])
 def test_weights_in_one_storage_are_saved_one_by_one(tmp_path: Path, tie_weights: bool) -> None:
     model = build(tie_weights=tie_weights)

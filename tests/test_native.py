@@ -118,7 +118,7 @@ def test_compiled_division_by_temperature_is_torchs_bit_for_bit(monkeypatch: pyt
     [
         ModelConfig(embedding_dim=32, hidden_size=64, num_layers=3),
         ModelConfig(embedding_dim=96, hidden_size=32, num_layers=1, residual=True),
-        ModelConfig(embedding_dim=64, hidden_size=64, num_layers=2),
+        ModelConfig(embedding_dim=64, hidden_size=64, num_layers=2, projection=False),
         ModelConfig(embedding_dim=32, hidden_size=64, num_layers=2, tie_weights=False),
     ],
     ids=["projected", "one layer", "not projected", "untied"],
@@ -139,8 +139,8 @@ def test_a_compiled_int8_step_is_that_of_the_operators_bit_for_bit(shape: ModelC
 @pytest.mark.parametrize(
     "shape",
     [
-        ModelConfig(embedding_dim=64, hidden_size=64, num_layers=2, residual=True),
-        ModelConfig(embedding_dim=64, hidden_size=64, num_layers=1, layer_norm=True),
+        ModelConfig(embedding_dim=64, hidden_size=64, num_layers=2, residual=True, projection=False),
+        ModelConfig(embedding_dim=64, hidden_size=64, num_layers=1, layer_norm=True, projection=False),
         ModelConfig(embedding_dim=64, hidden_size=72, num_layers=1),
     ],
     ids=["residual", "normed", "uneven"],

@@ -106,6 +106,8 @@ class ModelConfig:
     """share of the recurrent weights that is left out of a step; to the nearest 256th"""
     tie_weights: bool = True
     """output layer shares the embedding's weights"""
+    projection: bool = True
+    """a linear layer between the LSTM and a tied output; without it `embedding_dim` must be `hidden_size`"""
     layer_norm: bool = False
     """LayerNorm on the input of each LSTM layer after the first, and on the output"""
     residual: bool = False
@@ -113,6 +115,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require_positive(self, "embedding_dim", "hidden_size", "num_layers")
+        if self.tie_weights and not self.projection and self.embedding_dim != self.hidden_size:
+            raise ValueError(
+                f"a tied output without `projection` needs `embedding_dim` {self.embedding_dim} to be `hidden_size` "
+                f"{self.hidden_size}"
+            )
         _require_within(self, 0, 1, "dropout", "weight_drop")
 
     @property

@@ -226,7 +226,7 @@ class LSTMLanguageModel(nn.Module):
         num_norms = config.num_layers if config.layer_norm else 0
         self.norms = nn.ModuleList(nn.LayerNorm(config.hidden_size) for _ in range(num_norms))
         self.projection: nn.Module = nn.Identity()
-        if config.hidden_size != config.embedding_dim and config.tie_weights:
+        if config.tie_weights and config.projection:
             self.projection = nn.Linear(config.hidden_size, config.embedding_dim)
         output_size = config.embedding_dim if config.tie_weights else config.hidden_size
         self.output = nn.Linear(output_size, vocab_size)
@@ -363,6 +363,9 @@ class LSTMLanguageModel(nn.Module):
             if values.pop("format", None) != _FORMAT:
                 raise ModelFileError(f"`{directory / CONFIG_NAME}` is not a textgen model: `format` is not {_FORMAT}")
             vocab_size, text = values.pop("vocab_size"), values.pop("text", {})
+            values.setdefault(
+                "projection", values["embedding_dim"] != values["hidden_size"]
+            )  # of models older than the setting
             _check_types(values, vocab_size, text)
             config = ModelConfig(**values)
             if 3 * config.num_layers > len(read_header(directory / WEIGHTS_NAME)):

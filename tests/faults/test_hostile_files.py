@@ -446,7 +446,9 @@ def test_a_tensor_file_of_other_names_shapes_or_dtypes_is_refused(
 STRANGE = [-1, 0, 1.5, True, None, "", "9", [], {}, 10**9, 10**12, 10**18, 1 << 64, 10**4000]
 
 
-@pytest.mark.parametrize("name", ["vocab_size", "hidden_size", "embedding_dim", "num_layers", "dropout", "tie_weights"])
+@pytest.mark.parametrize(
+    "name", ["vocab_size", "hidden_size", "embedding_dim", "num_layers", "dropout", "tie_weights", "projection"]
+)
 def test_a_config_that_asks_for_what_the_weights_are_not_is_refused(child: Child, checkpoint: Path, name: str) -> None:
     original = json.loads((checkpoint / "config.json").read_text())
     for value in STRANGE:
