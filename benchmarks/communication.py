@@ -56,6 +56,9 @@ COMPRESSIONS = ("none", "bf16")
 OTHER_SHAPE = (8, 16)  # of `quick`, to see that the bytes stay
 STEPS = 5
 LANES = (1, 2, 4, 8, 16, 32, 64)
+# of one and two processes, in the precision that trainings take: presets, and how often each layout is measured
+SCALED: dict[str, tuple[int, int]] = {"quick": (32, 32), "original-char": (128, 100), "default": (32, 64)}
+SCALED_ROUNDS, SCALED_SECONDS = 1, 2.0
 QUALITY_SEEDS, QUALITY_STEPS = (42, 43, 44), 300
 
 
@@ -120,6 +123,14 @@ def all_reduce_seconds(values: Tensor, count: int) -> float:
     return statistics.median(seconds)
 
 
+def measure_network() -> dict[str, float]:
+    """Return the rate of a sum of 32 MiB and the seconds of one of three numbers. Collective."""
+    return {
+        "bytes_per_second": (1 << 25) / all_reduce_seconds(torch.zeros(1 << 23), 3),
+        "small_seconds": all_reduce_seconds(torch.zeros(3), 30),
+    }
+
+
 def count_bytes(settings: Settings) -> dict[str, Any]:
     """Take steps as a training takes them; return bytes and frames that this process sent at one, by compression."""
     accelerator, found = launch.start("no"), {}
@@ -169,10 +180,7 @@ class Exchange:
 def measure_times(settings: Settings) -> dict[str, Any]:
     """Return the seconds of a step at each rate, and what `benchmarks.scaling` predicts them from."""
     accelerator = launch.start("no")
-    network = {
-        "bytes_per_second": (1 << 25) / all_reduce_seconds(torch.zeros(1 << 23), 3),  # of a tensor of 32 MiB
-        "small_seconds": all_reduce_seconds(torch.zeros(3), 30),
-    }
+    network = measure_network()
     training = build_training(accelerator, settings)
     exchange = Exchange(accelerator.num_processes)
     assert isinstance(training.model, DistributedDataParallel)
@@ -228,15 +236,46 @@ def measure_rows(settings: Settings) -> dict[str, Any]:
     return {"window": window, "seconds": seconds}
 
 
+def measure_scaled(settings: Settings) -> dict[str, Any]:
+    """Take steps for some seconds, every other one without exchange, and return what became of the time of each.
+
+    Returns:
+        For each kind of step, for each step: seconds, and for each bucket its bytes and the seconds until it was there,
+        since the step's beginning, which lies behind a barrier.
+    """
+    accelerator = launch.start(None)
+    training = build_training(accelerator, settings)
+    agreement, now, network = launch.Agreement(accelerator), training.progression, {}
+    exchange, kinds = Exchange(accelerator.num_processes), ["none"]
+    if isinstance(training.model, DistributedDataParallel):
+        network = measure_network()
+        training.model.register_comm_hook(None, lambda _, bucket: exchange(bucket))
+        kinds = ["none", "nothing"]
+    steps: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+    limit = time.perf_counter() + SCALED_SECONDS
+    for micro_batches, _ in step_batches(training, now.total_steps):
+        exchange.kind, exchange.ready, exchange.summed = kinds[now.step % len(kinds)], [], []
+        accelerator.wait_for_everyone()
+        exchange.began = time.perf_counter()
+        train_step(training, micro_batches).item()
+        agreement.ask(False, training.nonfinite, False)
+        steps[exchange.kind].append({"seconds": time.perf_counter() - exchange.began, "ready": exchange.ready})
+        now.step += 1
+        late = torch.tensor(float(time.perf_counter() > limit))
+        if now.step % len(kinds) == 0 and float(accelerator.reduce(late, "sum")) > 0:
+            break
+    return {"network": network, "steps": {kind: taken[1:] for kind, taken in steps.items()}}
+
+
 TASKS: dict[str, Callable[[Settings], dict[str, Any]]] = {
-    "bytes": count_bytes, "times": measure_times, "rows": measure_rows,
+    "bytes": count_bytes, "times": measure_times, "rows": measure_rows, "scaled": measure_scaled,
 }  # fmt: skip
 
 
 # --- all of them -----------------------------------------------------------------------------------------------------
 
 
-def run_processes(task: str, settings: Settings, processes: int) -> list[dict[str, Any]]:
+def run_processes(task: str, settings: Settings, processes: int, *, threads: int = 1) -> list[dict[str, Any]]:
     """Run a task in processes with a network namespace each; return what each of them found."""
     for rank in range(processes):
         shell(f"ip netns add r{rank}")
@@ -253,7 +292,7 @@ def run_processes(task: str, settings: Settings, processes: int) -> list[dict[st
         world = {
             "RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
             "MASTER_ADDR": "10.9.0.1", "MASTER_PORT": "29500", "GLOO_SOCKET_IFNAME": CARD,
-            "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE",
+            "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE",
             "TORCH_CPP_LOG_LEVEL": "ERROR",
         }  # fmt: skip
         argv = ["ip", "netns", "exec", f"r{rank}", sys.executable, "-m", "benchmarks.communication"]
@@ -266,7 +305,7 @@ def run_processes(task: str, settings: Settings, processes: int) -> list[dict[st
     if any(process.returncode for process in started):
         raise SystemExit(f"{task} of {settings} failed")
     found = [json.loads(answer.splitlines()[-1]) for answer in answers]
-    print(f"{task} {processes} {settings}: {json.dumps(found[0])}", file=sys.stderr, flush=True)
+    print(f"{task} {processes} {settings}: {json.dumps(found[0])[:1000]}", file=sys.stderr, flush=True)
     return found
 
 
@@ -317,6 +356,52 @@ def measure_all_times() -> list[dict[str, Any]]:
     return rows
 
 
+def measure_all_scaled() -> list[dict[str, Any]]:
+    """Time a step of one and two processes, by turns: its lanes, half of them and twice as many."""
+    rows = []
+    for preset, (lanes, window) in SCALED.items():
+        layouts = [(1, 1, lanes // 2), (1, 1, lanes), (2, 1, lanes), (2, 1, 2 * lanes), (1, 2, lanes)]
+        taken: dict[tuple[int, int, int], list[list[dict[str, Any]]]] = {layout: [] for layout in layouts}
+        for _ in range(SCALED_ROUNDS):
+            for processes, threads, batch in layouts:
+                settings: Settings = {"preset": preset, "shape": (batch, window), "rates": ()}
+                found = run_processes("scaled", settings, processes, threads=threads)
+                taken[processes, threads, batch].append(found)
+        for (processes, threads, batch), rounds in taken.items():
+            layout = {"preset": preset, "processes": processes, "threads": threads, "shape": (batch, window)}
+            rows.append(layout | summed_up(rounds))
+    return rows
+
+
+def summed_up(rounds: Sequence[Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """Return what the steps of some rounds took, in seconds, from what each process of each round found.
+
+    Returns:
+        seconds: the median of each round's steps, with exchange; alone: the median of all, without.
+        waited: how much later the last process had its gradient than the mean of them, in steps without exchange.
+        buckets: bytes and seconds until it was there of each bucket, in the step of median length without exchange.
+    """
+    medians = [statistics.median(step["seconds"] for step in processes[0]["steps"]["none"]) for processes in rounds]
+    told: dict[str, Any] = {"seconds": medians, "steps": sum(len(each[0]["steps"]["none"]) for each in rounds)}
+    if len(rounds[0]) == 1:
+        return told
+    waited, alone = [], []
+    for processes in rounds:
+        for steps in zip(*(found["steps"]["nothing"] for found in processes), strict=True):
+            there = [step["ready"][-1][1] for step in steps]
+            waited.append(max(there) - statistics.fmean(there))
+            alone.append(max(steps, key=lambda step: step["seconds"]))
+    typical = sorted(alone, key=lambda step: step["seconds"])[len(alone) // 2]
+    networks = [processes[0]["network"] for processes in rounds]
+    network = {name: statistics.median(each[name] for each in networks) for name in networks[0]}
+    return told | {
+        "alone": typical["seconds"],
+        "waited": statistics.fmean(waited),
+        "buckets": typical["ready"],
+        "network": network,
+    }
+
+
 def spread(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Return what the first process found, and of what each has sent the least and the most bytes, and the frames."""
     sent = {}
@@ -333,6 +418,7 @@ PARTS: dict[str, Callable[[], Any]] = {
     "bytes": measure_bytes,
     "times": measure_all_times,
     "rows": lambda: run_processes("rows", {"preset": "default", "shape": SHAPES["default"], "rates": ()}, 1)[0],
+    "scaled": measure_all_scaled,
     "quality": measure_quality,
 }
 
@@ -361,7 +447,8 @@ def main() -> None:
         case ["--inside", *parts]:
             measure(parts or list(PARTS))
         case [task, settings] if task in TASKS and settings.startswith("{"):
-            print(json.dumps(TASKS[task](json.loads(settings))))
+            print(json.dumps(TASKS[task](json.loads(settings))), flush=True)
+            os._exit(0)  # gloo's threads abort a process that ends in order now and then
         case parts if not set(parts) <= set(PARTS):
             raise SystemExit(f"there are {', '.join(PARTS)}: {' '.join(parts)}")
         case parts:

@@ -113,6 +113,8 @@ def levers() -> dict[str, Recipe]:
         "3 layers, LayerNorm and residual": base.but(model__num_layers=3, **joined),
         "1 layer, LayerNorm": base.but(model__layer_norm=True),
         "a layer of 288": base.but(model__hidden_size=288),
+        "a layer of 128": base.but(model__hidden_size=128),
+        "a layer of 128, no projection": base.but(model__hidden_size=128, model__projection=False),
         "dropout 0.1": base.but(model__dropout=0.1),
         "weight drop 0.2": base.but(model__weight_drop=0.2),
     }
@@ -169,12 +171,12 @@ def cells_longer() -> dict[str, Recipe]:
 def small_default() -> dict[str, Recipe]:
     """Return `default.yaml` made small, with as many tokens per parameter over its ten epochs, and its levers."""
     settings = {
-        "data.source": "package", "tokenizer.vocab_size": 2000, "model.embedding_dim": 128, "model.hidden_size": 192,
+        "data.source": "package", "tokenizer.vocab_size": 1000, "model.embedding_dim": 64, "model.hidden_size": 128,
         "model.num_layers": 3, "model.layer_norm": True, "model.residual": True, "batch_size": 32, "seq_len": 32,
         "max_epochs": 10, "learning_rate": 0.003, "lr_schedule": "cosine", "warmup_steps": 300, "max_grad_norm": 0.5,
         "ema_decay": 0.999,
     }  # fmt: skip
-    none = Recipe(settings, subset=10, documents=None)
+    none = Recipe(settings, subset=20, documents=None)
     base = none.but(model__dropout=0.15)
     return {
         "dropout 0.15": base,

@@ -217,6 +217,51 @@ def rows_table(figures: dict[str, Any]) -> str:
     return table("lanes | measured, ms | per lane, ms | line through first and last, ms", rows)
 
 
+def scaled_table(figures: dict[str, Any]) -> str:
+    """Return what two processes bring on one machine: as many lanes as one has (strong), and twice as many (weak).
+
+    Predicted from steps of one process with as many lanes as each of the two has, and from the network: what the two
+    lose by sharing a machine's memory is not in it.
+    """
+    rows, errors = [], []
+    seconds = {layout_of(row): statistics.median(row["seconds"]) for row in figures["scaled"]}
+    for row in figures["scaled"]:
+        (preset, processes, threads, lanes), window = layout_of(row), row["shape"][1]
+        full = max(s["shape"][0] for s in figures["scaled"] if s["preset"] == preset) // 2
+        step = statistics.median(row["seconds"])
+        rate = lanes / step / (full / seconds[preset, 1, 1, full])
+        cells: tuple[object, ...] = (
+            preset, f"{lanes} x {window}", f"{processes} x {threads}", f"{1e3 * step:.1f}",
+            between_ms(row["seconds"]), f"{lanes * window / step:,.0f}", f"{rate:.2f}",
+        )  # fmt: skip
+        lost: tuple[object, ...] = ("", "", "", "", "")
+        if processes > 1:
+            alone = seconds[preset, 1, 1, lanes // processes]
+            network = network_of(row, 0)
+            share = alone / row["alone"]
+            buckets = [Bucket(size, ready * share) for size, ready in row["buckets"]]
+            update = alone - buckets[-1].ready
+            predicted = step_seconds(buckets, update, processes, network) + row["network"]["small_seconds"]
+            errors.append(predicted / step - 1)
+            parts = (row["alone"] - alone - row["waited"], row["waited"], step - row["alone"])
+            lost = (*(f"{part / step:.0%}" for part in parts), f"{1e3 * predicted:.1f}", f"{errors[-1]:+.0%}")
+        rows.append((*cells, *lost))
+    columns = "preset | lanes x window | processes x threads | step, ms | lowest to highest | tokens/s"
+    columns += " | times one process | slower beside each other | waiting | exchange | predicted, ms | error"
+    typical, worst = statistics.median(map(abs, errors)), max(errors, key=abs)
+    return f"{table(columns, rows)}\n\nMedian error {typical:.0%}, largest {worst:+.0%}."
+
+
+def layout_of(row: dict[str, Any]) -> tuple[str, int, int, int]:
+    """Return preset, processes, threads of each, and lanes."""
+    return row["preset"], row["processes"], row["threads"], row["shape"][0]
+
+
+def between_ms(seconds: Sequence[float]) -> str:
+    """Return a range in milliseconds."""
+    return f"{1e3 * min(seconds):.1f}-{1e3 * max(seconds):.1f}"
+
+
 def works(figures: dict[str, Any]) -> dict[str, Work]:
     """Return what each preset asks for, with the measured buckets."""
     from textgen.parsing import parse_train_config
@@ -267,8 +312,8 @@ def quality_table(figures: dict[str, Any]) -> str:
 
 
 TABLES = {
-    "bytes": bytes_table, "times": times_table, "rows": rows_table, "clusters": clusters_table,
-    "quality": quality_table,
+    "bytes": bytes_table, "times": times_table, "rows": rows_table, "scaled": scaled_table,
+    "clusters": clusters_table, "quality": quality_table,
 }  # fmt: skip
 
 
