@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from benchmarks.communication import summed_up
 from benchmarks.machine import RESULTS
 from benchmarks.scaling import (
     DOCUMENT,
@@ -20,6 +22,7 @@ from benchmarks.scaling import (
     compute_seconds,
     predict,
     rendered,
+    scaled_table,
     step_seconds,
 )
 
@@ -87,3 +90,39 @@ def test_measured_bytes_are_those_of_a_ring_and_half_with_bfloat16() -> None:
         expected = bytes_sent(4 * row["parameters"], row["processes"])
         assert 1.04 < row["sent"]["none"]["least"] / expected < 1.08
         assert 1.04 < row["sent"]["bf16"]["least"] / (expected / 2) < 1.08
+
+
+def taken(seconds: float, *there: float) -> dict[str, Any]:
+    """Return a step and when each of its buckets was there."""
+    return {"seconds": seconds, "ready": [[100, at] for at in there]}
+
+
+def test_steps_of_two_processes_are_summed_up() -> None:
+    network = {"bytes_per_second": 50.0, "small_seconds": 0.25}
+    first = {"network": network, "steps": {"none": [taken(5, 1, 2)] * 3, "nothing": [taken(3, 1, 2)] * 3}}
+    second = {"network": network, "steps": {"none": [taken(5, 1, 2)] * 3, "nothing": [taken(3.5, 2, 3)] * 3}}
+    told = summed_up([[first, second]] * 2)
+    assert told["seconds"] == [5, 5]
+    assert told["steps"] == 6
+    assert told["alone"] == 3.5  # the slower one's
+    assert told["waited"] == 0.5  # one has its gradient at 2, the other at 3
+    assert told["buckets"] == [[100, 2], [100, 3]]
+    assert told["network"] == network
+    assert "alone" not in summed_up([[first]])
+
+
+def test_scaling_on_a_machine_is_predicted_from_one_process_and_the_network() -> None:
+    """Two halves of 2 s and two sums of 200 bytes, one behind the other, at 100 bytes a second and 0.25 s a hop."""
+    alone = {"preset": "x", "threads": 1, "steps": 9}
+    two = {"alone": 3.0, "waited": 0.5, "buckets": [[200, 1.5], [200, 2.25]]}
+    two |= {"network": {"bytes_per_second": 100.0, "small_seconds": 0.5}}
+    rows = [
+        alone | {"processes": 1, "shape": (4, 8), "seconds": [2.0]},
+        alone | {"processes": 1, "shape": (8, 8), "seconds": [4.0]},
+        alone | two | {"processes": 2, "shape": (8, 8), "seconds": [8.0]},
+        alone | two | {"processes": 2, "shape": (16, 8), "seconds": [8.0, 9.0, 10.0]},
+    ]
+    strong, weak = (line.split(" | ") for line in scaled_table({"scaled": rows}).splitlines()[4:6])
+    # 1.0 (first bucket, at two thirds of its time) + 2.5 + 2.5 + 0.5 (update) + 0.5 (agreement)
+    assert strong[3:] == ["8000.0", "8000.0-8000.0", "8", "0.50", "6%", "6%", "62%", "7000.0", "-12% |"]
+    assert weak[3:7] == ["9000.0", "8000.0-10000.0", "14", "0.89"]
