@@ -215,7 +215,10 @@ def test_fraction_is_refused_where_a_whole_number_is_wanted(name: str, capsys: p
         ("max_steps: 2.5", "`max_steps` must be an integer or null: 2.5"),
         ("model: {dropout: 1}", "`model.dropout` must be at least 0 and below 1: 1.0"),
         ("lr_schedule: cosin", "`lr_schedule` must be one of `constant`, `cosine`, `linear`: cosin"),
-        ("mixed_precision: no", "`mixed_precision` must be one of `no`, `bf16`, `fp16` or null: False (YAML reads"),
+        (
+            "mixed_precision: no",
+            "`mixed_precision` must be one of `no`, `bf16`, `fp16`, `auto` or null: False (YAML reads",
+        ),
         ("data: {source: files, files: a.txt}", "`data.files` must be a list of texts: a.txt"),
         ("data: {source: files}", "`data.source` is files but `data.files` names none"),
         ("run_dir: ''", "`run_dir` must name a folder"),

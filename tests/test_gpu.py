@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from textgen.checkpoint import checkpoints
 from textgen.cli import train_main
 from textgen.config import ModelConfig
+from textgen.launch import has_persistent_kernel
 from textgen.model import LSTMLanguageModel, summed_cross_entropy
 from textgen.tracking import read_metrics
 
@@ -60,6 +62,27 @@ def test_training_on_a_gpu_learns(tiny_flags: list[str], tmp_path: Path, precisi
     train_main([*tiny_flags, "--run_dir", str(tmp_path / "run"), *flags])
     losses = [row["train/loss"] for row in read_metrics(tmp_path / "run") if "train/loss" in row]
     assert sum(losses[-5:]) / 5 < losses[0] - 0.2
+
+
+def test_auto_takes_fp16_where_the_persistent_kernel_runs_and_it_does(tiny_flags: list[str], tmp_path: Path) -> None:
+    """By the names of the kernels that torch's profiler sees; where the rule says no, there are none of that name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    found = {}
+    for rows in (128, 136):
+        config = ModelConfig(embedding_dim=256, hidden_size=1024, num_layers=2)
+        wanted = has_persistent_kernel(config, rows=rows, seq_len=64)
+        model, tokens = LSTMLanguageModel(config, 300).cuda(), torch.randint(0, 300, (rows, 65), device="cuda")
+        for _ in range(2):
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler, torch.autocast("cuda", torch.float16):
+                model(tokens[:, :-1], model.zero_state(rows), tokens[:, 1:])[0].backward()
+        found[rows] = wanted, any("persist" in event.key.lower() for event in profiler.key_averages())
+    assert all(ours == theirs for ours, theirs in found.values()), found
+    flags = ["--mixed_precision", "auto", "--model.hidden_size", "256", "--model.embedding_dim", "128"]
+    train_main([*tiny_flags, "--run_dir", str(tmp_path / "run"), *flags])
+    precision = json.loads((checkpoints(tmp_path / "run")[0][1] / "trainer.json").read_text())["mixed_precision"]
+    shape = ModelConfig(embedding_dim=128, hidden_size=256)
+    assert precision == ("fp16" if has_persistent_kernel(shape, rows=8, seq_len=16) else "bf16")
 
 
 @pytest.mark.filterwarnings("default")  # of kernels that have no deterministic twin

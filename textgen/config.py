@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["no", "bf16", "fp16", "auto"]
 DecoderName = Literal["auto", "plain", "float32", "bfloat16", "int8", "compiled", "graph"]
 
 
@@ -162,7 +162,9 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """micro-batches that the global batch is cut into; changes memory, not results"""
     mixed_precision: Precision | None = None
-    """precision of matrix products; default: accelerate's config file, else bf16 where the hardware has it, else no"""
+    """precision of matrix products; default: accelerate's config file, else bf16 where the hardware has it, else no.
+    auto: the default on a CPU; on a GPU fp16 where cuDNN has a persistent kernel for model and batch, else as the
+    default, without the config file. Which is faster is not measured yet"""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """learning rate after the warm-up: constant, or decayed to zero at the last step"""
     warmup_steps: int = 0

@@ -73,6 +73,8 @@ def train(config: TrainConfig, *, config_file: str | None = None) -> None:
             config.mixed_precision,
             batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
+            model=config.model,
+            seq_len=config.seq_len,
             timeout=config.distributed_timeout,
             deterministic=config.deterministic,
         )
