@@ -101,6 +101,49 @@ def test_resume_on_a_gpu_is_bitwise_with_deterministic_kernels(
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
 
 
+GRAPHED = [
+    "--model.dropout", "0.2", "--model.weight_drop", "0.3", "--model.layer_norm", "--model.residual",
+    "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5", "--ema_decay", "0.9", "--lr_schedule", "cosine",
+    "--seq_len", "64", "--batch_size", "16", "--evaluate_every", "7", "--log_every", "1", "--max_steps", "40",
+    "--deterministic",
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("default")  # of kernels that have no deterministic twin
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_training_from_cuda_graphs_is_the_one_without(
+    tiny_flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, precision: str
+) -> None:
+    """Weights, averages, Adam's state, lane states and losses, over an epoch's end."""
+    flags = [*tiny_flags, *GRAPHED, "--mixed_precision", precision]
+    train_main([*flags, "--run_dir", str(tmp_path / "plain")])
+    train_main([*flags, "--run_dir", str(tmp_path / "graphs"), "--cuda_graph"])
+    assert not [message for message in caplog.messages if "captured" in message]
+    losses = [[row.get("train/loss") for row in read_metrics(tmp_path / run)] for run in ("plain", "graphs")]
+    assert losses[0] == losses[1]
+    for file in ("model", "weights", "optimizer", "lanes"):
+        ours, theirs = (
+            load_file(checkpoints(tmp_path / run)[0][1] / f"{file}.safetensors") for run in ("graphs", "plain")
+        )
+        assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == [], file
+
+
+def test_a_training_from_cuda_graphs_does_not_pile_up_memory(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--mixed_precision", "bf16", "--cuda_graph", "--log_every", "1", "--max_minutes", "0.1"]
+    train_main([*tiny_flags, "--run_dir", str(tmp_path / "run"), *flags, "--max_steps", "100"])
+    peaks = [row["memory/peak_gib"] for row in read_metrics(tmp_path / "run") if "train/loss" in row]
+    assert peaks[-1] == peaks[len(peaks) // 2]
+
+
+def test_a_cuda_graph_of_scaled_gradients_is_refused(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train_main([*tiny_flags, "--run_dir", str(tmp_path / "run"), "--cuda_graph", "--mixed_precision", "fp16"])
+    assert stop.value.code == 2
+    assert "`cuda_graph` does not go with mixed_precision fp16" in capsys.readouterr().err
+
+
 def test_nothing_is_updated_on_a_gpu_once_a_loss_is_not_finite(tiny_flags: list[str], tmp_path: Path) -> None:
     """The host learns of it a step late; the device must not wait for that."""
     flags = ["--mixed_precision", "no", "--learning_rate", "1e38", "--max_steps", "20", "--log_every", "50"]

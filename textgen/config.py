@@ -212,6 +212,9 @@ class TrainConfig:
     """seconds after which a process that waits for another one ends the training"""
     deterministic: bool = False
     """on CUDA: deterministic kernels, so that a resume there is bitwise too; slower"""
+    cuda_graph: bool = False
+    """on CUDA, with one process and without fp16: replay each step as one graph, which takes more memory; what it wins
+    is not measured yet"""
     dry_run: bool = False
     """build everything, take two steps, say what the training would cost, and leave nothing"""
     data: DataConfig = field(default_factory=DataConfig)

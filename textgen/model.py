@@ -47,7 +47,7 @@ class DropoutMasks:
     """What dropout and weight drop need to draw their masks: pure functions of the step, kept by no generator."""
 
     seed: int
-    step: int
+    step: int | Tensor  # a tensor, int64 scalar, where a graph takes many steps
     lanes: Tensor  # (batch,) int64, global lane of each row
 
 

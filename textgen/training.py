@@ -40,6 +40,7 @@ from textgen.steps import (
     describe_request,
     describe_training,
     fit_steps,
+    refuse_graph,
     step_batches,
     steps_per_epoch,
     train_step,
@@ -81,6 +82,7 @@ def train(config: TrainConfig, *, config_file: str | None = None) -> None:
         # the text is compared by content, and folders may have other names elsewhere
         told = {n: v for n, v in asdict(config).items() if n not in ("run_dir", "data", "tokenizer", "tracking")}
         launch.assert_same(accelerator, (told, accelerator.mixed_precision), "what flags and config file say")
+        refuse_graph(config, accelerator)
         assert_installed(config.tracking)
         log.info("%s, %s", launch.describe(accelerator), describe_request(config, config_file))
         if config.dry_run:
