@@ -15,7 +15,7 @@ from textgen.checkpoint import checkpoints
 from textgen.cli import train_main
 from textgen.config import ModelConfig
 from textgen.launch import has_persistent_kernel
-from textgen.model import LSTMLanguageModel, summed_cross_entropy
+from textgen.model import DropoutMasks, LSTMLanguageModel, summed_cross_entropy
 from textgen.tracking import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -42,6 +42,27 @@ def test_cuda_and_cpu_agree() -> None:
     model.cuda()
     on_gpu, _ = model(tokens[:, :-1].cuda(), model.zero_state(8), tokens[:, 1:].cuda())
     assert on_gpu.item() == pytest.approx(on_cpu.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layers_on_streams_compute_what_they_do_one_after_the_other(dtype: torch.dtype) -> None:
+    """Many times over, with other tensors coming and going: a stream that did not wait would show now and then."""
+    torch.manual_seed(0)
+    shape = ModelConfig(embedding_dim=128, hidden_size=256, num_layers=4, dropout=0.2, layer_norm=True, residual=True)
+    model = LSTMLanguageModel(shape, 300).cuda()
+    tokens, masks = torch.randint(0, 300, (16, 97), device="cuda"), DropoutMasks(42, 7, torch.arange(16).cuda())
+    found: list[list[torch.Tensor]] = []
+    for num_pieces in [1] + 20 * [6]:
+        model.num_pieces = num_pieces
+        model.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            nats, state = model(tokens[:, :-1], model.zero_state(16), tokens[:, 1:], masks=masks)
+        nats.backward()
+        found.append([nats, *state, *(p.grad for p in model.parameters() if p.grad is not None)])
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert (one.float() - other.float()).norm() <= tolerance * one.float().norm()
 
 
 def test_summed_cross_entropy_matches_torch() -> None:
