@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from benchmarks.train import WAYS, Shape
 from textgen.checkpoint import checkpoints
 from textgen.cli import train_main
 from textgen.config import ModelConfig
@@ -163,6 +165,18 @@ def test_a_cuda_graph_of_scaled_gradients_is_refused(
         train_main([*tiny_flags, "--run_dir", str(tmp_path / "run"), "--cuda_graph", "--mixed_precision", "fp16"])
     assert stop.value.code == 2
     assert "`cuda_graph` does not go with mixed_precision fp16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["textgen, graph", "textgen, side by side", "textgen, graph, side by side"])
+def test_ways_that_are_measured_on_a_gpu_learn_alike(way: str) -> None:
+    """A graph that holds several streams, too; each takes steps until well after the capture."""
+    shape = Shape(vocab_size=300, embedding_dim=128, hidden_size=256, num_layers=3, batch_size=16, seq_len=64)
+    losses = []
+    for name in ("textgen", way):
+        torch.manual_seed(0)
+        losses.append(WAYS[name](shape, "bf16")(20))
+        AcceleratorState._reset_state(True)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_nothing_is_updated_on_a_gpu_once_a_loss_is_not_finite(tiny_flags: list[str], tmp_path: Path) -> None:

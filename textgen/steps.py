@@ -131,7 +131,7 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop
         average=average, progression=Progression(total_steps=min(total, config.max_steps or total)), stop=stop,
         nats=torch.zeros((), dtype=torch.float64, device=device),
         nonfinite=torch.zeros((), dtype=torch.bool, device=device),
-        graph=StepGraph(_capture_on(bare.embedding.weight.device, prepared)) if config.cuda_graph else None,
+        graph=StepGraph(capture_on(bare.embedding.weight.device, prepared)) if config.cuda_graph else None,
     )  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def refuse_graph(config: TrainConfig, accelerator: Accelerator) -> None:
         )
 
 
-def _capture_on(device: torch.device, optimizer: AcceleratedOptimizer) -> Capture:
+def capture_on(device: torch.device, optimizer: AcceleratedOptimizer) -> Capture:
     """Return what makes a CUDA graph of a step."""
     cuda = CudaCapture(device)
 
