@@ -2,7 +2,7 @@
 
 A window's kernels are short and many, and launching them one by one may take longer than running them. All shapes of a
 training are fixed, so a step can be captured once: what differs from step to step is laid into tensors at fixed
-addresses, and the host only replays (docs/decisions/0018-gpu-training-before-a-gpu.md). Nothing here was measured on a
+addresses, and the host only replays (docs/decisions/0018-steps-on-a-gpu.md). Nothing here was measured on a
 GPU so far.
 """
 

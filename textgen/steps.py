@@ -152,14 +152,17 @@ def refuse_graph(config: TrainConfig, accelerator: Accelerator) -> None:
 
 def capture_on(device: torch.device, optimizer: AcceleratedOptimizer) -> Capture:
     """Return what makes a CUDA graph of a step."""
-    cuda = CudaCapture(device)
+    made: list[CudaCapture] = []  # kept: torch may still ask a capture that failed
 
     def capture(work: Callable[[], None]) -> Replay:
+        # With a memory pool of its own: torch refuses to go on with one whose graph was dropped while something of it,
+        # such as cuBLAS's workspace, lives on.
+        made.append(CudaCapture(device))
         torch.cuda.empty_cache()  # the graph takes memory of its own, as much as the steps before it had
         for group in optimizer.param_groups:
             group["capturable"] = True  # else torch's Adam refuses; and outside of a capture it would warn
         try:
-            return cuda.record(work)
+            return made[-1].record(work)
         except RuntimeError:
             optimizer.zero_grad()  # gradients of a step that was not taken
             raise
