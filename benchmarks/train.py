@@ -4,25 +4,35 @@ Every way trains the same shape (embedding as large as the hidden layers and tie
 have a projection, which only the plain loop can follow) on the same tokens, as its authors run it and again under bf16
 autocast. Rounds are interleaved, so that a busy machine slows all of them. `--profile` tells where textgen's step goes,
 `--memory` what a step takes at its peak, `--kernels` what a sequential time step costs, in the dtypes and batches that
-decide which of cuDNN's kernels runs. On a CUDA device all of them are measured, in ten minutes; that was not tried yet.
+decide which of cuDNN's kernels runs.
+
+On a CUDA device all of it is measured, one way after the other, and ends after `--minutes`: what tells most comes
+first, a process is ended when its time is over, and what there was no time for is named. With it FlashRNN's kernels,
+where a CUDA compiler and `flashrnn` (PyPI) are installed, and textgen's steps from a CUDA graph and with layers side by
+side. Beside the speeds stand the share of the device's own bf16 rate, and how many times its floor a step takes: its
+sequential time steps, each as long as `--kernels` finds. That was not tried yet.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import logging
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from itertools import count
+from functools import partial
+from itertools import count, pairwise
+from threading import Timer
 from typing import Any, cast
 
 import torch
@@ -38,7 +48,8 @@ from textgen.config import ModelConfig, TrainConfig
 from textgen.hardware import keep_freed_memory
 from textgen.model import LSTMLanguageModel, LSTMLayer
 from textgen.optim import build_optimizer
-from textgen.steps import Progression, Training, train_step, zero_lanes
+from textgen.step_graph import StepGraph
+from textgen.steps import Progression, Training, capture_on, train_step, zero_lanes
 
 Steps = Callable[[int], float]
 """takes so many optimizer steps and returns the last loss, nats per token"""
@@ -80,17 +91,38 @@ CPU_SHAPES = {
     "quick": Shape(4000, 256, 512, 1, 32, 32),
     "bare defaults": Shape(8192, 256, 512, 2, 128, 64),
 }
-CUDA_SHAPES = {"3 x 1024": Shape(8192, 1024, 1024, 3, 128, 256), "default": Shape(8192, 512, 1024, 3, 128, 64)}
+CUDA_SHAPES = {
+    "large": Shape(16384, 512, 1536, 4, 256, 96),
+    "3 x 1024": Shape(8192, 1024, 1024, 3, 128, 256),
+    "default": Shape(8192, 512, 1024, 3, 128, 64),
+}
+
+# Seconds that one way to train may take on CUDA, its start included; FlashRNN compiles its kernels in them.
+WAY_SECONDS = 120
+
+# Pieces of a window where layers run side by side: enough that all four layers of the large shape have work for most
+# of a window. A guess.
+NUM_PIECES = 8
 
 
 def token_windows(shape: Shape, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield inputs and targets (batch_size, seq_len), the same ones always: made up, some tokens far more often."""
+    """Yield inputs and targets (batch_size, seq_len), the same ones always: made up, some tokens far more often.
+
+    Where a GPU trains the first 16 come again and again: drawing them takes longer than a step.
+    """
     chance = 1 / torch.arange(10.0, 10.0 + shape.vocab_size)
     draw = torch.Generator().manual_seed(0)
-    for _ in count():
-        rows = torch.multinomial(chance, shape.tokens + shape.batch_size, replacement=True, generator=draw)
-        rows = rows.view(shape.batch_size, shape.seq_len + 1).to(device)
-        yield rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+    drawn: list[tuple[Tensor, Tensor]] = []
+    for number in count():
+        if len(drawn) < 16:
+            rows = torch.multinomial(chance, shape.tokens + shape.batch_size, replacement=True, generator=draw)
+            rows = rows.view(shape.batch_size, shape.seq_len + 1).to(device)
+            window = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+            if torch.cuda.is_available():
+                drawn.append(window)
+        else:
+            window = drawn[number % 16]
+        yield window
 
 
 class _Stream(IterableDataset[tuple[Tensor, Tensor]]):
@@ -104,9 +136,10 @@ class _Stream(IterableDataset[tuple[Tensor, Tensor]]):
 # --- the ways to train -----------------------------------------------------------------------------------------------
 
 
-def textgen_steps(shape: Shape, precision: str) -> Steps:
+def textgen_steps(shape: Shape, precision: str, *, cuda_graph: bool = False, num_pieces: int = 1) -> Steps:
     """Train by textgen's own step."""
-    keep_freed_memory()  # as `launch.start` does
+    keep_freed_memory()  # as `launch.start` does, and does not let cuDNN round float32
+    torch.backends.cudnn.allow_tf32 = precision != "no"
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(mixed_precision=precision)
     model = ModelConfig(
@@ -115,6 +148,7 @@ def textgen_steps(shape: Shape, precision: str) -> Steps:
     )  # fmt: skip
     config = TrainConfig(batch_size=shape.batch_size, seq_len=shape.seq_len, model=model)
     bare = LSTMLanguageModel(model, shape.vocab_size)
+    bare.num_pieces = num_pieces
     prepared, optimizer = accelerator.prepare(bare, build_optimizer(bare, config))
     device = accelerator.device
     training = Training(
@@ -122,6 +156,7 @@ def textgen_steps(shape: Shape, precision: str) -> Steps:
         progression=Progression(total_steps=1), stop=cast(Any, None),
         nats=torch.zeros((), dtype=torch.float64, device=device),
         nonfinite=torch.zeros((), dtype=torch.bool, device=device),
+        graph=StepGraph(capture_on(bare.embedding.weight.device, optimizer)) if cuda_graph else None,
     )  # fmt: skip
     training.lane_states = zero_lanes(training)
     windows = token_windows(shape, device)
@@ -157,7 +192,7 @@ class PlainModel(nn.Module):
     def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.embedding = nn.Embedding(shape.vocab_size, shape.embedding_dim)
-        self.lstm = nn.LSTM(shape.embedding_dim, shape.hidden_size, shape.num_layers, batch_first=True)
+        self.lstm: nn.Module = nn.LSTM(shape.embedding_dim, shape.hidden_size, shape.num_layers, batch_first=True)
         self.projection: nn.Module = nn.Identity()
         if shape.hidden_size != shape.embedding_dim:
             self.projection = nn.Linear(shape.hidden_size, shape.embedding_dim)
@@ -170,11 +205,54 @@ class PlainModel(nn.Module):
         return self.output(self.projection(x)), state
 
 
-def plain_steps(shape: Shape, precision: str) -> Steps:
+class FlashLSTM(nn.Module):
+    """LSTM layers over FlashRNN's kernel, called as a batch-first nn.LSTM is.
+
+    Shapes are those of its README: gates (batch, time, 4, heads, units), here with one head.
+
+    Args:
+        kernel: FlashRNN's function, or one that is called alike.
+        shape: of the model.
+    """
+
+    def __init__(self, kernel: Callable[..., tuple[Tensor, Tensor]], shape: Shape) -> None:
+        super().__init__()
+        self.kernel, size = kernel, shape.hidden_size
+        sizes = [shape.embedding_dim] + [size] * shape.num_layers
+        self.inputs = nn.ModuleList(nn.Linear(a, 4 * b, bias=False) for a, b in pairwise(sizes))
+        self.recurrent = nn.ParameterList(torch.randn(4, 1, size, size) * size**-0.5 for _ in sizes[1:])
+        self.biases = nn.ParameterList(torch.zeros(4, 1, size) for _ in sizes[1:])
+
+    def forward(self, x: Tensor, state: tuple[Tensor, ...] | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return (batch, time, hidden_size) and each layer's state, (2, batch, 1, 1, hidden_size)."""
+        ends = []
+        for i, layer in enumerate(self.inputs):
+            gates = layer(x).unflatten(2, (4, 1, -1))  # (batch, time, 4, 1, hidden_size)
+            weight, bias = self.recurrent[i].to(gates.dtype), self.biases[i].to(gates.dtype)
+            before = None if state is None else state[i].to(gates.dtype)
+            states, end = self.kernel(gates, weight, bias, states=before, function="lstm")
+            x = states[0].flatten(2)
+            ends.append(end)
+        return x, tuple(ends)
+
+
+def flashrnn_steps(shape: Shape, precision: str, *, backend: str) -> Steps:
+    """Train by the plain loop, over FlashRNN's kernels in place of nn.LSTM; it compiles them first."""
+    from flashrnn import flashrnn
+
+    def model(shape: Shape) -> PlainModel:
+        plain = PlainModel(shape)
+        plain.lstm = FlashLSTM(partial(flashrnn, backend=backend, dtype="bfloat16"), shape)
+        return plain
+
+    return plain_steps(shape, precision, model)
+
+
+def plain_steps(shape: Shape, precision: str, model_of: Callable[[Shape], PlainModel] = PlainModel) -> Steps:
     """Train by the loop that Accelerate's guides show, over nn.LSTM."""
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(mixed_precision=precision)
-    bare = PlainModel(shape)
+    bare = model_of(shape)
     optimizer = torch.optim.Adam(bare.parameters(), lr=1e-3)
     loader: Any = DataLoader(_Stream(shape), batch_size=None)
     model, optimizer, loader = accelerator.prepare(bare, optimizer, loader)
@@ -318,22 +396,31 @@ WAYS: dict[str, Callable[[Shape, str], Steps]] = {
     "fastai AWD-LSTM": fastai_steps,
     "keras on torch": keras_steps,
 }
+ON_CUDA_ONLY: dict[str, Callable[[Shape, str], Steps]] = {
+    "textgen, graph": partial(textgen_steps, cuda_graph=True),
+    "textgen, side by side": partial(textgen_steps, num_pieces=NUM_PIECES),
+    "textgen, graph, side by side": partial(textgen_steps, cuda_graph=True, num_pieces=NUM_PIECES),
+    "FlashRNN, fused": partial(flashrnn_steps, backend="cuda_fused"),
+    "FlashRNN, alternating": partial(flashrnn_steps, backend="cuda"),
+}
+WAYS |= ON_CUDA_ONLY
 
 
 def _autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def variants(shape: Shape) -> Iterator[tuple[str, str]]:
+def variants(shape: Shape, *, cuda: bool) -> Iterator[tuple[str, str]]:
     """Yield what is measured at a shape: way and precision."""
     for way in WAYS:
-        if way == "textgen, not compiled" and torch.cuda.is_available():
-            continue
         flexible = way.startswith(("textgen", "accelerate"))
-        if flexible or shape.embedding_dim == shape.hidden_size:
-            yield from ((way, precision) for precision in ("no", "bf16"))
-        if flexible and torch.cuda.is_available():
-            yield way, "fp16"
+        if way in ON_CUDA_ONLY:
+            yield from [(way, "bf16")] * cuda
+        elif not (cuda and way == "textgen, not compiled"):
+            if flexible or shape.embedding_dim == shape.hidden_size:
+                yield from ((way, precision) for precision in ("no", "bf16"))
+            if flexible and cuda:
+                yield way, "fp16"
 
 
 def built(way: str, shape: Shape, precision: str) -> Steps | None:
@@ -349,15 +436,30 @@ def built(way: str, shape: Shape, precision: str) -> Steps | None:
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 
+Case = tuple[str, str, str]
+"""title of a shape, way to train, precision"""
+
 Worker = Callable[[int], dict[str, float] | None]
 """takes so many steps in a process of its own; returns seconds and bytes, or None where the way is not installed"""
 
 
 @contextmanager
-def worker(title: str, way: str, precision: str) -> Iterator[Worker]:
-    """Start a process for a way to train: what one sets for all of its process, others do not get."""
+def worker(title: str, way: str, precision: str, *, until: float | None = None) -> Iterator[Worker]:
+    """Start a process for a way to train: what one sets for all of its process, others do not get.
+
+    Args:
+        title: of the shape.
+        way: to train.
+        precision: of it.
+        until: when it is ended, with the compilers it started, on `time.monotonic`'s clock; None: never.
+    """
     argv = [sys.executable, "-m", "benchmarks.train", "--work", way, precision, "--shapes", title]
-    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with (
+        subprocess.Popen(
+            argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=until is not None
+        ) as process,
+        _ended(process, until),
+    ):
         asking, told = process.stdin, process.stdout
         assert asking is not None
         assert told is not None
@@ -371,6 +473,25 @@ def worker(title: str, way: str, precision: str) -> Iterator[Worker]:
         yield steps
         with suppress(BrokenPipeError):
             asking.close()
+
+
+@contextmanager
+def _ended(process: subprocess.Popen[str], until: float | None) -> Iterator[None]:
+    """Kill a process and those of its session at a time, unless it is left before."""
+    if until is None:
+        yield
+        return
+
+    def kill() -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+    timer = Timer(max(until - time.monotonic(), 0), kill)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def work(way: str, shape: Shape, precision: str) -> None:
@@ -396,7 +517,7 @@ def work(way: str, shape: Shape, precision: str) -> None:
 def measure(title: str, shape: Shape, *, rounds: int, steps: int) -> dict[str, Any]:
     """Return tokens per second of all ways, medians of interleaved rounds of `steps` steps."""
     with ExitStack() as stack:
-        made = {variant: stack.enter_context(worker(title, *variant)) for variant in variants(shape)}
+        made = {variant: stack.enter_context(worker(title, *variant)) for variant in variants(shape, cuda=False)}
         running = {variant: run for variant, run in made.items() if run(steps) is not None}  # which warms up
         rates: dict[tuple[str, str], list[float]] = {variant: [] for variant in running}
         for _ in range(rounds):
@@ -404,12 +525,7 @@ def measure(title: str, shape: Shape, *, rounds: int, steps: int) -> dict[str, A
                 told = run(steps)
                 assert told is not None, variant
                 rates[variant].append(steps * shape.tokens / told["seconds"])
-    figures: dict[str, Any] = {}
-    for (way, precision), seen in rates.items():
-        figures[f"{way}, {precision}"] = {
-            "tokens_per_second": round(statistics.median(seen)),
-            "lowest": round(min(seen)), "highest": round(max(seen)),
-        }  # fmt: skip
+    figures = {f"{way}, {precision}": summary(seen) for (way, precision), seen in rates.items()}
     ours = max(figures[f"textgen, {precision}"]["tokens_per_second"] for way, precision in rates if way == "textgen")
     for name, values in figures.items():
         values["textgen_is_faster_by"] = round(ours / values["tokens_per_second"], 2)
@@ -418,13 +534,142 @@ def measure(title: str, shape: Shape, *, rounds: int, steps: int) -> dict[str, A
     return figures
 
 
+def summary(rates: list[float]) -> dict[str, float]:
+    """Return median, lowest and highest of tokens per second."""
+    return {
+        "tokens_per_second": round(statistics.median(rates)), "lowest": round(min(rates)), "highest": round(max(rates))
+    }  # fmt: skip
+
+
+def measure_alone(
+    title: str, shape: Shape, way: str, precision: str, *, rounds: int, steps: int, until: float
+) -> dict[str, float] | None:
+    """Return tokens per second of a way that has the GPU for itself, and the bytes it takes there.
+
+    None, with a line that says so, where it cannot be built or fails, or its time is over before it was measured.
+    """
+    until = min(until, time.monotonic() + WAY_SECONDS)
+    rates: list[float] = []
+    with worker(title, way, precision, until=until) as run:
+        first = told = run(steps)  # which warms up
+        while told is not None and len(rates) < rounds:
+            told = run(steps)
+            if told is not None:
+                rates.append(steps * shape.tokens / told["seconds"])
+    if first is None or not rates:
+        print(f"  {way}, {precision} is left out at {title}: not built, failed, or out of time", flush=True)
+        return None
+    figures = summary(rates) | {"bytes": first["step"]}
+    print(f"  {title}: {way}, {precision}: {figures['tokens_per_second']:,} tokens/s", flush=True)
+    return figures
+
+
+def in_order(shapes: Mapping[str, Shape]) -> tuple[list[Case], list[Case]]:
+    """Return what is measured on CUDA: what tells most, and the rest; FlashRNN, which compiles, before what is slow."""
+    cases = [(title, *variant) for title, shape in shapes.items() for variant in variants(shape, cuda=True)]
+    first = [case for case in cases if case[1].startswith(("textgen", "accelerate")) and case[2] != "no"]
+    rest = [case for case in cases if case not in first]
+    return first, sorted(rest, key=lambda case: not case[1].startswith("FlashRNN"))
+
+
+def step_floor(shape: Shape, microseconds: Mapping[str, Mapping[str, float]], precision: str) -> float | None:
+    """Return the seconds of a step's sequential time steps, there and back, if it did nothing else.
+
+    Layers one after the other, each as long as a layer of this size and batch takes for a time step; the first one,
+    whose input may be smaller, is counted like the others. Layers side by side may pass it.
+
+    Args:
+        shape: what is trained.
+        microseconds: what `time_step_microseconds` returned; None comes back where it has no such layer.
+        precision: Accelerate's name of it.
+    """
+    dtype = {"bf16": "bfloat16", "fp16": "float16"}.get(precision)
+    found = microseconds.get(f"{shape.hidden_size} units, {dtype}, batch {shape.batch_size}")
+    return found["stack"] * 1e-6 * shape.seq_len * shape.num_layers if found else None
+
+
+def put_beside(
+    speed: Mapping[str, Mapping[str, float]],
+    shape: Shape,
+    possible: float,
+    microseconds: Mapping[str, Mapping[str, float]],
+) -> dict[str, dict[str, float]]:
+    """Return the speeds of a shape with what they are beside the device's rate, a step's floor, and the plain loop.
+
+    Args:
+        speed: of each "way, precision".
+        shape: what is trained.
+        possible: operations per second of a large bf16 product.
+        microseconds: of sequential time steps.
+    """
+    plain = speed.get("accelerate loop, bf16")
+    figures = {}
+    for name, values in speed.items():
+        seconds = shape.tokens / values["tokens_per_second"]
+        floor = step_floor(shape, microseconds, name.rpartition(", ")[2])
+        figures[name] = dict(values) | {
+            "share_of_bf16_rate": round(shape.flops / seconds / possible, 3),
+            **({"times_the_floor": round(seconds / floor, 2)} if floor else {}),
+            **(
+                {"times_the_plain_loop": round(values["tokens_per_second"] / plain["tokens_per_second"], 2)}
+                if plain
+                else {}
+            ),
+        }
+    return figures
+
+
+def measure_on_cuda(
+    shapes: Mapping[str, Shape], figures: dict[str, Any], *, minutes: float, rounds: int, steps: int | None
+) -> None:
+    """Measure everything in about so many minutes, and save it as it comes."""
+    until = time.monotonic() + 60 * minutes
+    figures["bf16_flops"] = gemm_rate(torch.bfloat16, torch.device("cuda"))
+    figures["microseconds per time step"] = time_step_microseconds(torch.device("cuda"))
+    torch.cuda.empty_cache()  # for the processes to come
+    figures |= {title: {"shape": asdict(shape), "speed": {}, "left_out": []} for title, shape in shapes.items()}
+    first, rest = in_order(shapes)
+    for cases in (first, rest):
+        for title, way, precision in cases:
+            shape, entry = shapes[title], figures[title]
+            number = steps or max((1 << 18) // shape.tokens, 1)
+            told = measure_alone(title, shape, way, precision, rounds=rounds, steps=number, until=until)
+            if told is None:
+                entry["left_out"].append(f"{way}, {precision}")
+            else:
+                entry["speed"][f"{way}, {precision}"] = told
+            save("train_cuda", figures)
+        if cases is first:
+            examine(shapes, figures, until=until)
+    for title, shape in shapes.items():
+        entry = figures[title]
+        entry["speed"] = put_beside(entry["speed"], shape, figures["bf16_flops"], figures["microseconds per time step"])
+        print(title)
+        for name, values in entry["speed"].items():
+            print(f"  {name:34}" + "".join(f"  {what} {value:,}" for what, value in values.items()))
+    save("train_cuda", figures)
+
+
+def examine(shapes: Mapping[str, Shape], figures: dict[str, Any], *, until: float) -> None:
+    """Measure losses and the parts of a step, in this process, as long as there is time."""
+    for title, shape in shapes.items():
+        for name, call in (("losses", lambda s: equal_losses(s, 50)), ("profile", profile_step)):
+            if time.monotonic() > until:
+                print(f"  {name} of {title} are left out: out of time")
+                continue
+            figures[title][name] = call(shape)
+            save("train_cuda", figures)
+            gc.collect()
+            torch.cuda.empty_cache()  # for the processes to come
+
+
 def equal_losses(shape: Shape, number: int) -> dict[str, float]:
     """Return the loss after `number` steps from equal weights on equal tokens, of textgen and the plain loop.
 
     The plain model's second bias, which would double its steps, is held at zero.
     """
     losses = {}
-    for precision in ("no", "bf16"):
+    for precision in ("no", "bf16", "fp16") if torch.cuda.is_available() else ("no", "bf16"):
         ours, plain = textgen_steps(shape, precision), plain_steps(shape, precision)
         torch.manual_seed(1)
         model, other = ours.model, plain.model  # type: ignore[attr-defined]
@@ -450,7 +695,7 @@ def equal_losses(shape: Shape, number: int) -> dict[str, float]:
 def peak_memory(title: str, shape: Shape) -> dict[str, Any]:
     """Return the bytes that two steps add to a fresh process's memory (on CUDA: allocate at their peak)."""
     figures = {}
-    for way, precision in variants(shape):
+    for way, precision in variants(shape, cuda=torch.cuda.is_available()):
         if not way.startswith(("textgen", "accelerate")):
             continue
         with worker(title, way, precision) as run:
@@ -576,6 +821,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where textgen's step goes, and nothing else")
     parser.add_argument("--memory", action="store_true", help="what a step takes at its peak, and nothing else")
     parser.add_argument("--kernels", action="store_true", help="cost of a sequential time step, and nothing else")
+    parser.add_argument("--minutes", type=float, default=10, help="on CUDA, for all of it (default: 10)")
     parser.add_argument("--work", nargs=2, metavar=("WAY", "PRECISION"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
@@ -588,19 +834,22 @@ def main() -> None:
     name = "train_cuda" if cuda else "train"
     path = RESULTS / f"{name}.json"
     figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
+    if everything and cuda:
+        measure_on_cuda(chosen, figures, minutes=args.minutes, rounds=args.rounds, steps=args.steps)
+        return
     for title, shape in chosen.items():
         print(f"{title}: {shape.batch_size} x {shape.seq_len} tokens, {shape.vocab_size} pieces", flush=True)
         entry = figures.setdefault(title, {"shape": asdict(shape)})
         if everything:
-            steps = args.steps or max((1 << (18 if cuda else 14)) // shape.tokens, 1)
+            steps = args.steps or max((1 << 14) // shape.tokens, 1)
             entry["speed"] = measure(title, shape, rounds=args.rounds, steps=steps)
             entry["losses"] = equal_losses(shape, 10 if shape.tokens <= 1 << 12 else 3)
-        if args.profile or (everything and cuda):
+        if args.profile:
             entry["profile"] = profile_step(shape)
-        if args.memory or (everything and cuda):
+        if args.memory:
             entry["memory"] = peak_memory(title, shape)
         save(name, figures)  # each shape: the next may take long
-    if args.kernels or (everything and cuda):
+    if args.kernels:
         device = torch.device("cuda" if cuda else "cpu")
         sizes: dict[str, Any] = {} if cuda else {"sizes": (512, 1024), "batches": (32, 128), "steps": 32}
         figures["microseconds per time step"] = time_step_microseconds(device, **sizes)

@@ -20,7 +20,7 @@ OPTIONS = """
 run_dir batch_size seq_len max_epochs max_steps max_minutes learning_rate seed gradient_accumulation_steps
 mixed_precision lr_schedule warmup_steps max_grad_norm weight_decay adam_betas ema_decay log_every evaluate_every
 evaluate_documents early_stopping_patience save_every sample_prompts sample_temperatures sample_tokens keep_last resume
-resume_override stop_signal gradient_compression distributed_timeout deterministic dry_run
+resume_override stop_signal gradient_compression distributed_timeout deterministic cuda_graph dry_run
 data.source data.dataset data.dataset_config data.files data.text_column data.txt_documents data.normalization
 data.train_on data.validation_fraction data.validation_blocks data.cache_dir data.store
 tokenizer.vocab_size tokenizer.model_type tokenizer.path
@@ -222,7 +222,10 @@ def test_fraction_is_refused_where_a_whole_number_is_wanted(name: str, capsys: p
         ("max_steps: 2.5", "`max_steps` must be an integer or null: 2.5"),
         ("model: {dropout: 1}", "`model.dropout` must be at least 0 and below 1: 1.0"),
         ("lr_schedule: cosin", "`lr_schedule` must be one of `constant`, `cosine`, `linear`: cosin"),
-        ("mixed_precision: no", "`mixed_precision` must be one of `no`, `bf16`, `fp16` or null: False (YAML reads"),
+        (
+            "mixed_precision: no",
+            "`mixed_precision` must be one of `no`, `bf16`, `fp16`, `auto` or null: False (YAML reads",
+        ),
         ("data: {source: files, files: a.txt}", "`data.files` must be a list of texts: a.txt"),
         ("data: {source: files}", "`data.source` is files but `data.files` names none"),
         ("run_dir: ''", "`run_dir` must name a folder"),

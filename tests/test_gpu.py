@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from benchmarks.train import WAYS, Shape
 from textgen.checkpoint import checkpoints
 from textgen.cli import train_main
 from textgen.config import ModelConfig
-from textgen.model import LSTMLanguageModel, summed_cross_entropy
+from textgen.launch import has_persistent_kernel
+from textgen.model import DropoutMasks, LSTMLanguageModel, summed_cross_entropy
 from textgen.tracking import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -42,6 +46,27 @@ def test_cuda_and_cpu_agree() -> None:
     assert on_gpu.item() == pytest.approx(on_cpu.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layers_on_streams_compute_what_they_do_one_after_the_other(dtype: torch.dtype) -> None:
+    """Many times over, with other tensors coming and going: a stream that did not wait would show now and then."""
+    torch.manual_seed(0)
+    shape = ModelConfig(embedding_dim=128, hidden_size=256, num_layers=4, dropout=0.2, layer_norm=True, residual=True)
+    model = LSTMLanguageModel(shape, 300).cuda()
+    tokens, masks = torch.randint(0, 300, (16, 97), device="cuda"), DropoutMasks(42, 7, torch.arange(16).cuda())
+    found: list[list[torch.Tensor]] = []
+    for num_pieces in [1] + 20 * [6]:
+        model.num_pieces = num_pieces
+        model.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
+            nats, state = model(tokens[:, :-1], model.zero_state(16), tokens[:, 1:], masks=masks)
+        nats.backward()
+        found.append([nats, *state, *(p.grad for p in model.parameters() if p.grad is not None)])
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    for others in found[1:]:
+        for one, other in zip(found[0], others, strict=True):
+            assert (one.float() - other.float()).norm() <= tolerance * one.float().norm()
+
+
 def test_summed_cross_entropy_matches_torch() -> None:
     torch.manual_seed(0)
     x = torch.randn(100, 32, device="cuda", requires_grad=True)
@@ -62,6 +87,27 @@ def test_training_on_a_gpu_learns(tiny_flags: list[str], tmp_path: Path, precisi
     assert sum(losses[-5:]) / 5 < losses[0] - 0.2
 
 
+def test_auto_takes_fp16_where_the_persistent_kernel_runs_and_it_does(tiny_flags: list[str], tmp_path: Path) -> None:
+    """By the names of the kernels that torch's profiler sees; where the rule says no, there are none of that name."""
+    from torch.profiler import ProfilerActivity, profile
+
+    found = {}
+    for rows in (128, 136):
+        config = ModelConfig(embedding_dim=256, hidden_size=1024, num_layers=2)
+        wanted = has_persistent_kernel(config, rows=rows, seq_len=64)
+        model, tokens = LSTMLanguageModel(config, 300).cuda(), torch.randint(0, 300, (rows, 65), device="cuda")
+        for _ in range(2):
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler, torch.autocast("cuda", torch.float16):
+                model(tokens[:, :-1], model.zero_state(rows), tokens[:, 1:])[0].backward()
+        found[rows] = wanted, any("persist" in event.key.lower() for event in profiler.key_averages())
+    assert all(ours == theirs for ours, theirs in found.values()), found
+    flags = ["--mixed_precision", "auto", "--model.hidden_size", "256", "--model.embedding_dim", "128"]
+    train_main([*tiny_flags, "--run_dir", str(tmp_path / "run"), *flags])
+    precision = json.loads((checkpoints(tmp_path / "run")[0][1] / "trainer.json").read_text())["mixed_precision"]
+    shape = ModelConfig(embedding_dim=128, hidden_size=256)
+    assert precision == ("fp16" if has_persistent_kernel(shape, rows=8, seq_len=16) else "bf16")
+
+
 @pytest.mark.filterwarnings("default")  # of kernels that have no deterministic twin
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_resume_on_a_gpu_is_bitwise_with_deterministic_kernels(
@@ -76,6 +122,61 @@ def test_resume_on_a_gpu_is_bitwise_with_deterministic_kernels(
         load_file(checkpoints(tmp_path / run)[0][1] / "optimizer.safetensors") for run in ("parts", "whole")
     )
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+GRAPHED = [
+    "--model.dropout", "0.2", "--model.weight_drop", "0.3", "--model.layer_norm", "--model.residual",
+    "--gradient_accumulation_steps", "2", "--max_grad_norm", "0.5", "--ema_decay", "0.9", "--lr_schedule", "cosine",
+    "--seq_len", "64", "--batch_size", "16", "--evaluate_every", "7", "--log_every", "1", "--max_steps", "40",
+    "--deterministic",
+]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("default")  # of kernels that have no deterministic twin
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_training_from_cuda_graphs_is_the_one_without(
+    tiny_flags: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture, precision: str
+) -> None:
+    """Weights, averages, Adam's state, lane states and losses, over an epoch's end."""
+    flags = [*tiny_flags, *GRAPHED, "--mixed_precision", precision]
+    train_main([*flags, "--run_dir", str(tmp_path / "plain")])
+    train_main([*flags, "--run_dir", str(tmp_path / "graphs"), "--cuda_graph"])
+    assert not [message for message in caplog.messages if "captured" in message]
+    losses = [[row.get("train/loss") for row in read_metrics(tmp_path / run)] for run in ("plain", "graphs")]
+    assert losses[0] == losses[1]
+    for file in ("model", "weights", "optimizer", "lanes"):
+        ours, theirs = (
+            load_file(checkpoints(tmp_path / run)[0][1] / f"{file}.safetensors") for run in ("graphs", "plain")
+        )
+        assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == [], file
+
+
+def test_a_training_from_cuda_graphs_does_not_pile_up_memory(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = ["--mixed_precision", "bf16", "--cuda_graph", "--log_every", "1", "--max_minutes", "0.1"]
+    train_main([*tiny_flags, "--run_dir", str(tmp_path / "run"), *flags, "--max_steps", "100"])
+    peaks = [row["memory/peak_gib"] for row in read_metrics(tmp_path / "run") if "train/loss" in row]
+    assert peaks[-1] == peaks[len(peaks) // 2]
+
+
+def test_a_cuda_graph_of_scaled_gradients_is_refused(
+    tiny_flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        train_main([*tiny_flags, "--run_dir", str(tmp_path / "run"), "--cuda_graph", "--mixed_precision", "fp16"])
+    assert stop.value.code == 2
+    assert "`cuda_graph` does not go with mixed_precision fp16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["textgen, graph", "textgen, side by side", "textgen, graph, side by side"])
+def test_ways_that_are_measured_on_a_gpu_learn_alike(way: str) -> None:
+    """A graph that holds several streams, too; each takes steps until well after the capture."""
+    shape = Shape(vocab_size=300, embedding_dim=128, hidden_size=256, num_layers=3, batch_size=16, seq_len=64)
+    losses = []
+    for name in ("textgen", way):
+        torch.manual_seed(0)
+        losses.append(WAYS[name](shape, "bf16")(20))
+        AcceleratorState._reset_state(True)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
 
 def test_nothing_is_updated_on_a_gpu_once_a_loss_is_not_finite(tiny_flags: list[str], tmp_path: Path) -> None:

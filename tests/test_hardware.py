@@ -1,10 +1,128 @@
-"""What a processor multiplies fast, by what Linux tells of it."""
+"""What a processor is fast in, which kernels a GPU would run, and the precision that is chosen by it: rules alone."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 
-from textgen import hardware
+from textgen import hardware, launch
+from textgen.cli import main, train_main
+from textgen.config import Precision
+from textgen.hardware import prefers_float16
+from textgen.launch import resolve_precision
+
+H100 = {"capability": (9, 0), "multiprocessors": 132}
+V100 = {"capability": (7, 0), "multiprocessors": 80}
+FITS: dict[str, Any] = {"input_sizes": (512, 1024), "hidden_size": 1024, "rows": 128, "seq_len": 64, **H100}
+
+
+def asked(**changes: Any) -> bool:
+    """Return the answer for a layer that has the kernel, with some changes."""
+    given = FITS | changes
+    return prefers_float16(given.pop("input_sizes"), given.pop("hidden_size"), **given)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"hidden_size": 256, "input_sizes": (128, 256)},
+        {"rows": 8},
+        {"rows": 24, "seq_len": 1},
+        {"capability": (8, 0), "multiprocessors": 108},  # A100
+        {"capability": (8, 9), "multiprocessors": 128},  # RTX 4090
+        {"capability": (10, 0), "multiprocessors": 148},  # B200
+        V100,
+        {**V100, "rows": 96, "seq_len": 20},
+        {**V100, "rows": 32, "seq_len": 10},
+    ],
+)
+def test_float16_is_preferred_where_cudnn_has_a_persistent_kernel_for_it_alone(changes: dict[str, Any]) -> None:
+    assert asked(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_size": 1152, "input_sizes": (512, 1152)},
+        {"hidden_size": 1000, "input_sizes": (512, 1000)},
+        {"hidden_size": 128, "input_sizes": (128,)},  # persistent in bfloat16 too
+        {"input_sizes": (500, 1024)},
+        {"rows": 136},
+        {"rows": 100},
+        {"rows": 256},
+        {"capability": (8, 6), "multiprocessors": 84},  # A40
+        {"capability": (8, 0), "multiprocessors": 56},  # A30
+        {"multiprocessors": 66},  # half an H100, by MIG
+        {"capability": (7, 5), "multiprocessors": 72},  # T4 and its like
+        {"capability": (6, 0), "multiprocessors": 56},
+        {**V100, "rows": 80},
+        {**V100, "rows": 128, "seq_len": 39},
+        {**V100, "rows": 24},
+    ],
+)
+def test_float16_is_not_preferred_where_one_condition_of_that_kernel_fails(changes: dict[str, Any]) -> None:
+    assert not asked(**changes)
+
+
+# --- the precision ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("environment", [None, "no", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("persistent", "bfloat16", "float16", "wanted"),
+    [
+        (True, True, True, "fp16"),
+        (True, False, True, "fp16"),
+        (False, True, True, "bf16"),
+        (False, False, True, "fp16"),
+        (False, False, False, "no"),
+    ],
+)
+def test_auto_on_a_gpu_goes_by_its_kernels_whatever_accelerate_says(
+    monkeypatch: pytest.MonkeyPatch,
+    environment: str | None,
+    persistent: bool,
+    bfloat16: bool,
+    float16: bool,
+    wanted: str,
+) -> None:
+    monkeypatch.setattr(launch, "has_bfloat16", lambda use_cpu: bfloat16)
+    monkeypatch.setattr(launch, "has_float16", lambda: float16)
+    assert resolve_precision("auto", environment, use_cpu=False, persistent=persistent) == wanted
+    for flag in ("no", "bf16", "fp16"):
+        assert resolve_precision(flag, environment, use_cpu=False, persistent=persistent) == flag  # type: ignore[arg-type]
+    left_out = environment or ("bf16" if bfloat16 else "no")
+    assert resolve_precision(None, environment, use_cpu=False, persistent=persistent) == left_out
+
+
+@pytest.mark.parametrize("environment", [None, "no", "bf16"])
+@pytest.mark.parametrize("bfloat16", [True, False])
+def test_auto_on_a_cpu_is_the_same_as_leaving_it_out(
+    monkeypatch: pytest.MonkeyPatch, environment: str | None, bfloat16: bool
+) -> None:
+    monkeypatch.setattr(launch, "has_bfloat16", lambda use_cpu: bfloat16)
+    flags: tuple[Precision | None, ...] = (None, "auto")
+    left_out, auto = (resolve_precision(flag, environment, use_cpu=True) for flag in flags)
+    assert auto == left_out
+
+
+def test_a_training_and_an_evaluation_take_auto(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The checkpoint tells what was taken, and the training goes on where that is named."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    flags = [*tiny_flags, "--run_dir", str(tmp_path / "run")]
+    train_main([*flags, "--mixed_precision", "auto", "--max_steps", "2"])
+    trainer = json.loads((tmp_path / "run" / "checkpoints" / "step-000002" / "trainer.json").read_text())
+    assert trainer["mixed_precision"] == "no"
+    train_main([*flags, "--mixed_precision", "no", "--max_steps", "3"])
+    capsys.readouterr()
+    main(["evaluate", str(tmp_path / "run"), "--mixed_precision", "auto", "--limit", "2", "--json"])
+    assert json.loads(capsys.readouterr().out)["documents"] == 2
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,12 @@ def evaluate(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--batch_size", type=int, default=64, help="documents read side by side; no influence on the figures"
     )
-    parser.add_argument("--mixed_precision", type=Precision, default="no", help="precision of matrix products")
+    parser.add_argument(
+        "--mixed_precision",
+        type=Precision,
+        default="no",
+        help="precision of matrix products; auto: what the hardware is fast in",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     args = parser.parse_args(list(argv))
     for name in ("limit", "batch_size"):

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["no", "bf16", "fp16", "auto"]
 DecoderName = Literal["auto", "plain", "float32", "bfloat16", "int8", "compiled", "graph"]
 
 
@@ -169,7 +169,9 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1
     """micro-batches that the global batch is cut into; changes memory, not results"""
     mixed_precision: Precision | None = None
-    """precision of matrix products; default: accelerate's config file, else bf16 where the hardware has it, else no"""
+    """precision of matrix products; default: accelerate's config file, else bf16 where the hardware has it, else no.
+    auto: the default on a CPU; on a GPU fp16 where cuDNN has a persistent kernel for model and batch, else as the
+    default, without the config file. Which is faster is not measured yet"""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
     """learning rate after the warm-up: constant, or decayed to zero at the last step"""
     warmup_steps: int = 0
@@ -217,6 +219,9 @@ class TrainConfig:
     """seconds after which a process that waits for another one ends the training"""
     deterministic: bool = False
     """on CUDA: deterministic kernels, so that a resume there is bitwise too; slower"""
+    cuda_graph: bool = False
+    """on CUDA, with one process and without fp16: replay each step as one graph, which takes more memory; what it wins
+    is not measured yet"""
     dry_run: bool = False
     """build everything, take two steps, say what the training would cost, and leave nothing"""
     data: DataConfig = field(default_factory=DataConfig)

@@ -112,6 +112,8 @@ class Peers:
                 config.mixed_precision,
                 batch_size=config.batch_size,
                 gradient_accumulation_steps=config.gradient_accumulation_steps,
+                model=config.model,
+                seq_len=config.seq_len,
                 timeout=min(config.distributed_timeout, WAIT_SECONDS),
             )
         except (ValueError, RuntimeError) as error:  # LaunchError, or not all came in time
@@ -129,6 +131,11 @@ class Peers:
     def size(self) -> int:
         """Number of processes, this one included."""
         return 1 if self.accelerator is None else int(self.accelerator.num_processes)
+
+    @property
+    def precision(self) -> str | None:
+        """What the processes train in; None where they did not join."""
+        return None if self.accelerator is None else str(self.accelerator.mixed_precision)
 
     @property
     def device(self) -> torch.device:
@@ -201,7 +208,7 @@ def examine(peers: Peers, config: TrainConfig) -> list[Check]:
         check_versions(peers),
         _guard("gpus", lambda: check_gpus(device)),
         check_processors(peers),
-        _guard("precision", lambda: check_precision(config, device)),
+        _guard("precision", lambda: check_precision(config, device, peers.precision)),
         check_all_reduce(peers),
         check_disk(peers, run_dir),
         _guard("space", lambda: check_space(config, run_dir, store)),
@@ -349,8 +356,14 @@ def cpu_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
     return math.inf
 
 
-def check_precision(config: TrainConfig, device: torch.device) -> Check:
-    """Train a step of a tiny LSTM in each dtype, and time a matrix product relative to float32."""
+def check_precision(config: TrainConfig, device: torch.device, joined_in: str | None = None) -> Check:
+    """Train a step of a tiny LSTM in each dtype, and time a matrix product relative to float32.
+
+    Args:
+        config: of the training.
+        device: of this process.
+        joined_in: the precision that the processes chose; None where they did not join.
+    """
     import torch
 
     from textgen import launch
@@ -358,7 +371,7 @@ def check_precision(config: TrainConfig, device: torch.device) -> Check:
 
     use_cpu = device.type == "cpu"
     told = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    chosen = launch.resolve_precision(config.mixed_precision, told, use_cpu=use_cpu)
+    chosen = joined_in or launch.resolve_precision(config.mixed_precision, told, use_cpu=use_cpu)
     value: dict[str, str | int | float] = {"training": chosen}
     seconds = _product_seconds(torch.float32, device)
     for dtype in launch.LSTM_DTYPES.values():

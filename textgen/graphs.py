@@ -16,6 +16,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -275,7 +276,7 @@ class CudaCapture:
     """Captures steps in CUDA graphs. They share one memory pool: they run one after the other and keep nothing in it.
 
     `torch.cuda.graph` is not used: it hands all cached memory back to the device first, which a training that samples
-    in between would have to ask for again.
+    in between would have to ask for again; and its captures forbid much to the threads that save and track.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -291,12 +292,20 @@ class CudaCapture:
             RuntimeError: a step waits for the device, or something else that no graph can hold.
         """
         self._warm_up(buffers)
+        return self.record(partial(steps_in_place, buffers, count))
+
+    def record(self, work: Callable[[], None]) -> Replay:
+        """Return what replays some work on the current stream, which must have run before; nothing is computed here.
+
+        Raises:
+            RuntimeError: the work waits for the device, or does something else that no graph can hold.
+        """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 try:
-                    steps_in_place(buffers, count)
+                    work()
                 finally:
                     graph.capture_end()
             except RuntimeError:

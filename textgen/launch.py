@@ -12,8 +12,8 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor
 
-from textgen.config import Precision
-from textgen.hardware import has_bfloat16, keep_freed_memory
+from textgen.config import ModelConfig, Precision
+from textgen.hardware import has_bfloat16, has_float16, keep_freed_memory, prefers_float16
 from textgen.processes import Interrupted, StopSignals
 from textgen.world import LaunchError, promised_gpus, promised_world, read_launch, says_yes
 
@@ -26,6 +26,8 @@ def start(
     *,
     batch_size: int | None = None,
     gradient_accumulation_steps: int = 1,
+    model: ModelConfig | None = None,
+    seq_len: int = 1,
     timeout: float | None = None,
     deterministic: bool = False,
 ) -> Accelerator:
@@ -35,6 +37,8 @@ def start(
         mixed_precision: what the flag says; None leaves it to accelerate's config file, then to the hardware.
         batch_size: global batch that processes and micro-batches must divide, in training.
         gradient_accumulation_steps: micro-batches in it.
+        model: its shape, in training; with the batch it decides what `auto` takes on a GPU.
+        seq_len: tokens per window, in training.
         timeout: seconds that a collective waits for the other processes; None for torch's half hour.
         deterministic: have torch and CUDA take deterministic kernels.
 
@@ -77,7 +81,10 @@ def start(
             f"{world.local_processes} processes on this machine, but {torch.cuda.device_count()} GPUs: launch that "
             "many, or set ACCELERATE_USE_CPU=true"
         )
-    precision = resolve_precision(mixed_precision, os.environ.get("ACCELERATE_MIXED_PRECISION"), use_cpu=use_cpu)
+    rows = batch_size // (promised * gradient_accumulation_steps) if batch_size is not None else None
+    persistent = not use_cpu and has_persistent_kernel(model, rows=rows, seq_len=seq_len)
+    told = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    precision = resolve_precision(mixed_precision, told, use_cpu=use_cpu, persistent=persistent)
     if use_cpu:
         keep_freed_memory()
     if precision == "no" and not use_cpu:
@@ -188,13 +195,45 @@ class Agreement:
         return tuple(bool(count) for count in answer.tolist())
 
 
-def resolve_precision(flag: Precision | None, environment: str | None, *, use_cpu: bool) -> str:
+def has_persistent_kernel(model: ModelConfig | None, *, rows: int | None, seq_len: int) -> bool:
+    """Tell whether cuDNN has a persistent kernel for a model on this process's GPU in float16 and none in bfloat16.
+
+    Args:
+        model: its shape; None where nothing is trained.
+        rows: of a micro-batch of this process; None where nothing is trained.
+        seq_len: tokens per window.
+    """
+    if model is None or rows is None or torch.version.cuda is None or not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    gpu = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
+    return prefers_float16(
+        {model.embedding_dim, *[model.hidden_size] * (model.num_layers - 1)}, model.hidden_size, rows=rows,
+        seq_len=seq_len, capability=(gpu.major, gpu.minor), multiprocessors=gpu.multi_processor_count,
+    )  # fmt: skip
+
+
+def resolve_precision(
+    flag: Precision | None, environment: str | None, *, use_cpu: bool, persistent: bool = False
+) -> str:
     """Return the precision: the flag's, else accelerate's (its yaml or launch flag), else bf16 where hardware has it.
+
+    `auto` is a rule, and nothing is timed, so that all processes and all starts of a run take the same: on a GPU fp16
+    where `persistent`, else bf16 where hardware has it, else fp16 where it has that.
+
+    Args:
+        flag: of the command line or a file of settings.
+        environment: what accelerate says.
+        use_cpu: whether this is not about a GPU.
+        persistent: what `has_persistent_kernel` says.
 
     Raises:
         LaunchError: float16 on a CPU, or a precision that textgen does not know.
     """
-    precision = flag or environment
+    if flag == "auto" and not use_cpu:
+        if not persistent and has_bfloat16(use_cpu=False):
+            return "bf16"
+        return "fp16" if persistent or has_float16() else "no"
+    precision = environment if flag == "auto" else flag or environment
     if precision is None:
         return "bf16" if has_bfloat16(use_cpu=use_cpu) else "no"
     if precision not in ("no", "bf16", "fp16"):

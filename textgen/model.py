@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import sys
 import typing
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +33,9 @@ LOGITS_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
 # Where weight drop draws its masks, counting down over layers: locked dropout's sites count up from 0.
 _WEIGHT_SITE = -2
 
+# Of each device, those that layers run on side by side.
+_STREAMS: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
+
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 _FORMAT = "textgen.lstm.1"
@@ -47,7 +52,7 @@ class DropoutMasks:
     """What dropout and weight drop need to draw their masks: pure functions of the step, kept by no generator."""
 
     seed: int
-    step: int
+    step: int | Tensor  # a tensor, int64 scalar, where a graph takes many steps
     lanes: Tensor  # (batch,) int64, global lane of each row
 
 
@@ -197,6 +202,26 @@ class LSTMLayer(nn.Module):
         return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
 
 
+def _side_by_side(device: torch.device, count: int) -> list[torch.cuda.Stream | None]:
+    """Return the current stream, and as many others, always the same ones."""
+    for _ in range(len(_STREAMS[device]), count):
+        _STREAMS[device].append(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
+    return [torch.cuda.current_stream(device), *_STREAMS[device][:count]]
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream | None, *used: Tensor, after: torch.cuda.Stream | None) -> Iterator[None]:
+    """Work on a stream, after what another one holds so far, with tensors that came from there; None: just work."""
+    if stream is None or after is None:
+        yield
+        return
+    stream.wait_stream(after)
+    for tensor in used:
+        tensor.record_stream(stream)  # else their memory could be given away when they are dropped
+    with torch.cuda.stream(stream):
+        yield
+
+
 class LSTMLanguageModel(nn.Module):
     """Embedding, stacked LSTM, projection and output layer.
 
@@ -207,6 +232,9 @@ class LSTMLanguageModel(nn.Module):
             log frequency, which saves the first hundred or so steps.
         text: what stands between text and tokens, kept in config.json: `tokenizer_sha256`, `normalization`.
     """
+
+    num_pieces = 1
+    """into which a window is cut, for layers to run side by side; more than one is for benchmarks/train.py to try"""
 
     def __init__(
         self,
@@ -287,21 +315,50 @@ class LSTMLanguageModel(nn.Module):
     def _features(self, tokens: Tensor, state: State, masks: DropoutMasks | None) -> tuple[Tensor, State]:
         """Return what the output layer sees (batch, time, embedding_dim or hidden_size), and the new state."""
         x = self._drop(self.embedding(tokens), masks, 0)  # (batch, time, embedding_dim)
-        hidden, cell = [], []
-        for i, layer in enumerate(self.layers):
-            before = x
-            if i > 0 and self.norms:
-                x = self.norms[i - 1](x)
-            own_state = state[0][i : i + 1], state[1][i : i + 1]
-            x, (h, c) = layer(x, own_state, self._weight_mask(masks, i))  # (batch, time, hidden_size)
-            if i > 0 and self.config.residual:
-                x = x + before
-            x = self._drop(x, masks, i + 1)
-            hidden.append(h)
-            cell.append(c)
+        states = [(state[0][i : i + 1], state[1][i : i + 1]) for i in range(len(self.layers))]
+        if self.num_pieces > 1:
+            x, states = self._wavefront(x, states, masks)
+        else:
+            for i in range(len(self.layers)):
+                x, states[i] = self._layer(i, x, states[i], masks, self._weight_mask(masks, i))
         if self.norms:
             x = self.norms[-1](x)
-        return self.projection(x), (torch.cat(hidden), torch.cat(cell))
+        return self.projection(x), (torch.cat([h for h, _ in states]), torch.cat([c for _, c in states]))
+
+    def _layer(
+        self, i: int, x: Tensor, state: State, masks: DropoutMasks | None, weight_mask: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """Run a layer with what stands around it; returns (batch, time, hidden_size) and its new state."""
+        before = x
+        if i > 0 and self.norms:
+            x = self.norms[i - 1](x)
+        x, state = self.layers[i](x, state, weight_mask)
+        if i > 0 and self.config.residual:
+            x = x + before
+        return self._drop(x, masks, i + 1), state
+
+    def _wavefront(self, x: Tensor, states: list[State], masks: DropoutMasks | None) -> tuple[Tensor, list[State]]:
+        """Run the layers side by side, each a piece of the window behind the one below it; on CUDA on streams.
+
+        Autograd runs what belongs to a layer on the stream of its forward pass: they are side by side there too.
+        """
+        states, pieces = list(states), list(x.chunk(self.num_pieces, 1))
+        weight_masks: list[Tensor | None] = []
+        # the caller's stream, then one for each layer
+        streams = _side_by_side(x.device, len(states)) if x.is_cuda else [None] * (len(states) + 1)
+        for diagonal in range(len(pieces) + len(states) - 1):
+            # From the last layer down: the stream below then holds the piece that is wanted, and nothing after it.
+            for i in reversed(range(max(diagonal - len(pieces) + 1, 0), min(diagonal + 1, len(states)))):
+                piece = pieces[diagonal - i]
+                with _on(streams[i + 1], piece, *states[i], after=streams[i]):
+                    if i == diagonal:  # its first piece
+                        weight_masks.append(self._weight_mask(masks, i))
+                    pieces[diagonal - i], states[i] = self._layer(i, piece, states[i], masks, weight_masks[i])
+        for state, stream in zip(states, streams[1:], strict=True):
+            with _on(streams[0], *state, after=stream):
+                pass
+        with _on(streams[0], *pieces, after=streams[-1]):
+            return torch.cat(pieces, 1), states
 
     def _weight_mask(self, masks: DropoutMasks | None, layer: int) -> Tensor | None:
         """Return what multiplies a layer's recurrent weights (4 * hidden_size, hidden_size): one mask per step.

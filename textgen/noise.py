@@ -53,7 +53,9 @@ def hash_bits(seed: int | Tensor, *coordinates: Tensor | int, device: torch.devi
         device = next(tensors, torch.device("cpu"))
     bits = _mix(seed if isinstance(seed, Tensor) else torch.full((), seed, dtype=torch.int64, device=device))
     for coordinate in coordinates:
-        bits = _mix(bits ^ torch.as_tensor(coordinate, dtype=torch.int64, device=device))
+        if isinstance(coordinate, Tensor):
+            coordinate = coordinate.to(device, torch.int64)
+        bits = _mix(bits ^ coordinate)  # an integer is part of the kernel's call: no copy that a GPU would wait for
     return bits
 
 

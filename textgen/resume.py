@@ -48,7 +48,7 @@ SMALL_FILES_BYTES = 64 << 10
 HARMLESS = {
     "log_every", "keep_last", "save_every", "sample_prompts", "sample_temperatures", "sample_tokens", "tracking",
     "evaluate_every", "evaluate_documents", "gradient_accumulation_steps", "distributed_timeout", "stop_signal",
-    "deterministic",
+    "deterministic", "cuda_graph",
 }  # fmt: skip
 # A tensor file's dtypes where they are not float32 alone: LSTM states are of what the LSTM computes in.
 DTYPES_OF = {"lanes": ("F32", "F16", "BF16")}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import torch
@@ -21,11 +23,13 @@ from torch.nn.parallel import DistributedDataParallel
 from textgen.checkpoint import Saver
 from textgen.config import TrainConfig
 from textgen.data import Epoch, TokenStore, build_loader, windows_per_epoch
+from textgen.graphs import CudaCapture, Replay
 from textgen.launch import LSTM_DTYPES
 from textgen.model import DropoutMasks, LSTMLanguageModel, State
 from textgen.optim import build_optimizer, learning_rate
 from textgen.processes import StopSignals
 from textgen.progress import say
+from textgen.step_graph import Capture, StepGraph, StepInputs, Taken
 from textgen.usage import peak_memory
 from textgen.world import LaunchError
 
@@ -60,17 +64,6 @@ class Progression:
     finished: bool = False
 
 
-@dataclass
-class Taken:
-    """What tells whether a step went wrong, and where."""
-
-    step: int
-    parts: list[tuple[Tensor, Tensor]]
-    """lanes and nats of each micro-batch of this process"""
-    norm: Tensor | None = None
-    """of the gradient of all processes"""
-
-
 @dataclass(kw_only=True)
 class Training:
     """What outlives a step."""
@@ -101,6 +94,8 @@ class Training:
     recent: deque[Taken] = field(default_factory=lambda: deque(maxlen=2))
     """the last steps, to tell which of them went wrong"""
     skips_in_a_row: int = 0
+    graph: StepGraph | None = None
+    """takes the steps, where `cuda_graph` asks for one"""
 
     @property
     def best_weights(self) -> LSTMLanguageModel:
@@ -136,7 +131,46 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop
         average=average, progression=Progression(total_steps=min(total, config.max_steps or total)), stop=stop,
         nats=torch.zeros((), dtype=torch.float64, device=device),
         nonfinite=torch.zeros((), dtype=torch.bool, device=device),
+        graph=StepGraph(capture_on(bare.embedding.weight.device, prepared)) if config.cuda_graph else None,
     )  # fmt: skip
+
+
+def refuse_graph(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Raise LaunchError where `cuda_graph` is asked for and there can be none."""
+    if not config.cuda_graph:
+        return
+    if accelerator.device.type != "cuda":
+        raise LaunchError(f"`cuda_graph` needs a GPU, and this training runs on the device {accelerator.device.type}")
+    if accelerator.num_processes > 1:
+        raise LaunchError(f"`cuda_graph` is for one process, and there are {accelerator.num_processes}: leave it out")
+    if accelerator.mixed_precision == "fp16":
+        raise LaunchError(
+            "`cuda_graph` does not go with mixed_precision fp16, whose scaler asks the device at every step: "
+            "leave it out, or use `--mixed_precision bf16`"
+        )
+
+
+def capture_on(device: torch.device, optimizer: AcceleratedOptimizer) -> Capture:
+    """Return what makes a CUDA graph of a step."""
+    made: list[CudaCapture] = []  # kept: torch may still ask a capture that failed
+
+    def capture(work: Callable[[], None]) -> Replay:
+        # With a memory pool of its own: torch refuses to go on with one whose graph was dropped while something of it,
+        # such as cuBLAS's workspace, lives on.
+        made.append(CudaCapture(device))
+        torch.cuda.empty_cache()  # the graph takes memory of its own, as much as the steps before it had
+        for group in optimizer.param_groups:
+            group["capturable"] = True  # else torch's Adam refuses; and outside of a capture it would warn
+        try:
+            return made[-1].record(work)
+        except RuntimeError:
+            optimizer.zero_grad()  # gradients of a step that was not taken
+            raise
+        finally:
+            for group in optimizer.param_groups:
+                group["capturable"] = False
+
+    return capture
 
 
 def settle_buckets(accelerator: Accelerator, bare: LSTMLanguageModel, model: nn.Module) -> None:
@@ -220,33 +254,51 @@ def train_step(training: Training, micro_batches: Sequence[dict[str, Tensor]], *
     Returns:
         Nats summed over this process's tokens, on the device: nothing waits for it.
     """
+    config, step = training.config, training.progression.step
+    approach = 0.0
+    if rate is None:
+        rate = learning_rate(step, training.progression.total_steps, config)
+        if config.ema_decay is not None:
+            approach = 1 - min(config.ema_decay, (1 + step) / (10 + step))  # early weights are soon forgotten
+    if training.accelerator.device.type == "cuda":
+        rate = torch.tensor(rate, dtype=torch.float32).item()  # as a graph's Adam reads it, so that all learn the same
+    inputs, taken = StepInputs(step, rate, approach, micro_batches, training.lane_states), Taken(step, [])
+    training.recent.append(taken)
+    compute = partial(_compute, training)
+    return compute(inputs, taken) if training.graph is None else training.graph.take(compute, inputs, taken)
+
+
+def _compute(training: Training, inputs: StepInputs, taken: Taken) -> Tensor:
+    """Take a step of given inputs. Collective.
+
+    A graph may hold this, but for float16's scaler: nothing is asked of the device, and nothing that the host changes
+    here differs from step to step.
+    """
     config, accelerator, model = training.config, training.accelerator, training.model
-    step = training.progression.step
     scale = accelerator.num_processes / (config.batch_size * config.seq_len)  # DDP averages over processes
     nats = torch.zeros((), device=accelerator.device)
-    parts = []
-    for i, batch in enumerate(micro_batches):
-        masks = DropoutMasks(config.seed, step, batch["lanes"]) if config.model.drops else None
-        with accelerator.no_sync(model) if i + 1 < len(micro_batches) else nullcontext():
-            part, (hidden, cell) = model(batch["tokens"], training.lane_states[i], batch["targets"], masks=masks)
+    for i, batch in enumerate(inputs.micro_batches):
+        masks = DropoutMasks(config.seed, inputs.step, batch["lanes"]) if config.model.drops else None
+        with accelerator.no_sync(model) if i + 1 < len(inputs.micro_batches) else nullcontext():
+            part, (hidden, cell) = model(batch["tokens"], inputs.states[i], batch["targets"], masks=masks)
             accelerator.backward(part * scale)
-        training.lane_states[i] = hidden.detach(), cell.detach()
+        inputs.states[i] = hidden.detach(), cell.detach()
         nats += part.detach()
-        parts.append((batch["lanes"], part.detach()))
+        taken.parts.append((batch["lanes"], part.detach()))
     for group in training.optimizer.param_groups:
-        group["lr"] = learning_rate(step, training.progression.total_steps, config) if rate is None else rate
-    training.recent.append(Taken(step, parts))
-    _update(training, nats)
-    if training.average is not None and rate is None:
-        assert config.ema_decay is not None
-        decay = min(config.ema_decay, (1 + step) / (10 + step))  # early weights are soon forgotten
+        group["lr"] = inputs.rate
+    _update(training, nats, taken)
+    if training.average is not None and (isinstance(inputs.approach, Tensor) or inputs.approach > 0):
         averaged: list[Tensor] = list(training.average.parameters())
         current: list[Tensor] = list(training.bare.parameters())
-        torch._foreach_lerp_(averaged, current, 1 - decay)
+        if isinstance(inputs.approach, Tensor):
+            torch._foreach_lerp_(averaged, current, [inputs.approach] * len(current))
+        else:
+            torch._foreach_lerp_(averaged, current, inputs.approach)
     return nats
 
 
-def _update(training: Training, nats: Tensor) -> None:
+def _update(training: Training, nats: Tensor, taken: Taken) -> None:
     """Clip the gradient and update the weights, unless loss or gradient is not finite.
 
     Nothing waits for the device, except where float16 is scaled.
@@ -273,16 +325,17 @@ def _update(training: Training, nats: Tensor) -> None:
         skipped = training.accelerator.scaler.get_scale() < scale
         training.progression.skipped_steps += skipped
         training.skips_in_a_row = training.skips_in_a_row + 1 if skipped else 0
-    training.recent[-1].norm = norm
+    taken.norm = norm
     training.optimizer.zero_grad()
 
 
 # --- what a training costs -------------------------------------------------------------------------------------------
 
 
-def time_steps(training: Training, *, budget_seconds: float, at_least: int = 2, at_most: int = 200) -> float:
+def time_steps(training: Training, *, budget_seconds: float, at_most: int = 200) -> float:
     """Return the median seconds of a few steps that leave no trace: learning rate 0, Adam's state cleared after."""
     seconds: list[float] = []
+    warming = 1 if training.graph is None else training.graph.warming
     scaler = training.accelerator.scaler
     scale = scaler.state_dict() if scaler is not None else {}
     started = time.perf_counter()
@@ -292,9 +345,11 @@ def time_steps(training: Training, *, budget_seconds: float, at_least: int = 2, 
         nats.item()  # wait for the device
         seconds.append(time.perf_counter() - before)
         spent = time.perf_counter() - started > budget_seconds
-        enough = (spent and len(seconds) >= at_least) or len(seconds) == at_most
+        enough = (spent and len(seconds) > warming) or len(seconds) == at_most
         if float(training.accelerator.reduce(torch.tensor(float(enough), device=nats.device), "sum")) > 0:
             break
+    if training.graph is not None:
+        training.graph.forget()
     training.optimizer.state.clear()
     training.lane_states = []
     training.nonfinite.zero_()
@@ -302,7 +357,7 @@ def time_steps(training: Training, *, budget_seconds: float, at_least: int = 2, 
     training.progression.skipped_steps = training.skips_in_a_row = 0
     if scaler is not None:
         scaler.load_state_dict(scale)
-    return sorted(seconds[1:] or seconds)[len(seconds[1:]) // 2]  # the first one warms up
+    return statistics.median_high(seconds[warming:] or seconds)
 
 
 def fit_steps(training: Training) -> int:

@@ -40,6 +40,7 @@ from textgen.steps import (
     describe_request,
     describe_training,
     fit_steps,
+    refuse_graph,
     step_batches,
     steps_per_epoch,
     train_step,
@@ -73,12 +74,15 @@ def train(config: TrainConfig, *, config_file: str | None = None) -> None:
             config.mixed_precision,
             batch_size=config.batch_size,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
+            model=config.model,
+            seq_len=config.seq_len,
             timeout=config.distributed_timeout,
             deterministic=config.deterministic,
         )
         # the text is compared by content, and folders may have other names elsewhere
         told = {n: v for n, v in asdict(config).items() if n not in ("run_dir", "data", "tokenizer", "tracking")}
         launch.assert_same(accelerator, (told, accelerator.mixed_precision), "what flags and config file say")
+        refuse_graph(config, accelerator)
         assert_installed(config.tracking)
         log.info("%s, %s", launch.describe(accelerator), describe_request(config, config_file))
         if config.dry_run:

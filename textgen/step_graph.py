@@ -1,0 +1,145 @@
+"""Optimizer steps at one launch each: on a GPU, a CUDA graph of everything between a batch and the updated weights.
+
+A window's kernels are short and many, and launching them one by one may take longer than running them. All shapes of a
+training are fixed, so a step can be captured once: what differs from step to step is laid into tensors at fixed
+addresses, and the host only replays (docs/decisions/0018-steps-on-a-gpu.md). Nothing here was measured on a
+GPU so far.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from textgen.graphs import Replay
+from textgen.model import State
+
+log = logging.getLogger("textgen")
+
+# Steps that are taken as they come before one is captured: they load kernels and make Adam's state. torch's notes on
+# graphs take three.
+WARM_UP = 3
+
+
+@dataclass
+class Taken:
+    """What tells whether a step went wrong, and where."""
+
+    step: int
+    parts: list[tuple[Tensor, Tensor]]
+    """lanes and nats of each micro-batch of this process"""
+    norm: Tensor | None = None
+    """of the gradient of all processes"""
+
+
+@dataclass
+class StepInputs:
+    """What differs from step to step: as it comes, or at the fixed addresses that a graph reads."""
+
+    step: int | Tensor
+    rate: float | Tensor
+    """learning rate"""
+    approach: float | Tensor
+    """share of the way that averaged weights go towards the updated ones"""
+    micro_batches: Sequence[Mapping[str, Tensor]]
+    states: list[State]
+    """of the LSTM before each micro-batch; a step puts those after it in their place"""
+
+    def copy(self) -> StepInputs:
+        """Return the same as tensors at addresses of their own."""
+        device = self.micro_batches[0]["tokens"].device
+        rate_dtype = torch.float32 if device.type == "cuda" else torch.float64  # what fused Adam reads there
+        return StepInputs(
+            torch.tensor(self.step, dtype=torch.int64, device=device),
+            torch.tensor(self.rate, dtype=rate_dtype, device=device),
+            torch.tensor(self.approach, dtype=torch.float32, device=device),
+            [{name: value.clone() for name, value in batch.items()} for batch in self.micro_batches],
+            # float32 holds what an LSTM computes in, and what training states come in: nothing is rounded
+            [(hidden.float().clone(), cell.float().clone()) for hidden, cell in self.states],
+        )
+
+    def load(self, inputs: StepInputs) -> None:
+        """Take in what another step is made of, of the same shapes; nothing waits for the device."""
+        for name in ("step", "rate", "approach"):
+            getattr(self, name).fill_(getattr(inputs, name))
+        for kept, batch in zip(self.micro_batches, inputs.micro_batches, strict=True):
+            for name, value in batch.items():
+                _copy(kept[name], value)
+        for ours, theirs in zip(self.states, inputs.states, strict=True):
+            for part, value in zip(ours, theirs, strict=True):
+                _copy(part, value)
+
+
+def _copy(kept: Tensor, value: Tensor) -> None:
+    assert kept.shape == value.shape  # copy_ would broadcast
+    if kept is not value:
+        kept.copy_(value)
+
+
+Compute = Callable[[StepInputs, Taken], Tensor]
+"""takes a step in place, notes in `Taken` what it made, and returns its nats"""
+
+Capture = Callable[[Callable[[], None]], Replay]
+"""makes of work that has run before what does it again and again"""
+
+
+class StepGraph:
+    """Takes steps from a graph, after a few that are taken as they come; those and these compute the same.
+
+    Args:
+        capture: what makes the graph; a plain function in its place does everything but that.
+    """
+
+    warming = WARM_UP + 1
+    """steps that take longer than those to come: before there is a graph, and the one that makes it"""
+
+    def __init__(self, capture: Capture) -> None:
+        self._capture, self._is_refused = capture, False
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the graph, which must not run: weights, optimizer or batches will be at other addresses."""
+        self._count = 0
+        self._replay: Replay | None = None
+
+    def take(self, compute: Compute, inputs: StepInputs, taken: Taken) -> Tensor:
+        """Take a step as `compute` does: the same tensors change, and nothing waits for the device."""
+        self._count += 1
+        if self._replay is None and self._count > WARM_UP and not self._is_refused:
+            self._record(compute, inputs)
+        if self._replay is None:
+            return compute(inputs, taken)
+        self._inputs.load(inputs)
+        self._replay()
+        inputs.states[:] = self._inputs.states
+        nats, taken.norm, *parts = self._told.clone().unbind()  # the next replay writes where these were
+        lanes = (batch["lanes"] for batch in inputs.micro_batches)
+        taken.parts[:] = zip(lanes, parts, strict=True)
+        return nats
+
+    def _record(self, compute: Compute, inputs: StepInputs) -> None:
+        """Capture a step on copies of its inputs; where that cannot be done, say so once."""
+        static = inputs.copy()
+        told = torch.empty(2 + len(static.micro_batches), device=static.micro_batches[0]["tokens"].device)
+
+        def work() -> None:
+            made, taken = dataclasses.replace(static, states=list(static.states)), Taken(0, [])
+            nats = compute(made, taken)
+            assert taken.norm is not None
+            torch.stack([nats, taken.norm, *(part for _, part in taken.parts)], out=told)
+            for ours, theirs in zip(static.states, made.states, strict=True):
+                for part, value in zip(ours, theirs, strict=True):
+                    part.copy_(value)
+
+        try:
+            self._replay = self._capture(work)
+        except RuntimeError as error:
+            self._is_refused = True
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            log.warning("the step cannot be captured in a CUDA graph, so steps are taken without: %s", reason)
+        self._inputs, self._told = static, told
