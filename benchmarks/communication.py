@@ -58,7 +58,7 @@ STEPS = 5
 LANES = (1, 2, 4, 8, 16, 32, 64)
 # of one and two processes, in the precision that trainings take: presets, and how often each layout is measured
 SCALED: dict[str, tuple[int, int]] = {"quick": (32, 32), "original-char": (128, 100), "default": (32, 64)}
-SCALED_ROUNDS, SCALED_SECONDS = 1, 2.0
+SCALED_ROUNDS, SCALED_SECONDS = 3, 6.0
 QUALITY_SEEDS, QUALITY_STEPS = (42, 43, 44), 300
 
 
