@@ -2,31 +2,33 @@
 
 Megabytes of text a second that become tokens, beside `datasets.map` over `encode` one document at a time; seconds from
 the start of a process to its first step, with a store that is there; and the memory of preparing a large text
-(`--megabytes`), made of the packaged reviews over and over, each a little changed.
+(`--megabytes`), made of the packaged reviews over and over, a few words of each swapped for others of theirs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
-from itertools import count
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS, save
 from textgen.config import DataConfig
 from textgen.corpus import open_corpus
-from textgen.data import ENCODE_BATCH, encode_documents
+from textgen.data import encode_batches
 from textgen.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 VOCAB_SIZE = 8192
+NUM_SWAPPED = 5  # words of a review of 230: no two are the same, and the words are no others than in the reviews
 
 
 def reviews(number: int) -> list[str]:
@@ -45,8 +47,8 @@ def tokenizing(texts: Sequence[str], model: bytes, rounds: int = 3) -> dict[str,
     rows = datasets.Dataset.from_dict({"text": list(texts)})
 
     def ours() -> None:
-        for start in range(0, len(texts), ENCODE_BATCH):
-            encode_documents(tokenizer, texts[start : start + ENCODE_BATCH])
+        for _ in encode_batches(tokenizer, texts):
+            pass
 
     def one_by_one() -> None:
         rows.map(
@@ -88,22 +90,43 @@ def first_step(rounds: int = 3) -> dict[str, float]:
     return {name: round(statistics.median(seconds), 3) for name, seconds in seen.items()}
 
 
+def endless_reviews(seed: int = 0) -> Iterator[str]:
+    """Yield the packaged reviews over and over; after the first time, words of each are swapped for others' words."""
+    documents = [text.split(" ") for text in reviews(25_000)]
+    yield from (" ".join(words) for words in documents)
+    drawn = [word for words in documents for word in words]  # so a word comes as often as it does in the reviews
+    draw = random.Random(seed)
+    while True:
+        for document in documents:
+            words = document.copy()
+            for _ in range(NUM_SWAPPED):
+                words[int(draw.random() * len(words))] = drawn[int(draw.random() * len(drawn))]
+            yield " ".join(words)
+
+
+def write_large(path: Path, megabytes: int) -> int:
+    """Write so much text as jsonl; return the number of documents."""
+    with path.open("w") as file:
+        for number, text in enumerate(endless_reviews(), start=1):
+            file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            if number % 1000 == 0 and file.tell() > megabytes * 1e6:
+                return number
+    raise AssertionError("the reviews ended")
+
+
 def large_text(megabytes: int, folder: Path) -> dict[str, Any]:
     """Return the seconds of preparing a text of this size in a process of its own, and its memory by the way."""
-    path, texts = folder / "large.jsonl", reviews(25_000)
-    with path.open("w") as file:
-        for number in count():
-            text = texts[number % len(texts)]
-            file.write(json.dumps({"text": f"{text} ({number})"}, ensure_ascii=False) + "\n")
-            if number % 1000 == 0 and file.tell() > megabytes * 1e6:
-                break
+    path = folder / "large.jsonl"
+    number = write_large(path, megabytes)
     code = (
+        "import logging\n"
         "from textgen.config import DataConfig, TokenizerConfig\nfrom textgen.data import prepare_store\n"
+        "logging.basicConfig(level=logging.INFO, format='%(relativeCreated)d ms: %(message)s')\n"
         f"data = DataConfig(source='files', files=({str(path)!r},), cache_dir={str(folder / 'cache')!r})\n"
         f"prepare_store(data, TokenizerConfig(vocab_size={VOCAB_SIZE}), progress=False)\n"
     )
     curve: list[tuple[float, int]] = []
-    started = time.perf_counter()
+    before, started = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as process:
         while process.poll() is None:
             try:
@@ -115,21 +138,25 @@ def large_text(megabytes: int, folder: Path) -> dict[str, Any]:
             time.sleep(0.2)
     assert process.returncode == 0
     seconds, size = time.perf_counter() - started, path.stat().st_size / 1e6
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     tenths = [max(mb for at, mb in curve if int(10 * at / seconds) == i) for i in range(10) if curve]
     return {
         "megabytes": round(size), "seconds": round(seconds, 1), "megabytes_per_second": round(size / seconds, 1),
-        "documents": number + 1, "peak_memory_mb": max(mb for _, mb in curve), "memory_mb_by_tenth_of_the_time": tenths,
+        "processor_seconds": round(processor_seconds, 1), "documents": number,
+        "peak_memory_mb": max(mb for _, mb in curve), "memory_mb_by_tenth_of_the_time": tenths,
     }  # fmt: skip
 
 
 def main() -> None:
-    """Measure what the flags say and put it into benchmarks/results/prepare.json beside what stands there."""
+    """Measure what the flags say; into benchmarks/results/prepare.json, the large text into prepare_large.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = ("tokenizing", "first_step", "large_text")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="what to measure (default: all)")
     parser.add_argument("--documents", type=int, default=5000, help="reviews to tokenize (default: 5000)")
     parser.add_argument("--megabytes", type=int, default=100, help="size of the large text (default: 100)")
     parser.add_argument("--folder", default=None, help="where it is written for a while (default: a temporary one)")
+    parser.add_argument("--note", default=None, help="kept with its figures, as `beside other work`")
     args = parser.parse_args()
     path = RESULTS / "prepare.json"
     figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
@@ -138,11 +165,15 @@ def main() -> None:
         figures["megabytes_per_second"] = tokenizing(texts, train_tokenizer(texts, vocab_size=VOCAB_SIZE))
     if "first_step" in args.parts:
         figures["seconds"] = first_step()
+    if {"tokenizing", "first_step"} & set(args.parts):
+        print(json.dumps(figures, indent=2))
+        save("prepare", figures)
     if "large_text" in args.parts:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-            figures["large"] = large_text(args.megabytes, Path(folder))
-    print(json.dumps(figures, indent=2))
-    save("prepare", figures)
+            large = large_text(args.megabytes, Path(folder))
+        large |= {"note": args.note} if args.note else {}
+        print(json.dumps(large, indent=2))
+        save("prepare_large", large)
 
 
 if __name__ == "__main__":

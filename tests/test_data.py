@@ -11,8 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 
 import textgen.data
 from textgen.config import DataConfig, TokenizerConfig
+from textgen.corpus import CleanCorpus, CorpusError, clean_corpus
 from textgen.data import (
     STRIDE,
     DataError,
@@ -29,12 +32,13 @@ from textgen.data import (
     Split,
     TokenStore,
     build_loader,
+    encode_batches,
     encode_documents,
     prepare_store,
     windows_per_epoch,
 )
 from textgen.noise import permutation
-from textgen.tokenizer import Tokenizer, train_tokenizer
+from textgen.tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 
@@ -570,7 +574,164 @@ def test_long_documents_are_encoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPa
     assert batches == [["a", "b", "c"], ["d", "e" * 11], ["f", "g" * 30], ["h"]]
 
 
+# --- reading ahead ---------------------------------------------------------------------------------------------------
+
+
+def char_tokenizer() -> Tokenizer:
+    return Tokenizer(train_tokenizer(make_texts(), vocab_size=400, model_type="char"))
+
+
+def test_the_next_texts_are_read_while_the_first_are_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    has_read_on = threading.Event()
+
+    def wait_and_encode(*args: Any, **kwargs: Any) -> list[np.ndarray[Any, Any]]:
+        assert has_read_on.wait(timeout=60)
+        return encode_documents(*args, **kwargs)
+
+    def texts() -> Iterator[str]:
+        yield "A cat"
+        yield "The film"
+        has_read_on.set()
+
+    monkeypatch.setattr(textgen.data, "ENCODE_BATCH", 1)
+    monkeypatch.setattr(textgen.data, "encode_documents", wait_and_encode)
+    assert [batch for batch, _ in encode_batches(char_tokenizer(), texts())] == [["A cat"], ["The film"]]
+
+
+@pytest.mark.parametrize("num_cores", [1, 3, 64])
+def test_texts_come_in_order_with_their_ids_whoever_is_done_first(
+    num_cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, texts, draw = char_tokenizer(), make_texts(100), random.Random(num_cores)
+
+    def encode_some_time(tokenizer: Tokenizer, texts: list[str], **kwargs: Any) -> list[np.ndarray[Any, Any]]:
+        time.sleep(draw.random() / 50)
+        return encode_documents(tokenizer, texts, **kwargs)
+
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
+    monkeypatch.setattr(textgen.data, "ENCODE_BATCH", 3)
+    monkeypatch.setattr(textgen.data, "encode_documents", encode_some_time)
+    got = list(encode_batches(tokenizer, texts))
+    assert [text for batch, _ in got for text in batch] == texts
+    ids = [document.tolist() for _, encoded in got for document in encoded]
+    assert ids == [[*tokenizer.encode(text), tokenizer.eos_id] for text in texts]
+
+
+@pytest.mark.parametrize(("num_cores", "held"), [(1, 2), (4, 5), (1000, 17)])
+def test_a_few_texts_are_held_however_many_there_are(
+    num_cores: int, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
+    monkeypatch.setattr(textgen.data, "ENCODE_BATCH", 1)
+    read = count()
+    before = threading.active_count()
+    batches = encode_batches(char_tokenizer(), (f"The film {number}" for number in read))
+    for number in range(50):
+        assert next(batches)[0] == [f"The film {number}"]
+    assert next(read) == 49 + held
+    batches.close()
+    assert threading.active_count() == before
+
+
+@pytest.mark.parametrize(("num_cores", "batch", "characters"), [(1, 1, 1 << 20), (3, 7, 1 << 20), (64, 512, 100)])
+def test_cores_and_batches_do_not_change_a_store(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_cores: int, batch: int, characters: int
+) -> None:
+    tokenizer = TokenizerConfig(vocab_size=360)
+    wanted = prepare(corpus, tmp_path / "one", tokenizer).directory
+    monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
+    monkeypatch.setattr(textgen.data, "ENCODE_BATCH", batch)
+    monkeypatch.setattr(textgen.data, "ENCODE_CHARACTERS", characters)
+    got = prepare(corpus, tmp_path / "two", tokenizer).directory
+    assert {path.name: path.read_bytes() for path in got.iterdir()} == {
+        path.name: path.read_bytes() for path in wanted.iterdir()
+    }
+
+
+def test_a_text_that_changes_while_it_is_encoded_is_one_line_and_leaves_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = len(make_texts()) // 2
+    rest: dict[str, str] = {
+        f"`{corpus}` line {line + 1} is not valid JSON: ": '{"text": \n',
+        f"1 files: train 1 ({corpus.stat().st_size / 1e6:.1f} MB) changed while it was read: not 200 documents now": "",
+    }
+    monkeypatch.setattr(textgen.data, "ENCODE_BATCH", 16)
+    lines = corpus.read_text().splitlines(keepends=True)
+    path = tmp_path / MODEL_NAME
+    Tokenizer(train_tokenizer(make_texts(), vocab_size=400, model_type="char")).save(path)
+    for message, end in rest.items():
+
+        def clean_and_change(*args: Any, end: str = end) -> CleanCorpus:
+            cleaned = clean_corpus(*args)
+            corpus.write_text("".join(lines[:line]) + end)
+            return cleaned
+
+        corpus.write_text("".join(lines))
+        monkeypatch.setattr(textgen.data, "clean_corpus", clean_and_change)
+        with pytest.raises(CorpusError) as caught:
+            prepare(corpus, tmp_path / "cache", TokenizerConfig(path=str(path)))
+        assert str(caught.value).startswith(message)
+        assert "\n" not in str(caught.value)
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == ["prepare.lock"]
+
+
+def test_a_document_that_is_lost_in_a_thread_is_named_and_leaves_nothing(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    utf8_of = Tokenizer.utf8_of
+
+    def lose(self: Tokenizer, ids: np.ndarray[Any, Any]) -> tuple[bytes, np.ndarray[Any, Any]]:
+        utf8, ends = utf8_of(self, ids)
+        return utf8.replace(b"150: ", b"150; "), ends
+
+    monkeypatch.setattr(textgen.data, "ENCODE_BATCH", 16)
+    monkeypatch.setattr(Tokenizer, "utf8_of", lose)
+    with pytest.raises(DataError, match=r"^the tokenizer loses text of the document that starts '150: "):
+        prepare(corpus, tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["prepare.lock"]
+
+
+def test_ctrl_c_while_encoding_ends_it_and_leaves_nothing(tmp_path: Path) -> None:
+    corpus, cache = write_corpus(tmp_path / "reviews.jsonl", make_texts(60_000)), tmp_path / "cache"
+    process = start_preparing(corpus, cache)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size for path in cache.glob("*.tmp/train.tokens.*")):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, logged = process.communicate(timeout=20)
+    assert process.returncode == -signal.SIGINT
+    assert logged.splitlines()[-1] == "KeyboardInterrupt"
+    assert {path.name for path in cache.rglob("*")} == {"prepare.lock"}
+
+
 # --- memory ----------------------------------------------------------------------------------------------------------
+
+PREPARE_AND_TELL_MEMORY = """
+import re, sys
+from pathlib import Path
+from textgen.config import DataConfig, TokenizerConfig
+from textgen.data import prepare_store
+data = DataConfig(source="files", files=(sys.argv[1],), cache_dir=sys.argv[2])
+prepare_store(data, TokenizerConfig(path=sys.argv[3]), progress=False)
+print(re.findall("VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_ten_times_the_text_is_prepared_in_the_same_memory(tmp_path: Path) -> None:
+    char_tokenizer().save(tmp_path / MODEL_NAME)
+    long = " ".join(make_texts(20, seed=1))
+    peaks = []
+    for megabytes in (3, 30):
+        texts = [f"{number}: {long}" for number in range(megabytes * 1_000_000 // len(long.encode()))]
+        corpus = write_corpus(tmp_path / f"{megabytes}.jsonl", texts)
+        argv = [sys.executable, "-c", PREPARE_AND_TELL_MEMORY, corpus, tmp_path / "cache", tmp_path / MODEL_NAME]
+        told = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
+        peaks.append(int(told.stdout) / 1000)
+    assert peaks[1] - peaks[0] < 15, peaks
 
 
 def make_large_store(small: TokenStore, directory: Path, num_tokens: int) -> int:

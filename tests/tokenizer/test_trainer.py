@@ -3,6 +3,7 @@ import json
 import random
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,19 @@ def test_reading_stops_at_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     texts = iter(["sixchr", "\u00e9\u00e9", "unread"])
     train_tokenizer(texts, model_type="char")
     assert next(texts) == "unread"
+
+
+def test_words_that_come_once_are_counted_in_200_bytes_each() -> None:
+    draw = random.Random(0)
+    text = " ".join(f"{draw.getrandbits(36):x}" for _ in range(50_000))
+    tracemalloc.start()
+    try:
+        lines = trainer._count_words([text], breaks=trainer.RESERVED)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(lines) > 49_900
+    assert peak < 200 * len(lines)
 
 
 def test_unknown_model_type_is_refused() -> None:
