@@ -57,7 +57,7 @@ OTHER_SHAPE = (8, 16)  # of `quick`, to see that the bytes stay
 STEPS = 5
 LANES = (1, 2, 4, 8, 16, 32, 64)
 # of one and two processes, in the precision that trainings take: presets, and how often each layout is measured
-SCALED: dict[str, tuple[int, int]] = {"quick": (32, 32), "original-char": (128, 100), "default": (32, 64)}
+SCALED: dict[str, tuple[int, int]] = {"quick": (32, 32), "default": (16, 32)}
 SCALED_ROUNDS, SCALED_SECONDS = 3, 6.0
 QUALITY_SEEDS, QUALITY_STEPS = (42, 43, 44), 300
 

@@ -621,7 +621,7 @@ def put_beside(
 
 
 def measure_on_cuda(
-    shapes: Mapping[str, Shape], figures: dict[str, Any], *, minutes: float, rounds: int, steps: int | None
+    shapes: Mapping[str, Shape], figures: dict[str, Any], file: str, *, minutes: float, rounds: int, steps: int | None
 ) -> None:
     """Measure everything in about so many minutes, and save it as it comes."""
     until = time.monotonic() + 60 * minutes
@@ -639,19 +639,19 @@ def measure_on_cuda(
                 entry["left_out"].append(f"{way}, {precision}")
             else:
                 entry["speed"][f"{way}, {precision}"] = told
-            save("train_cuda", figures)
+            save(file, figures)
         if cases is first:
-            examine(shapes, figures, until=until)
+            examine(shapes, figures, file, until=until)
     for title, shape in shapes.items():
         entry = figures[title]
         entry["speed"] = put_beside(entry["speed"], shape, figures["bf16_flops"], figures["microseconds per time step"])
         print(title)
         for name, values in entry["speed"].items():
             print(f"  {name:34}" + "".join(f"  {what} {value:,}" for what, value in values.items()))
-    save("train_cuda", figures)
+    save(file, figures)
 
 
-def examine(shapes: Mapping[str, Shape], figures: dict[str, Any], *, until: float) -> None:
+def examine(shapes: Mapping[str, Shape], figures: dict[str, Any], file: str, *, until: float) -> None:
     """Measure losses and the parts of a step, in this process, as long as there is time."""
     for title, shape in shapes.items():
         for name, call in (("losses", lambda s: equal_losses(s, 50)), ("profile", profile_step)):
@@ -659,7 +659,7 @@ def examine(shapes: Mapping[str, Shape], figures: dict[str, Any], *, until: floa
                 print(f"  {name} of {title} are left out: out of time")
                 continue
             figures[title][name] = call(shape)
-            save("train_cuda", figures)
+            save(file, figures)
             gc.collect()
             torch.cuda.empty_cache()  # for the processes to come
 
@@ -822,6 +822,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="where textgen's step goes, and nothing else")
     parser.add_argument("--memory", action="store_true", help="what a step takes at its peak, and nothing else")
     parser.add_argument("--kernels", action="store_true", help="cost of a sequential time step, and nothing else")
+    parser.add_argument("--name", help="of the result file (default: train, on CUDA train_cuda)")
     parser.add_argument("--minutes", type=float, default=10, help="on CUDA, for all of it (default: 10)")
     parser.add_argument("--work", nargs=2, metavar=("WAY", "PRECISION"), help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -832,11 +833,11 @@ def main() -> None:
         work(args.work[0], next(iter(chosen.values())), args.work[1])
         return
     everything = not (args.profile or args.memory or args.kernels)
-    name = "train_cuda" if cuda else "train"
+    name = args.name or ("train_cuda" if cuda else "train")
     path = RESULTS / f"{name}.json"
     figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
     if everything and cuda:
-        measure_on_cuda(chosen, figures, minutes=args.minutes, rounds=args.rounds, steps=args.steps)
+        measure_on_cuda(chosen, figures, name, minutes=args.minutes, rounds=args.rounds, steps=args.steps)
         return
     for title, shape in chosen.items():
         print(f"{title}: {shape.batch_size} x {shape.seq_len} tokens, {shape.vocab_size} pieces", flush=True)

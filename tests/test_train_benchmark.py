@@ -91,7 +91,7 @@ def test_what_is_measured_on_a_gpu_is_saved_and_what_is_not_is_named(monkeypatch
     monkeypatch.setattr(train, "examine", lambda *_, until: done.append("examine"))
     monkeypatch.setattr(train, "save", lambda name, figures: saved.append(figures))
     figures: dict[str, Any] = {"small": {"left_out": ["of another day"]}}
-    train.measure_on_cuda({"small": SMALL}, figures, minutes=1, rounds=1, steps=None)
+    train.measure_on_cuda({"small": SMALL}, figures, "train_cuda", minutes=1, rounds=1, steps=None)
     left_out = ["FlashRNN, fused, bf16", "FlashRNN, alternating, bf16"]
     assert figures["small"]["left_out"] == left_out
     assert figures["small"]["speed"]["textgen, graph, bf16"]["times_the_plain_loop"] == 1
