@@ -196,7 +196,8 @@ def scaling() -> dict[str, Recipe]:
     """Return `quick` at several sizes, lengths and amounts of text; a law fitted to them is held against `held_out`."""
     grid = [(h, s, 1) for h in (128, 256, 512) for s in (1000, 2000, 4000, 8000)]
     grid += [(h, s, 3) for h in (128, 256, 512) for s in (4000, 8000)]
-    grid += [(h, s, 10) for h in (128, 256, 512) for s in (2000, 4000, 8000)]
+    grid += [(h, 2000, 10) for h in (128, 256, 512)]
+    grid += [(h, s, 10) for h in (128, 512) for s in (4000, 8000)]
     return dict(_scaled(*each) for each in grid)
 
 
