@@ -456,7 +456,8 @@ def test_a_torn_index_is_no_harm(corpus: Path, tmp_path: Path, encodings: list[s
 
 
 PREPARE = """
-import sys, logging
+import sys, logging, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what shells start in the background ignores it
 from textgen.config import DataConfig, TokenizerConfig
 from textgen.data import prepare_store
 logging.basicConfig(level=logging.INFO, format='%(message)s')

@@ -78,7 +78,7 @@ def test_tables_of_scaling_are_what_was_measured_and_computed() -> None:
     """`python -m benchmarks.scaling` puts them there; nobody types a figure."""
     text = DOCUMENT.read_text()
     assert rendered(text) == text
-    assert len(re.findall(r"<!-- /\w+ -->", text)) == 5
+    assert len(re.findall(r"<!-- /\w+ -->", text)) == 6
     assert "-->\n<!-- /" not in text, "a table is missing"
 
 
