@@ -168,30 +168,6 @@ def cells_longer() -> dict[str, Recipe]:
     return {name: cells()[name].but(max_steps=4000) for name in chosen}
 
 
-def small_default() -> dict[str, Recipe]:
-    """Return `default.yaml` made small, with as many tokens per parameter over its ten epochs, and its levers."""
-    settings = {
-        "data.source": "package", "tokenizer.vocab_size": 1000, "model.embedding_dim": 64, "model.hidden_size": 128,
-        "model.num_layers": 3, "model.layer_norm": True, "model.residual": True, "batch_size": 32, "seq_len": 32,
-        "max_epochs": 10, "learning_rate": 0.003, "lr_schedule": "cosine", "warmup_steps": 300, "max_grad_norm": 0.5,
-        "ema_decay": 0.999,
-    }  # fmt: skip
-    none = Recipe(settings, subset=20, documents=None)
-    base = none.but(model__dropout=0.15)
-    return {
-        "dropout 0.15": base,
-        "nothing left out": none,
-        "dropout 0.3": none.but(model__dropout=0.3),
-        "weight drop 0.2": none.but(model__weight_drop=0.2),
-        "dropout 0.15, weight drop 0.2": base.but(model__weight_drop=0.2),
-        "dropout 0.15, no residual": base.but(model__residual=False),
-        "dropout 0.15, no LayerNorm": base.but(model__layer_norm=False),
-        "dropout 0.15, embedding dropout 0.1": replace(base, instead="embedding dropout"),
-        "dropout 0.15, rate 0.006": base.but(learning_rate=0.006),
-        "dropout 0.15, linear decay": base.but(lr_schedule="linear"),
-    }
-
-
 def scaling() -> dict[str, Recipe]:
     """Return `quick` at several sizes, lengths and amounts of text; a law fitted to them is held against `held_out`."""
     grid = [(h, s, 1) for h in (128, 256, 512) for s in (1000, 2000, 4000, 8000)]
@@ -217,7 +193,7 @@ def _scaled(units: int, steps: int, subset: int) -> tuple[str, Recipe]:
 
 GROUPS: dict[str, Callable[[], dict[str, Recipe]]] = {
     "levers": levers, "depth": depth, "regularization": regularization, "cells": cells, "cells_longer": cells_longer,
-    "small_default": small_default, "scaling": scaling, "held_out": held_out,
+    "scaling": scaling, "held_out": held_out,
 }  # fmt: skip
 
 
