@@ -845,12 +845,13 @@ def main() -> None:
         if everything:
             steps = args.steps or max((1 << 14) // shape.tokens, 1)
             entry["speed"] = measure(title, shape, rounds=args.rounds, steps=steps)
+            save(name, figures)
             entry["losses"] = equal_losses(shape, 10 if shape.tokens <= 1 << 12 else 3)
         if args.profile:
             entry["profile"] = profile_step(shape)
         if args.memory:
             entry["memory"] = peak_memory(title, shape)
-        save(name, figures)  # each shape: the next may take long
+        save(name, figures)  # at once: the next part may take long
     if args.kernels:
         device = torch.device("cuda" if cuda else "cpu")
         sizes: dict[str, Any] = {} if cuda else {"sizes": (512, 1024), "batches": (32, 128), "steps": 32}
