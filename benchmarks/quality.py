@@ -171,9 +171,8 @@ def cells_longer() -> dict[str, Recipe]:
 def scaling() -> dict[str, Recipe]:
     """Return `quick` at several sizes, lengths and amounts of text; a law fitted to them is held against `held_out`."""
     grid = [(h, s, 1) for h in (128, 256, 512) for s in (1000, 2000, 4000, 8000)]
-    grid += [(h, s, 3) for h in (128, 256, 512) for s in (4000, 8000)]
-    grid += [(h, 2000, 10) for h in (128, 256, 512)]
-    grid += [(h, s, 10) for h in (128, 512) for s in (4000, 8000)]
+    grid += [(h, s, 3) for h in (128, 512) for s in (4000, 8000)]
+    grid += [(h, s, 10) for h in (128, 512) for s in (2000, 4000, 8000)]
     return dict(_scaled(*each) for each in grid)
 
 
@@ -474,24 +473,35 @@ def points_of(recipes: Mapping[str, Recipe], rows: Sequence[Mapping[str, Any]]) 
             bits = statistics.fmean(row["bits_per_byte"] for row in found)
             unique = float(found[0]["train_bytes"])
             read = unique * found[0]["tokens"] / found[0]["train_tokens"]
-            points[name] = Point(beside_embedding(settings_of(recipe, 0).model), read, unique, bits)
+            model = settings_of(replace(recipe, subset=None), 0).model  # whose text need not be here
+            points[name] = Point(beside_embedding(model), read, unique, bits)
     return points
 
 
 def describe_scaling(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """Yield what laws fitted to `scaling` say of the runs held out, and of `default`."""
+    """Yield what a law fitted to `scaling` says of larger runs and of `default`, and one fitted to all of them."""
     seen = points_of(scaling(), rows)
     if len(seen) < len(scaling()):
         yield "no law: not all of the smaller runs are there"
         return
-    laws = fit([point for point in seen.values() if point.read < MOST_PASSES * point.unique])
-    bearable = max(SPREAD, 2 * laws[0][0])
-    alike = [law for error, law in laws if error <= bearable]
-    yield f"{laws[0][1]}, root mean square error {laws[0][0]:.4f}; {len(alike)} laws within {bearable:.4f}"
+    larger = points_of(held_out(), rows)
     default = parse_train_config(["--config", str(PRESETS / "default.yaml")])
     text = REVIEWS[0] / REVIEWS[1] * seen["512 units, 8000 steps"].unique
-    target = Point(beside_embedding(default.model), 10 * text, text, math.nan)
-    for name, point in {**points_of(held_out(), rows), "default.yaml": target}.items():
+    target = {"default.yaml": Point(beside_embedding(default.model), 10 * text, text, math.nan)}
+    yield from _predictions(list(seen.values()), {**larger, **target})
+    if larger:
+        yield from _predictions([*seen.values(), *larger.values()], target)
+
+
+def _predictions(fitted: Sequence[Point], wanted: Mapping[str, Point]) -> Iterator[str]:
+    """Yield the law that fits best, and what it and those that fit about as well predict."""
+    usable = [point for point in fitted if point.read < MOST_PASSES * point.unique]
+    laws = fit(usable)
+    bearable = max(SPREAD, 2 * laws[0][0])
+    alike = [law for error, law in laws if error <= bearable]
+    error = f"root mean square error {laws[0][0]:.4f} of {len(usable)} runs"
+    yield f"{laws[0][1]}, {error}; {len(alike)} laws within {bearable:.4f}"
+    for name, point in wanted.items():
         told = [law(point.parameters, point.read, point.unique) for law in alike]
         met = "" if math.isnan(point.bits) else f", seen {point.bits:.4f}"
         yield f"{name}: predicted {told[0]:.4f} ({min(told):.4f} to {max(told):.4f}){met}"
