@@ -165,7 +165,8 @@ def cells() -> dict[str, Recipe]:
 def cells_longer() -> dict[str, Recipe]:
     """Return what gained most of `cells` over four times the text."""
     chosen = ("baseline", "Mogrifier, 5 rounds", "LayerNorm in the cell", "a layer of 256")
-    return {name: cells()[name].but(max_steps=4000) for name in chosen}
+    recipes = cells()
+    return {name: recipes[name].but(max_steps=4000) for name in chosen}
 
 
 def scaling() -> dict[str, Recipe]:

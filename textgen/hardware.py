@@ -15,8 +15,8 @@ def has_bfloat16(*, use_cpu: bool) -> bool:
     if not use_cpu:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     flags = processor_flags()
-    # From Sapphire Rapids on Intel leaves it to AMX. Where a hypervisor hides that, AVX512-BF16 takes twice as long as
-    # float32: 86 against 169 GFLOP/s of a large product, one thread, 2026-11-28.
+    # Intel's processors with AVX512-FP16 (Sapphire Rapids and later) have AMX for it. Where a hypervisor hid AMX,
+    # AVX512-BF16 took twice as long as float32: 86 against 169 GFLOP/s of a large product, one thread, 2026-11-28.
     slow = "avx512_fp16" in flags and processor_vendor() == "GenuineIntel"
     return "amx_bf16" in flags or ("avx512_bf16" in flags and not slow)
 

@@ -420,9 +420,8 @@ class LSTMLanguageModel(nn.Module):
             if values.pop("format", None) != _FORMAT:
                 raise ModelFileError(f"`{directory / CONFIG_NAME}` is not a textgen model: `format` is not {_FORMAT}")
             vocab_size, text = values.pop("vocab_size"), values.pop("text", {})
-            values.setdefault(
-                "projection", values["embedding_dim"] != values["hidden_size"]
-            )  # of models older than the setting
+            # models older than the setting
+            values.setdefault("projection", values["embedding_dim"] != values["hidden_size"])
             _check_types(values, vocab_size, text)
             config = ModelConfig(**values)
             if 3 * config.num_layers > len(read_header(directory / WEIGHTS_NAME)):
