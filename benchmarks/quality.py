@@ -36,8 +36,9 @@ from textgen.corpus import held_out_blocks, open_corpus
 from textgen.data import prepare_store
 from textgen.evaluation import score, split_documents
 from textgen.model import LSTMLanguageModel, LSTMLayer
-from textgen.parsing import build_settings, parse_train_config
+from textgen.parsing import parse_train_config
 from textgen.processes import StopSignals
+from textgen.settings import build_settings
 from textgen.steps import Training, build, step_batches, train_step, zero_lanes
 
 PRESETS = Path(__file__).parents[1] / "launch" / "presets"

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from textgen.config import DataConfig, ModelConfig, TokenizerConfig, TrackingConfig, TrainConfig
-from textgen.parsing import build_settings, config_file, parse_train_config, settings_of
+from textgen.parsing import config_file, parse_train_config
+from textgen.settings import build_settings, settings_of
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,9 +22,9 @@ import pyte
 import pytest
 from accelerate.state import AcceleratorState
 
-from textgen import progress
+from textgen import console as progress
 from textgen.cli import main
-from textgen.progress import Progress
+from textgen.console import Progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +32,7 @@ START = """
 import logging, os, signal, sys
 from types import SimpleNamespace
 from textgen import progress
-from textgen.progress import Progress, say, setup_logging
+from textgen.console import Progress, say, setup_logging
 
 log, process = logging.getLogger("textgen"), SimpleNamespace(is_main_process=True)
 setup_logging(main=True)
@@ -172,9 +172,7 @@ def test_no_color_means_none(usual: Shown) -> None:
 
 
 def test_a_dumb_terminal_gets_lines() -> None:
-    shown = terminal(
-        ["-c", "import textgen.progress as p; p.FIRST_LINE_SECONDS = 0" + WORK], variables={"TERM": "dumb"}
-    )
+    shown = terminal(["-c", "import textgen.console as p; p.FIRST_LINE_SECONDS = 0" + WORK], variables={"TERM": "dumb"})
     assert b"\x1b" not in shown.raw
     assert b"\r" not in shown.raw.replace(b"\r\n", b"")
     assert b"\nstep 101/400, epoch 1/2" in shown.raw
@@ -234,7 +232,7 @@ def test_a_training_in_a_terminal_shows_how_it_goes(tiny_flags: list[str], tmp_p
 
 @pytest.mark.parametrize("variables", [{}, {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1", "TERM": "xterm"}])
 def test_a_pipe_gets_whole_lines_without_escape_codes(variables: dict[str, str]) -> None:
-    results, told = piped("import textgen.progress as p; p.FIRST_LINE_SECONDS = 0" + WORK, **variables)
+    results, told = piped("import textgen.console as p; p.FIRST_LINE_SECONDS = 0" + WORK, **variables)
     assert results == "step 300: valid loss 4.2500\ntrained\n"
     for character in "\r\x1b":
         assert character not in results + told
@@ -279,7 +277,7 @@ def test_time_left_is_reckoned_without_what_the_first_one_takes(
 
 def test_a_process_whose_log_is_silent_shows_nothing() -> None:
     quiet = WORK.replace("main=True", "main=False")
-    _, told = piped("import textgen.progress as p; p.FIRST_LINE_SECONDS = 0" + quiet)
+    _, told = piped("import textgen.console as p; p.FIRST_LINE_SECONDS = 0" + quiet)
     assert told == "a warning of a library\n"
 
 

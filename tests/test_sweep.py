@@ -15,7 +15,7 @@ import yaml
 from tests.wandb_server import wandb_server
 from textgen.config import TrainConfig
 from textgen.dashboard import SAMPLES_TABLE
-from textgen.parsing import settings_of
+from textgen.settings import settings_of
 from textgen.tracking import read_metrics
 
 ROOT = Path(__file__).parents[1]

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from textgen.files import JSON_BYTES, make_directory, memory_bytes, parse_json, sync_directory
 from textgen.model import CONFIG_NAME, WEIGHTS_NAME, LSTMLanguageModel, resolve_model_directory
-from textgen.run_directory import make_directory, sync_directory
-from textgen.tensorfile import JSON_BYTES, chunks, memory_bytes, parse_json
+from textgen.tensorfile import chunks
 from textgen.tokenizer import MODEL_NAME, Tokenizer
 from textgen.tokenizer.tokenizer import MAX_MODEL_BYTES
 

@@ -151,7 +151,7 @@ def _train(argv: Sequence[str] | None, prog: str | None) -> None:
 
 def _start_log() -> None:
     """Send the log of the first process to standard error."""
-    from textgen.progress import setup_logging
+    from textgen.console import setup_logging
 
     setup_logging(main=os.environ.get("RANK", "0") == "0")
 

@@ -15,8 +15,9 @@ from typing import Any
 import yaml
 
 from textgen.config import TrainConfig
-from textgen.parsing import UNTOLD, Parser, dotted, fail
+from textgen.parsing import Parser, fail
 from textgen.run_directory import read_status
+from textgen.settings import UNTOLD, dotted
 
 # Characters of a setting in the table; a list of prompts would fill a screen. `--json` has all of it.
 LONGEST = 40

@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from textgen.config import DataConfig, TokenizerConfig
+from textgen.console import Progress
 from textgen.corpus import CleanCorpus, Corpus, clean_corpus, open_corpus
 from textgen.noise import permutation
-from textgen.progress import Progress
 from textgen.tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
 
 log = logging.getLogger("textgen")

@@ -23,9 +23,9 @@ from torch.nn import functional as F
 
 from textgen import decoding_kernels
 from textgen.config import DecoderName
+from textgen.files import JSON_BYTES, parse_json
 from textgen.hardware import has_bfloat16, processor_flags
 from textgen.model import WEIGHTS_NAME, LSTMLanguageModel, LSTMLayer
-from textgen.tensorfile import JSON_BYTES, parse_json
 
 log = logging.getLogger("textgen")
 

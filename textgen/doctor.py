@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from textgen.config import ModelConfig, TrainConfig
+from textgen.files import sync_directory, write_whole
 from textgen.parsing import PATIENCE_SECONDS, parse_train_config
 from textgen.processes import StopSignals, end_with_launcher
-from textgen.run_directory import RunDirectory, RunDirectoryError, sync_directory, write_whole
+from textgen.run_directory import RunDirectory, RunDirectoryError
 from textgen.world import says_yes
 
 if TYPE_CHECKING:

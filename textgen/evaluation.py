@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from textgen.checkpoint import TRAINER_NAME, CheckpointError, read_json
 from textgen.config import TrainConfig
+from textgen.console import Progress
 from textgen.corpus import normalize
 from textgen.data import DataError, Split, TokenStore, prepare_store
 from textgen.documents import read_documents
 from textgen.model import LSTMLanguageModel
-from textgen.parsing import build_settings
-from textgen.progress import Progress
+from textgen.settings import build_settings
 
 Tokens = NDArray[np.integer[Any]]
 

@@ -59,8 +59,8 @@ def _export(args: Any) -> None:
     from textgen.data import DataError, encode_documents
     from textgen.decoding import FIGURES_FORMAT
     from textgen.evaluation import score, texts_to_score
+    from textgen.files import make_directory, write_whole
     from textgen.model import WEIGHTS_NAME, resolve_model_directory
-    from textgen.run_directory import make_directory, write_whole
 
     checkpoint = find_checkpoint(args.checkpoint, best=args.best)
     directory = checkpoint or resolve_model_directory(args.checkpoint)

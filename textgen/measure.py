@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textgen.config import DecoderName, SamplingConfig
+from textgen.console import Progress, setup_logging
+from textgen.files import write_whole
 from textgen.parsing import Parser, fail
-from textgen.progress import Progress, setup_logging
 from textgen.report import MEASURES_FORMAT, MEASURES_NAME, leave_report
-from textgen.run_directory import write_whole
 
 if TYPE_CHECKING:
     from textgen.decoding import Decoder

@@ -19,8 +19,9 @@ from torch.autograd.function import FunctionCtx
 
 from textgen import training_kernels
 from textgen.config import ModelConfig
+from textgen.files import JSON_BYTES, parse_json
 from textgen.noise import hash_bits, uniform
-from textgen.tensorfile import JSON_BYTES, TensorFileError, chunks, parse_json, read_header, read_tensors
+from textgen.tensorfile import TensorFileError, chunks, read_header, read_tensors
 from textgen.tokenizer import MODEL_NAME
 
 # (hidden, cell), each (num_layers, batch, hidden_size)

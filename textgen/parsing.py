@@ -5,23 +5,21 @@ Nothing heavy (torch, accelerate, datasets) is imported here: `--help` and a wro
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
 import os
 import re
 import sys
 import time
-import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from textgen.config import TrainConfig
+from textgen.settings import build_settings, in_words, settings_of, unknown_setting
 
 # A launcher ends all processes once one has ended. The first process says what is wrong with all of them; another one
 # waits this long to be ended, and speaks only if nobody did.
@@ -30,14 +28,9 @@ PATIENCE_SECONDS = 3
 # Settings of whole trainings: launch/presets in a checkout.
 PRESETS = Path(__file__).with_name("presets")
 
-# Settings of the command, not of the training: runs that differ in them are alike.
-UNTOLD = {"run_dir", "resume", "resume_override", "dry_run"}
-
 TRAINING = """Train an LSTM language model, alone or under `accelerate launch`.
 Flags override the file of `--config`, which overrides the defaults; of a flag given twice the last counts.
 A list is written `--data.files a.txt b.txt`, a switch `--dry_run`."""
-
-Settings = TypeVar("Settings")
 
 
 def fail(message: str) -> NoReturn:
@@ -85,26 +78,6 @@ class Parser(ArgumentParser):
         return " ".join(message.split())
 
 
-def unknown_setting(name: str, known: Iterable[str], where: str = "") -> str:
-    """Return the error that names an unknown setting and the nearest one."""
-    nearest = [option for option in known if option.endswith(f".{name}")]  # `vocab_size` without its `tokenizer.`
-    nearest = nearest or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"unknown setting `{name}`{where}" + (f"; the nearest is `{nearest[0]}`" if nearest else "")
-
-
-def in_words(kind: Any) -> str:
-    """Return what a value of a type looks like to a user."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join("null" if part is type(None) else in_words(part) for part in parts)
-    if origin is Literal:
-        return "one of " + ", ".join(f"`{value}`" for value in parts)
-    if origin is tuple:
-        items = {int: "integers", float: "numbers", str: "texts"}.get(parts[0]) or in_words(parts[0])
-        return f"a list of {items}" if parts[-1] is ... else f"a list of {len(parts)} {items}"
-    return {int: "an integer", float: "a number", bool: "true or false", str: "a text"}.get(kind, str(kind))
-
-
 def parse_train_config(argv: Sequence[str] | None = None, *, prog: str | None = None) -> TrainConfig:
     """Parse defaults < `--config FILE` < flags; end with one line and exit code 2 where something is wrong."""
     parser = build_train_parser(prog)
@@ -140,65 +113,6 @@ def build_train_parser(prog: str | None = None) -> Parser:
         elif kind is bool:
             action.metavar = "[true|false]"
     return parser
-
-
-def settings_of(settings: type, prefix: str = "") -> dict[str, Any]:
-    """Return the types of all settings by dotted name."""
-    kinds: dict[str, Any] = {}
-    for name, kind in typing.get_type_hints(settings).items():
-        if dataclasses.is_dataclass(kind):
-            kinds |= settings_of(typing.cast(type, kind), f"{prefix}{name}.")
-        else:
-            kinds[prefix + name] = kind
-    return kinds
-
-
-def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings under the names of their flags."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
-    return flat
-
-
-def build_settings(settings: type[Settings], values: Mapping[str, Any], prefix: str = "") -> Settings:
-    """Build a dataclass of settings and those in it from plain values, such as JSON holds.
-
-    Raises:
-        ValueError: a setting is unknown, or its value not allowed; the message has its dotted name.
-    """
-    kinds = typing.get_type_hints(settings)
-    built: dict[str, Any] = {}
-    for name, value in values.items():
-        if name == "__path__" or (name == "config" and not prefix):  # jsonargparse notes where values came from
-            continue
-        if name not in kinds:
-            raise ValueError(f"unknown setting `{prefix}{name}`")
-        kind = kinds[name]
-        if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-            built[name] = build_settings(typing.cast(type, kind), value, f"{prefix}{name}.")
-        elif not _fits(value, kind):
-            shown = "null" if value is None else str(value)[:40]
-            raise ValueError(f"`{prefix}{name}` must be {in_words(kind)}: {shown}")
-        else:
-            built[name] = tuple(value) if typing.get_origin(kind) is tuple else value
-    try:
-        return settings(**built)
-    except ValueError as error:
-        own = "|".join(kinds)
-        raise ValueError(re.sub(f"`({own})`", rf"`{prefix}\1`", str(error)) if prefix else str(error)) from None
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Tell whether a plain value may be a setting of a type; a list may be a tuple, an integer a number."""
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, part) for part in parts)
-    if origin is Literal:
-        return value in parts
-    if origin is tuple:
-        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
-    return type(value) in ((int, float) if kind is float else (kind,))
 
 
 def _plain_flags(argv: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:

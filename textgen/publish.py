@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from textgen.parsing import Parser, dotted, fail
+from textgen.parsing import Parser, fail
+from textgen.settings import dotted
 
 if TYPE_CHECKING:
     from textgen.model import LSTMLanguageModel

@@ -21,8 +21,10 @@ from textgen.charts import Chart, Curve, Point, Rung, make_chart
 from textgen.compare import Row, Run, keep_differences, read_settings, summarize
 from textgen.config import TrainConfig
 from textgen.environment import ENVIRONMENT_NAME
-from textgen.parsing import UNTOLD, Parser, dotted, fail
-from textgen.run_directory import STATUS_NAME, read_status, write_whole
+from textgen.files import write_whole
+from textgen.parsing import Parser, fail
+from textgen.run_directory import STATUS_NAME, read_status
+from textgen.settings import UNTOLD, dotted
 
 log = logging.getLogger("textgen")
 

@@ -33,7 +33,7 @@ from textgen.checkpoint import (
 )
 from textgen.config import TrainConfig
 from textgen.model import CONFIG_NAME, WEIGHTS_NAME, LSTMLanguageModel, ModelFileError, State
-from textgen.parsing import UNTOLD, dotted
+from textgen.settings import UNTOLD, dotted
 from textgen.steps import Progression, Training, TrainingError, fit_steps, zero_lanes
 from textgen.tensorfile import TensorFileError, check_tensors, read_tensors
 from textgen.tokenizer import MODEL_NAME

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
+
+from textgen.files import make_directory, write_whole
 
 STATUS_NAME = "status.json"
 LOCK_NAME = ".lock"
@@ -138,45 +139,6 @@ class RunDirectory:
                 f"`{self.path}` has {free / 1e6:,.1f} MB of free space, the run needs {wanted / 1e6:,.1f}: "
                 f"{checkpoints} of {checkpoint_bytes / 1e6:,.1f} MB at a time, see `--keep_last`"
             )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file of a run so that it holds the old text or the new, whatever happens.
-
-    Raises:
-        OSError: it cannot be written; it names the file.
-    """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError as error:  # a full disk does not say where
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def make_directory(path: Path) -> None:
-    """Make a directory and those above it, and wait until they are on disk."""
-    missing = [place for place in (path, *path.parents) if not place.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    for place in missing:
-        sync_directory(place.parent)
-
-
-def sync_directory(path: Path) -> None:
-    """Wait until a directory's entries are on disk; some file systems know no such thing."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:

@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from textgen.config import DecoderName, SamplingConfig
-from textgen.parsing import Parser, build_settings, fail, in_words, unknown_setting
-from textgen.progress import Progress, setup_logging
+from textgen.console import Progress, setup_logging
+from textgen.parsing import Parser, fail
+from textgen.settings import build_settings, in_words, unknown_setting
 
 if TYPE_CHECKING:
     from textgen.decoding import Decoder
@@ -452,7 +453,7 @@ def _open_output(path: Path, origin: dict[str, str]) -> Iterator[tuple[Callable[
     Yields:
         A function that appends, and the number of lines.
     """
-    from textgen.run_directory import write_whole
+    from textgen.files import write_whole
 
     beside = path.with_name(f"{path.name}.origin.json")
 

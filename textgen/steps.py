@@ -22,13 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from textgen.checkpoint import Saver
 from textgen.config import TrainConfig
+from textgen.console import say
 from textgen.data import Epoch, TokenStore, build_loader, windows_per_epoch
 from textgen.graphs import CudaCapture, Replay
 from textgen.launch import LSTM_DTYPES
 from textgen.model import DropoutMasks, LSTMLanguageModel, State
 from textgen.optim import build_optimizer, learning_rate
 from textgen.processes import StopSignals
-from textgen.progress import say
 from textgen.step_graph import Capture, StepGraph, StepInputs, Taken
 from textgen.usage import peak_memory
 from textgen.world import LaunchError

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from textgen.config import TrainConfig
-from textgen.parsing import Parser, fail, parse_train_config, settings_of, unknown_setting
+from textgen.parsing import Parser, fail, parse_train_config
+from textgen.settings import settings_of, unknown_setting
 
 HOME = Path(__file__).resolve().parents[1]
 """The checkout: `launch/` is not installed."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from textgen.files import memory_bytes, parse_json
+
 DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -28,11 +29,6 @@ SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 
 # Ten thousand tensors fit; what is longer was not written by textgen.
 HEADER_BYTES = 1 << 20
-
-# What textgen writes as JSON has a few KB and four levels. Python itself would take any size, and about a thousand
-# levels, which it then could not print.
-JSON_BYTES = 8 << 20
-JSON_DEPTH = 16
 
 
 class TensorFileError(ValueError):
@@ -135,44 +131,3 @@ def read_tensors(
         raise TensorFileError(f"`{path}` cannot be read: {error}") from error
     except MemoryError as error:
         raise TensorFileError(f"`{path}` does not fit into memory: {path.stat().st_size} bytes") from error
-
-
-def memory_bytes() -> int:
-    """Return this machine's memory: no file beyond it can be loaded, and reading a sparse one would take hours."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def parse_json(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object of UTF-8 strictly.
-
-    Raises:
-        ValueError: it is none, gives a key twice, holds nan or infinity, is longer than `JSON_BYTES`, or nested deeper
-            than `JSON_DEPTH`.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) < len(pairs):
-            raise ValueError("a key stands twice")
-        return values
-
-    def finite(text: str) -> float:
-        if not math.isfinite(number := float(text)):
-            raise ValueError("a number is not finite")
-        return number
-
-    if len(data) > JSON_BYTES:
-        raise ValueError(f"longer than {JSON_BYTES} bytes")
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError("not a JSON object")
-    level: list[Any] = [value]
-    for _ in range(JSON_DEPTH):
-        groups = [group.values() if isinstance(group, dict) else group for group in level]
-        level = [item for group in groups for item in group if isinstance(item, dict | list)]
-    if level:
-        raise ValueError("nested too deeply")
-    return value

@@ -24,7 +24,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from textgen.config import TrackingConfig
-from textgen.parsing import dotted
+from textgen.settings import dotted
 from textgen.tracking import Backend, Row, RunEnd, SampledText, has_wandb_key
 
 log = logging.getLogger("textgen")

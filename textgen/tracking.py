@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from textgen.config import TrackingConfig
-from textgen.run_directory import write_whole
+from textgen.files import write_whole
 
 log = logging.getLogger("textgen")
 

@@ -21,17 +21,18 @@ from accelerate import Accelerator
 from textgen import launch
 from textgen.checkpoint import Saver, checkpoint_path
 from textgen.config import SamplingConfig, TrainConfig
+from textgen.console import Progress, say
 from textgen.corpus import normalize
 from textgen.data import prepare_store
 from textgen.environment import ENVIRONMENT_NAME, describe_environment
 from textgen.evaluation import Score, perplexity, score, split_documents
+from textgen.files import write_whole
 from textgen.generation import Sample, generate
 from textgen.optim import learning_rate
 from textgen.processes import Interrupted, StopSignals
-from textgen.progress import Progress, say
 from textgen.report import SAMPLES_NAME, draw_loss_curve, leave_report
 from textgen.resume import checkpoint_bytes, checkpoints_at_a_time, resume, save, state_shapes
-from textgen.run_directory import RunDirectory, write_whole
+from textgen.run_directory import RunDirectory
 from textgen.steps import (
     Training,
     TrainingError,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.live import Live
 
+
 log = logging.getLogger("textgen")
 
 FIRST_LINE_SECONDS = 5.0  # then twice as long from line to line

@@ -1,0 +1,97 @@
+"""Files that are written whole or not at all, and JSON that is read with bounds."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file of a run so that it holds the old text or the new, whatever happens.
+
+    Raises:
+        OSError: it cannot be written; it names the file.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:  # a full disk does not say where
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and those above it, and wait until they are on disk."""
+    missing = [place for place in (path, *path.parents) if not place.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for place in missing:
+        sync_directory(place.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Wait until a directory's entries are on disk; some file systems know no such thing."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+# What textgen writes as JSON has a few KB and four levels. Python itself would take any size, and about a thousand
+# levels, which it then could not print.
+JSON_BYTES = 8 << 20
+JSON_DEPTH = 16
+
+
+def memory_bytes() -> int:
+    """Return this machine's memory: no file beyond it can be loaded, and reading a sparse one would take hours."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object of UTF-8 strictly.
+
+    Raises:
+        ValueError: it is none, gives a key twice, holds nan or infinity, is longer than `JSON_BYTES`, or nested deeper
+            than `JSON_DEPTH`.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ValueError("a key stands twice")
+        return values
+
+    def finite(text: str) -> float:
+        if not math.isfinite(number := float(text)):
+            raise ValueError("a number is not finite")
+        return number
+
+    if len(data) > JSON_BYTES:
+        raise ValueError(f"longer than {JSON_BYTES} bytes")
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=unique, parse_float=finite, parse_constant=finite)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("not a JSON object")
+    level: list[Any] = [value]
+    for _ in range(JSON_DEPTH):
+        groups = [group.values() if isinstance(group, dict) else group for group in level]
+        level = [item for group in groups for item in group if isinstance(item, dict | list)]
+    if level:
+        raise ValueError("nested too deeply")
+    return value
