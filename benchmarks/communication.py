@@ -31,8 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.machine import RESULTS, describe
 from textgen import launch
+from textgen.commands.parsing import parse_train_config
 from textgen.data import prepare_store
-from textgen.parsing import parse_train_config
 from textgen.processes import StopSignals
 from textgen.steps import Training, build, step_batches, train_step
 from textgen.tracking import read_metrics

@@ -264,7 +264,7 @@ def between_ms(seconds: Sequence[float]) -> str:
 
 def works(figures: dict[str, Any]) -> dict[str, Work]:
     """Return what each preset asks for, with the measured buckets."""
-    from textgen.parsing import parse_train_config
+    from textgen.commands.parsing import parse_train_config
 
     found = {}
     parameters = {row["preset"]: row["parameters"] for row in figures["bytes"]}

@@ -20,8 +20,8 @@ import psutil
 
 from benchmarks.machine import save
 from textgen import launch
+from textgen.commands.parsing import parse_train_config
 from textgen.data import prepare_store
-from textgen.parsing import parse_train_config
 from textgen.processes import StopSignals
 from textgen.run_directory import RunDirectory
 from textgen.steps import build, step_batches, train_step

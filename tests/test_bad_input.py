@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from textgen import parsing
 from textgen.cli import main, train_main
+from textgen.commands import parsing
 from textgen.run_directory import RunDirectory, read_status
 from textgen.tokenizer import train_tokenizer
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from textgen.cli import VERBS, main, train_main
+from textgen.cli import COMMANDS, main, train_main
 from textgen.data import TokenStore
 
 ROOT = Path(__file__).parents[1]
@@ -115,7 +114,7 @@ def test_interrupt_is_one_line_and_exit_code_130(tiny_flags: list[str], tmp_path
 # --- help and speed --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", [*re.findall(r"^  (\w+)  ", VERBS, re.MULTILINE), None])
+@pytest.mark.parametrize("verb", [*COMMANDS, None])
 def test_help_of_every_verb_is_printed_and_exits_with_0(verb: str | None, capsys: Capture) -> None:
     if verb is None:
         main(["--help"])

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from textgen.commands.parsing import config_file, parse_train_config
 from textgen.config import DataConfig, ModelConfig, TokenizerConfig, TrackingConfig, TrainConfig
-from textgen.parsing import config_file, parse_train_config
 from textgen.settings import build_settings, settings_of
 
 ROOT = Path(__file__).parents[1]

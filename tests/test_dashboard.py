@@ -12,7 +12,7 @@ import pytest
 
 from tests.wandb_server import wandb_server
 from textgen.cli import main
-from textgen.dashboard import SECTIONS
+from textgen.commands.dashboard import SECTIONS
 from textgen.tracking import read_metrics
 
 # of wandb-workspaces itself

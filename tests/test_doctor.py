@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from textgen import doctor
 from textgen.cli import main
+from textgen.commands import doctor
+from textgen.commands.parsing import parse_train_config
 from textgen.data import prepare_store
-from textgen.parsing import parse_train_config
 
 Capture = pytest.CaptureFixture[str]
 Examine = Callable[..., tuple[int, dict[str, dict[str, Any]]]]
@@ -310,7 +310,7 @@ def test_wandb_key_is_found_and_never_shown(
 
 
 def test_few_open_files_are_told() -> None:
-    code = "import torch; from textgen.doctor import check_limits; print(check_limits(torch.device('cpu')).advice)"
+    code = "import torch; from textgen.commands import doctor; print(doctor.check_limits(torch.device('cpu')).advice)"
     command = ["bash", "-c", f'ulimit -n 256; exec "{sys.executable}" -c "{code}"']
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert "`ulimit -n 1024`" in said

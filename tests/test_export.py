@@ -13,12 +13,13 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from textgen import decoding, export
+from textgen import decoding
 from textgen.checkpoint import load_model, newest_valid, verify
+from textgen.commands import export
+from textgen.commands.export import decoded_nats, export_command
 from textgen.config import ModelConfig
 from textgen.decoding import CellDecoder, Decoder, choose_decoder
 from textgen.evaluation import score
-from textgen.export import decoded_nats, export_command
 from textgen.model import LSTMLanguageModel, LSTMLayer
 from textgen.onnx_step import OnnxDecoder, write_onnx
 from textgen.tensorfile import read_header

@@ -21,10 +21,10 @@ from huggingface_hub import ModelCard, constants
 from textgen import model as model_module
 from textgen.checkpoint import newest_valid
 from textgen.cli import main
-from textgen.export import export_command
+from textgen.commands.export import export_command
+from textgen.commands.parsing import parse_train_config
+from textgen.commands.publish import publish_command
 from textgen.model import LSTMLanguageModel
-from textgen.parsing import parse_train_config
-from textgen.publish import publish_command
 from textgen.tracking import read_metrics
 
 Capture = pytest.CaptureFixture[str]
@@ -323,7 +323,7 @@ def test_a_repository_keeps_its_visibility_and_loses_an_old_decoder(
 def test_a_hub_that_cannot_be_used_is_one_line_in_bounded_time(
     case: str, hub: ThreadingHTTPServer, tiny_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("textgen.publish.REACH_SECONDS", 0.5)
+    monkeypatch.setattr("textgen.commands.publish.REACH_SECONDS", 0.5)
     monkeypatch.setattr(model_module, "HUB_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listener:  # which accepts and never answers
         if case == "no token":

@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from tests.faults.report import DOCUMENT, rendered
 from textgen.cli import main
-from textgen.parsing import parse_train_config
+from textgen.commands.parsing import parse_train_config
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [

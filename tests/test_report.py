@@ -21,8 +21,8 @@ import pytest
 from textgen.charts import MOST_POINTS, make_chart, thin, ticks
 from textgen.charts import Curve as ChartCurve
 from textgen.cli import main
+from textgen.commands.parsing import parse_train_config
 from textgen.config import TrainConfig
-from textgen.parsing import parse_train_config
 from textgen.report import leave_report, write_report
 
 ROOT = Path(__file__).parents[1]

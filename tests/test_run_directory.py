@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from textgen import checkpoint, run_directory, training
-from textgen.parsing import parse_train_config
+from textgen.commands.parsing import parse_train_config
 from textgen.run_directory import RunDirectory, RunDirectoryError, read_status
 
 

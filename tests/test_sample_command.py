@@ -19,9 +19,9 @@ from typing import Any, get_args
 import pytest
 
 from textgen import decoding
-from textgen import sample as sample_module
 from textgen.checkpoint import checkpoints
 from textgen.cli import main
+from textgen.commands import sample as sample_module
 from textgen.model import CONFIG_NAME, WEIGHTS_NAME
 from textgen.tokenizer import MODEL_NAME
 

@@ -13,7 +13,7 @@ import pytest
 
 from textgen import launch
 from textgen.cli import main
-from textgen.submit import minutes, read_sweep
+from textgen.commands.submit import minutes, read_sweep
 
 ROOT = Path(__file__).parents[1]
 
@@ -23,8 +23,8 @@ def slurm_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return a launch/slurm of no site, in whose checkout the test stands."""
     folder = tmp_path / "launch" / "slurm"
     shutil.copytree(ROOT / "launch", folder.parent, ignore=shutil.ignore_patterns("site.sh"))
-    monkeypatch.setattr("textgen.submit.HOME", tmp_path)
-    monkeypatch.setattr("textgen.submit.SLURM", folder)
+    monkeypatch.setattr("textgen.commands.submit.HOME", tmp_path)
+    monkeypatch.setattr("textgen.commands.submit.SLURM", folder)
     monkeypatch.chdir(tmp_path)
     for name in [name for name in os.environ if name.startswith(("SBATCH_", "TEXTGEN_"))]:
         monkeypatch.delenv(name)
@@ -265,7 +265,7 @@ def test_lines_of_a_sweep_are_quoted_as_in_a_shell_and_nothing_is_expanded() -> 
 
 def test_job_gets_the_flags_of_all_then_those_of_its_line() -> None:
     Path("flags.txt").write_text(SWEEP)
-    argv = [sys.executable, "-m", "textgen.submit", "2", "flags.txt", "--sample_prompts", "a\nb", ""]
+    argv = [sys.executable, "-m", "textgen.commands.submit", "2", "flags.txt", "--sample_prompts", "a\nb", ""]
     done = subprocess.run(argv, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True)
     assert done.stdout.split("\0") == ["--sample_prompts", "a\nb", "", *read_sweep("flags.txt")[1], ""]
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from tests.wandb_server import wandb_server
+from textgen.commands.dashboard import SAMPLES_TABLE
 from textgen.config import TrainConfig
-from textgen.dashboard import SAMPLES_TABLE
 from textgen.settings import settings_of
 from textgen.tracking import read_metrics
 

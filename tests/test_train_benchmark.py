@@ -18,7 +18,7 @@ MICROSECONDS = {"1024 units, bfloat16, batch 128": {"stack": 10.0, "call": 9.0}}
 
 
 def test_the_first_shape_is_that_of_the_large_preset() -> None:
-    from textgen.parsing import parse_train_config
+    from textgen.commands.parsing import parse_train_config
 
     config = parse_train_config(["--config", "large"])
     model = config.model

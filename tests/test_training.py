@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file
 
 from textgen.cli import train_main
+from textgen.commands.parsing import parse_train_config
 from textgen.config import TrainConfig
 from textgen.optim import learning_rate
-from textgen.parsing import parse_train_config
 from textgen.tracking import read_metrics
 
 ROOT = Path(__file__).parents[1]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.serving import running
-from textgen.publish import publish_command
+from textgen.commands.publish import publish_command
 
 ROOT = Path(__file__).parents[1]
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, f'build_{sys.argv[1]}')(sys.argv[2])"
@@ -106,9 +106,12 @@ def test_the_wheel_is_what_runs_and_leaves_another_tokenizer_alone(run: Run) -> 
 
 def test_every_preset_is_in_the_wheel_by_name(run: Run) -> None:
     names = [path.stem for path in (ROOT / "launch" / "presets").glob("*.yaml")]
-    program = (
-        "import sys; from textgen.parsing import parse_train_config as p; [p(['--config', n]) for n in sys.argv[1:]]"
-    )
+    program = """
+import sys
+from textgen.commands.parsing import parse_train_config
+for name in sys.argv[1:]:
+    parse_train_config(["--config", name])
+"""
     run("python", "-c", program, *names)
     assert len(names) >= 4
 

@@ -1,26 +1,22 @@
-"""The command line: training and the verbs prepare, evaluate, sample and verify, and the exit codes they end with.
+"""The command line: a table of commands, and the exit codes they end with.
 
-What is heavy (torch, accelerate, datasets) is imported once the flags are known to be right: `--help` and a wrong flag
-are answered in 0.3 s, not in 1.7 s.
+Heavy packages (torch, accelerate, datasets) are imported once the flags are known to be right: `--help` and a wrong
+flag are answered in 0.3 s, not in 1.7 s.
 """
 
 from __future__ import annotations
 
 import errno
-import json
-import math
 import os
-import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import NoReturn
 
-from textgen.config import Precision
-from textgen.parsing import PATIENCE_SECONDS, Parser, config_file, fail, parse_train_config
+from textgen.commands.parsing import PATIENCE_SECONDS, fail
+from textgen.commands.train import train_command
 from textgen.processes import Interrupted, end_siblings, end_with_launcher
 from textgen.world import LaunchError, slurm_variables
 
@@ -29,25 +25,23 @@ DISK_ERRORS = (
     errno.EIO, errno.ESTALE,
 )  # fmt: skip
 
-VERBS = """usage: textgen VERB ... (each with --help)
-
-  train      train; the same as train_distributed.py
-  prepare    encode the training text ahead of time; takes the flags of train_distributed.py
-  evaluate   bits per byte of a checkpoint on a file or a split
-  sample     continue prompts
-  serve      continue prompts over HTTP, as OpenAI's API does, with a page to play with
-  export     a checkpoint as a quantised or ONNX decoder, with what that costs
-  publish    a model and its card as a folder, or on the Hugging Face hub
-  verify     check every byte of a checkpoint and say what it holds
-  compare    a table of runs: bits per byte, tokens per second, the settings that differ
-  report     a page of a run, or of several over each other: curves, samples, settings, how to make it again
-  measure    texts of a run at several temperatures beside human ones: variety, repetition, what is copied
-  dashboard  a W&B workspace for the runs of a project
-  doctor     check a machine, or all machines of an allocation, before hours are spent
-  submit     hand a training to Slurm
-
-Several processes train under `accelerate launch --module textgen train`, or with train_distributed.py in its place.
-"""
+COMMANDS = {
+    "train": "train; the same as train_distributed.py",
+    "prepare": "encode the training text ahead of time; takes the flags of train_distributed.py",
+    "evaluate": "bits per byte of a checkpoint on a file or a split",
+    "sample": "continue prompts",
+    "serve": "continue prompts over HTTP, as OpenAI's API does, with a page to play with",
+    "export": "a checkpoint as a quantised or ONNX decoder, with what that costs",
+    "publish": "a model and its card as a folder, or on the Hugging Face hub",
+    "verify": "check every byte of a checkpoint and say what it holds",
+    "compare": "a table of runs: bits per byte, tokens per second, the settings that differ",
+    "report": "a page of a run, or of several over each other: curves, samples, settings, how to make it again",
+    "measure": "texts of a run at several temperatures beside human ones: variety, repetition, what is copied",
+    "dashboard": "a W&B workspace for the runs of a project",
+    "doctor": "check a machine, or all machines of an allocation, before hours are spent",
+    "submit": "hand a training to Slurm",
+}
+"""of `textgen`, each in the module of its name in textgen/commands/, as the function NAME_command"""
 
 
 def run(action: Callable[[], None]) -> None:
@@ -119,139 +113,29 @@ def _user_errors() -> tuple[type[ValueError], ...]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a verb of the console script `textgen`."""
+    """Run a command of the console script `textgen`."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    here: dict[str, Callable[[Sequence[str]], None]] = {"prepare": prepare, "evaluate": evaluate, "verify": verify}
-    verbs = re.findall(r"^  (\w+)  ", VERBS, re.MULTILINE)
-    if argv and argv[0] == "train":
-        train_main(argv[1:], prog="textgen train")
-    elif argv and argv[0] in here:
-        run(lambda: here[argv[0]](argv[1:]))
-    elif argv and argv[0] in verbs:
-        run(lambda: getattr(import_module(f"textgen.{argv[0]}"), f"{argv[0]}_command")(argv[1:]))
+    name, rest = (argv[0], argv[1:]) if argv else ("", [])
+    if name == "train":
+        train_main(rest, prog="textgen train")
+    elif name in COMMANDS:
+        run(lambda: getattr(import_module(f"textgen.commands.{name}"), f"{name}_command")(rest))
     elif argv in (["--help"], ["-h"]):
-        print(VERBS, end="")
+        print(_usage(), end="")
     else:
-        fail(f"`textgen` wants one of {', '.join(f'`{verb}`' for verb in verbs)}" + (f": {argv[0]}" if argv else ""))
+        fail(f"`textgen` wants one of {', '.join(f'`{known}`' for known in COMMANDS)}" + (f": {name}" if argv else ""))
+
+
+def _usage() -> str:
+    rows = "".join(f"  {name:9}  {what}\n" for name, what in COMMANDS.items())
+    return (
+        f"usage: textgen VERB ... (each with --help)\n\n{rows}\n"
+        "Several processes train under `accelerate launch --module textgen train`, or with train_distributed.py in its "
+        "place.\n"
+    )
 
 
 def train_main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> None:
     """Train as the command line says."""
     end_with_launcher()
-    run(lambda: _train(argv, prog))
-
-
-def _train(argv: Sequence[str] | None, prog: str | None) -> None:
-    config = parse_train_config(argv, prog=prog)
-    _start_log()
-    from textgen.training import train
-
-    train(config, config_file=config_file(argv))
-
-
-def _start_log() -> None:
-    """Send the log of the first process to standard error."""
-    from textgen.console import setup_logging
-
-    setup_logging(main=os.environ.get("RANK", "0") == "0")
-
-
-def prepare(argv: Sequence[str]) -> None:
-    """Encode the text of a training ahead of time and print where the store lies."""
-    config = parse_train_config(argv, prog="textgen prepare")
-    _start_log()
-    from textgen.data import prepare_store
-
-    print(prepare_store(config.data, config.tokenizer).directory)
-
-
-def evaluate(argv: Sequence[str]) -> None:
-    """Score a checkpoint on whole documents and print the figures."""
-    parser = Parser(prog="textgen evaluate", description="Score whole documents. Runs under `accelerate launch` too.")
-    parser.add_argument("checkpoint", help="checkpoint, run folder or hub repository")
-    parser.add_argument("--best", action="store_true", help="of a run, the best checkpoint instead of the newest")
-    parser.add_argument(
-        "--data",
-        default="validation",
-        help="a file, folder or glob, or a split of the training's data: train, validation, test",
-    )
-    parser.add_argument("--text_column", default="text", help="column of the text in csv, jsonl and parquet files")
-    parser.add_argument("--limit", type=int | None, default=None, help="score the first N documents only")
-    parser.add_argument(
-        "--batch_size", type=int, default=64, help="documents read side by side; no influence on the figures"
-    )
-    parser.add_argument(
-        "--mixed_precision",
-        type=Precision,
-        default="no",
-        help="precision of matrix products; auto: what the hardware is fast in",
-    )
-    parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
-    args = parser.parse_args(list(argv))
-    for name in ("limit", "batch_size"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"`{name}` must be at least 1: {getattr(args, name)}")
-
-    _start_log()
-    from textgen import launch
-    from textgen.checkpoint import find_checkpoint, load_model
-    from textgen.data import DataError, encode_documents
-    from textgen.evaluation import score, texts_to_score
-
-    accelerator = launch.start(args.mixed_precision)
-    directory = find_checkpoint(args.checkpoint, best=args.best)
-    launch.assert_same(accelerator, directory, "the checkpoint")  # of a run that goes on, it may be another one soon
-    model, tokenizer = load_model(directory or args.checkpoint, accelerator.device)
-    if not tokenizer.is_lossless:
-        raise DataError(f"`{args.checkpoint}` has a word tokenizer, which loses text: it has no bits per byte")
-    normalization = model.text.get("normalization", "none")
-    texts = texts_to_score(directory, args.data, args.text_column, limit=args.limit, normalization=normalization)
-    documents = encode_documents(tokenizer, texts)
-    num_bytes, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
-    result = score(
-        accelerator, model, documents, num_bytes, bos_id=tokenizer.bos_id, batch_size=args.batch_size, progress=True
-    )
-    figures = {
-        "bits_per_byte": result.bits_per_byte, "nats_per_token": result.nats_per_token,
-        "perplexity": result.perplexity, "word_perplexity": result.word_perplexity(words),
-        "tokens": result.tokens, "bytes": result.bytes, "documents": result.documents,
-        "seconds": round(result.seconds, 3),
-    }  # fmt: skip
-    if accelerator.is_main_process:
-        if args.json:  # JSON knows no infinity
-            print(json.dumps({name: value if math.isfinite(value) else None for name, value in figures.items()}))
-        else:
-            print(
-                "\n".join(
-                    f"{name:16} {value:,.6g}" if isinstance(value, float) else f"{name:16} {value:,}"
-                    for name, value in figures.items()
-                )
-            )
-    accelerator.end_training()
-
-
-def verify(argv: Sequence[str]) -> None:
-    """Check a checkpoint, or all of a run, and print what is in it; exit code 2 where one is not valid."""
-    parser = Parser(prog="textgen verify", description="Check every byte of a checkpoint and say what it holds.")
-    parser.add_argument("checkpoint", help="checkpoint or run folder")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per checkpoint")
-    args = parser.parse_args(list(argv))
-
-    from textgen.checkpoint import CheckpointError, checkpoints
-    from textgen.resume import describe_checkpoint
-
-    invalid = 0
-    for directory in [path for _, path in checkpoints(Path(args.checkpoint))] or [Path(args.checkpoint)]:
-        try:
-            contents = describe_checkpoint(directory)
-        except CheckpointError as error:
-            invalid += 1
-            contents = {"checkpoint": str(directory), "valid": False, "problem": str(error)}
-        if args.json:
-            print(json.dumps(contents))
-        elif contents["valid"]:
-            print("\n".join(f"{name:16} {value}" for name, value in contents.items()), end="\n\n")
-        else:
-            print(f"{'checkpoint':16} {directory}\n{'valid':16} False\n{'problem':16} {contents['problem']}\n")
-    if invalid:
-        fail(f"{invalid} invalid checkpoint{'s' if invalid > 1 else ''} in `{args.checkpoint}`")
+    run(lambda: train_command(argv, prog=prog))

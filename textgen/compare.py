@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,7 +13,6 @@ from typing import Any
 import yaml
 
 from textgen.config import TrainConfig
-from textgen.parsing import Parser, fail
 from textgen.run_directory import read_status
 from textgen.settings import UNTOLD, dotted
 
@@ -53,31 +50,6 @@ class Run:
     """that wrote the newest checkpoint"""
     settings: dict[str, Any]
     """by dotted name; in the end those that are not the same in all runs"""
-
-
-def compare_command(argv: Sequence[str]) -> None:
-    """Print a table of runs; exit code 2 where none can be read."""
-    parser = Parser(prog="textgen compare", description="Compare runs: figures, and the settings that differ.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as those of runs/*")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per run")
-    args = parser.parse_args(list(argv))
-    runs, problems = [], []
-    for path in args.runs:
-        try:
-            runs.append(read_run(Path(path)))
-        except OSError as error:
-            problems.append(f"`{error.filename or path}` cannot be read: {error.strerror}")
-        except ValueError as error:
-            problems.append(str(error))
-    if not runs:
-        fail("; ".join(problems))
-    for problem in problems:
-        print(f"left out: {problem}", file=sys.stderr)
-    runs = sorted(keep_differences(runs), key=lambda run: (run.bits_per_byte is None, run.bits_per_byte, run.run))
-    if args.json:
-        print("\n".join(json.dumps(asdict(run), default=str) for run in runs))
-    else:
-        print(format_table(runs, width=shutil.get_terminal_size(fallback=(sys.maxsize, 0)).columns))
 
 
 def read_run(path: Path) -> Run:

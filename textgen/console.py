@@ -40,6 +40,11 @@ FIGURES = {
 """metrics that are shown, in this order"""
 
 
+def start_log() -> None:
+    """Send the log of the first process to standard error."""
+    setup_logging(main=os.environ.get("RANK", "0") == "0")
+
+
 def setup_logging(*, main: bool) -> None:
     """Send textgen's log to standard error, from one process only."""
     logging.basicConfig(handlers=[_Handler()], format="%(message)s", level=logging.WARNING)

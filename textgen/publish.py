@@ -6,15 +6,10 @@ Nothing of the machine travels: neither paths nor the optimizer's state.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shlex
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,21 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from textgen.parsing import Parser, fail
 from textgen.settings import dotted
 
 if TYPE_CHECKING:
     from textgen.model import LSTMLanguageModel
 
+
 HUB = "hub:"
 IMDB = "stanfordnlp/imdb"
 CARD_NAME = "README.md"
-DECODER_NAME = "decoder.safetensors"
-"""Of `textgen export`."""
 DATA_NAME, SAMPLES_NAME = "data.json", "samples.md"
 """Of a run."""
-REACH_SECONDS = 10.0
-"""The hub's first answer may take so long; what follows is the client's affair."""
 
 # Settings that say where something lies on this machine, or what is told while training.
 PRIVATE = {
@@ -48,133 +39,6 @@ PRIVATE = {
 LIMITS = """It has learnt which tokens follow which, and nothing else: it knows no facts, follows no instructions, and
 makes up names, events and judgements, about real persons too. What its training text holds of errors, slurs and
 prejudice comes back. Its memory is a state of fixed size: of long texts it keeps the drift, not the detail."""
-
-
-def publish_command(argv: Sequence[str]) -> None:
-    """Write or upload a model and print where it is."""
-    parser = Parser(
-        prog="textgen publish",
-        description="Publish a model with a card of its own figures. The hub's token is the one `hf auth login` keeps.",
-    )
-    parser.add_argument("checkpoint", help="checkpoint, run folder or hub repository")
-    parser.add_argument("--best", action="store_true", help="of a run, the best checkpoint instead of the newest")
-    parser.add_argument(
-        "--to", required=True, metavar="DIR|hub:OWNER/NAME", help="new folder, or repository of the hub"
-    )
-    parser.add_argument("--license", default=None, help="the card's, as the hub spells it, such as apache-2.0")
-    parser.add_argument("--language", nargs="+", default=None, help="the card's, such as `en`; that of IMDB is known")
-    parser.add_argument("--public", action="store_true", help="let everybody see the repository; else it is private")
-    args = parser.parse_args(list(argv))
-    if args.to.startswith(HUB):
-        _to_hub(args, args.to.removeprefix(HUB))
-    else:
-        _to_directory(args, Path(os.path.abspath(args.to)))
-
-
-def _to_directory(args: Any, path: Path) -> None:
-    """Write a folder whole or not at all."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        fail(f"`{args.to}` holds something else: name a new folder")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _aside(path.parent, path.name) as aside:
-        write_publication(args, aside, name=path.name, where=path.name)
-        aside.rename(path)
-    print(path)
-
-
-def _to_hub(args: Any, name: str) -> None:
-    """Upload to the hub in one commit."""
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, re.ASCII):
-        fail(f"`--to {HUB}` wants an owner and a name, as `{HUB}me/reviews`: {args.to}")
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import RepositoryNotFoundError
-
-    from textgen.model import draw_bars_in_terminals_only
-
-    draw_bars_in_terminals_only()
-    api = HfApi()
-    with tempfile.TemporaryDirectory() as folder:
-        write_publication(args, Path(folder), name=name.partition("/")[2], where=args.to)
-        try:
-            with suppress(RepositoryNotFoundError):  # then it is made
-                if (private := api.model_info(name, timeout=REACH_SECONDS).private) == args.public:
-                    fail(f"`{name}` is {'private' if private else 'public'} on the hub, `--public` is {args.public}")
-            url = api.create_repo(name, private=not args.public, exist_ok=True)
-            # decoders of earlier weights go with the same commit
-            api.upload_folder(
-                repo_id=name, folder_path=folder, commit_message="Publish a model", delete_patterns="decoder.*"
-            )
-        except Exception as error:  # the client's, its transport's, the system's
-            fail(f"`{name}` cannot be published on {api.endpoint}: {_in_one_line(error)}")
-    print(url)
-
-
-@contextmanager
-def _aside(parent: Path, name: str) -> Iterator[Path]:
-    """Make a folder that is gone in the end, unless it was renamed."""
-    aside = parent / f".{name}.{os.getpid()}.tmp"
-    try:
-        aside.mkdir()
-        yield aside
-    except OSError as error:  # of a file that is copied the first name is its source; a full disk may tell none
-        where = error.filename2 or error.filename or parent / name
-        raise OSError(error.errno, error.strerror, str(where)) from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def write_publication(args: Any, out: Path, *, name: str, where: str) -> None:
-    """Write all files of a publication into an empty folder.
-
-    Args:
-        args: of the verb.
-        out: the folder.
-        name: the model's.
-        where: what `textgen sample` will read it by.
-
-    Raises:
-        CheckpointError, ModelFileError, TokenizerError: there is no whole checkpoint.
-        OSError: a file cannot be written.
-    """
-    from textgen.checkpoint import MANIFEST_NAME, find_checkpoint, load_model, verify
-    from textgen.model import CONFIG_NAME, WEIGHTS_NAME, resolve_model_directory
-    from textgen.tokenizer import MODEL_NAME
-
-    directory = find_checkpoint(args.checkpoint, best=args.best) or resolve_model_directory(args.checkpoint)
-    if (directory / MANIFEST_NAME).exists():
-        verify(directory)
-    for file in (CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME):
-        shutil.copyfile(directory / file, out / file)
-    model, _ = load_model(out)  # what is published can be read
-    cost = _copy_decoder(directory, out)
-    card = build_card(
-        model, read_record(directory), name=name, where=where, int8_cost=cost,
-        license=args.license, languages=args.language,
-    )  # fmt: skip
-    (out / CARD_NAME).write_text(card, encoding="utf-8")
-
-
-def _copy_decoder(directory: Path, out: Path) -> float | None:
-    """Copy an export, if it is one of these weights; return what int8 costs, in bits per byte."""
-    from textgen.decoding import FIGURES_NAME
-    from textgen.model import WEIGHTS_NAME
-
-    try:
-        figures = json.loads((directory / FIGURES_NAME).read_bytes())
-        cost = float(figures["bits_per_byte"]["int8"] - figures["bits_per_byte"]["plain"])
-        with (out / WEIGHTS_NAME).open("rb") as file:
-            if figures["model_sha256"] != hashlib.file_digest(file, "sha256").hexdigest():
-                return None
-        shutil.copyfile(directory / DECODER_NAME, out / DECODER_NAME)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    figures["data"] = Path(str(figures.get("data"))).name
-    (out / FIGURES_NAME).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return cost
 
 
 # --- what a run tells of a checkpoint --------------------------------------------------------------------------------

@@ -22,8 +22,7 @@ from textgen.compare import Row, Run, keep_differences, read_settings, summarize
 from textgen.config import TrainConfig
 from textgen.environment import ENVIRONMENT_NAME
 from textgen.files import write_whole
-from textgen.parsing import Parser, fail
-from textgen.run_directory import STATUS_NAME, read_status
+from textgen.run_directory import read_status
 from textgen.settings import UNTOLD, dotted
 
 log = logging.getLogger("textgen")
@@ -96,27 +95,6 @@ class Record:
     data: Mapping[str, Any]
     environment: Mapping[str, Any]
     measures: Mapping[str, Any]
-
-
-def report_command(argv: Sequence[str]) -> None:
-    """Write the report of runs and print where it is."""
-    parser = Parser(prog="textgen report", description="Write a run's report, or one of several runs over each other.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as those of runs/*")
-    parser.add_argument("--out", help=f"html file; default: `{REPORT_NAME}` in the run, of several runs here")
-    args = parser.parse_args(list(argv))
-    runs = [Path(run) for run in args.runs]
-    for run in runs:
-        if not run.is_dir():
-            fail(f"`{run}` is no run folder" if run.exists() else f"`{run}` does not exist")
-        if not any((run / name).exists() for name in ("config.yaml", METRICS_NAME, STATUS_NAME)):
-            fail(f"`{run}` is no run folder: it has no `config.yaml`, `{METRICS_NAME}` or `{STATUS_NAME}`")
-    out = Path(args.out or (runs[0] / REPORT_NAME if len(runs) == 1 else REPORT_NAME))
-    if out.suffix != ".html":  # a slip must not replace another file of a run
-        parser.error(f"`out` must end in `.html`: {out}")
-    if not out.parent.is_dir():
-        fail(f"`{out.parent}` is no folder")
-    write_report(runs, out)
-    print(out)
 
 
 def leave_report(run_dir: Path) -> None:

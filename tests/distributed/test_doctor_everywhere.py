@@ -21,8 +21,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from textgen import doctor
-from textgen.parsing import parse_train_config
+from textgen.commands import doctor
+from textgen.commands.parsing import parse_train_config
 
 ROOT = Path(__file__).parents[2]
 CPUS = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}

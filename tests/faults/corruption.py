@@ -29,9 +29,9 @@ from torch import Tensor
 from tests.faults.report import write_result
 from textgen import launch
 from textgen.checkpoint import MANIFEST_NAME, CheckpointError, checkpoint_path, find_checkpoint, load_model
+from textgen.commands.parsing import parse_train_config
 from textgen.data import prepare_store
 from textgen.model import ModelFileError
-from textgen.parsing import parse_train_config
 from textgen.processes import StopSignals
 from textgen.resume import optimizer_tensors, resume
 from textgen.steps import build

@@ -63,10 +63,10 @@ def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]],
     """Return everything that reads a checkpoint's files, and what it may raise."""
     from textgen import cli, launch
     from textgen.checkpoint import find_checkpoint, load_model, newest_valid, verify
+    from textgen.commands.parsing import parse_train_config
     from textgen.data import prepare_store
     from textgen.evaluation import texts_to_score
     from textgen.model import LSTMLanguageModel
-    from textgen.parsing import parse_train_config
     from textgen.processes import StopSignals
     from textgen.resume import resume
     from textgen.steps import build

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tests.faults.jobs import Job, fault, newest, rows
 from textgen import launch, training
 from textgen.cli import train_main
+from textgen.commands.parsing import parse_train_config
 from textgen.data import prepare_store
-from textgen.parsing import parse_train_config
 from textgen.processes import StopSignals
 from textgen.run_directory import read_status
 from textgen.steps import Training, build, step_batches, train_step

@@ -13,11 +13,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from textgen.commands.parsing import Parser, fail, parse_train_config
 from textgen.config import TrainConfig
-from textgen.parsing import Parser, fail, parse_train_config
 from textgen.settings import settings_of, unknown_setting
 
-HOME = Path(__file__).resolve().parents[1]
+HOME = Path(__file__).resolve().parents[2]
 """The checkout: `launch/` is not installed."""
 SLURM = HOME / "launch" / "slurm"
 

@@ -1,30 +1,25 @@
-"""The verb `serve`: a trained model behind OpenAI's completions API, and a page to play with it.
+"""The command `serve`: a trained model behind OpenAI's completions API, and a page to play with it.
 
-What is heavy is imported once the flags are known to be right.
+Heavy packages are imported once the flags are known to be right.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import logging
-import os
-import resource
 import signal
-import socket
 import sys
-from asyncio import BaseTransport, TimerHandle, Transport
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from textgen.commands.parsing import Parser, fail
 from textgen.config import DecoderName
-from textgen.parsing import Parser, fail
 
 if TYPE_CHECKING:
-    from starlette.types import ASGIApp
-
-    from textgen.batching import Scheduler
+    pass
+from textgen.serving.server import build_server, exit_at_once, open_listener
 
 log = logging.getLogger("textgen")
 
@@ -32,36 +27,31 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
 # Samples of one request: prompts x `n`. The queue holds at least that many.
 MOST_SAMPLES = 64
-
-MAX_CONNECTIONS = 1024
-REQUEST_SECONDS = 10.0  # from a connection, or the answer before, to a whole head of a request
-STALL_SECONDS = 30.0  # that a client may leave what it is sent unread
-DRAIN_SECONDS = 2.0  # after SIGTERM, for samples to end; a second later connections are cut
 TOKEN_LENGTH = 16
-
-TOO_MANY = b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-NO_HTTP = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
-LINGER_SECONDS = (
-    1.0  # for a client to read that what it sends is no HTTP: an end while it sends would take the answer back
-)
 
 
 def serve_command(argv: Sequence[str]) -> None:
     """Serve a checkpoint until a signal comes."""
     args = _parse(argv)
     token = _read_token(args.token_file)
-    signal.signal(signal.SIGTERM, _exit)
-    listener = _listen(args.host, args.port)
+    signal.signal(signal.SIGTERM, exit_at_once)
+    try:
+        listener = open_listener(args.host, args.port)
+    except OSError as error:
+        reason = str(error.strerror).split(" (")[0]
+        fail(f"`host` {args.host} and `port` {args.port} cannot be listened on: {reason}")
 
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
     import torch
 
-    from textgen.batching import Scheduler
     from textgen.checkpoint import find_checkpoint, load_model
-    from textgen.completions import Api, Gate, Limits
     from textgen.decoding import choose_decoder
     from textgen.model import resolve_model_directory
+    from textgen.serving.api import Api
+    from textgen.serving.gate import Gate
+    from textgen.serving.protocol import Limits
+    from textgen.serving.scheduler import Scheduler
 
     torch.set_num_threads(args.threads or max(torch.get_num_threads() - 1, 1))
     directory = find_checkpoint(args.checkpoint, best=args.best) or resolve_model_directory(args.checkpoint)
@@ -81,7 +71,7 @@ def serve_command(argv: Sequence[str]) -> None:
     )  # fmt: skip
     hosts = [*LOOPBACK_NAMES, _in_url(args.host), *(name.lower() for name in args.allowed_hosts or ())]
     gate = Gate(api.app(), hosts=hosts, any_address=not _is_loopback(args.host), token=token, metrics=api.metrics)
-    server = _server(gate, scheduler)
+    server = build_server(gate, scheduler)
     log.info("serving on http://%s:%d", _in_url(args.host), listener.getsockname()[1])
     server.run(sockets=[listener])
 
@@ -154,102 +144,3 @@ def _read_token(path: str | None) -> str | None:
     if len(token) < TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
         fail(f"`{path}` must hold a token of at least {TOKEN_LENGTH} letters, digits and signs")
     return token
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    # a short queue: all connections in it are taken up at a time, while streams wait
-    try:
-        kind, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.create_server(address[:2], family=kind, backlog=128)
-        # Connections inherit it. Without it text waits 40 ms for the head of its answer to be acknowledged, as asyncio
-        # sets it only on sockets that were made with the protocol's number.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return listener
-    except OSError as error:
-        fail(f"`host` {host} and `port` {port} cannot be listened on: {str(error.strerror).split(' (')[0]}")
-
-
-def _exit(number: int, _: object) -> NoReturn:
-    """End at once: before there is a server, or after it has drained, when its library sends itself the signal again.
-
-    Nothing is left to write, and an orderly end of torch takes seconds on a busy machine.
-    """
-    os._exit(0)
-
-
-def _server(app: ASGIApp, scheduler: Scheduler) -> Any:
-    """Return a server that closes connections which are too many, too slow or stalled, and drains at its end."""
-    from uvicorn import Config, Server
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class Connection(H11Protocol):
-        timer: TimerHandle | None = None
-        refused = False
-
-        def connection_made(self, transport: BaseTransport) -> None:
-            assert isinstance(transport, Transport)  # as asyncio's loop gives them, uvloop does not
-            super().connection_made(transport)
-            if len(self.connections) > MAX_CONNECTIONS:
-                transport.write(TOO_MANY)
-                transport.close()
-            else:
-                self._expect_request()
-
-        def on_response_complete(self) -> None:
-            self._expect_request()
-            super().on_response_complete()
-
-        def _expect_request(self) -> None:
-            self._watch(REQUEST_SECONDS, self._close_if_idle)
-
-        def _close_if_idle(self) -> None:
-            if self.cycle is None or self.cycle.response_complete:
-                self.transport.close()
-
-        def _watch(self, seconds: float, action: Any) -> None:
-            if self.timer is not None:
-                self.timer.cancel()
-            self.timer = self.loop.call_later(seconds, action)
-
-        def data_received(self, data: bytes) -> None:
-            if not self.refused:
-                super().data_received(data)
-
-        def send_400_response(self, msg: str) -> None:
-            self.refused = True
-            under_way = self.cycle is not None and not self.cycle.response_complete
-            if under_way:
-                self.cycle.disconnected = True
-                self.cycle.message_event.set()
-            if under_way and self.cycle.response_started:
-                self.transport.close()
-            else:
-                self.transport.write(NO_HTTP)
-                self._watch(LINGER_SECONDS, self.transport.close)
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            self._watch(STALL_SECONDS, self.transport.abort)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            self._expect_request()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            super().connection_lost(exc)
-            if self.timer is not None:
-                self.timer.cancel()
-
-    class Draining(Server):
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            scheduler.stop(DRAIN_SECONDS)
-            await super().shutdown(sockets)
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(hard, 2 * MAX_CONNECTIONS)), hard))
-    config = Config(
-        app, http=Connection, loop="asyncio", ws="none", lifespan="on", backlog=128, log_config=None,
-        log_level="critical", access_log=False, server_header=False, timeout_graceful_shutdown=int(DRAIN_SECONDS) + 1,
-        h11_max_incomplete_event_size=16384,
-    )  # fmt: skip
-    return Draining(config)

@@ -14,16 +14,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from textgen.commands.parsing import Parser, fail
 from textgen.config import DecoderName, SamplingConfig
 from textgen.console import Progress, setup_logging
 from textgen.files import write_whole
-from textgen.parsing import Parser, fail
 from textgen.report import MEASURES_FORMAT, MEASURES_NAME, leave_report
 
 if TYPE_CHECKING:
     from textgen.decoding import Decoder
     from textgen.measures import Text
     from textgen.tokenizer import Tokenizer
+
 
 log = logging.getLogger("textgen")
 

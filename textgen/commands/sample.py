@@ -21,15 +21,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from textgen.commands.parsing import Parser, fail
 from textgen.config import DecoderName, SamplingConfig
 from textgen.console import Progress, setup_logging
-from textgen.parsing import Parser, fail
 from textgen.settings import build_settings, in_words, unknown_setting
 
 if TYPE_CHECKING:
     from textgen.decoding import Decoder
     from textgen.generation import Request, Sample
     from textgen.tokenizer import Tokenizer
+
 
 log = logging.getLogger("textgen")
 

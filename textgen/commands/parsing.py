@@ -26,7 +26,7 @@ from textgen.settings import build_settings, in_words, settings_of, unknown_sett
 PATIENCE_SECONDS = 3
 
 # Settings of whole trainings: launch/presets in a checkout.
-PRESETS = Path(__file__).with_name("presets")
+PRESETS = Path(__file__).parents[1] / "presets"
 
 TRAINING = """Train an LSTM language model, alone or under `accelerate launch`.
 Flags override the file of `--config`, which overrides the defaults; of a flag given twice the last counts.

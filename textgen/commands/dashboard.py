@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from textgen.commands.parsing import Parser, fail
 from textgen.config import TrackingConfig
-from textgen.parsing import Parser, fail
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
+
 
 NAME = "textgen"
 

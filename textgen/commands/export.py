@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from textgen.parsing import Parser
+from textgen.commands.parsing import Parser
 
 if TYPE_CHECKING:
     from textgen.decoding import Decoder
     from textgen.evaluation import Tokens
     from textgen.model import LSTMLanguageModel
+
 
 DECODER_NAME = "decoder.safetensors"
 ONNX_NAME = "decoder.onnx"

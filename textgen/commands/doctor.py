@@ -28,9 +28,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from textgen.commands.parsing import PATIENCE_SECONDS, parse_train_config
 from textgen.config import ModelConfig, TrainConfig
 from textgen.files import sync_directory, write_whole
-from textgen.parsing import PATIENCE_SECONDS, parse_train_config
 from textgen.processes import StopSignals, end_with_launcher
 from textgen.run_directory import RunDirectory, RunDirectoryError
 from textgen.world import says_yes
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from textgen.data import TokenStore
+
 
 Status = Literal["ok", "warn", "fail"]
 Value = Mapping[str, str | int | float]
@@ -57,6 +58,9 @@ clocks, limits.
 Runs alone, under `accelerate launch -m textgen doctor`, torchrun and `srun`; a value a/b/c is the smallest, the median
 and the largest of the processes'. Exit code 1 where a check failed, 2 where a flag is wrong.
 """
+
+PACKAGE = Path(__file__).parents[1]
+"""the folder of textgen"""
 
 PACKAGES = ("torch", "accelerate", "safetensors", "sentencepiece", "datasets", "wandb")
 
@@ -253,10 +257,17 @@ def check_world(peers: Peers, everyone: Sequence[Mapping[str, Any]]) -> Check:
     return Check("world", "ok", value)
 
 
+def code_digest(package: Path = PACKAGE) -> str:
+    """Return a hash of all source files of textgen, the same for a checkout and an installed wheel."""
+    folders = package, package / "tokenizer"  # of a checkout the latter is a link, into which `rglob` does not go
+    files = {path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".cpp")}
+    named = "".join(f"{path.relative_to(package)} {path.read_text(encoding='utf-8')}" for path in sorted(files))
+    return hashlib.sha256(named.encode()).hexdigest()[:8]
+
+
 def check_versions(peers: Peers) -> Check:
     """Compare versions, and textgen's own code, over all processes. Collective."""
-    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
-    versions = {"python": platform.python_version(), "textgen": f"code {code.hexdigest()[:8]}"}
+    versions = {"python": platform.python_version(), "textgen": f"code {code_digest()}"}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)

@@ -1,0 +1,18 @@
+"""The commands of `textgen`, one module each: flags in, printed results out. Nothing is computed here.
+
+- `parsing`: flags and YAML to a frozen config, or to one line that says what is wrong
+- `train`: train
+- `prepare`: encode the text of a training ahead of time
+- `evaluate`: bits per byte of a checkpoint
+- `verify`: check every byte of a checkpoint
+- `sample`: continue prompts
+- `serve`: answer OpenAI's completions API over HTTP
+- `export`: int8 and ONNX decoders as files
+- `publish`: a model and its card as a folder, or on the hub
+- `compare`: a table of runs
+- `report`: a page of runs
+- `measure`: generated texts beside human ones
+- `dashboard`: a W&B workspace
+- `doctor`: check a machine or an allocation
+- `submit`: hand a training to Slurm
+"""

@@ -1,0 +1,17 @@
+"""The command `prepare`: encode the text of a training ahead of time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from textgen.commands.parsing import parse_train_config
+from textgen.console import start_log
+
+
+def prepare_command(argv: Sequence[str]) -> None:
+    """Encode the text of a training ahead of time and print where the store lies."""
+    config = parse_train_config(argv, prog="textgen prepare")
+    start_log()
+    from textgen.data import prepare_store
+
+    print(prepare_store(config.data, config.tokenizer).directory)
