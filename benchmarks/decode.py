@@ -116,12 +116,12 @@ def decoder_steps(decoder: Decoder, rows: int) -> Steps:
 
 def graph_steps(decoder: Decoder, rows: int) -> Steps:
     """Return what replays CUDA graphs of 32 steps; the host reads their tokens one replay late."""
-    from textgen.graphs import Buffers, CudaCapture
+    from textgen.graphs import Buffers, StepCapture
 
     tokens, state, controls = start_of(decoder, rows)
     drawn = tokens.new_zeros(32, rows)
     buffers = Buffers(decoder, 0, 2, tokens, state, controls, torch.zeros_like(tokens).bool(), drawn, ())
-    replay = CudaCapture(decoder.device)(buffers, 32)
+    replay = StepCapture(decoder.device)(buffers, 32)
 
     def steps(count: int) -> None:
         for _ in range(count // 32):

@@ -43,9 +43,10 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.machine import RESULTS, save
-from textgen import training_kernels, usage
+from textgen import usage
 from textgen.config import ModelConfig, TrainConfig
 from textgen.hardware import keep_freed_memory
+from textgen.kernels import training as training_kernels
 from textgen.model import LSTMLanguageModel, LSTMLayer
 from textgen.optim import build_optimizer
 from textgen.step_graph import StepGraph

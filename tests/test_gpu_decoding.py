@@ -16,7 +16,8 @@ from textgen import graphs
 from textgen.config import SamplingConfig
 from textgen.decoding import CellDecoder, DecoderState
 from textgen.generation import Batch
-from textgen.graphs import Buffers, CudaCapture, GraphRunner, Replay
+from textgen.graphs import Buffers, GraphRunner, StepCapture
+from textgen.kernels.capture import Replay
 from textgen.noise import hash_bits
 from textgen.sampling import Controls, draw
 from textgen.tokenizer import Tokenizer, train_tokenizer
@@ -41,7 +42,7 @@ def endless(tokenizer: Tokenizer) -> CellDecoder:
     return CellDecoder(build(tokenizer, ending=-1000.0).model.cuda())
 
 
-class Counted(CudaCapture):
+class Counted(StepCapture):
     """Captures graphs, and keeps count."""
 
     def __init__(self) -> None:
@@ -186,7 +187,7 @@ def test_a_seed_draws_the_same_text_in_every_batch_size_and_on_a_cpu(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_fused_cell_is_the_plain_one(batch: int, size: int, dtype: torch.dtype) -> None:
     pytest.importorskip("triton")
-    from textgen.triton_kernels import fused_cell, plain_cell
+    from textgen.kernels.triton_kernels import fused_cell, plain_cell
 
     torch.manual_seed(0)
     product = torch.randn(batch, 4 * size, device="cuda").mul_(3).to(dtype)
@@ -201,7 +202,7 @@ def test_the_fused_cell_is_the_plain_one(batch: int, size: int, dtype: torch.dty
 @pytest.mark.parametrize(("batch", "size"), [(1, 400), (3, 8192), (64, 3001)])
 def test_the_fused_draw_is_the_plain_one(batch: int, size: int) -> None:
     pytest.importorskip("triton")
-    from textgen.triton_kernels import fused_draw
+    from textgen.kernels.triton_kernels import fused_draw
 
     torch.manual_seed(0)
     logits = torch.randn(batch, size, device="cuda").mul_(2)

@@ -16,7 +16,8 @@ from textgen import graphs
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import CellDecoder, Decoder, DecoderState
 from textgen.generation import Batch, Request, Row, Sample, Step, serve
-from textgen.graphs import Buffers, GraphRunner, Replay, steps_in_place
+from textgen.graphs import Buffers, GraphRunner, steps_in_place
+from textgen.kernels.capture import Replay
 from textgen.model import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer
 

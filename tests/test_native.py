@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from textgen import decoding_kernels, native, sampling
+from textgen import sampling
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import CellDecoder
 from textgen.generation import sample_all
 from textgen.hardware import processor_flags
+from textgen.kernels import compile as native
+from textgen.kernels import decoding as decoding_kernels
 from textgen.model import LSTMLanguageModel
 from textgen.noise import exponential, hash_bits
 from textgen.sampling import Controls, divide_by_temperature, draw
@@ -236,8 +238,7 @@ def test_without_a_compiler_a_line_of_log_says_so(
 ) -> None:
     monkeypatch.setattr(native.shutil, "which", lambda name: None)
     with caplog.at_level(logging.INFO, logger="textgen"):
-        assert native.library.__wrapped__("decoding_kernels.cpp") is None
+        assert native.library.__wrapped__("decoding.cpp") is None
     assert [record.getMessage() for record in caplog.records] == [
-        "`decoding_kernels.cpp` is not compiled, torch's slower operators are used: there is no C++ compiler "
-        "(g++, clang++)"
+        "`decoding.cpp` is not compiled, torch's slower operators are used: there is no C++ compiler (g++, clang++)"
     ]

@@ -18,8 +18,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.machine import joules
 from benchmarks.train import Shape, Steps, plain_steps, textgen_steps
-from textgen import training_kernels
 from textgen.hardware import has_bfloat16
+from textgen.kernels import training as training_kernels
 from textgen.model import LOGITS_CHUNK
 
 ROOT = Path(__file__).parents[1]

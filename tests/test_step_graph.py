@@ -16,10 +16,11 @@ from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_training import assert_same_bits, flags_for, newest, refusal, steps_and_losses
-from textgen import training, training_kernels
+from textgen import training
 from textgen.cli import train_main
 from textgen.config import TrainConfig
-from textgen.graphs import Replay
+from textgen.kernels import training as training_kernels
+from textgen.kernels.capture import Replay
 from textgen.launch import LaunchError
 from textgen.noise import hash_bits, uniform
 from textgen.step_graph import WARM_UP, StepGraph

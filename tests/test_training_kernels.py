@@ -12,8 +12,9 @@ from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 
 from benchmarks.train import Shape, textgen_steps
-from textgen import native, training_kernels
 from textgen.hardware import processor_flags
+from textgen.kernels import compile as native
+from textgen.kernels import training as training_kernels
 from textgen.model import LSTMLayer, State, _slopes, summed_cross_entropy
 
 # What cannot be compiled here has no tests here; no test is skipped for it.
@@ -116,7 +117,7 @@ def test_a_compiler_that_does_not_know_the_processor_leaves_the_work_to_torch(
     monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-avx512bf16"))
     monkeypatch.setattr(native, "CACHE", tmp_path / "cache")
     with caplog.at_level("INFO", logger="textgen"):
-        assert native.library.__wrapped__("training_kernels.cpp") is None
+        assert native.library.__wrapped__("training.cpp") is None
     assert "knows no bfloat16" in caplog.text
 
 

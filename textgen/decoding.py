@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from textgen import decoding_kernels
 from textgen.config import DecoderName
 from textgen.files import JSON_BYTES, parse_json
 from textgen.hardware import has_bfloat16, processor_flags
+from textgen.kernels import decoding as decoding_kernels
 from textgen.model import WEIGHTS_NAME, LSTMLanguageModel, LSTMLayer
 
 log = logging.getLogger("textgen")

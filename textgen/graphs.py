@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import warnings
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from textgen.decoding import Decoder, DecoderState
 from textgen.generation import Batch, Step, advance
+from textgen.kernels.capture import CudaCapture, Replay
 from textgen.sampling import Controls, select_controls
 
 log = logging.getLogger("textgen")
@@ -125,11 +124,6 @@ def steps_in_place(buffers: Buffers, count: int) -> None:
         kept.copy_(part)
 
 
-# --- the host's side -------------------------------------------------------------------------------------------------
-
-Replay = Callable[[], None]
-
-
 class GraphRunner:
     """Runs batches of a decoder from graphs.
 
@@ -150,7 +144,7 @@ class GraphRunner:
         max_slots: int = MAX_SLOTS,
     ) -> None:
         self._decoder, self._max_slots, self._busy, self._warned = decoder, max_slots, False, False
-        self._capture = CudaCapture(decoder.device) if capture is None else capture
+        self._capture = StepCapture(decoder.device) if capture is None else capture
         self._slots: OrderedDict[tuple[object, ...], _Slot] = OrderedDict()
         self._refused: set[tuple[object, ...]] = set()
 
@@ -269,21 +263,11 @@ def _left(batch: Batch, coming: deque[_Coming]) -> int:
     return lacking - sum(outputs.count for outputs in coming)
 
 
-# --- capturing -------------------------------------------------------------------------------------------------------
-
-
-class CudaCapture:
-    """Captures steps in CUDA graphs. They share one memory pool: they run one after the other and keep nothing in it.
-
-    `torch.cuda.graph` is not used: it hands all cached memory back to the device first, which a training that samples
-    in between would have to ask for again; and its captures forbid much to the threads that save and track.
-    """
+class StepCapture:
+    """Captures steps of a batch in CUDA graphs."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pool = torch.cuda.graph_pool_handle()
-        self._failed: list[torch.cuda.CUDAGraph] = []
+        self._capture = CudaCapture(device)
 
     def __call__(self, buffers: Buffers, count: int) -> Replay:
         """Return what replays the steps on the current stream; nothing is drawn here.
@@ -291,41 +275,5 @@ class CudaCapture:
         Raises:
             RuntimeError: a step waits for the device, or something else that no graph can hold.
         """
-        self._warm_up(buffers)
-        return self.record(partial(steps_in_place, buffers, count))
-
-    def record(self, work: Callable[[], None]) -> Replay:
-        """Return what replays some work on the current stream, which must have run before; nothing is computed here.
-
-        Raises:
-            RuntimeError: the work waits for the device, or does something else that no graph can hold.
-        """
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                try:
-                    work()
-                finally:
-                    graph.capture_end()
-            except RuntimeError:
-                # torch's allocator would take such a capture for one that goes on, and refuse to free memory for good
-                self._failed.append(graph)  # which it may still ask
-                with suppress(RuntimeError):
-                    torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
-                raise
-        return graph.replay
-
-    def _warm_up(self, buffers: Buffers) -> None:
-        """Run a step on copies: loads kernels, gives cuBLAS its memory for this stream, and finds what would wait."""
-        current, mode = torch.cuda.current_stream(self._device), torch.cuda.get_sync_debug_mode()
-        copies = buffers.copy()
-        self._stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(self._stream), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch says once that this mode does not see everything
-                torch.cuda.set_sync_debug_mode("error")
-                steps_in_place(copies, 1)
-        finally:
-            torch.cuda.set_sync_debug_mode(mode)
-            current.wait_stream(self._stream)
+        self._capture.warm_up(partial(steps_in_place, buffers.copy(), 1))
+        return self._capture.record(partial(steps_in_place, buffers, count))

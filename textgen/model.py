@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from textgen import training_kernels
 from textgen.config import ModelConfig
 from textgen.files import JSON_BYTES, parse_json
+from textgen.kernels import training as training_kernels
 from textgen.noise import hash_bits, uniform
 from textgen.tensorfile import TensorFileError, chunks, read_header, read_tensors
 from textgen.tokenizer import MODEL_NAME

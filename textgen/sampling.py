@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from textgen import decoding_kernels
 from textgen.config import SamplingConfig
+from textgen.kernels import decoding as decoding_kernels
 from textgen.noise import exponential, hash_bits, item_bits
 
 Number = float | Tensor

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from textgen.graphs import Replay
+from textgen.kernels.capture import Replay
 from textgen.model import State
 
 log = logging.getLogger("textgen")

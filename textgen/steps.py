@@ -24,7 +24,7 @@ from textgen.checkpoint import Saver
 from textgen.config import TrainConfig
 from textgen.console import say
 from textgen.data import Epoch, TokenStore, build_loader, windows_per_epoch
-from textgen.graphs import CudaCapture, Replay
+from textgen.kernels.capture import CudaCapture, Replay
 from textgen.launch import LSTM_DTYPES
 from textgen.model import DropoutMasks, LSTMLanguageModel, State
 from textgen.optim import build_optimizer, learning_rate

@@ -1,4 +1,4 @@
-// One step of an int8 decoder, and the draw, each in a single call: see decoding_kernels.py.
+// One step of an int8 decoder, and the draw, each in a single call: see decoding.py.
 
 #include <cmath>
 #include <cstdint>

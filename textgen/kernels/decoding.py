@@ -1,4 +1,4 @@
-"""C++ for decoding on a CPU: one step of an int8 decoder, and the draw, each in a single call (decoding_kernels.cpp).
+"""C++ for decoding on a CPU: one step of an int8 decoder, and the draw, each in a single call (decoding.cpp).
 
 What a step does takes less time than torch's operators take to be called. What is returned is what they return, bit for
 bit; the same `exp` is called. Where there is no compiler they are used.
@@ -14,12 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from textgen.native import library
+from textgen.kernels.compile import library
 
 
 @functools.cache
 def _code() -> ctypes.CDLL | None:
-    code = library("decoding_kernels.cpp")
+    code = library("decoding.cpp")
     if code is not None:
         code.textgen_draw.restype = ctypes.c_int64
     return code

@@ -1,4 +1,4 @@
-"""C++ for training on a CPU: an LSTM over a window, and the softmax of logits with its slopes (training_kernels.cpp).
+"""C++ for training on a CPU: an LSTM over a window, and the softmax of logits with its slopes (training.cpp).
 
 Both round no more than torch's operators do under autocast: within a window an LSTM's cells stay in float32, and gates
 are rounded only to be kept for the backward pass. Where there is no compiler, or another processor, torch's are used.
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from textgen.hardware import processor_flags
-from textgen.native import library
+from textgen.kernels.compile import library
 
 State = tuple[Tensor, Tensor]
 
@@ -24,7 +24,7 @@ def _code() -> ctypes.CDLL | None:
     """Return the compiled code on processors that it is fast on: those with AMX have something better in torch."""
     if "avx512_bf16" not in processor_flags() or "amx_bf16" in processor_flags():
         return None
-    return library("training_kernels.cpp")
+    return library("training.cpp")
 
 
 def _at(tensor: Tensor | None) -> int | None:

@@ -1,4 +1,4 @@
-// An LSTM over a window, there and back, and the softmax of logits with its gradient: see training_kernels.py.
+// An LSTM over a window, there and back, and the softmax of logits with its gradient: see training.py.
 // For processors that multiply bfloat16 in registers of 512 bits. Products and sums are taken in float32, each sum in
 // an order that depends on no number of threads, but for the slope of the logits' bias, which adds up thread by thread.
 
