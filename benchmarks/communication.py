@@ -34,8 +34,8 @@ from textgen import launch
 from textgen.commands.parsing import parse_train_config
 from textgen.data import prepare_store
 from textgen.processes import StopSignals
+from textgen.runs.metrics import read_metrics
 from textgen.steps import Training, build, step_batches, train_step
-from textgen.tracking import read_metrics
 
 ROOT = Path(__file__).parents[1]
 RESULT = RESULTS / "communication.json"

@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.machine import RESULTS, describe, joules, save
-from textgen.checkpoint import load_model
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import CellDecoder, CompiledDecoder, Decoder, DecoderState, choose_decoder, multiplies_int8
 from textgen.generation import advance
 from textgen.model import LSTMLanguageModel, LSTMLayer
+from textgen.runs.checkpoint import load_model
 from textgen.sampling import Controls, controls_of, join_controls, select_controls
 
 SHAPES = {"cpu": (8192, 512, 1024, 2), "cuda": (8192, 512, 1024, 3)}

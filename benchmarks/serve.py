@@ -24,10 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import save
-from textgen.checkpoint import find_checkpoint, load_model
 from textgen.config import SamplingConfig
 from textgen.decoding import Decoder, choose_decoder
 from textgen.generation import Request, Sample, serve
+from textgen.runs.checkpoint import find_checkpoint, load_model
 from textgen.tokenizer import Tokenizer
 
 PROMPTS = ["i love this movie because", "this movie is terrible because", "the plot", ""]

@@ -23,9 +23,9 @@ from textgen import launch
 from textgen.commands.parsing import parse_train_config
 from textgen.data import prepare_store
 from textgen.processes import StopSignals
-from textgen.run_directory import RunDirectory
+from textgen.runs.directory import RunDirectory
 from textgen.steps import build, step_batches, train_step
-from textgen.tracking import RunEnd, Tracker
+from textgen.tracking.tracker import RunEnd, Tracker
 from textgen.training import Meter, log_metrics, start_tracking
 
 PAIRS, STEPS, LOG_EVERY = 12, 100, 10

@@ -14,7 +14,7 @@ import pytest
 
 from textgen.cli import main, train_main
 from textgen.commands import parsing
-from textgen.run_directory import RunDirectory, read_status
+from textgen.runs.directory import RunDirectory, read_status
 from textgen.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]

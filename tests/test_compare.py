@@ -144,7 +144,7 @@ def test_setting_younger_than_a_run_had_its_default(copy: Callable[[str], Path],
 
 
 def test_nothing_heavy_is_imported() -> None:
-    code = "import sys, textgen.compare; sys.exit(len({'torch', 'accelerate', 'numpy'} & sys.modules.keys()))"
+    code = "import sys, textgen.reporting.compare; sys.exit(len({'torch', 'accelerate', 'numpy'} & sys.modules.keys()))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 

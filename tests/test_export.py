@@ -14,7 +14,6 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from textgen import decoding
-from textgen.checkpoint import load_model, newest_valid, verify
 from textgen.commands import export
 from textgen.commands.export import decoded_nats, export_command
 from textgen.config import ModelConfig
@@ -22,7 +21,8 @@ from textgen.decoding import CellDecoder, Decoder, choose_decoder
 from textgen.evaluation import score
 from textgen.model import LSTMLanguageModel, LSTMLayer
 from textgen.onnx_step import OnnxDecoder, write_onnx
-from textgen.tensorfile import read_header
+from textgen.runs.checkpoint import load_model, newest_valid, verify
+from textgen.runs.tensors import read_header
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in export.ONNX_PACKAGES), reason="the extra `export` is missing"

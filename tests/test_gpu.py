@@ -13,12 +13,12 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from benchmarks.train import WAYS, Shape
-from textgen.checkpoint import checkpoints
 from textgen.cli import train_main
 from textgen.config import ModelConfig
 from textgen.launch import has_persistent_kernel
 from textgen.model import DropoutMasks, LSTMLanguageModel, summed_cross_entropy
-from textgen.tracking import read_metrics
+from textgen.runs.checkpoint import checkpoints
+from textgen.runs.metrics import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from textgen.run_directory import read_status
+from textgen.runs.directory import read_status
 
 ROOT = Path(__file__).parents[1]
 LOCAL = ROOT / "launch" / "local.sh"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from textgen.cli import main
-from textgen.measures import copied_shares, distinct, diversity, repetition, self_bleu, words, zipf_slope
+from textgen.reporting.measures import copied_shares, distinct, diversity, repetition, self_bleu, words, zipf_slope
 
 Capture = pytest.CaptureFixture[str]
 

@@ -19,13 +19,13 @@ import yaml
 from huggingface_hub import ModelCard, constants
 
 from textgen import model as model_module
-from textgen.checkpoint import newest_valid
 from textgen.cli import main
 from textgen.commands.export import export_command
 from textgen.commands.parsing import parse_train_config
 from textgen.commands.publish import publish_command
 from textgen.model import LSTMLanguageModel
-from textgen.tracking import read_metrics
+from textgen.runs.checkpoint import newest_valid
+from textgen.runs.metrics import read_metrics
 
 Capture = pytest.CaptureFixture[str]
 FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.model"}

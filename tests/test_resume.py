@@ -20,9 +20,9 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from textgen import training
-from textgen.checkpoint import checkpoints, load_model, newest_valid
 from textgen.cli import main, train_main
-from textgen.tracking import read_metrics
+from textgen.runs.checkpoint import checkpoints, load_model, newest_valid
+from textgen.runs.metrics import read_metrics
 
 Capture = pytest.CaptureFixture[str]
 

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 
-from textgen import checkpoint, run_directory, training
+from textgen import training
 from textgen.commands.parsing import parse_train_config
-from textgen.run_directory import RunDirectory, RunDirectoryError, read_status
+from textgen.runs import checkpoint
+from textgen.runs import directory as run_directory
+from textgen.runs.directory import RunDirectory, RunDirectoryError, read_status
 
 
 def test_directory_without_a_training_is_not_left_behind(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from typing import Any, get_args
 import pytest
 
 from textgen import decoding
-from textgen.checkpoint import checkpoints
 from textgen.cli import main
 from textgen.commands import sample as sample_module
 from textgen.model import CONFIG_NAME, WEIGHTS_NAME
+from textgen.runs.checkpoint import checkpoints
 from textgen.tokenizer import MODEL_NAME
 
 TEXTGEN = [sys.executable, "-m", "textgen"]

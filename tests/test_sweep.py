@@ -15,8 +15,8 @@ import yaml
 from tests.wandb_server import wandb_server
 from textgen.commands.dashboard import SAMPLES_TABLE
 from textgen.config import TrainConfig
+from textgen.runs.metrics import read_metrics
 from textgen.settings import settings_of
-from textgen.tracking import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SWEEP: dict[str, Any] = yaml.safe_load((ROOT / "launch" / "sweep.yaml").read_text())

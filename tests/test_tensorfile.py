@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from textgen.checkpoint import Saver, checkpoint_path, load_model, verify
 from textgen.config import ModelConfig
 from textgen.files import JSON_BYTES, JSON_DEPTH, parse_json
 from textgen.model import LSTMLanguageModel
-from textgen.tensorfile import DTYPES, TensorFileError, chunks, read_header, read_tensors
+from textgen.runs.checkpoint import Saver, checkpoint_path, load_model, verify
+from textgen.runs.tensors import DTYPES, TensorFileError, chunks, read_header, read_tensors
 from textgen.tokenizer import MODEL_NAME, Tokenizer
 
 SHAPES = [(), (0,), (3, 0, 2), (1,), (7,), (2, 3, 5), (1, 1, 1, 1, 1, 1, 1, 2)]

@@ -16,9 +16,11 @@ from typing import Any
 import psutil
 import pytest
 
-from textgen import tracking
 from textgen.cli import train_main
-from textgen.tracking import Follower, RunEnd, Tracker, has_wandb_key, read_metrics
+from textgen.runs.metrics import read_metrics
+from textgen.tracking.tracker import Follower, RunEnd, Tracker
+from textgen.tracking.tracker import tracker as tracking
+from textgen.tracking.wandb import has_wandb_key
 
 ROOT = Path(__file__).parents[1]
 

@@ -21,7 +21,7 @@ from textgen.cli import train_main
 from textgen.commands.parsing import parse_train_config
 from textgen.config import TrainConfig
 from textgen.optim import learning_rate
-from textgen.tracking import read_metrics
+from textgen.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 

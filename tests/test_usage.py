@@ -14,7 +14,7 @@ from accelerate import Accelerator
 
 from textgen.config import ModelConfig
 from textgen.model import LSTMLanguageModel
-from textgen.tracking import read_metrics, tells_of_the_machine
+from textgen.runs.metrics import read_metrics, tells_of_the_machine
 from textgen.usage import flops_per_token, known_peak, measure_machines, peak_flops
 
 ROOT = Path(__file__).parents[1]

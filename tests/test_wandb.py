@@ -18,8 +18,8 @@ import psutil
 import pytest
 
 from tests.faults.jobs import Job, fault
-from textgen.checkpoint import checkpoints
-from textgen.tracking import read_metrics
+from textgen.runs.checkpoint import checkpoints
+from textgen.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 SECRET = "plantedsecret"

@@ -97,14 +97,14 @@ def _crash() -> NoReturn:
 
 
 def _user_errors() -> tuple[type[ValueError], ...]:
-    from textgen.checkpoint import CheckpointError
     from textgen.data import DataError
     from textgen.documents import CorpusError
     from textgen.model import ModelFileError
-    from textgen.run_directory import RunDirectoryError
+    from textgen.runs.checkpoint import CheckpointError
+    from textgen.runs.directory import RunDirectoryError
     from textgen.steps import TrainingError
     from textgen.tokenizer import TokenizerError
-    from textgen.tracking import TrackingError
+    from textgen.tracking.tracker import TrackingError
 
     return (
         CheckpointError, CorpusError, DataError, LaunchError, ModelFileError, RunDirectoryError, TokenizerError,

@@ -15,13 +15,13 @@ import torch
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from textgen.checkpoint import TRAINER_NAME, CheckpointError, read_json
 from textgen.config import TrainConfig
 from textgen.console import Progress
 from textgen.corpus import normalize
 from textgen.data import DataError, Split, TokenStore, prepare_store
 from textgen.documents import read_documents
 from textgen.model import LSTMLanguageModel
+from textgen.runs.checkpoint import TRAINER_NAME, CheckpointError, read_json
 from textgen.settings import build_settings
 
 Tokens = NDArray[np.integer[Any]]

@@ -21,7 +21,7 @@ from textgen.config import ModelConfig
 from textgen.files import JSON_BYTES, parse_json
 from textgen.kernels import training as training_kernels
 from textgen.noise import hash_bits, uniform
-from textgen.tensorfile import TensorFileError, chunks, read_header, read_tensors
+from textgen.runs.tensors import TensorFileError, chunks, read_header, read_tensors
 from textgen.tokenizer import MODEL_NAME
 
 # (hidden, cell), each (num_layers, batch, hidden_size)

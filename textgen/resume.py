@@ -18,7 +18,9 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from textgen import launch
-from textgen.checkpoint import (
+from textgen.config import TrainConfig
+from textgen.model import CONFIG_NAME, WEIGHTS_NAME, LSTMLanguageModel, ModelFileError, State
+from textgen.runs.checkpoint import (
     MANIFEST_NAME,
     TRAINER_NAME,
     CheckpointError,
@@ -31,11 +33,9 @@ from textgen.checkpoint import (
     remove_leftovers,
     verify,
 )
-from textgen.config import TrainConfig
-from textgen.model import CONFIG_NAME, WEIGHTS_NAME, LSTMLanguageModel, ModelFileError, State
+from textgen.runs.tensors import TensorFileError, check_tensors, read_tensors
 from textgen.settings import UNTOLD, dotted
 from textgen.steps import Progression, Training, TrainingError, fit_steps, zero_lanes
-from textgen.tensorfile import TensorFileError, check_tensors, read_tensors
 from textgen.tokenizer import MODEL_NAME
 
 log = logging.getLogger("textgen")

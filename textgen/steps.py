@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from textgen.checkpoint import Saver
 from textgen.config import TrainConfig
 from textgen.console import say
 from textgen.data import Epoch, TokenStore, build_loader, windows_per_epoch
@@ -29,6 +28,7 @@ from textgen.launch import LSTM_DTYPES
 from textgen.model import DropoutMasks, LSTMLanguageModel, State
 from textgen.optim import build_optimizer, learning_rate
 from textgen.processes import StopSignals
+from textgen.runs.checkpoint import Saver
 from textgen.step_graph import Capture, StepGraph, StepInputs, Taken
 from textgen.usage import peak_memory
 from textgen.world import LaunchError

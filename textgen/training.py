@@ -19,20 +19,20 @@ import yaml
 from accelerate import Accelerator
 
 from textgen import launch
-from textgen.checkpoint import Saver, checkpoint_path
 from textgen.config import SamplingConfig, TrainConfig
 from textgen.console import Progress, say
 from textgen.corpus import normalize
 from textgen.data import prepare_store
-from textgen.environment import ENVIRONMENT_NAME, describe_environment
 from textgen.evaluation import Score, perplexity, score, split_documents
 from textgen.files import write_whole
 from textgen.generation import Sample, generate
 from textgen.optim import learning_rate
 from textgen.processes import Interrupted, StopSignals
-from textgen.report import SAMPLES_NAME, draw_loss_curve, leave_report
+from textgen.reporting.report import SAMPLES_NAME, draw_loss_curve, leave_report
 from textgen.resume import checkpoint_bytes, checkpoints_at_a_time, resume, save, state_shapes
-from textgen.run_directory import RunDirectory
+from textgen.runs.checkpoint import Saver, checkpoint_path
+from textgen.runs.directory import RunDirectory
+from textgen.runs.environment import ENVIRONMENT_NAME, describe_environment
 from textgen.steps import (
     Training,
     TrainingError,
@@ -46,8 +46,9 @@ from textgen.steps import (
     steps_per_epoch,
     train_step,
 )
-from textgen.trackers import build_trackers, choose_wandb_id, describe_launch
-from textgen.tracking import RunEnd, SampledText, Tracker, assert_installed
+from textgen.tracking.backends import assert_installed, build_trackers, describe_launch
+from textgen.tracking.tracker import RunEnd, SampledText, Tracker
+from textgen.tracking.wandb import choose_wandb_id
 from textgen.usage import flops_per_token, measure_machines, peak_flops
 
 log = logging.getLogger("textgen")

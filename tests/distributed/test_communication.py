@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from textgen.tracking import read_metrics
+from textgen.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40

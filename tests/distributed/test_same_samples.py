@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from textgen.checkpoint import load_model
 from textgen.cli import main
+from textgen.runs.checkpoint import load_model
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40

@@ -30,7 +30,7 @@ PLACES = {
     "scoring": ("textgen.training", "score"),
     "evaluating": ("textgen.evaluation", "_score_batch"),
     "sampling": ("textgen.generation", "advance"),
-    "saving": ("textgen.checkpoint", "_write"),
+    "saving": ("textgen.runs.checkpoint", "_write"),
 }
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from textgen.checkpoint import newest_valid
-from textgen.run_directory import read_status
-from textgen.tracking import read_metrics, tells_of_the_machine
+from textgen.runs.checkpoint import newest_valid
+from textgen.runs.directory import read_status
+from textgen.runs.metrics import read_metrics, tells_of_the_machine
 
 ROOT = Path(__file__).parents[2]
 FAULTY = ROOT / "tests" / "faults" / "faulty_training.py"

@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.faults.report import write_result
-from textgen.checkpoint import checkpoints, newest_valid, verify
-from textgen.tracking import read_metrics
+from textgen.runs.checkpoint import checkpoints, newest_valid, verify
+from textgen.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("journaled_training.py")

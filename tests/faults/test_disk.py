@@ -18,7 +18,7 @@ import pytest
 
 from tests.faults.jobs import Job, assert_as_if_nothing_had_happened, fault, finish, newest, rows
 from textgen.cli import train_main
-from textgen.run_directory import read_status
+from textgen.runs.directory import read_status
 
 slow = pytest.mark.slow
 

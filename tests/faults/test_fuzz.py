@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from textgen.checkpoint import CheckpointError, load_model, verify
 from textgen.model import LSTMLanguageModel, ModelFileError
 from textgen.resume import read_trainer
+from textgen.runs.checkpoint import CheckpointError, load_model, verify
+from textgen.runs.tensors import SIZES, TensorFileError, read_header, read_tensors
 from textgen.steps import Progression
-from textgen.tensorfile import SIZES, TensorFileError, read_header, read_tensors
 from textgen.tokenizer import Tokenizer, TokenizerError
 
 Result = TypeVar("Result")

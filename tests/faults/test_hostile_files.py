@@ -62,15 +62,15 @@ class End:
 def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]], tuple[type[Exception], ...]]:
     """Return everything that reads a checkpoint's files, and what it may raise."""
     from textgen import cli, launch
-    from textgen.checkpoint import find_checkpoint, load_model, newest_valid, verify
     from textgen.commands.parsing import parse_train_config
     from textgen.data import prepare_store
     from textgen.evaluation import texts_to_score
     from textgen.model import LSTMLanguageModel
     from textgen.processes import StopSignals
     from textgen.resume import resume
+    from textgen.runs.checkpoint import find_checkpoint, load_model, newest_valid, verify
+    from textgen.runs.tensors import TensorFileError, read_header
     from textgen.steps import build
-    from textgen.tensorfile import TensorFileError, read_header
     from textgen.tokenizer import Tokenizer
 
     config = parse_train_config([*flags, "--run_dir", os.devnull])

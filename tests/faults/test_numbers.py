@@ -17,7 +17,7 @@ from textgen.cli import train_main
 from textgen.commands.parsing import parse_train_config
 from textgen.data import prepare_store
 from textgen.processes import StopSignals
-from textgen.run_directory import read_status
+from textgen.runs.directory import read_status
 from textgen.steps import Training, build, step_batches, train_step
 from textgen.training import MAX_SKIPS_IN_A_ROW, describe_nonfinite
 

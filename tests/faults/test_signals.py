@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.jobs import Job, assert_as_if_nothing_had_happened, fault, finish, newest, rows
-from textgen.checkpoint import checkpoints
+from textgen.runs.checkpoint import checkpoints
 
 TERM, INT, USR1, USR2 = (int(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2))
 STEPS = 12

@@ -19,7 +19,7 @@ import yaml
 from tests.slurm.conftest import NOT_ENDED, ROOT, Slurm
 from textgen.cli import main
 from textgen.commands.submit import minutes
-from textgen.run_directory import read_status
+from textgen.runs.directory import read_status
 
 SCRIPTS = sorted((ROOT / "launch" / "slurm").glob("*.sbatch"))
 SUBMIT = [sys.executable, "-m", "textgen", "submit"]

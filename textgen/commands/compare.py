@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from textgen.commands.parsing import Parser, fail
-from textgen.compare import format_table, keep_differences, read_run
+from textgen.reporting.compare import format_table, keep_differences, read_run
 
 
 def compare_command(argv: Sequence[str]) -> None:

@@ -78,7 +78,7 @@ def dashboard_command(argv: Sequence[str]) -> None:
 
     import wandb
 
-    from textgen.tracking import has_wandb_key
+    from textgen.tracking.wandb import has_wandb_key
 
     if not has_wandb_key():
         fail("there is no W&B key, by `wandb login` or in WANDB_API_KEY; `--print` takes none")

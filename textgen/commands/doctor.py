@@ -32,7 +32,7 @@ from textgen.commands.parsing import PATIENCE_SECONDS, parse_train_config
 from textgen.config import ModelConfig, TrainConfig
 from textgen.files import sync_directory, write_whole
 from textgen.processes import StopSignals, end_with_launcher
-from textgen.run_directory import RunDirectory, RunDirectoryError
+from textgen.runs.directory import RunDirectory, RunDirectoryError
 from textgen.world import says_yes
 
 if TYPE_CHECKING:
@@ -658,7 +658,7 @@ def check_data(peers: Peers, found: Check, store: TokenStore | None) -> Check:
 
 def check_wandb(config: TrainConfig) -> Check:
     """Say where figures go: a key is looked for, never shown."""
-    from textgen.tracking import has_wandb_key
+    from textgen.tracking.wandb import has_wandb_key
 
     mode, key = config.tracking.mode, has_wandb_key()
     if mode == "auto":

@@ -40,9 +40,9 @@ def evaluate_command(argv: Sequence[str]) -> None:
 
     start_log()
     from textgen import launch
-    from textgen.checkpoint import find_checkpoint, load_model
     from textgen.data import DataError, encode_documents
     from textgen.evaluation import score, texts_to_score
+    from textgen.runs.checkpoint import find_checkpoint, load_model
 
     accelerator = launch.start(args.mixed_precision)
     directory = find_checkpoint(args.checkpoint, best=args.best)

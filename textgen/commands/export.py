@@ -56,12 +56,12 @@ def export_command(argv: Sequence[str]) -> None:
 def _export(args: Any) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"  # what is written decodes on CPUs
     from textgen import launch
-    from textgen.checkpoint import find_checkpoint, load_model
     from textgen.data import DataError, encode_documents
     from textgen.decoding import FIGURES_FORMAT
     from textgen.evaluation import score, texts_to_score
     from textgen.files import make_directory, write_whole
     from textgen.model import WEIGHTS_NAME, resolve_model_directory
+    from textgen.runs.checkpoint import find_checkpoint, load_model
 
     checkpoint = find_checkpoint(args.checkpoint, best=args.best)
     directory = checkpoint or resolve_model_directory(args.checkpoint)
@@ -94,7 +94,7 @@ def _export(args: Any) -> None:
 def _write_decoder(model: LSTMLanguageModel, out: Path) -> tuple[Path, dict[str, Decoder]]:
     """Write int8 weights; return where the figures belong, and the decoders that are to be scored."""
     from textgen.decoding import FIGURES_NAME, CellDecoder
-    from textgen.tensorfile import chunks
+    from textgen.runs.tensors import chunks
 
     int8, aside = CellDecoder(model, "int8"), out / f".{DECODER_NAME}.tmp"
     with aside.open("wb") as file:

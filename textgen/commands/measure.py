@@ -18,11 +18,11 @@ from textgen.commands.parsing import Parser, fail
 from textgen.config import DecoderName, SamplingConfig
 from textgen.console import Progress, setup_logging
 from textgen.files import write_whole
-from textgen.report import MEASURES_FORMAT, MEASURES_NAME, leave_report
+from textgen.reporting.report import MEASURES_FORMAT, MEASURES_NAME, leave_report
 
 if TYPE_CHECKING:
     from textgen.decoding import Decoder
-    from textgen.measures import Text
+    from textgen.reporting.measures import Text
     from textgen.tokenizer import Tokenizer
 
 
@@ -39,7 +39,7 @@ def measure_command(argv: Sequence[str]) -> None:
     run_dir, directory, decoder, tokenizer, normalization = _load(args)
     started = time.monotonic()
     from textgen.evaluation import SPLITS, read_split, store_of, texts_to_score
-    from textgen.measures import copied_shares, diversity, words
+    from textgen.reporting.measures import copied_shares, diversity, words
 
     store = store_of(directory)
     if args.data in SPLITS:
@@ -136,8 +136,8 @@ def _load(args: Any) -> tuple[Path, Path, Decoder, Tokenizer, str]:
     """Return the run's folder, the checkpoint in it, its decoder and tokenizer, and how the model reads text."""
     import torch
 
-    from textgen.checkpoint import checkpoints, find_checkpoint, load_model
     from textgen.decoding import choose_decoder
+    from textgen.runs.checkpoint import checkpoints, find_checkpoint, load_model
 
     run_dir = Path(args.run)
     directory = find_checkpoint(run_dir, best=args.best) if checkpoints(run_dir) else None
@@ -174,7 +174,7 @@ def _draw(args: Any, decoder: Decoder, tokenizer: Tokenizer, temperature: float)
     """
     from textgen.generation import Request, Sample, serve
     from textgen.graphs import GraphRunner
-    from textgen.measures import words
+    from textgen.reporting.measures import words
 
     config, limit = _sampling(args, temperature), args.texts * PATIENCE
     requests = (Request("", config, number) for number in range(limit))

@@ -17,7 +17,7 @@ from textgen.commands.parsing import Parser, fail
 
 if TYPE_CHECKING:
     pass
-from textgen.publish import CARD_NAME, HUB, build_card, read_record
+from textgen.reporting.card import CARD_NAME, HUB, build_card, read_record
 
 DECODER_NAME = "decoder.safetensors"
 """Of `textgen export`."""
@@ -115,8 +115,8 @@ def write_publication(args: Any, out: Path, *, name: str, where: str) -> None:
         CheckpointError, ModelFileError, TokenizerError: there is no whole checkpoint.
         OSError: a file cannot be written.
     """
-    from textgen.checkpoint import MANIFEST_NAME, find_checkpoint, load_model, verify
     from textgen.model import CONFIG_NAME, WEIGHTS_NAME, resolve_model_directory
+    from textgen.runs.checkpoint import MANIFEST_NAME, find_checkpoint, load_model, verify
     from textgen.tokenizer import MODEL_NAME
 
     directory = find_checkpoint(args.checkpoint, best=args.best) or resolve_model_directory(args.checkpoint)

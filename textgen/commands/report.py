@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from textgen.commands.parsing import Parser, fail
-from textgen.report import METRICS_NAME, REPORT_NAME, write_report
-from textgen.run_directory import STATUS_NAME
+from textgen.reporting.report import METRICS_NAME, REPORT_NAME, write_report
+from textgen.runs.directory import STATUS_NAME
 
 
 def report_command(argv: Sequence[str]) -> None:

@@ -254,9 +254,9 @@ def _load(args: Any) -> tuple[Path, Decoder, Tokenizer, dict[str, Any]]:
     setup_logging(main=True)
     import torch
 
-    from textgen.checkpoint import find_checkpoint, load_model
     from textgen.decoding import choose_decoder
     from textgen.model import resolve_model_directory
+    from textgen.runs.checkpoint import find_checkpoint, load_model
 
     directory = find_checkpoint(args.checkpoint, best=args.best) or resolve_model_directory(args.checkpoint)
     model, tokenizer = load_model(directory, "cuda" if torch.cuda.is_available() else "cpu")

@@ -1,28 +1,22 @@
-"""What a run records while it goes: metrics.jsonl, and trackers that follow it on threads of their own."""
+"""metrics.jsonl as it is written, and the threads on which trackers follow it."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import logging
-import netrc
 import os
 import queue
-import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
-from urllib.parse import urlsplit
 
-from textgen.config import TrackingConfig
 from textgen.files import write_whole
+from textgen.runs.metrics import METRICS_NAME, read_metrics
 
 log = logging.getLogger("textgen")
-
-METRICS_NAME = "metrics.jsonl"
 
 # Rows that a tracker may be behind, which is hours of a training; then it is dead, whatever it says.
 MAX_WAITING = 10_000
@@ -178,38 +172,3 @@ class Follower:
         if not self._off:
             self._off = True
             log.warning("%s is off from here on, `%s` goes on: %s", self._name, METRICS_NAME, reason)
-
-
-def assert_installed(config: TrackingConfig) -> None:
-    """Raise TrackingError where a tracker is asked for that is not installed."""
-    for name in config.backends:
-        if config.mode != "disabled" and importlib.util.find_spec(name) is None:
-            raise TrackingError(f"`tracking.backends` names {name}, which is not installed: `pip install {name}`")
-
-
-def has_wandb_key() -> bool:
-    """Tell whether a W&B API key exists, in the environment or in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
-    try:
-        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the rows of a run's metrics.jsonl; a last line cut off by a kill is left out."""
-    path = run_dir / METRICS_NAME
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
-
-
-def tells_of_the_machine(name: str) -> bool:
-    """Tell whether a metric is what clock and memory say: equal runs differ in it."""
-    return re.search(r"per_second|_seconds$|_share$|^memory/|^machine/", name) is not None

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from textgen.config import TrainConfig
-from textgen.run_directory import read_status
+from textgen.runs.directory import read_status
 from textgen.settings import UNTOLD, dotted
 
 # Characters of a setting in the table; a list of prompts would fill a screen. `--json` has all of it.

@@ -32,7 +32,7 @@ def describe_environment() -> dict[str, str]:
 
 def _commit() -> str | None:
     """Return the commit of the working copy that this code stands in, and whether it was changed since."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed: a repository around it would be another one
         return None
     try:

@@ -17,12 +17,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from textgen.charts import Chart, Curve, Point, Rung, make_chart
-from textgen.compare import Row, Run, keep_differences, read_settings, summarize
 from textgen.config import TrainConfig
-from textgen.environment import ENVIRONMENT_NAME
 from textgen.files import write_whole
-from textgen.run_directory import read_status
+from textgen.reporting.charts import Chart, Curve, Point, Rung, make_chart
+from textgen.reporting.compare import Row, Run, keep_differences, read_settings, summarize
+from textgen.runs.directory import read_status
+from textgen.runs.environment import ENVIRONMENT_NAME
 from textgen.settings import UNTOLD, dotted
 
 log = logging.getLogger("textgen")

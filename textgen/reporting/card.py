@@ -1,8 +1,4 @@
-"""The verb `publish`: a trained model with a card of its own figures, as a folder or a repository of the hub.
-
-What is published: config, weights, tokenizer, the card, and an export's decoder where there is one for these weights.
-Nothing of the machine travels: neither paths nor the optimizer's state.
-"""
+"""The model card: a run's figures, data, samples and settings as a README of the model."""
 
 from __future__ import annotations
 
@@ -66,8 +62,8 @@ class Record:
 
 def read_record(directory: Path) -> Record:
     """Read what a checkpoint and the run around it tell; a checkpoint that was moved out of its run tells less."""
-    from textgen.checkpoint import TRAINER_NAME, read_json
-    from textgen.tracking import read_metrics
+    from textgen.runs.checkpoint import TRAINER_NAME, read_json
+    from textgen.runs.metrics import read_metrics
 
     if not (directory / TRAINER_NAME).exists():
         return Record()
@@ -206,7 +202,7 @@ def _samples(record: Record) -> str:
 def _use(record: Record, where: str) -> str:
     prompt = next(iter(record.setting("sample_prompts") or ()), "")
     command = ["textgen", "sample", where, "--prompt", prompt, "--temperature", "0.8"]
-    python = f"from textgen.checkpoint import load_model\n\nmodel, tokenizer = load_model({json.dumps(where)})"
+    python = f"from textgen.runs.checkpoint import load_model\n\nmodel, tokenizer = load_model({json.dumps(where)})"
     return "\n\n".join(["## Use", _fenced(shlex.join(command), "sh"), _fenced(python, "python")])
 
 

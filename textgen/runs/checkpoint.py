@@ -25,7 +25,7 @@ from torch import Tensor
 
 from textgen.files import JSON_BYTES, make_directory, memory_bytes, parse_json, sync_directory
 from textgen.model import CONFIG_NAME, WEIGHTS_NAME, LSTMLanguageModel, resolve_model_directory
-from textgen.tensorfile import chunks
+from textgen.runs.tensors import chunks
 from textgen.tokenizer import MODEL_NAME, Tokenizer
 from textgen.tokenizer.tokenizer import MAX_MODEL_BYTES
 
