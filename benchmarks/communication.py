@@ -30,10 +30,10 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.machine import RESULTS, describe
-from textgen import launch
 from textgen.commands.parsing import parse_train_config
 from textgen.data import prepare_store
-from textgen.processes import StopSignals
+from textgen.distributed import launch
+from textgen.distributed.signals import StopSignals
 from textgen.runs.metrics import read_metrics
 from textgen.steps import Training, build, step_batches, train_step
 

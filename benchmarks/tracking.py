@@ -19,10 +19,10 @@ from typing import Any
 import psutil
 
 from benchmarks.machine import save
-from textgen import launch
 from textgen.commands.parsing import parse_train_config
 from textgen.data import prepare_store
-from textgen.processes import StopSignals
+from textgen.distributed import launch
+from textgen.distributed.signals import StopSignals
 from textgen.runs.directory import RunDirectory
 from textgen.steps import build, step_batches, train_step
 from textgen.tracking.tracker import RunEnd, Tracker

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from benchmarks.train import WAYS, Shape
 from textgen.cli import train_main
 from textgen.config import ModelConfig
-from textgen.launch import has_persistent_kernel
+from textgen.distributed.launch import has_persistent_kernel
 from textgen.model import DropoutMasks, LSTMLanguageModel, summed_cross_entropy
 from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics import read_metrics

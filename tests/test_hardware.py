@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from textgen import hardware, launch
+from textgen import hardware
 from textgen.cli import main, train_main
 from textgen.config import Precision
+from textgen.distributed import launch
+from textgen.distributed.launch import resolve_precision
 from textgen.hardware import prefers_float16
-from textgen.launch import resolve_precision
 
 H100 = {"capability": (9, 0), "multiprocessors": 132}
 V100 = {"capability": (7, 0), "multiprocessors": 80}

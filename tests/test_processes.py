@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from textgen.cli import train_main
-from textgen.processes import Interrupted, StopSignals, _launcher_signal, end_siblings
+from textgen.distributed.signals import Interrupted, StopSignals, _launcher_signal, end_siblings
 
 HANDLED = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
 
@@ -133,7 +133,7 @@ def start(**more):
     return subprocess.Popen(sleeper, env=os.environ | more)
 ours, other_run, helper = start(LOCAL_RANK="1"), start(LOCAL_RANK="1", TORCHELASTIC_RUN_ID="other"), start()
 time.sleep(0.5)
-code = "from textgen.processes import end_siblings; end_siblings()"
+code = "from textgen.distributed.signals import end_siblings; end_siblings()"
 subprocess.run([sys.executable, "-c", code], env=os.environ | {"LOCAL_RANK": "0"}, check=True)
 time.sleep(0.5)
 print([process.poll() for process in (ours, other_run, helper)])

@@ -19,9 +19,9 @@ from tests.test_training import assert_same_bits, flags_for, newest, refusal, st
 from textgen import training
 from textgen.cli import train_main
 from textgen.config import TrainConfig
+from textgen.distributed.launch import LaunchError
 from textgen.kernels import training as training_kernels
 from textgen.kernels.capture import Replay
-from textgen.launch import LaunchError
 from textgen.noise import hash_bits, uniform
 from textgen.step_graph import WARM_UP, StepGraph
 from textgen.steps import Training, refuse_graph

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from textgen import launch
 from textgen.cli import main
 from textgen.commands.submit import minutes, read_sweep
+from textgen.distributed import launch
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from textgen.world import (
+from textgen.distributed.world import (
     Launch,
     LaunchError,
     World,

@@ -17,8 +17,8 @@ from typing import NoReturn
 
 from textgen.commands.parsing import PATIENCE_SECONDS, fail
 from textgen.commands.train import train_command
-from textgen.processes import Interrupted, end_siblings, end_with_launcher
-from textgen.world import LaunchError, slurm_variables
+from textgen.distributed.signals import Interrupted, end_siblings, end_with_launcher
+from textgen.distributed.world import LaunchError, slurm_variables
 
 DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,

@@ -17,8 +17,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from textgen import launch
 from textgen.config import TrainConfig
+from textgen.distributed import launch
 from textgen.model import CONFIG_NAME, WEIGHTS_NAME, LSTMLanguageModel, ModelFileError, State
 from textgen.runs.checkpoint import (
     MANIFEST_NAME,

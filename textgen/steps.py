@@ -23,15 +23,15 @@ from torch.nn.parallel import DistributedDataParallel
 from textgen.config import TrainConfig
 from textgen.console import say
 from textgen.data import Epoch, TokenStore, build_loader, windows_per_epoch
+from textgen.distributed.launch import LSTM_DTYPES
+from textgen.distributed.signals import StopSignals
+from textgen.distributed.world import LaunchError
 from textgen.kernels.capture import CudaCapture, Replay
-from textgen.launch import LSTM_DTYPES
 from textgen.model import DropoutMasks, LSTMLanguageModel, State
 from textgen.optim import build_optimizer, learning_rate
-from textgen.processes import StopSignals
 from textgen.runs.checkpoint import Saver
 from textgen.step_graph import Capture, StepGraph, StepInputs, Taken
 from textgen.usage import peak_memory
-from textgen.world import LaunchError
 
 log = logging.getLogger("textgen")
 

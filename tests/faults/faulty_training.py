@@ -21,7 +21,7 @@ from textgen import cli
 
 # name -> module and function, looked up there when it is called
 PLACES = {
-    "starting": ("textgen.launch", "start"),
+    "starting": ("textgen.distributed.launch", "start"),
     "tokenizing": ("textgen.data", "train_tokenizer"),
     "encoding": ("textgen.data", "encode_documents"),
     "resuming": ("textgen.resume", "load_optimizer"),

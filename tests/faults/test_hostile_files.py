@@ -61,12 +61,13 @@ class End:
 
 def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]], tuple[type[Exception], ...]]:
     """Return everything that reads a checkpoint's files, and what it may raise."""
-    from textgen import cli, launch
+    from textgen import cli
     from textgen.commands.parsing import parse_train_config
     from textgen.data import prepare_store
+    from textgen.distributed import launch
+    from textgen.distributed.signals import StopSignals
     from textgen.evaluation import texts_to_score
     from textgen.model import LSTMLanguageModel
-    from textgen.processes import StopSignals
     from textgen.resume import resume
     from textgen.runs.checkpoint import find_checkpoint, load_model, newest_valid, verify
     from textgen.runs.tensors import TensorFileError, read_header

@@ -30,10 +30,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from textgen.commands.parsing import PATIENCE_SECONDS, parse_train_config
 from textgen.config import ModelConfig, TrainConfig
+from textgen.distributed.signals import StopSignals, end_with_launcher
+from textgen.distributed.world import says_yes
 from textgen.files import sync_directory, write_whole
-from textgen.processes import StopSignals, end_with_launcher
 from textgen.runs.directory import RunDirectory, RunDirectoryError
-from textgen.world import says_yes
 
 if TYPE_CHECKING:
     import torch
@@ -110,7 +110,7 @@ class Peers:
     @classmethod
     def join(cls, config: TrainConfig) -> Peers:
         """Join the other processes as a training would. Collective."""
-        from textgen import launch
+        from textgen.distributed import launch
 
         try:
             accelerator = launch.start(
@@ -378,7 +378,7 @@ def check_precision(config: TrainConfig, device: torch.device, joined_in: str | 
     """
     import torch
 
-    from textgen import launch
+    from textgen.distributed import launch
     from textgen.hardware import has_bfloat16
 
     use_cpu = device.type == "cpu"

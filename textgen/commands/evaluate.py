@@ -39,8 +39,8 @@ def evaluate_command(argv: Sequence[str]) -> None:
             parser.error(f"`{name}` must be at least 1: {getattr(args, name)}")
 
     start_log()
-    from textgen import launch
     from textgen.data import DataError, encode_documents
+    from textgen.distributed import launch
     from textgen.evaluation import score, texts_to_score
     from textgen.runs.checkpoint import find_checkpoint, load_model
 

@@ -55,9 +55,9 @@ def export_command(argv: Sequence[str]) -> None:
 
 def _export(args: Any) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"  # what is written decodes on CPUs
-    from textgen import launch
     from textgen.data import DataError, encode_documents
     from textgen.decoding import FIGURES_FORMAT
+    from textgen.distributed import launch
     from textgen.evaluation import score, texts_to_score
     from textgen.files import make_directory, write_whole
     from textgen.model import WEIGHTS_NAME, resolve_model_directory

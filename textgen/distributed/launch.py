@@ -13,9 +13,9 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from textgen.config import ModelConfig, Precision
+from textgen.distributed.signals import Interrupted, StopSignals
+from textgen.distributed.world import LaunchError, promised_gpus, promised_world, read_launch, says_yes
 from textgen.hardware import has_bfloat16, has_float16, keep_freed_memory, prefers_float16
-from textgen.processes import Interrupted, StopSignals
-from textgen.world import LaunchError, promised_gpus, promised_world, read_launch, says_yes
 
 LSTM_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What an LSTM computes in, by accelerate's mixed_precision."""
