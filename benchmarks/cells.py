@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from textgen import model
-from textgen.model import LSTMLayer, State
+from textgen.model import lstm as model
+from textgen.model.lstm import LSTMLayer, State
 from textgen.noise import uniform
 from textgen.steps import Training
 

@@ -31,7 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.machine import RESULTS, describe
 from textgen.commands.parsing import parse_train_config
-from textgen.data import prepare_store
+from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import StopSignals
 from textgen.runs.metrics import read_metrics

@@ -26,11 +26,13 @@ from torch import Tensor, nn
 
 from benchmarks.machine import RESULTS, describe, joules, save
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding import CellDecoder, CompiledDecoder, Decoder, DecoderState, choose_decoder, multiplies_int8
-from textgen.generation import advance
-from textgen.model import LSTMLanguageModel, LSTMLayer
-from textgen.runs.checkpoint import load_model
-from textgen.sampling import Controls, controls_of, join_controls, select_controls
+from textgen.decoding.choose import choose_decoder
+from textgen.decoding.decoders import CellDecoder, CompiledDecoder, Decoder, DecoderState
+from textgen.decoding.generation import advance
+from textgen.decoding.products import multiplies_int8
+from textgen.decoding.sampling import Controls, controls_of, join_controls, select_controls
+from textgen.model.files import load_model, read_model, save_model
+from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
 
 SHAPES = {"cpu": (8192, 512, 1024, 2), "cuda": (8192, 512, 1024, 3)}
 SECONDS = 0.15  # of a variant's turn in a round
@@ -116,7 +118,7 @@ def decoder_steps(decoder: Decoder, rows: int) -> Steps:
 
 def graph_steps(decoder: Decoder, rows: int) -> Steps:
     """Return what replays CUDA graphs of 32 steps; the host reads their tokens one replay late."""
-    from textgen.graphs import Buffers, StepCapture
+    from textgen.decoding.cuda_graphs import Buffers, StepCapture
 
     tokens, state, controls = start_of(decoder, rows)
     drawn = tokens.new_zeros(32, rows)
@@ -158,7 +160,7 @@ def cpu_decoders(model: LSTMLanguageModel, folder: Path) -> Iterator[Decoder]:
         if importlib.util.find_spec("onnxruntime"):
             from onnxruntime.quantization import quantize_dynamic
 
-            from textgen.onnx_step import OnnxDecoder, write_onnx
+            from textgen.decoding.onnx import OnnxDecoder, write_onnx
 
             write_onnx(model, folder / "step.onnx")
             quantize_dynamic(folder / "step.onnx", folder / "int8.onnx")
@@ -228,13 +230,13 @@ def compare(
 
 def loading(model: LSTMLanguageModel, folder: Path, device: torch.device) -> dict[str, Any]:
     """Return seconds from files to a decoder, and from a prompt to its first token."""
-    model.save_pretrained(folder / "model")
+    save_model(model, folder / "model")
     figures: dict[str, Any] = {}
     for name in ("float32", "bfloat16", "int8") if device.type == "cpu" else ("float32", "bfloat16"):
         times = []
         for _ in range(3):
             started = time.perf_counter()
-            loaded = LSTMLanguageModel.from_pretrained(folder / "model").to(device).eval()
+            loaded = read_model(folder / "model").to(device).eval()
             read = time.perf_counter()
             decoder = CellDecoder(loaded, name)
             made = time.perf_counter()

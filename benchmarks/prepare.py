@@ -22,8 +22,8 @@ from typing import Any
 
 from benchmarks.machine import RESULTS, save
 from textgen.config import DataConfig
-from textgen.corpus import open_corpus
-from textgen.data import encode_batches
+from textgen.data.corpus import open_corpus
+from textgen.data.store import encode_batches
 from textgen.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -120,7 +120,7 @@ def large_text(megabytes: int, folder: Path) -> dict[str, Any]:
     number = write_large(path, megabytes)
     code = (
         "import logging\n"
-        "from textgen.config import DataConfig, TokenizerConfig\nfrom textgen.data import prepare_store\n"
+        "from textgen.config import DataConfig, TokenizerConfig\nfrom textgen.data.store import prepare_store\n"
         "logging.basicConfig(level=logging.INFO, format='%(relativeCreated)d ms: %(message)s')\n"
         f"data = DataConfig(source='files', files=({str(path)!r},), cache_dir={str(folder / 'cache')!r})\n"
         f"prepare_store(data, TokenizerConfig(vocab_size={VOCAB_SIZE}), progress=False)\n"

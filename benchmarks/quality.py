@@ -32,12 +32,12 @@ from benchmarks.cells import CELLS, drop_embeddings, in_place_of_layers
 from benchmarks.machine import RESULTS
 from textgen.commands.parsing import parse_train_config
 from textgen.config import DataConfig, ModelConfig, TrainConfig
-from textgen.corpus import held_out_blocks, open_corpus
-from textgen.data import prepare_store
+from textgen.data.corpus import held_out_blocks, open_corpus
+from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import StopSignals
 from textgen.evaluation import score, split_documents
-from textgen.model import LSTMLanguageModel, LSTMLayer
+from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
 from textgen.settings import build_settings
 from textgen.steps import Training, build, step_batches, train_step, zero_lanes
 

@@ -25,9 +25,11 @@ from typing import Any
 
 from benchmarks.machine import save
 from textgen.config import SamplingConfig
-from textgen.decoding import Decoder, choose_decoder
-from textgen.generation import Request, Sample, serve
-from textgen.runs.checkpoint import find_checkpoint, load_model
+from textgen.decoding.choose import choose_decoder
+from textgen.decoding.decoders import Decoder
+from textgen.decoding.generation import Request, Sample, serve
+from textgen.model.files import load_model
+from textgen.runs.checkpoint import find_checkpoint
 from textgen.tokenizer import Tokenizer
 
 PROMPTS = ["i love this movie because", "this movie is terrible because", "the plot", ""]

@@ -20,7 +20,7 @@ import psutil
 
 from benchmarks.machine import save
 from textgen.commands.parsing import parse_train_config
-from textgen.data import prepare_store
+from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import StopSignals
 from textgen.runs.directory import RunDirectory

@@ -47,7 +47,7 @@ from textgen import usage
 from textgen.config import ModelConfig, TrainConfig
 from textgen.hardware import keep_freed_memory
 from textgen.kernels import training as training_kernels
-from textgen.model import LSTMLanguageModel, LSTMLayer
+from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
 from textgen.optim import build_optimizer
 from textgen.step_graph import StepGraph
 from textgen.steps import Progression, Training, capture_on, train_step, zero_lanes

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from benchmarks import cells
 from benchmarks.cells import CELLS, Exponential, Loop, Mogrifier, Normalized, drop_embeddings, in_place_of_layers
-from textgen import model
 from textgen.config import ModelConfig
-from textgen.model import LSTMLanguageModel, LSTMLayer, State
+from textgen.model import lstm as model
+from textgen.model.lstm import LSTMLanguageModel, LSTMLayer, State
 
 ROWS, STEPS, INPUTS, UNITS = 3, 8, 32, 64
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from textgen.cli import COMMANDS, main, train_main
-from textgen.data import TokenStore
+from textgen.data.store import TokenStore
 
 ROOT = Path(__file__).parents[1]
 TEXTGEN = [sys.executable, "-m", "textgen"]

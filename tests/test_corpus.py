@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from textgen.config import DataConfig
-from textgen.corpus import CleanCorpus, CorpusError, clean_corpus, held_out_blocks, open_corpus
+from textgen.data.corpus import CleanCorpus, CorpusError, clean_corpus, held_out_blocks, open_corpus
 
 
 @pytest.fixture
@@ -96,7 +96,8 @@ def test_package_has_no_unsupervised_split_and_says_so() -> None:
 
 
 def test_corpus_imports_neither_torch_nor_datasets() -> None:
-    code = "import sys, textgen.corpus; print(*{'torch', 'datasets', 'pyarrow', 'huggingface_hub'} & set(sys.modules))"
+    heavy = ["torch", "datasets", "pyarrow", "huggingface_hub"]
+    code = f"import sys, textgen.data.corpus; print(*{{*{heavy}}} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""
 
@@ -210,7 +211,7 @@ def run_open(home: Path, config: str, **environment: str) -> tuple[str, float]:
         "import logging, sys; logging.basicConfig(stream=sys.stdout, format='%(message)s', level=logging.INFO)\n"
         "logging.getLogger().setLevel(logging.WARNING); logging.getLogger('textgen').setLevel(logging.INFO)\n"
         "from textgen.config import DataConfig\n"
-        "from textgen.corpus import *\n"
+        "from textgen.data.corpus import *\n"
         f"config = DataConfig({config})\n"
         "try: print(next(clean_corpus(open_corpus(config), config).documents('train'))[:20])\n"
         "except CorpusError as error: print('refused:', error)"

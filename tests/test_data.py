@@ -22,21 +22,11 @@ import numpy as np
 import pytest
 import torch
 
-import textgen.data
+import textgen.data.store
 from textgen.config import DataConfig, TokenizerConfig
-from textgen.corpus import CleanCorpus, CorpusError, clean_corpus
-from textgen.data import (
-    STRIDE,
-    DataError,
-    Epoch,
-    Split,
-    TokenStore,
-    build_loader,
-    encode_batches,
-    encode_documents,
-    prepare_store,
-    windows_per_epoch,
-)
+from textgen.data.corpus import CleanCorpus, CorpusError, clean_corpus
+from textgen.data.lanes import STRIDE, Epoch, build_loader, windows_per_epoch
+from textgen.data.store import DataError, Split, TokenStore, encode_batches, encode_documents, prepare_store
 from textgen.noise import permutation
 from textgen.tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
 
@@ -213,13 +203,13 @@ def prepare(corpus: Path, cache: Path, tokenizer: TokenizerConfig = CHAR, **data
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return a list that grows by a store's directory each time one is encoded."""
     made: list[str] = []
-    write = textgen.data._write_store
+    write = textgen.data.store._write_store
 
     def counted(directory: Path, *args: Any, **kwargs: Any) -> TokenStore:
         made.append(directory.name)
         return write(directory, *args, **kwargs)
 
-    monkeypatch.setattr(textgen.data, "_write_store", counted)
+    monkeypatch.setattr(textgen.data.store, "_write_store", counted)
     return made
 
 
@@ -261,7 +251,7 @@ def test_reading_ahead_changes_nothing_but_the_time(
 ) -> None:
     store = prepare(corpus, tmp_path / "cache")
     wanted = store.split("train").tokens.tolist()
-    monkeypatch.setattr(textgen.data, "READ_AHEAD_BELOW", 0)
+    monkeypatch.setattr(textgen.data.store, "READ_AHEAD_BELOW", 0)
     assert store.split("train").tokens.tolist() == wanted
 
 
@@ -295,7 +285,7 @@ def test_a_second_call_does_not_read_the_text(corpus: Path, tmp_path: Path, monk
     def refuse(*args: Any) -> None:
         raise AssertionError("the text was read")
 
-    monkeypatch.setattr(textgen.data, "clean_corpus", refuse)
+    monkeypatch.setattr(textgen.data.store, "clean_corpus", refuse)
     assert prepare(corpus, tmp_path / "cache").key == first.key
 
 
@@ -459,7 +449,7 @@ PREPARE = """
 import sys, logging, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what shells start in the background ignores it
 from textgen.config import DataConfig, TokenizerConfig
-from textgen.data import prepare_store
+from textgen.data.store import prepare_store
 logging.basicConfig(level=logging.INFO, format='%(message)s')
 data = DataConfig(source='files', files=(sys.argv[1],), cache_dir=sys.argv[2])
 store = prepare_store(data, TokenizerConfig(model_type='char', vocab_size=400), progress=False)
@@ -512,7 +502,7 @@ def test_an_error_while_encoding_leaves_nothing(corpus: Path, tmp_path: Path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(textgen.data, "encode_documents", fail)
+        patch.setattr(textgen.data.store, "encode_documents", fail)
         with pytest.raises(KeyboardInterrupt):
             prepare(corpus, tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["prepare.lock"]
@@ -568,10 +558,10 @@ def test_the_fast_way_from_ids_to_bytes_is_the_slow_one() -> None:
 
 
 def test_long_documents_are_encoded_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(textgen.data, "ENCODE_CHARACTERS", 10)
-    monkeypatch.setattr(textgen.data, "ENCODE_BATCH", 3)
+    monkeypatch.setattr(textgen.data.store, "ENCODE_CHARACTERS", 10)
+    monkeypatch.setattr(textgen.data.store, "ENCODE_BATCH", 3)
     texts = ["a", "b", "c", "d", "e" * 11, "f", "g" * 30, "h"]
-    batches = list(textgen.data._in_batches(iter(texts)))
+    batches = list(textgen.data.store._in_batches(iter(texts)))
     assert batches == [["a", "b", "c"], ["d", "e" * 11], ["f", "g" * 30], ["h"]]
 
 
@@ -594,8 +584,8 @@ def test_the_next_texts_are_read_while_the_first_are_encoded(monkeypatch: pytest
         yield "The film"
         has_read_on.set()
 
-    monkeypatch.setattr(textgen.data, "ENCODE_BATCH", 1)
-    monkeypatch.setattr(textgen.data, "encode_documents", wait_and_encode)
+    monkeypatch.setattr(textgen.data.store, "ENCODE_BATCH", 1)
+    monkeypatch.setattr(textgen.data.store, "encode_documents", wait_and_encode)
     assert [batch for batch, _ in encode_batches(char_tokenizer(), texts())] == [["A cat"], ["The film"]]
 
 
@@ -610,8 +600,8 @@ def test_texts_come_in_order_with_their_ids_whoever_is_done_first(
         return encode_documents(tokenizer, texts, **kwargs)
 
     monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
-    monkeypatch.setattr(textgen.data, "ENCODE_BATCH", 3)
-    monkeypatch.setattr(textgen.data, "encode_documents", encode_some_time)
+    monkeypatch.setattr(textgen.data.store, "ENCODE_BATCH", 3)
+    monkeypatch.setattr(textgen.data.store, "encode_documents", encode_some_time)
     got = list(encode_batches(tokenizer, texts))
     assert [text for batch, _ in got for text in batch] == texts
     ids = [document.tolist() for _, encoded in got for document in encoded]
@@ -623,7 +613,7 @@ def test_a_few_texts_are_held_however_many_there_are(
     num_cores: int, held: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
-    monkeypatch.setattr(textgen.data, "ENCODE_BATCH", 1)
+    monkeypatch.setattr(textgen.data.store, "ENCODE_BATCH", 1)
     read = count()
     before = threading.active_count()
     batches = encode_batches(char_tokenizer(), (f"The film {number}" for number in read))
@@ -641,8 +631,8 @@ def test_cores_and_batches_do_not_change_a_store(
     tokenizer = TokenizerConfig(vocab_size=360)
     wanted = prepare(corpus, tmp_path / "one", tokenizer).directory
     monkeypatch.setattr(os, "cpu_count", lambda: num_cores)
-    monkeypatch.setattr(textgen.data, "ENCODE_BATCH", batch)
-    monkeypatch.setattr(textgen.data, "ENCODE_CHARACTERS", characters)
+    monkeypatch.setattr(textgen.data.store, "ENCODE_BATCH", batch)
+    monkeypatch.setattr(textgen.data.store, "ENCODE_CHARACTERS", characters)
     got = prepare(corpus, tmp_path / "two", tokenizer).directory
     assert {path.name: path.read_bytes() for path in got.iterdir()} == {
         path.name: path.read_bytes() for path in wanted.iterdir()
@@ -657,7 +647,7 @@ def test_a_text_that_changes_while_it_is_encoded_is_one_line_and_leaves_nothing(
         f"`{corpus}` line {line + 1} is not valid JSON: ": '{"text": \n',
         f"1 files: train 1 ({corpus.stat().st_size / 1e6:.1f} MB) changed while it was read: not 200 documents now": "",
     }
-    monkeypatch.setattr(textgen.data, "ENCODE_BATCH", 16)
+    monkeypatch.setattr(textgen.data.store, "ENCODE_BATCH", 16)
     lines = corpus.read_text().splitlines(keepends=True)
     path = tmp_path / MODEL_NAME
     Tokenizer(train_tokenizer(make_texts(), vocab_size=400, model_type="char")).save(path)
@@ -669,7 +659,7 @@ def test_a_text_that_changes_while_it_is_encoded_is_one_line_and_leaves_nothing(
             return cleaned
 
         corpus.write_text("".join(lines))
-        monkeypatch.setattr(textgen.data, "clean_corpus", clean_and_change)
+        monkeypatch.setattr(textgen.data.store, "clean_corpus", clean_and_change)
         with pytest.raises(CorpusError) as caught:
             prepare(corpus, tmp_path / "cache", TokenizerConfig(path=str(path)))
         assert str(caught.value).startswith(message)
@@ -686,7 +676,7 @@ def test_a_document_that_is_lost_in_a_thread_is_named_and_leaves_nothing(
         utf8, ends = utf8_of(self, ids)
         return utf8.replace(b"150: ", b"150; "), ends
 
-    monkeypatch.setattr(textgen.data, "ENCODE_BATCH", 16)
+    monkeypatch.setattr(textgen.data.store, "ENCODE_BATCH", 16)
     monkeypatch.setattr(Tokenizer, "utf8_of", lose)
     with pytest.raises(DataError, match=r"^the tokenizer loses text of the document that starts '150: "):
         prepare(corpus, tmp_path / "cache")
@@ -714,7 +704,7 @@ PREPARE_AND_TELL_MEMORY = """
 import re, sys
 from pathlib import Path
 from textgen.config import DataConfig, TokenizerConfig
-from textgen.data import prepare_store
+from textgen.data.store import prepare_store
 data = DataConfig(source="files", files=(sys.argv[1],), cache_dir=sys.argv[2])
 prepare_store(data, TokenizerConfig(path=sys.argv[3]), progress=False)
 print(re.findall("VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0])
@@ -822,6 +812,6 @@ def test_two_billion_tokens_train_in_the_memory_of_a_few(corpus: Path, tmp_path:
     )
     print(report)
     assert many[1] - many[0] < 50, report
-    assert textgen.data._document_order(1, 0, documents).nbytes == 4 * documents
+    assert textgen.data.lanes._document_order(1, 0, documents).nbytes == 4 * documents
     # 12 bytes a document while the permutation is made, in 4 of which it stays; glibc keeps the other 8 for activations
     assert many[2] - few[2] < 12e-6 * documents + 20, report

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from textgen import decoding, hardware
+from textgen import hardware
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding import PREFILL_WINDOW, CellDecoder, CellDtype, Decoder, DecoderError, choose_decoder
-from textgen.generation import sample_all
-from textgen.model import LSTMLanguageModel
+from textgen.decoding import choose, decoders, products
+from textgen.decoding.choose import DecoderError, choose_decoder
+from textgen.decoding.decoders import PREFILL_WINDOW, CellDecoder, CellDtype, Decoder
+from textgen.decoding.generation import sample_all
+from textgen.model.files import save_model
+from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer
 
 SHAPES = [
@@ -84,12 +87,12 @@ def test_in_int8_a_row_alone_has_the_logits_it_has_among_others(residual: bool) 
 def test_int8_without_fast_instructions_is_the_same_bit_for_bit(
     shape: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not decoding.processor_flags() & {"avx512_vnni", "avx_vnni", "amx_int8"}:
+    if not products.processor_flags() & {"avx512_vnni", "avx_vnni", "amx_int8"}:
         pytest.skip("this processor has no fast instructions for int8")
-    assert decoding.multiplies_int8()
+    assert products.multiplies_int8()
     ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(6))
     fast = logits_of(CellDecoder(build(shape), "int8"), ids)
-    monkeypatch.setattr(decoding, "multiplies_int8", lambda: False)
+    monkeypatch.setattr(products, "multiplies_int8", lambda: False)
     assert torch.equal(logits_of(CellDecoder(build(shape), "int8"), ids), fast)
 
 
@@ -97,7 +100,7 @@ def test_int8_without_fast_instructions_is_the_same_bit_for_bit(
 def test_without_torchs_inner_operators_logits_are_the_same(dtype: CellDtype, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(6))
     packed = logits_of(CellDecoder(build(SHAPES[0]), dtype), ids)
-    monkeypatch.setattr(decoding, "_packs", lambda dtype: False)
+    monkeypatch.setattr(decoders, "_packs", lambda dtype: False)
     tolerance = 2e-6 if dtype == "float32" else 1e-2
     assert (logits_of(CellDecoder(build(SHAPES[0]), dtype), ids) - packed).norm() <= tolerance * packed.norm()
 
@@ -132,19 +135,19 @@ def test_ten_thousand_tokens_are_those_of_the_model() -> None:
 def exported(directory: Path, cost: float, **changes: Any) -> LSTMLanguageModel:
     """Write a model and what an export found int8 to cost it."""
     model = build(SHAPES[0])
-    model.save_pretrained(directory)
+    save_model(model, directory)
     figures = {
-        "format": decoding.FIGURES_FORMAT,
+        "format": choose.FIGURES_FORMAT,
         "model_sha256": hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest(),
         "bits_per_byte": {"plain": 1.5, "bfloat16": 1.5, "int8": 1.5 + cost},
     }
-    (directory / decoding.FIGURES_NAME).write_text(json.dumps(figures | changes))
+    (directory / choose.FIGURES_NAME).write_text(json.dumps(figures | changes))
     return model
 
 
 def on_a_processor(monkeypatch: pytest.MonkeyPatch, *flags: str) -> None:
     monkeypatch.setattr(hardware, "processor_flags", lambda: frozenset(flags))
-    monkeypatch.setattr(decoding, "multiplies_int8", lambda: "avx512_vnni" in flags)
+    monkeypatch.setattr(choose, "multiplies_int8", lambda: "avx512_vnni" in flags)
 
 
 def test_auto_takes_int8_where_it_is_measured_and_cheap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +206,7 @@ def test_a_forced_decoder_is_that_or_an_error_of_one_line() -> None:
 def test_without_a_compiler_one_line_says_so_and_the_step_is_not_compiled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(decoding.shutil, "which", lambda name: None)
+    monkeypatch.setattr(choose.shutil, "which", lambda name: None)
     with caplog.at_level(logging.WARNING, logger="textgen"):
         decoder = choose_decoder(build(SHAPES[0]), "compiled")
     assert [record.getMessage() for record in caplog.records] == [
@@ -215,7 +218,7 @@ def test_without_a_compiler_one_line_says_so_and_the_step_is_not_compiled(
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # torch's compiler warns of itself
 def test_compiled_logits_are_those_of_the_cells() -> None:
-    if decoding._missing_compiler() is not None:
+    if choose._missing_compiler() is not None:
         pytest.skip("there is no C++ compiler here")
     model = build(SHAPES[1])
     compiled = choose_decoder(model, "compiled")

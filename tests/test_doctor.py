@@ -18,7 +18,7 @@ import torch
 from textgen.cli import main
 from textgen.commands import doctor
 from textgen.commands.parsing import parse_train_config
-from textgen.data import prepare_store
+from textgen.data.store import prepare_store
 
 Capture = pytest.CaptureFixture[str]
 Examine = Callable[..., tuple[int, dict[str, dict[str, Any]]]]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from textgen.documents import CorpusError, list_files, read_documents
+from textgen.data.documents import CorpusError, list_files, read_documents
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def test_a_100_mb_document_is_refused_in_bounded_memory(
         for _ in range(100):
             file.write(b"x" * 10**6 + end)
     code = (
-        "import sys; from textgen.documents import read_documents, CorpusError\n"
+        "import sys; from textgen.data.documents import read_documents, CorpusError\n"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024\n"
         "before = peak()\n"
         "try: list(read_documents([sys.argv[1]], txt_documents=sys.argv[2]))\n"

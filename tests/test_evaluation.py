@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 from textgen import evaluation
 from textgen.cli import main
 from textgen.config import ModelConfig
-from textgen.data import encode_documents
+from textgen.data.store import encode_documents
 from textgen.evaluation import SCORE_WINDOW, Score, score
-from textgen.model import LSTMLanguageModel, State
+from textgen.model.files import save_model
+from textgen.model.lstm import LSTMLanguageModel, State
 from textgen.tokenizer import Tokenizer, train_tokenizer
 
 Tokens = NDArray[np.int64]
@@ -85,7 +86,7 @@ def model(texts: list[str], tokenizer: Tokenizer) -> LSTMLanguageModel:
 @pytest.fixture(scope="session")
 def checkpoint(model: LSTMLanguageModel, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(directory)
+    save_model(model, directory)
     tokenizer.save(directory / "tokenizer.model")
     return directory
 
@@ -369,7 +370,7 @@ def test_a_lowercase_model_scores_lowercase_text(
 ) -> None:  # fmt: skip
     lower = LSTMLanguageModel(model.config, model.vocab_size, text={**model.text, "normalization": "lowercase"})
     lower.load_state_dict(model.state_dict())
-    lower.save_pretrained(tmp_path / "lower")
+    save_model(lower, tmp_path / "lower")
     tokenizer.save(tmp_path / "lower" / "tokenizer.model")
     figures = []
     for name, text in (("upper", texts[0].upper()), ("lower", texts[0].lower())):

@@ -13,15 +13,17 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from textgen import decoding
 from textgen.commands import export
 from textgen.commands.export import decoded_nats, export_command
 from textgen.config import ModelConfig
-from textgen.decoding import CellDecoder, Decoder, choose_decoder
+from textgen.decoding import choose
+from textgen.decoding.choose import choose_decoder
+from textgen.decoding.decoders import CellDecoder, Decoder
+from textgen.decoding.onnx import OnnxDecoder, write_onnx
 from textgen.evaluation import score
-from textgen.model import LSTMLanguageModel, LSTMLayer
-from textgen.onnx_step import OnnxDecoder, write_onnx
-from textgen.runs.checkpoint import load_model, newest_valid, verify
+from textgen.model.files import load_model
+from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
+from textgen.runs.checkpoint import newest_valid, verify
 from textgen.runs.tensors import read_header
 
 needs_onnx = pytest.mark.skipif(
@@ -75,10 +77,10 @@ def test_export_keeps_what_int8_costs_and_the_choice_goes_by_it(
     assert len(set(bits.values())) == 3
     verify(checkpoint)  # none of it is in the manifest, and the checkpoint is whole as before
     model, _ = load_model(checkpoint)
-    monkeypatch.setattr(decoding, "multiplies_int8", lambda: True)
-    monkeypatch.setattr(decoding, "MOST_BITS_PER_BYTE", abs(bits["int8"] - bits["plain"]))
+    monkeypatch.setattr(choose, "multiplies_int8", lambda: True)
+    monkeypatch.setattr(choose, "MOST_BITS_PER_BYTE", abs(bits["int8"] - bits["plain"]))
     assert choose_decoder(model, directory=checkpoint).name == "int8"
-    monkeypatch.setattr(decoding, "MOST_BITS_PER_BYTE", bits["int8"] - bits["plain"] - 1e-9)
+    monkeypatch.setattr(choose, "MOST_BITS_PER_BYTE", bits["int8"] - bits["plain"] - 1e-9)
     assert choose_decoder(model, directory=checkpoint).name != "int8"
 
 

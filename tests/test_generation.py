@@ -12,12 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from textgen import generation
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding import CellDecoder, Decoder, DecoderState
-from textgen.generation import Request, Row, Sample, _prefill, _sample_number, generate, sample_all, serve
-from textgen.model import LSTMLanguageModel
-from textgen.sampling import control, controls_of, draw, note
+from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState, generation
+from textgen.decoding.generation import Request, Row, Sample, _prefill, _sample_number, generate, sample_all, serve
+from textgen.decoding.sampling import control, controls_of, draw, note
+from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["it was the best of times, it was the worst of times", "call me ishmael", "é è ü ß 漢字 🙂🙃 naïve café"]

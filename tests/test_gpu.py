@@ -16,7 +16,7 @@ from benchmarks.train import WAYS, Shape
 from textgen.cli import train_main
 from textgen.config import ModelConfig
 from textgen.distributed.launch import has_persistent_kernel
-from textgen.model import DropoutMasks, LSTMLanguageModel, summed_cross_entropy
+from textgen.model.lstm import DropoutMasks, LSTMLanguageModel, summed_cross_entropy
 from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics import read_metrics
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 from test_graphs import MIXED, batch_of, build, requests_for, samples
 
-from textgen import graphs
 from textgen.config import SamplingConfig
-from textgen.decoding import CellDecoder, DecoderState
-from textgen.generation import Batch
-from textgen.graphs import Buffers, GraphRunner, StepCapture
+from textgen.decoding.cuda_graphs import Buffers, GraphRunner, StepCapture
+from textgen.decoding.decoders import CellDecoder, DecoderState
+from textgen.decoding.decoders import cuda_graphs as graphs
+from textgen.decoding.generation import Batch
+from textgen.decoding.sampling import Controls, draw
 from textgen.kernels.capture import Replay
 from textgen.noise import hash_bits
-from textgen.sampling import Controls, draw
 from textgen.tokenizer import Tokenizer, train_tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

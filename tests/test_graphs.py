@@ -12,13 +12,13 @@ from typing import Literal
 import pytest
 import torch
 
-from textgen import graphs
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding import CellDecoder, Decoder, DecoderState
-from textgen.generation import Batch, Request, Row, Sample, Step, serve
-from textgen.graphs import Buffers, GraphRunner, steps_in_place
+from textgen.decoding.cuda_graphs import Buffers, GraphRunner, steps_in_place
+from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
+from textgen.decoding.decoders import cuda_graphs as graphs
+from textgen.decoding.generation import Batch, Request, Row, Sample, Step, serve
 from textgen.kernels.capture import Replay
-from textgen.model import LSTMLanguageModel
+from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer
 
 TEXTS = ["it was the best of times, it was the worst of times", "call me ishmael", "é è ü ß 漢字 🙂🙃 naïve café"]

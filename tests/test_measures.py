@@ -100,7 +100,7 @@ def test_memory_does_not_grow_with_the_training_text() -> None:
 def test_human_reviews_have_the_known_values() -> None:
     """1,000 held-out IMDB reviews; known are values of other reviews, of a like way to count words."""
     from textgen.config import DataConfig
-    from textgen.corpus import clean_corpus, open_corpus
+    from textgen.data.corpus import clean_corpus, open_corpus
 
     config = DataConfig(source="package")
     reviews = map(words, clean_corpus(open_corpus(config), config).documents("validation"))

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import textgen.model
+import textgen.model.lstm
 from textgen.config import ModelConfig
-from textgen.model import DropoutMasks, LSTMLanguageModel, LSTMLayer, ModelFileError, summed_cross_entropy
+from textgen.model.files import ModelFileError, read_model, save_model
+from textgen.model.lstm import DropoutMasks, LSTMLanguageModel, LSTMLayer, summed_cross_entropy
 
 VOCAB = 61
 SHAPES = [
@@ -69,7 +70,7 @@ def reference(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tenso
 def test_summed_cross_entropy_equals_torchs_with_any_chunk(
     monkeypatch: pytest.MonkeyPatch, chunk: int, seed: int
 ) -> None:
-    monkeypatch.setattr(textgen.model, "LOGITS_CHUNK", {"cpu": chunk})
+    monkeypatch.setattr(textgen.model.lstm, "LOGITS_CHUNK", {"cpu": chunk})
     x, weight, bias, targets = output_layer(seed)
     wanted = reference(x, weight, bias, targets)
     seen = summed_cross_entropy(x, weight, bias, targets)
@@ -327,9 +328,9 @@ def test_dropout_is_off_without_masks_and_at_zero() -> None:
 def test_save_and_load_give_the_same_bits(tmp_path: Path, shape: dict[str, Any]) -> None:
     model = build(seed=4, dropout=0.25, **shape)
     model.text = {"tokenizer_sha256": "ab", "normalization": "lowercase"}
-    model.save_pretrained(tmp_path / "deep" / "model")
+    save_model(model, tmp_path / "deep" / "model")
     torch.manual_seed(99)
-    back = LSTMLanguageModel.from_pretrained(tmp_path / "deep" / "model")
+    back = read_model(tmp_path / "deep" / "model")
     assert (back.config, back.vocab_size, back.text) == (model.config, VOCAB, model.text)
     own, theirs = model.state_dict(), back.state_dict()
     assert own.keys() == theirs.keys()
@@ -345,11 +346,11 @@ def test_a_model_older_than_the_setting_has_a_projection_where_sizes_differ(
 ) -> None:
     model = build(embedding_dim=embedding_dim, hidden_size=hidden_size, projection=has_one)
     assert isinstance(model.projection, nn.Linear) == has_one
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     del config["projection"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    back = LSTMLanguageModel.from_pretrained(tmp_path)
+    back = read_model(tmp_path)
     assert back.config == model.config
     assert back.state_shapes() == model.state_shapes()
 
@@ -369,9 +370,9 @@ def test_weights_in_one_storage_are_saved_one_by_one(tmp_path: Path, tie_weights
         parameter.data = flat[start : start + parameter.numel()].view(parameter.shape)
         start += parameter.numel()
     assert len({p.untyped_storage().data_ptr() for p in model.parameters()}) == 1
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size < 4 * flat.numel() + 4096
-    back = LSTMLanguageModel.from_pretrained(tmp_path).state_tensors()
+    back = read_model(tmp_path).state_tensors()
     assert back.keys() == wanted.keys()
     assert all(torch.equal(back[name], wanted[name]) for name in wanted)
 
@@ -381,8 +382,8 @@ def test_a_column_major_weight_is_saved_by_value(tmp_path: Path) -> None:
     layer = model.layers[0]
     layer.weight_hh.data = layer.weight_hh.data.T.contiguous().T
     assert not layer.weight_hh.is_contiguous()
-    model.save_pretrained(tmp_path)
-    back = LSTMLanguageModel.from_pretrained(tmp_path)
+    save_model(model, tmp_path)
+    back = read_model(tmp_path)
     assert torch.equal(back.layers[0].weight_hh, layer.weight_hh)
 
 
@@ -390,7 +391,7 @@ def test_a_column_major_weight_is_saved_by_value(tmp_path: Path) -> None:
 def test_files_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
     before = os.umask(umask)
     try:
-        build().save_pretrained(tmp_path / "model")
+        save_model(build(), tmp_path / "model")
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "model").iterdir()}
@@ -471,7 +472,7 @@ def damage_other_layers(directory: Path) -> None:
 
 
 def damage_bool_layers(directory: Path) -> None:
-    build(num_layers=1).save_pretrained(directory)
+    save_model(build(num_layers=1), directory)
     change_config(directory, num_layers=True)
 
 
@@ -516,10 +517,10 @@ DAMAGES = {
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__.removeprefix("damage_"))
 def test_a_damaged_or_foreign_model_is_refused_in_one_line(tmp_path: Path, damage: Any) -> None:
-    build().save_pretrained(tmp_path)
+    save_model(build(), tmp_path)
     damage(tmp_path)
     with pytest.raises(ModelFileError) as caught:
-        LSTMLanguageModel.from_pretrained(tmp_path)
+        read_model(tmp_path)
     assert DAMAGES[damage] in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
 
@@ -530,13 +531,13 @@ def test_a_missing_directory_is_refused_without_asking_the_hub(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelFileError, match=r"has no `config.json`: not a checkpoint directory"):
-        LSTMLanguageModel.from_pretrained(name)
+        read_model(name)
 
 
 def test_an_unreachable_hub_is_one_line_and_quick(tmp_path: Path) -> None:
     script = (
-        "import time\nfrom textgen.model import LSTMLanguageModel, ModelFileError\nstarted = time.perf_counter()\n"
-        "try:\n    LSTMLanguageModel.from_pretrained('nobody/nothing')\n"
+        "import time\nfrom textgen.model.files import ModelFileError, read_model\nstarted = time.perf_counter()\n"
+        "try:\n    read_model('nobody/nothing')\n"
         "except ModelFileError as error:\n    print(error)\nprint(time.perf_counter() - started)"
     )
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
@@ -551,7 +552,7 @@ def test_an_unreachable_hub_is_one_line_and_quick(tmp_path: Path) -> None:
 
 def test_the_weights_file_is_plain_safetensors(tmp_path: Path) -> None:
     model = build()
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert tensors.keys() == model.state_tensors().keys()
     assert {t.dtype for t in tensors.values()} == {torch.float32}

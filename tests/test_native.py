@@ -11,16 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from textgen import sampling
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding import CellDecoder
-from textgen.generation import sample_all
+from textgen.decoding.decoders import CellDecoder, sampling
+from textgen.decoding.generation import sample_all
+from textgen.decoding.sampling import Controls, divide_by_temperature, draw
 from textgen.hardware import processor_flags
 from textgen.kernels import compile as native
 from textgen.kernels import decoding as decoding_kernels
-from textgen.model import LSTMLanguageModel
+from textgen.model.lstm import LSTMLanguageModel
 from textgen.noise import exponential, hash_bits
-from textgen.sampling import Controls, divide_by_temperature, draw
 from textgen.tokenizer import Tokenizer, train_tokenizer
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")

@@ -20,7 +20,7 @@ from benchmarks.machine import joules
 from benchmarks.train import Shape, Steps, plain_steps, textgen_steps
 from textgen.hardware import has_bfloat16
 from textgen.kernels import training as training_kernels
-from textgen.model import LOGITS_CHUNK
+from textgen.model.lstm import LOGITS_CHUNK
 
 ROOT = Path(__file__).parents[1]
 SMALL = Shape(vocab_size=4000, embedding_dim=128, hidden_size=128, num_layers=2, batch_size=32, seq_len=32)

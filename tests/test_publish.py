@@ -18,12 +18,12 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard, constants
 
-from textgen import model as model_module
 from textgen.cli import main
 from textgen.commands.export import export_command
 from textgen.commands.parsing import parse_train_config
 from textgen.commands.publish import publish_command
-from textgen.model import LSTMLanguageModel
+from textgen.model import files as model_files
+from textgen.model.files import read_model
 from textgen.runs.checkpoint import newest_valid
 from textgen.runs.metrics import read_metrics
 
@@ -126,7 +126,7 @@ def test_card_has_the_figures_of_the_run(published: Path, tiny_run: Path) -> Non
     assert "| training | 4 steps, 512 tokens, precision no |" in text
     for name, size in splits.items():
         assert f"| {name} | {size['documents']:,} | {size['tokens']:,} | {size['bytes']:,} |" in text
-    assert f"{LSTMLanguageModel.from_pretrained(published).num_parameters:,} parameters" in text
+    assert f"{read_model(published).num_parameters:,} parameters" in text
 
 
 def test_card_header_is_read_by_the_hub_s_own_client(published: Path, tiny_run: Path) -> None:
@@ -302,7 +302,7 @@ def test_a_model_goes_to_the_hub_and_comes_back_the_same(
     monkeypatch.chdir("/")
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     assert sampled(capsys, "me/reviews") == wanted, "what was fetched is there without the hub"
-    assert LSTMLanguageModel.from_pretrained("hub:me/reviews").config.hidden_size == 32
+    assert read_model("hub:me/reviews").config.hidden_size == 32
 
 
 def test_a_repository_keeps_its_visibility_and_loses_an_old_decoder(
@@ -324,7 +324,7 @@ def test_a_hub_that_cannot_be_used_is_one_line_in_bounded_time(
     case: str, hub: ThreadingHTTPServer, tiny_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("textgen.commands.publish.REACH_SECONDS", 0.5)
-    monkeypatch.setattr(model_module, "HUB_SECONDS", 0.5)
+    monkeypatch.setattr(model_files, "HUB_SECONDS", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as listener:  # which accepts and never answers
         if case == "no token":
             monkeypatch.setenv("HF_TOKEN", "hf_wrong")
@@ -333,8 +333,8 @@ def test_a_hub_that_cannot_be_used_is_one_line_in_bounded_time(
             monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
         line = refusal(capsys, str(tiny_run), "--to", "hub:me/reviews")
         assert line.startswith(f"`me/reviews` cannot be published on {constants.ENDPOINT}: ")
-        with pytest.raises(model_module.ModelFileError, match=r"^`hub:me/reviews` is no directory and cannot"):
-            LSTMLanguageModel.from_pretrained("hub:me/reviews")
+        with pytest.raises(model_files.ModelFileError, match=r"^`hub:me/reviews` is no directory and cannot"):
+            read_model("hub:me/reviews")
 
 
 @pytest.mark.parametrize("name", ["hub:", "hub:reviews", "hub:me/", "hub:me/re views", "hub:a/b/c", "hub:../x"])

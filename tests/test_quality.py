@@ -29,7 +29,7 @@ from benchmarks.quality import (
 )
 from textgen.cli import train_main
 from textgen.config import DataConfig, ModelConfig
-from textgen.model import DropoutMasks, LSTMLanguageModel
+from textgen.model.lstm import DropoutMasks, LSTMLanguageModel
 from textgen.runs.metrics import read_metrics
 
 

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from textgen import training
 from textgen.cli import main, train_main
-from textgen.runs.checkpoint import checkpoints, load_model, newest_valid
+from textgen.model.files import load_model
+from textgen.runs.checkpoint import checkpoints, newest_valid
 from textgen.runs.metrics import read_metrics
 
 Capture = pytest.CaptureFixture[str]

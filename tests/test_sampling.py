@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from textgen.config import SamplingConfig
-from textgen.noise import exponential, hash_bits
-from textgen.sampling import (
+from textgen.decoding.sampling import (
     HISTORY,
     LIKELIEST,
     Controls,
@@ -33,7 +32,8 @@ from textgen.sampling import (
     penalize_repetition,
     select_controls,
 )
-from textgen.sampling import draw as draw_controlled
+from textgen.decoding.sampling import draw as draw_controlled
+from textgen.noise import exponential, hash_bits
 
 LOGITS = st.lists(st.floats(-8, 8, width=32), min_size=1, max_size=24)
 CPU = torch.device("cpu")

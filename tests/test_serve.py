@@ -21,9 +21,9 @@ import pytest
 
 from tests.serving import Running, running
 from textgen.config import SamplingConfig
-from textgen.decoding import choose_decoder
-from textgen.generation import Sample, sample_all
-from textgen.runs.checkpoint import load_model
+from textgen.decoding.choose import choose_decoder
+from textgen.decoding.generation import Sample, sample_all
+from textgen.model.files import load_model
 
 PROMPTS = ["The plot was", "Ça va, très café", "", "I watched this 🙂"]
 ENDLESS = {

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from textgen.config import ModelConfig
 from textgen.files import JSON_BYTES, JSON_DEPTH, parse_json
-from textgen.model import LSTMLanguageModel
-from textgen.runs.checkpoint import Saver, checkpoint_path, load_model, verify
+from textgen.model.files import load_model, model_files, read_model, save_model
+from textgen.model.lstm import LSTMLanguageModel
+from textgen.runs.checkpoint import Saver, checkpoint_path, verify
 from textgen.runs.tensors import DTYPES, TensorFileError, chunks, read_header, read_tensors
 from textgen.tokenizer import MODEL_NAME, Tokenizer
 
@@ -231,9 +232,9 @@ def test_a_flattened_model_is_saved_and_read_back_right(tmp_path: Path, shape: d
     model = build(**shape)
     wanted = snapshot(model)
     flat = flatten(model)
-    model.save_pretrained(tmp_path)
+    save_model(model, tmp_path)
     assert (tmp_path / "model.safetensors").stat().st_size < 4 * flat.numel() + 4096  # each value once
-    back = LSTMLanguageModel.from_pretrained(tmp_path)
+    back = read_model(tmp_path)
     assert_same(back.state_dict(), wanted)
     assert (back.output.weight is back.embedding.weight) == model.config.tie_weights
 
@@ -248,7 +249,7 @@ def test_a_flattened_model_goes_through_a_checkpoint_into_a_flattened_model(
     flat = flatten(model)
     saver = Saver(tmp_path, keep_last=2)
     saver.reserve({"model": model.state_shapes()})
-    files = model.pretrained_files() | {MODEL_NAME: tokenizer.model_proto}
+    files = model_files(model) | {MODEL_NAME: tokenizer.model_proto}
     saver.save(3, {"model": model.state_tensors()}, files, best_step=None, since=time.perf_counter())
     flat.zero_()  # the training goes on; what is written is the copy
     saver.wait()

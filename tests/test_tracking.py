@@ -18,8 +18,8 @@ import pytest
 
 from textgen.cli import train_main
 from textgen.runs.metrics import read_metrics
+from textgen.tracking import tracker as tracking
 from textgen.tracking.tracker import Follower, RunEnd, Tracker
-from textgen.tracking.tracker import tracker as tracking
 from textgen.tracking.wandb import has_wandb_key
 
 ROOT = Path(__file__).parents[1]

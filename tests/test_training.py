@@ -264,7 +264,7 @@ def test_an_lstm_in_another_dtype_is_refused(
     tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As CUDA's autocast would do it: asked for one dtype, given another."""
-    from textgen.model import LSTMLayer
+    from textgen.model.lstm import LSTMLayer
 
     original = LSTMLayer.forward
 

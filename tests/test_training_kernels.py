@@ -15,7 +15,7 @@ from benchmarks.train import Shape, textgen_steps
 from textgen.hardware import processor_flags
 from textgen.kernels import compile as native
 from textgen.kernels import training as training_kernels
-from textgen.model import LSTMLayer, State, _slopes, summed_cross_entropy
+from textgen.model.lstm import LSTMLayer, State, _slopes, summed_cross_entropy
 
 # What cannot be compiled here has no tests here; no test is skipped for it.
 WAYS = ["torch"] + ["compiled"] * (training_kernels._code() is not None)

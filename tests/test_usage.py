@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from textgen.config import ModelConfig
-from textgen.model import LSTMLanguageModel
+from textgen.model.lstm import LSTMLanguageModel
 from textgen.runs.metrics import read_metrics, tells_of_the_machine
 from textgen.usage import flops_per_token, known_peak, measure_machines, peak_flops
 

@@ -90,7 +90,7 @@ def test_wheel_holds_every_file_of_the_package_and_nothing_beside_it(wheel: Path
 
 def test_the_wheel_is_what_runs_and_leaves_another_tokenizer_alone(run: Run) -> None:
     program = (
-        "import json, textgen.cli, textgen.generation, textgen.tokenizer, tokenizer;"
+        "import json, textgen.cli, textgen.decoding.generation, textgen.tokenizer, tokenizer;"
         "print(json.dumps([textgen.__file__, textgen.tokenizer.__file__, tokenizer.OWNER]))"
     )
     *files, owner = json.loads(run("python", "-c", program))

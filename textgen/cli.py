@@ -97,9 +97,9 @@ def _crash() -> NoReturn:
 
 
 def _user_errors() -> tuple[type[ValueError], ...]:
-    from textgen.data import DataError
-    from textgen.documents import CorpusError
-    from textgen.model import ModelFileError
+    from textgen.data.documents import CorpusError
+    from textgen.data.store import DataError
+    from textgen.model.files import ModelFileError
     from textgen.runs.checkpoint import CheckpointError
     from textgen.runs.directory import RunDirectoryError
     from textgen.steps import TrainingError

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from textgen.config import TrainConfig
 from textgen.distributed import launch
-from textgen.model import CONFIG_NAME, WEIGHTS_NAME, LSTMLanguageModel, ModelFileError, State
+from textgen.model.files import CONFIG_NAME, WEIGHTS_NAME, ModelFileError, model_files, read_model
+from textgen.model.lstm import LSTMLanguageModel, State
 from textgen.runs.checkpoint import (
     MANIFEST_NAME,
     TRAINER_NAME,
@@ -117,7 +118,7 @@ def save(training: Training) -> float:
         "wandb_id": training.wandb_id,
         "origin": training.origin,
     }
-    files = model.pretrained_files() | {
+    files = model_files(model) | {
         MODEL_NAME: training.store.tokenizer.model_proto,
         TRAINER_NAME: json.dumps(trainer, indent=2).encode() + b"\n",
     }
@@ -312,7 +313,7 @@ def describe_checkpoint(directory: Path) -> dict[str, Any]:
     trainer, now = read_trainer(directory, manifest)
     averaged, batch_size = "weights.safetensors" in manifest.files, trainer["config"].get("batch_size")
     try:
-        model = LSTMLanguageModel.from_pretrained(directory)
+        model = read_model(directory)
         shapes = state_shapes(model, batch_size=batch_size, averaged=averaged)
         for name, group in shapes.items():
             check_tensors(directory / f"{name}.safetensors", group, dtypes=DTYPES_OF.get(name, ("F32",)))

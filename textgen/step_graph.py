@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from textgen.kernels.capture import Replay
-from textgen.model import State
+from textgen.model.lstm import State
 
 log = logging.getLogger("textgen")
 

@@ -22,12 +22,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 from textgen.config import TrainConfig
 from textgen.console import say
-from textgen.data import Epoch, TokenStore, build_loader, windows_per_epoch
+from textgen.data.lanes import Epoch, build_loader, windows_per_epoch
+from textgen.data.store import TokenStore
 from textgen.distributed.launch import LSTM_DTYPES
 from textgen.distributed.signals import StopSignals
 from textgen.distributed.world import LaunchError
 from textgen.kernels.capture import CudaCapture, Replay
-from textgen.model import DropoutMasks, LSTMLanguageModel, State
+from textgen.model.lstm import DropoutMasks, LSTMLanguageModel, State
 from textgen.optim import build_optimizer, learning_rate
 from textgen.runs.checkpoint import Saver
 from textgen.step_graph import Capture, StepGraph, StepInputs, Taken

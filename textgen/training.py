@@ -20,13 +20,13 @@ from accelerate import Accelerator
 
 from textgen.config import SamplingConfig, TrainConfig
 from textgen.console import Progress, say
-from textgen.corpus import normalize
-from textgen.data import prepare_store
+from textgen.data.corpus import normalize
+from textgen.data.store import prepare_store
+from textgen.decoding.generation import Sample, generate
 from textgen.distributed import launch
 from textgen.distributed.signals import Interrupted, StopSignals
 from textgen.evaluation import Score, perplexity, score, split_documents
 from textgen.files import write_whole
-from textgen.generation import Sample, generate
 from textgen.optim import learning_rate
 from textgen.reporting.report import SAMPLES_NAME, draw_loss_curve, leave_report
 from textgen.resume import checkpoint_bytes, checkpoints_at_a_time, resume, save, state_shapes

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from textgen.cli import main
-from textgen.runs.checkpoint import load_model
+from textgen.model.files import load_model
 
 ROOT = Path(__file__).parents[2]
 STEPS = 40

@@ -28,12 +28,12 @@ from torch import Tensor
 
 from tests.faults.report import write_result
 from textgen.commands.parsing import parse_train_config
-from textgen.data import prepare_store
+from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import StopSignals
-from textgen.model import ModelFileError
+from textgen.model.files import ModelFileError, load_model
 from textgen.resume import optimizer_tensors, resume
-from textgen.runs.checkpoint import MANIFEST_NAME, CheckpointError, checkpoint_path, find_checkpoint, load_model
+from textgen.runs.checkpoint import MANIFEST_NAME, CheckpointError, checkpoint_path, find_checkpoint
 from textgen.steps import build
 from textgen.tokenizer import TokenizerError
 

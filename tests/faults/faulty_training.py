@@ -22,14 +22,14 @@ from textgen import cli
 # name -> module and function, looked up there when it is called
 PLACES = {
     "starting": ("textgen.distributed.launch", "start"),
-    "tokenizing": ("textgen.data", "train_tokenizer"),
-    "encoding": ("textgen.data", "encode_documents"),
+    "tokenizing": ("textgen.data.store", "train_tokenizer"),
+    "encoding": ("textgen.data.store", "encode_documents"),
     "resuming": ("textgen.resume", "load_optimizer"),
     "stepping": ("textgen.training", "train_step"),
     "updating": ("textgen.steps", "_update"),
     "scoring": ("textgen.training", "score"),
     "evaluating": ("textgen.evaluation", "_score_batch"),
-    "sampling": ("textgen.generation", "advance"),
+    "sampling": ("textgen.decoding.generation", "advance"),
     "saving": ("textgen.runs.checkpoint", "_write"),
 }
 

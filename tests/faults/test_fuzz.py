@@ -13,9 +13,9 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from textgen.model import LSTMLanguageModel, ModelFileError
+from textgen.model.files import ModelFileError, load_model, read_model
 from textgen.resume import read_trainer
-from textgen.runs.checkpoint import CheckpointError, load_model, verify
+from textgen.runs.checkpoint import CheckpointError, verify
 from textgen.runs.tensors import SIZES, TensorFileError, read_header, read_tensors
 from textgen.steps import Progression
 from textgen.tokenizer import Tokenizer, TokenizerError
@@ -113,7 +113,7 @@ def tried(action: Callable[[], Result], refusal: type[Exception]) -> Result | No
 def read_config(directory: Path, content: bytes) -> None:
     """Assert that a config is refused, or is that of the model that is read."""
     (directory / "config.json").write_bytes(content)
-    model = tried(lambda: LSTMLanguageModel.from_pretrained(directory), ModelFileError)
+    model = tried(lambda: read_model(directory), ModelFileError)
     if model is None:
         return
     assert model.embedding.weight.shape == (model.vocab_size, model.config.embedding_dim)

@@ -63,13 +63,13 @@ def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]],
     """Return everything that reads a checkpoint's files, and what it may raise."""
     from textgen import cli
     from textgen.commands.parsing import parse_train_config
-    from textgen.data import prepare_store
+    from textgen.data.store import prepare_store
+    from textgen.data.texts import texts_to_score
     from textgen.distributed import launch
     from textgen.distributed.signals import StopSignals
-    from textgen.evaluation import texts_to_score
-    from textgen.model import LSTMLanguageModel
+    from textgen.model.files import load_model, read_model
     from textgen.resume import resume
-    from textgen.runs.checkpoint import find_checkpoint, load_model, newest_valid, verify
+    from textgen.runs.checkpoint import find_checkpoint, newest_valid, verify
     from textgen.runs.tensors import TensorFileError, read_header
     from textgen.steps import build
     from textgen.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]],
         "newest": newest,
         "load_model": load_model,
         "best": lambda path: load_model(path, best=True),
-        "from_pretrained": LSTMLanguageModel.from_pretrained,
+        "from_pretrained": read_model,
         "resume": resume_from,
         "header": lambda path: read_header(Path(path)),
         "tokenizer": Tokenizer.from_file,

@@ -15,7 +15,7 @@ from tests.faults.jobs import Job, fault, newest, rows
 from textgen import training
 from textgen.cli import train_main
 from textgen.commands.parsing import parse_train_config
-from textgen.data import prepare_store
+from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import StopSignals
 from textgen.runs.directory import read_status

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-    from textgen.data import TokenStore
+    from textgen.data.store import TokenStore
 
 
 Status = Literal["ok", "warn", "fail"]
@@ -409,7 +409,7 @@ def _trains_in(dtype: torch.dtype, device: torch.device) -> bool:
     """Tell whether an LSTM's forward and backward pass work in a dtype, and give finite gradients."""
     import torch
 
-    from textgen.model import LSTMLanguageModel
+    from textgen.model.lstm import LSTMLanguageModel
 
     model = LSTMLanguageModel(ModelConfig(embedding_dim=32, hidden_size=32, num_layers=1), 64).to(device)
     tokens = torch.arange(64, device=device).reshape(4, 16)
@@ -579,7 +579,7 @@ def check_space(config: TrainConfig, run_dir: Path, store: TokenStore | None) ->
     """Compare free space with what the training's checkpoints take at a time, as the training will at its start."""
     import torch
 
-    from textgen.model import LSTMLanguageModel
+    from textgen.model.lstm import LSTMLanguageModel
     from textgen.resume import checkpoint_bytes, checkpoints_at_a_time, state_shapes
     from textgen.steps import steps_per_epoch
 
@@ -637,8 +637,8 @@ def find_store(config: TrainConfig) -> tuple[str, TokenStore | None]:
     Raises:
         DataError, CorpusError, TokenizerError: there is no such text, tokenizer or store.
     """
-    from textgen.corpus import open_corpus
-    from textgen.data import TokenStore, find_prepared
+    from textgen.data.corpus import open_corpus
+    from textgen.data.store import TokenStore, find_prepared
 
     if config.data.store is not None:
         store = TokenStore.open(config.data.store)

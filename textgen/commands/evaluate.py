@@ -39,10 +39,12 @@ def evaluate_command(argv: Sequence[str]) -> None:
             parser.error(f"`{name}` must be at least 1: {getattr(args, name)}")
 
     start_log()
-    from textgen.data import DataError, encode_documents
+    from textgen.data.store import DataError, encode_documents
+    from textgen.data.texts import texts_to_score
     from textgen.distributed import launch
-    from textgen.evaluation import score, texts_to_score
-    from textgen.runs.checkpoint import find_checkpoint, load_model
+    from textgen.evaluation import score
+    from textgen.model.files import load_model
+    from textgen.runs.checkpoint import find_checkpoint
 
     accelerator = launch.start(args.mixed_precision)
     directory = find_checkpoint(args.checkpoint, best=args.best)

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from textgen.commands.parsing import Parser
 
 if TYPE_CHECKING:
-    from textgen.decoding import Decoder
+    from textgen.decoding.decoders import Decoder
     from textgen.evaluation import Tokens
-    from textgen.model import LSTMLanguageModel
+    from textgen.model.lstm import LSTMLanguageModel
 
 
 DECODER_NAME = "decoder.safetensors"
@@ -55,13 +55,14 @@ def export_command(argv: Sequence[str]) -> None:
 
 def _export(args: Any) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"  # what is written decodes on CPUs
-    from textgen.data import DataError, encode_documents
-    from textgen.decoding import FIGURES_FORMAT
+    from textgen.data.store import DataError, encode_documents
+    from textgen.data.texts import texts_to_score
+    from textgen.decoding.choose import FIGURES_FORMAT
     from textgen.distributed import launch
-    from textgen.evaluation import score, texts_to_score
+    from textgen.evaluation import score
     from textgen.files import make_directory, write_whole
-    from textgen.model import WEIGHTS_NAME, resolve_model_directory
-    from textgen.runs.checkpoint import find_checkpoint, load_model
+    from textgen.model.files import WEIGHTS_NAME, load_model, resolve_model_directory
+    from textgen.runs.checkpoint import find_checkpoint
 
     checkpoint = find_checkpoint(args.checkpoint, best=args.best)
     directory = checkpoint or resolve_model_directory(args.checkpoint)
@@ -93,7 +94,8 @@ def _export(args: Any) -> None:
 
 def _write_decoder(model: LSTMLanguageModel, out: Path) -> tuple[Path, dict[str, Decoder]]:
     """Write int8 weights; return where the figures belong, and the decoders that are to be scored."""
-    from textgen.decoding import FIGURES_NAME, CellDecoder
+    from textgen.decoding.choose import FIGURES_NAME
+    from textgen.decoding.decoders import CellDecoder
     from textgen.runs.tensors import chunks
 
     int8, aside = CellDecoder(model, "int8"), out / f".{DECODER_NAME}.tmp"
@@ -105,7 +107,7 @@ def _write_decoder(model: LSTMLanguageModel, out: Path) -> tuple[Path, dict[str,
 
 def _write_onnx(model: LSTMLanguageModel, out: Path) -> tuple[Path, dict[str, Decoder]]:
     """Do the same for a step of ONNX."""
-    from textgen.onnx_step import OnnxDecoder, write_onnx
+    from textgen.decoding.onnx import OnnxDecoder, write_onnx
 
     write_onnx(model, out / ONNX_NAME)
     return out / ONNX_FIGURES_NAME, {"onnxruntime": OnnxDecoder(model, out / ONNX_NAME)}

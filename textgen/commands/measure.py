@@ -21,7 +21,7 @@ from textgen.files import write_whole
 from textgen.reporting.report import MEASURES_FORMAT, MEASURES_NAME, leave_report
 
 if TYPE_CHECKING:
-    from textgen.decoding import Decoder
+    from textgen.decoding.decoders import Decoder
     from textgen.reporting.measures import Text
     from textgen.tokenizer import Tokenizer
 
@@ -38,7 +38,7 @@ def measure_command(argv: Sequence[str]) -> None:
     setup_logging(main=True)
     run_dir, directory, decoder, tokenizer, normalization = _load(args)
     started = time.monotonic()
-    from textgen.evaluation import SPLITS, read_split, store_of, texts_to_score
+    from textgen.data.texts import SPLITS, read_split, store_of, texts_to_score
     from textgen.reporting.measures import copied_shares, diversity, words
 
     store = store_of(directory)
@@ -136,8 +136,9 @@ def _load(args: Any) -> tuple[Path, Path, Decoder, Tokenizer, str]:
     """Return the run's folder, the checkpoint in it, its decoder and tokenizer, and how the model reads text."""
     import torch
 
-    from textgen.decoding import choose_decoder
-    from textgen.runs.checkpoint import checkpoints, find_checkpoint, load_model
+    from textgen.decoding.choose import choose_decoder
+    from textgen.model.files import load_model
+    from textgen.runs.checkpoint import checkpoints, find_checkpoint
 
     run_dir = Path(args.run)
     directory = find_checkpoint(run_dir, best=args.best) if checkpoints(run_dir) else None
@@ -172,8 +173,8 @@ def _draw(args: Any, decoder: Decoder, tokenizer: Tokenizer, temperature: float)
 
     All that come before the last one are taken, however short: those that end first are the short ones.
     """
-    from textgen.generation import Request, Sample, serve
-    from textgen.graphs import GraphRunner
+    from textgen.decoding.cuda_graphs import GraphRunner
+    from textgen.decoding.generation import Request, Sample, serve
     from textgen.reporting.measures import words
 
     config, limit = _sampling(args, temperature), args.texts * PATIENCE

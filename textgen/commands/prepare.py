@@ -12,6 +12,6 @@ def prepare_command(argv: Sequence[str]) -> None:
     """Encode the text of a training ahead of time and print where the store lies."""
     config = parse_train_config(argv, prog="textgen prepare")
     start_log()
-    from textgen.data import prepare_store
+    from textgen.data.store import prepare_store
 
     print(prepare_store(config.data, config.tokenizer).directory)

@@ -64,7 +64,7 @@ def _to_hub(args: Any, name: str) -> None:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
-    from textgen.model import draw_bars_in_terminals_only
+    from textgen.model.files import draw_bars_in_terminals_only
 
     draw_bars_in_terminals_only()
     api = HfApi()
@@ -115,8 +115,8 @@ def write_publication(args: Any, out: Path, *, name: str, where: str) -> None:
         CheckpointError, ModelFileError, TokenizerError: there is no whole checkpoint.
         OSError: a file cannot be written.
     """
-    from textgen.model import CONFIG_NAME, WEIGHTS_NAME, resolve_model_directory
-    from textgen.runs.checkpoint import MANIFEST_NAME, find_checkpoint, load_model, verify
+    from textgen.model.files import CONFIG_NAME, WEIGHTS_NAME, load_model, resolve_model_directory
+    from textgen.runs.checkpoint import MANIFEST_NAME, find_checkpoint, verify
     from textgen.tokenizer import MODEL_NAME
 
     directory = find_checkpoint(args.checkpoint, best=args.best) or resolve_model_directory(args.checkpoint)
@@ -135,8 +135,8 @@ def write_publication(args: Any, out: Path, *, name: str, where: str) -> None:
 
 def _copy_decoder(directory: Path, out: Path) -> float | None:
     """Copy an export, if it is one of these weights; return what int8 costs, in bits per byte."""
-    from textgen.decoding import FIGURES_NAME
-    from textgen.model import WEIGHTS_NAME
+    from textgen.decoding.choose import FIGURES_NAME
+    from textgen.model.files import WEIGHTS_NAME
 
     try:
         figures = json.loads((directory / FIGURES_NAME).read_bytes())

@@ -27,8 +27,8 @@ from textgen.console import Progress, setup_logging
 from textgen.settings import build_settings, in_words, unknown_setting
 
 if TYPE_CHECKING:
-    from textgen.decoding import Decoder
-    from textgen.generation import Request, Sample
+    from textgen.decoding.decoders import Decoder
+    from textgen.decoding.generation import Request, Sample
     from textgen.tokenizer import Tokenizer
 
 
@@ -208,7 +208,7 @@ def _batch_prompt(line: bytes, where: str, defaults: SamplingConfig) -> Prompt:
 
 def _as_read(prompt: Prompt, normalization: str, tokenizer: Tokenizer) -> Prompt:
     """Return a prompt as the model reads text, its stop strings too."""
-    from textgen.corpus import normalize
+    from textgen.data.corpus import normalize
 
     _require_drawable(prompt.config, tokenizer, f"{prompt.where}: ")
     stops = tuple(normalize(stop, normalization) for stop in prompt.config.stop)
@@ -217,7 +217,7 @@ def _as_read(prompt: Prompt, normalization: str, tokenizer: Tokenizer) -> Prompt
 
 
 def _require_drawable(config: SamplingConfig, tokenizer: Tokenizer, where: str = "") -> None:
-    from textgen.generation import require_drawable
+    from textgen.decoding.generation import require_drawable
 
     try:
         require_drawable(config, tokenizer)
@@ -254,9 +254,9 @@ def _load(args: Any) -> tuple[Path, Decoder, Tokenizer, dict[str, Any]]:
     setup_logging(main=True)
     import torch
 
-    from textgen.decoding import choose_decoder
-    from textgen.model import resolve_model_directory
-    from textgen.runs.checkpoint import find_checkpoint, load_model
+    from textgen.decoding.choose import choose_decoder
+    from textgen.model.files import load_model, resolve_model_directory
+    from textgen.runs.checkpoint import find_checkpoint
 
     directory = find_checkpoint(args.checkpoint, best=args.best) or resolve_model_directory(args.checkpoint)
     model, tokenizer = load_model(directory, "cuda" if torch.cuda.is_available() else "cpu")
@@ -287,8 +287,8 @@ class _Sampler:
 
     def events(self, skip: int = 0) -> Events:
         """Yield what `serve` does, of all samples but the first `skip`; an interrupt ends them as they are."""
-        from textgen.generation import serve
-        from textgen.graphs import GraphRunner
+        from textgen.decoding.cuda_graphs import GraphRunner
+        from textgen.decoding.generation import serve
 
         return serve(
             self._decoder, self._tokenizer, itertools.islice(self._requests(), skip, None),
@@ -297,7 +297,7 @@ class _Sampler:
         )  # fmt: skip
 
     def _requests(self) -> Iterator[Request]:
-        from textgen.generation import Request
+        from textgen.decoding.generation import Request
 
         for prompt in self.prompts:
             config = prompt.config
@@ -413,7 +413,7 @@ def _first_interrupt() -> Iterator[Callable[[], bool]]:
 
 def _origin(args: Any, config: SamplingConfig, raw: bytes, directory: Path) -> dict[str, str]:
     """Return digests of all that decides the samples."""
-    from textgen.model import CONFIG_NAME, WEIGHTS_NAME
+    from textgen.model.files import CONFIG_NAME, WEIGHTS_NAME
     from textgen.tokenizer import MODEL_NAME
 
     settings = [dataclasses.asdict(config), args.num_samples, args.best_of, args.decoder]

@@ -45,9 +45,9 @@ def serve_command(argv: Sequence[str]) -> None:
     log.setLevel(logging.INFO)
     import torch
 
-    from textgen.decoding import choose_decoder
-    from textgen.model import resolve_model_directory
-    from textgen.runs.checkpoint import find_checkpoint, load_model
+    from textgen.decoding.choose import choose_decoder
+    from textgen.model.files import load_model, resolve_model_directory
+    from textgen.runs.checkpoint import find_checkpoint
     from textgen.serving.api import Api
     from textgen.serving.gate import Gate
     from textgen.serving.protocol import Limits

@@ -16,7 +16,7 @@ import yaml
 from textgen.settings import dotted
 
 if TYPE_CHECKING:
-    from textgen.model import LSTMLanguageModel
+    from textgen.model.lstm import LSTMLanguageModel
 
 
 HUB = "hub:"

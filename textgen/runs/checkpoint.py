@@ -24,9 +24,7 @@ import torch
 from torch import Tensor
 
 from textgen.files import JSON_BYTES, make_directory, memory_bytes, parse_json, sync_directory
-from textgen.model import CONFIG_NAME, WEIGHTS_NAME, LSTMLanguageModel, resolve_model_directory
 from textgen.runs.tensors import chunks
-from textgen.tokenizer import MODEL_NAME, Tokenizer
 from textgen.tokenizer.tokenizer import MAX_MODEL_BYTES
 
 log = logging.getLogger("textgen")
@@ -393,32 +391,3 @@ def find_checkpoint(name: str | Path, *, best: bool = False) -> Path | None:
         raise CheckpointError(f"`{name}` has no best checkpoint: nothing was validated")
     found = [directory for number, directory in checkpoints(path) if number == step]  # it may be being replaced
     return next(iter(found), checkpoint_path(path, step))
-
-
-def load_model(
-    name: str | Path, device: torch.device | str = "cpu", *, best: bool = False
-) -> tuple[LSTMLanguageModel, Tokenizer]:
-    """Read model and tokenizer of a checkpoint directory, of a run's newest or best checkpoint, or of a hub repository.
-
-    Raises:
-        CheckpointError, ModelFileError, TokenizerError: it cannot be read, or the tokenizer is not the model's.
-    """
-    directory = find_checkpoint(name, best=best)
-    if directory is None:
-        directory = resolve_model_directory(name)
-    else:
-        verify(directory, [CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME])
-    model = LSTMLanguageModel.from_pretrained(directory)
-    if not (directory / MODEL_NAME).is_file():
-        raise CheckpointError(f"`{directory}` has no `{MODEL_NAME}`")
-    tokenizer = Tokenizer.from_file(directory / MODEL_NAME)
-    if tokenizer.vocab_size != model.vocab_size:
-        raise CheckpointError(
-            f"`{directory / MODEL_NAME}` has {tokenizer.vocab_size} tokens, the model beside it {model.vocab_size}"
-        )
-    if model.text.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
-        raise CheckpointError(
-            f"`{directory / MODEL_NAME}` is not the tokenizer of the model beside it: sha256 {tokenizer.sha256}, "
-            f"wanted {model.text['tokenizer_sha256']}"
-        )
-    return model.to(device).eval(), tokenizer

@@ -21,8 +21,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from textgen.corpus import normalize
-from textgen.generation import TokenLogprobs
+from textgen.data.corpus import normalize
+from textgen.decoding.generation import TokenLogprobs
 from textgen.serving.protocol import ApiError, CompletionRequest, Limits, describe_api, parse, read_body
 from textgen.serving.scheduler import BusyError, ClosedError, Piece, Scheduler, Stream
 

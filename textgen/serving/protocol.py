@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from textgen.config import SamplingConfig
-from textgen.corpus import normalize
+from textgen.data.corpus import normalize
 
 BODY_BYTES = 1 << 20
 BODY_SECONDS = 10.0

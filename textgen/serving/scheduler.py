@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from textgen.config import SamplingConfig
-from textgen.decoding import Decoder
-from textgen.generation import Batch, Prefilled, Request, Row, Sample, TokenLogprobs
+from textgen.decoding.decoders import Decoder
+from textgen.decoding.generation import Batch, Prefilled, Request, Row, Sample, TokenLogprobs
 from textgen.tokenizer import Tokenizer
 
 log = logging.getLogger("textgen")

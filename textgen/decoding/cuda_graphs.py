@@ -19,10 +19,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from textgen.decoding import Decoder, DecoderState
-from textgen.generation import Batch, Step, advance
+from textgen.decoding.decoders import Decoder, DecoderState
+from textgen.decoding.generation import Batch, Step, advance
+from textgen.decoding.sampling import Controls, select_controls
 from textgen.kernels.capture import CudaCapture, Replay
-from textgen.sampling import Controls, select_controls
 
 log = logging.getLogger("textgen")
 

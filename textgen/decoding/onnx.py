@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from textgen.decoding import Decoder, DecoderState
-from textgen.model import LSTMLanguageModel, LSTMLayer
+from textgen.decoding.decoders import Decoder, DecoderState
+from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
 
 
 class _Step(nn.Module):

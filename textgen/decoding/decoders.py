@@ -1,31 +1,25 @@
-"""Single steps of a trained model, as fast as the device reads its weights.
+"""Decoders: one step of a trained model, as fast as the device reads its weights.
 
-A decoder reads one token per row and returns logits for the next. The model's own `forward` says what is right; every
-other decoder computes the same from weights laid out anew: what the first LSTM layer makes of each token's embedding is
-a table, each layer is one matrix product, and the products run on weights that are packed once instead of at every
-call.
+A decoder reads one token per row and returns logits for the next. The model's own `forward` defines what is right. The
+cell decoder computes the same from weights in another layout: a table holds what the first LSTM layer makes of each
+token's embedding, and each layer is one matrix product on weights that are packed once instead of at every call.
 """
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
-import shutil
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from collections.abc import Sequence
+from typing import Literal, cast
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from textgen.config import DecoderName
-from textgen.files import JSON_BYTES, parse_json
-from textgen.hardware import has_bfloat16, processor_flags
+from textgen.decoding.products import Product, _Int8Product, _PackedProduct, _packs, _PlainProduct
 from textgen.kernels import decoding as decoding_kernels
-from textgen.model import WEIGHTS_NAME, LSTMLanguageModel, LSTMLayer
+from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
 
 log = logging.getLogger("textgen")
 
@@ -35,25 +29,8 @@ CellDtype = Literal["float32", "bfloat16", "int8"]
 DecoderState = list[Tensor]
 
 
-class Product(Protocol):
-    """x @ weight.T + bias: (batch, inputs) to (batch, outputs), float32."""
-
-    outputs: int
-
-    def __call__(self, x: Tensor, /) -> Tensor: ...
-
-
 # A prompt is read in windows of this many tokens, so that one of any length takes no more memory.
 PREFILL_WINDOW = 512
-
-# Figures of an export, in the checkpoint's directory, and what int8 may cost to be taken unasked.
-FIGURES_NAME = "decoder.json"
-FIGURES_FORMAT = "textgen.decoder.1"
-MOST_BITS_PER_BYTE = 0.002
-
-
-class DecoderError(ValueError):
-    """A decoder that is not to be had here; the message is one line."""
 
 
 # --- decoders --------------------------------------------------------------------------------------------------------
@@ -271,215 +248,3 @@ def _gates_last(weight: Tensor) -> Tensor:
     """Return rows in the order input, forget, output, cell: torch's has the cell third."""
     i, f, g, o = weight.chunk(4)
     return torch.cat([i, f, o, g])
-
-
-# --- matrix products on packed weights -------------------------------------------------------------------------------
-
-
-class _PackedProduct:
-    """x @ weight.T + bias on a CPU, by oneDNN on weights in its own layout; F.linear makes that anew at each call."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype) -> None:
-        self._dtype, self._bias, self.outputs = dtype, bias, len(weight)
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous())
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x.to(self._dtype), self._weight, None, "none", [], "")
-        y = y.float()
-        return y if self._bias is None else y.add_(self._bias)
-
-
-class _PlainProduct:
-    """x @ weight.T + bias where weights need no other layout."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype) -> None:
-        self._weight, self._bias, self.outputs = weight.to(dtype).contiguous(), bias, len(weight)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y = F.linear(x.to(self._weight.dtype), self._weight).float()
-        return y if self._bias is None else y.add_(self._bias)
-
-
-class _Int8Product:
-    """x @ weight.T + bias on a CPU in 8-bit integers, exact sums in 32 bits: weights scaled per output.
-
-    x is scaled by 127 where it is bounded by -1..1, else by a factor per row: a row does not depend on the others, and
-    as sums of integers have no order, not on their number either. What is multiplied is x + 128, as the operator wants
-    unsigned numbers; the 128 is taken off by the bias, which is a third faster than by the operator's zero point.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, bounded: bool) -> None:
-        self._bounded, self._bias, self.outputs = bounded, bias, len(weight)
-        scale = (weight.abs().amax(1) / 127).clamp(min=_TINY)
-        whole = (weight / scale[:, None]).round_()
-        sums = whole.sum(1) * 128  # exact, as whole numbers below 2^24 are
-        whole = whole.to(torch.int8)
-        self.tensors = {"weight": whole, "scale": scale} | ({} if bias is None else {"bias": bias.clone()})
-        self._scale = scale / 127 if bounded else scale
-        self._offset = -sums * self._scale
-        if bounded and bias is not None:
-            self._offset += bias
-        self._whole, self._sums = whole, sums
-
-    @property
-    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return weight, scale, offset, and the bias that comes after a row's scale."""
-        return self._whole, self._scale, self._offset, None if self._bounded else self._bias
-
-    @functools.cached_property
-    def _product(self) -> _WholeProduct:
-        return _product_in_int8(self._whole, self._sums) if multiplies_int8() else _product_in_float64(self._whole)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if self._bounded:
-            return self._product((x * 127).round_(), self._scale, self._offset)
-        row_scale = x.abs().amax(1, keepdim=True).div_(127).clamp_(min=_TINY)
-        y = self._product((x / row_scale).round_(), self._scale, self._offset).mul_(row_scale)
-        return y if self._bias is None else y.add_(self._bias)
-
-
-_TINY = torch.finfo(torch.float32).tiny
-
-# x of whole numbers -127 to 127, scale and offset per output: ((x + 128) @ weight.T) * scale + offset
-_WholeProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def _product_in_int8(weight: Tensor, sums: Tensor) -> _WholeProduct:
-    """Return the product; `sums` are 128 times those of each row."""
-    packed, zeros = torch.ops.onednn.qlinear_prepack(weight, None), torch.zeros(len(weight), dtype=torch.int32)
-    transposed, sums = weight.T, sums.to(torch.int32)
-
-    def product(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        if len(x) == 1:  # the other operator takes 17 us to set up
-            return torch._int_mm(x.to(torch.int8), transposed).add_(sums).float().mul_(scale).add_(offset)
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            x.add_(128).to(torch.uint8), 1.0, 0, packed, scale, zeros, offset, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return y
-
-    return product
-
-
-def _product_in_float64(weight: Tensor) -> _WholeProduct:
-    """Return the same by plain means, bit for bit: float64 holds the sums exactly."""
-    wide = weight.double()
-
-    def product(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        return F.linear(x.double() + 128, wide).float().mul_(scale).add_(offset)
-
-    return product
-
-
-@functools.cache
-def multiplies_int8() -> bool:
-    """Tell whether this processor multiplies 8-bit integers fast, and torch's operators for it are right.
-
-    The operators belong to torch's inner parts, so they are tried, on the largest sums: without VNNI or AMX steps of 16
-    bits overflow.
-    """
-    if not processor_flags() & {"avx512_vnni", "avx_vnni", "amx_int8"}:
-        return False
-    weight = torch.full((32, 64), 127, dtype=torch.int8)
-    weight[::2] = -127
-    rows, ones = [torch.full((count, 64), 127.0) for count in (1, 2)], torch.ones(32)
-    try:
-        fast, right = _product_in_int8(weight, weight.sum(1) * 128), _product_in_float64(weight)
-        return all(torch.equal(fast(x.clone(), ones, ones), right(x, ones, ones)) for x in rows)
-    except (AttributeError, RuntimeError):
-        return False
-
-
-@functools.cache
-def _packs(dtype: torch.dtype) -> bool:
-    """Tell whether torch's inner operators for packed weights are there and right."""
-    x, weight = torch.ones(2, 32, dtype=dtype), torch.eye(32, dtype=dtype)
-    try:
-        return torch.equal(_PackedProduct(weight, None, dtype=dtype)(x), x.float())
-    except (AttributeError, RuntimeError):
-        return False
-
-
-# --- the choice ------------------------------------------------------------------------------------------------------
-
-
-def choose_decoder(model: LSTMLanguageModel, name: str = "auto", *, directory: Path | None = None) -> Decoder:
-    """Return the decoder of a name; `auto` takes the fastest that costs nothing worth knowing.
-
-    Args:
-        model: on the device where it is to decode.
-        name: one of `DecoderName`.
-        directory: the checkpoint's, whose `decoder.json` says what int8 costs.
-
-    Raises:
-        DecoderError: there is no such decoder, or not here.
-    """
-    names, device = get_args(DecoderName), model.embedding.weight.device.type
-    if name not in names:
-        raise DecoderError(f"`decoder` must be one of {', '.join(f'`{known}`' for known in names)}: {name}")
-    if name == "plain":
-        return Decoder(model, why="as asked")
-    if name == "graph" and device != "cuda":
-        raise DecoderError(f"the decoder `graph` needs a CUDA device, the model is on {device}")
-    if name == "int8" and device != "cpu":
-        raise DecoderError(f"the decoder `int8` is one of CPUs, the model is on {device}")
-    if name not in ("auto", "compiled", "graph"):
-        slow = name == "int8" and not multiplies_int8()
-        why = "as asked" + (", though this processor has no VNNI: slow" if slow else "")
-        return CellDecoder(model, cast(CellDtype, name), why=why)
-    dtype, why = _fastest(device, directory)
-    if name in ("auto", "graph"):
-        decoder = CellDecoder(model, dtype, why=why)
-        decoder.in_graphs = device == "cuda"
-        return decoder
-    if device == "cpu" and (compiler := _missing_compiler()) is not None:
-        log.warning("the decoder `compiled` needs a C++ compiler, and there is no `%s`: not compiled", compiler)
-        return CellDecoder(model, dtype, why=why)
-    return CompiledDecoder(model, dtype, why=why)
-
-
-def _fastest(device: str, directory: Path | None) -> tuple[CellDtype, str]:
-    """Return what products of cells best read on a device, and why."""
-    if device == "cuda":
-        if has_bfloat16(use_cpu=False):
-            return "bfloat16", "the GPU has it"
-        return "float32", "the GPU has no bfloat16"
-    if device != "cpu":
-        return "float32", f"nothing else is known of {device}"
-    if not multiplies_int8():
-        no_int8 = "no int8, which takes VNNI"
-    else:
-        cost, no_int8 = _int8_cost(directory)
-        if cost is not None and cost <= MOST_BITS_PER_BYTE:
-            return "int8", f"it costs {cost:+.5f} bits per byte"
-    if has_bfloat16(use_cpu=True):
-        return "bfloat16", f"the processor has it; {no_int8}"
-    return "float32", f"the processor has no fast bfloat16; {no_int8}"
-
-
-def _int8_cost(directory: Path | None) -> tuple[float | None, str]:
-    """Return what an export has found int8 to cost, if it did, and why int8 is not taken."""
-    path = directory and directory / FIGURES_NAME
-    if path is None or not path.is_file():
-        return None, "int8 is not measured (`textgen export --to decoder`)"
-    try:
-        with path.open("rb") as file:
-            figures: dict[str, Any] = parse_json(file.read(JSON_BYTES + 1))
-        if figures["format"] != FIGURES_FORMAT:
-            raise ValueError(f"its format is not {FIGURES_FORMAT}")
-        bits = figures["bits_per_byte"]
-        cost = float(bits["int8"] - bits["plain"])
-        with (path.parent / WEIGHTS_NAME).open("rb") as file:
-            if figures["model_sha256"] != hashlib.file_digest(file, "sha256").hexdigest():
-                return None, f"`{FIGURES_NAME}` is of other weights"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return None, f"`{path}` cannot be used ({type(error).__name__}: {str(error)[:80]})"
-    return cost, f"int8 costs {cost:+.5f} bits per byte"
-
-
-def _missing_compiler() -> str | None:
-    """Return the C++ compiler that torch would call, if it is not there."""
-    from torch._inductor import config
-
-    names = config.cpp.cxx if isinstance(config.cpp.cxx, tuple | list) else [config.cpp.cxx]
-    wanted = [name or "g++" for name in names]
-    return None if any(shutil.which(name) for name in wanted) else wanted[0]

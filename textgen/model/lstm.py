@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
-import sys
-import typing
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from textgen.config import ModelConfig
-from textgen.files import JSON_BYTES, parse_json
 from textgen.kernels import training as training_kernels
 from textgen.noise import hash_bits, uniform
-from textgen.runs.tensors import TensorFileError, chunks, read_header, read_tensors
-from textgen.tokenizer import MODEL_NAME
 
 # (hidden, cell), each (num_layers, batch, hidden_size)
 State = tuple[Tensor, Tensor]
@@ -36,16 +28,6 @@ _WEIGHT_SITE = -2
 
 # Of each device, those that layers run on side by side.
 _STREAMS: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
-
-CONFIG_NAME = "config.json"
-WEIGHTS_NAME = "model.safetensors"
-_FORMAT = "textgen.lstm.1"
-
-HUB_SECONDS = 3  # to wait for the hub's first answer
-
-
-class ModelFileError(ValueError):
-    """A model directory that cannot be read; the message is one line."""
 
 
 @dataclass(frozen=True)
@@ -391,112 +373,3 @@ class LSTMLanguageModel(nn.Module):
     def state_shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shapes of `state_tensors`."""
         return {name: tuple(value.shape) for name, value in self.state_tensors().items()}
-
-    def pretrained_files(self) -> dict[str, bytes]:
-        """Return what stands beside the weights in a model's directory: file contents by name."""
-        config = {"format": _FORMAT, "vocab_size": self.vocab_size, "text": self.text, **asdict(self.config)}
-        return {CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` into a directory, as `from_pretrained` reads them."""
-        directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        for name, content in self.pretrained_files().items():
-            (directory / name).write_bytes(content)
-        with (directory / WEIGHTS_NAME).open("wb") as file:
-            for piece in chunks({name: value.cpu().contiguous() for name, value in self.state_tensors().items()}):
-                file.write(piece)
-
-    @classmethod
-    def from_pretrained(cls, name: str | Path) -> Self:
-        """Read a model from a directory, or from a repository of the Hugging Face hub.
-
-        Raises:
-            ModelFileError: there is no such model, or its files do not fit.
-        """
-        directory = resolve_model_directory(name)
-        try:
-            with (directory / CONFIG_NAME).open("rb") as file:
-                values = parse_json(file.read(JSON_BYTES + 1))
-            if values.pop("format", None) != _FORMAT:
-                raise ModelFileError(f"`{directory / CONFIG_NAME}` is not a textgen model: `format` is not {_FORMAT}")
-            vocab_size, text = values.pop("vocab_size"), values.pop("text", {})
-            # models older than the setting
-            values.setdefault("projection", values["embedding_dim"] != values["hidden_size"])
-            _check_types(values, vocab_size, text)
-            config = ModelConfig(**values)
-            if 3 * config.num_layers > len(read_header(directory / WEIGHTS_NAME)):
-                raise ModelFileError(f"`{directory / WEIGHTS_NAME}` has too few tensors for {config.num_layers} layers")
-            with torch.device("meta"):  # no memory is taken on the word of config.json alone
-                model = cls(config, vocab_size, text=text)
-            tensors = read_tensors(directory / WEIGHTS_NAME, model.state_shapes())
-            model.load_state_dict(tensors, strict=False, assign=True)
-            if config.tie_weights:
-                model.output.weight = model.embedding.weight
-        except ModelFileError:
-            raise
-        except TensorFileError as error:
-            raise ModelFileError(str(error)) from error
-        except Exception as error:  # JSON, dataclasses and torch each raise their own
-            raise ModelFileError(f"`{directory}` holds no readable model: {_first_line(error)}") from error
-        return model
-
-
-def _check_types(settings: Mapping[str, Any], vocab_size: object, text: object) -> None:
-    """Raise ValueError where a value of config.json is not of its type: Python would take true for a 1."""
-    kinds = typing.get_type_hints(ModelConfig)
-    for name, value in {**settings, "vocab_size": vocab_size}.items():
-        kind = kinds.get(name, int if name == "vocab_size" else type(value))  # ModelConfig refuses other names
-        if type(value) is not kind and not (kind is float and type(value) is int):
-            raise ValueError(f"`{name}` is {value!r:.40}, wanted {kind.__name__}")
-    if not isinstance(text, dict) or not all(isinstance(value, str) for value in text.values()):
-        raise ValueError("`text` does not hold texts")
-
-
-def resolve_model_directory(name: str | Path) -> Path:
-    """Return the directory of a model: `name` itself where it is one, else a snapshot fetched from the hub.
-
-    Args:
-        name: a directory, or a repository `OWNER/NAME`; `hub:OWNER/NAME` is never a directory.
-
-    Raises:
-        ModelFileError: neither a directory with a config nor a repository that can be reached.
-    """
-    path, repository = Path(name), str(name).removeprefix("hub:")
-    if repository == str(name):
-        if (path / CONFIG_NAME).is_file():
-            return path
-        if path.exists() or repository.count("/") != 1 or repository.startswith((".", "/", "~")):
-            raise ModelFileError(f"`{name}` has no `{CONFIG_NAME}`: not a checkpoint directory")
-    from huggingface_hub import HfApi, snapshot_download
-
-    draw_bars_in_terminals_only()
-    unreached = None
-    try:  # for a hub that is silent `snapshot_download` waits without end; what it fetched before is taken then
-        HfApi().model_info(repository, timeout=HUB_SECONDS)
-    except Exception as error:
-        unreached = error
-    try:
-        files = [CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME, "decoder.json"]  # by the last one a decoder is chosen
-        offline = unreached is not None
-        return Path(
-            snapshot_download(repository, allow_patterns=files, etag_timeout=HUB_SECONDS, local_files_only=offline)
-        )
-    except Exception as error:
-        raise ModelFileError(
-            f"`{name}` is no directory and cannot be read from the hub: {_first_line(unreached or error)}"
-        ) from error
-
-
-def draw_bars_in_terminals_only() -> None:
-    """Have the hub's client draw no progress bars into files and pipes."""
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    if sys.stderr is None or not sys.stderr.isatty():
-        disable_progress_bars()
-
-
-def _first_line(error: Exception) -> str:
-    """Return what an error says, in a line; its class where it says nothing, or only a missing key."""
-    lines = str(error).splitlines()
-    return (lines[0] if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip())[:300]

@@ -27,9 +27,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from textgen.config import DataConfig
-from textgen.documents import CorpusError as CorpusError
-from textgen.documents import check_rows, has_text, in_backticks, list_files, no_column, one_line, read_csv, read_files
-from textgen.documents import read_documents as read_documents
+from textgen.data.documents import CorpusError as CorpusError
+from textgen.data.documents import (
+    check_rows,
+    has_text,
+    in_backticks,
+    list_files,
+    no_column,
+    one_line,
+    read_csv,
+    read_files,
+)
+from textgen.data.documents import read_documents as read_documents
 
 Hashes = NDArray[np.uint64]  # first 8 bytes of the sha256 of each document's UTF-8 text
 Mask = NDArray[np.bool_]

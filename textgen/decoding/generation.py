@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from textgen.config import SamplingConfig
-from textgen.decoding import CellDecoder, Decoder, DecoderState
-from textgen.model import LSTMLanguageModel
-from textgen.sampling import Controls, control, controls_of, draw, join_controls, note, select_controls
+from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
+from textgen.decoding.sampling import Controls, control, controls_of, draw, join_controls, note, select_controls
+from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer
 
 # Samples that run at a time, unless the caller says so: enough to keep a processor or GPU busy.
@@ -125,7 +125,7 @@ def serve(
         requests: taken one by one, at most `AHEAD` beyond the oldest that runs.
         batch_size: rows.
         interrupted: asked before every token; once it says so, what runs ends as it is and nothing is begun.
-        run: draws the tokens of a batch as `Batch.run` does, the default; `textgen.graphs.GraphRunner` does from
+        run: draws the tokens of a batch as `Batch.run` does, the default; `GraphRunner` of `cuda_graphs` does so with
             CUDA graphs.
 
     Yields:

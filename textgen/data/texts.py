@@ -1,0 +1,71 @@
+"""Texts to score: documents of files, or of a split that a checkpoint was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from textgen.config import TrainConfig
+from textgen.data.corpus import normalize
+from textgen.data.documents import read_documents
+from textgen.data.store import DataError, TokenStore, prepare_store
+from textgen.runs.checkpoint import TRAINER_NAME, CheckpointError, read_json
+from textgen.settings import build_settings
+
+SPLITS = ("train", "validation", "test")
+
+
+def texts_to_score(
+    checkpoint: Path | None, data: str, text_column: str, *, limit: int | None, normalization: str
+) -> list[str]:
+    """Return documents of files, or of a split of the data that a checkpoint was trained on.
+
+    Args:
+        checkpoint: its directory; None of a model that does not say what it was trained on.
+        data: a file, folder or glob, or a split.
+        text_column: of csv, jsonl and parquet files.
+        limit: the first ones only.
+        normalization: what the model reads of texts.
+
+    Raises:
+        DataError, CorpusError, CheckpointError: there are none.
+    """
+    if data in SPLITS:
+        if checkpoint is None:
+            raise DataError(f"the model does not say what it was trained on: give `--data` a file, not `{data}`")
+        texts = _split_texts(checkpoint, data, limit)
+    else:
+        documents = (text for text in read_documents([data], text_column=text_column) if text.strip())
+        texts = [normalize(text, normalization) for text in islice(documents, limit)]
+    if not texts:
+        raise DataError(f"`{data}` holds no documents")
+    return texts
+
+
+def _split_texts(checkpoint: Path, name: str, limit: int | None) -> list[str]:
+    return list(islice(read_split(store_of(checkpoint), name), limit))
+
+
+def read_split(store: TokenStore, name: str) -> Iterator[str]:
+    """Yield the texts of a split's documents."""
+    split = store.split(name)
+    for i in range(split.num_documents):  # documents end with the end-of-text token, which decodes to nothing
+        yield store.tokenizer.decode(split.document(i).tolist())
+
+
+def store_of(checkpoint: Path) -> TokenStore:
+    """Return the tokens that a checkpoint was trained on; they are made anew where they are gone.
+
+    Raises:
+        CheckpointError, DataError, CorpusError: it does not say which, or they are not to be had.
+    """
+    path = checkpoint / TRAINER_NAME
+    try:
+        settings = read_json(path)["config"]
+        config = build_settings(TrainConfig, {"data": settings["data"], "tokenizer": settings["tokenizer"]})
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"`{path}` has no settings of data: {error}") from error
+    return prepare_store(config.data, config.tokenizer)

@@ -1,0 +1,170 @@
+"""A model on disk: read, written, fetched from the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import sys
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from textgen.config import ModelConfig
+from textgen.files import JSON_BYTES, parse_json
+from textgen.model.lstm import LSTMLanguageModel
+from textgen.runs.checkpoint import CheckpointError, find_checkpoint, verify
+from textgen.runs.tensors import TensorFileError, chunks, read_header, read_tensors
+from textgen.tokenizer import MODEL_NAME, Tokenizer
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+_FORMAT = "textgen.lstm.1"
+
+HUB_SECONDS = 3  # to wait for the hub's first answer
+
+
+class ModelFileError(ValueError):
+    """A model directory that cannot be read; the message is one line."""
+
+
+def model_files(model: LSTMLanguageModel) -> dict[str, bytes]:
+    """Return the files beside the weights in a model's directory: contents by name."""
+    config = {"format": _FORMAT, "vocab_size": model.vocab_size, "text": model.text, **asdict(model.config)}
+    return {CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}
+
+
+def save_model(model: LSTMLanguageModel, directory: str | Path) -> None:
+    """Write `config.json` and `model.safetensors` into a directory, as `read_model` reads them."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, content in model_files(model).items():
+        (directory / name).write_bytes(content)
+    with (directory / WEIGHTS_NAME).open("wb") as file:
+        for piece in chunks({name: value.cpu().contiguous() for name, value in model.state_tensors().items()}):
+            file.write(piece)
+
+
+def read_model(name: str | Path) -> LSTMLanguageModel:
+    """Read a model from a directory, or from a repository of the Hugging Face hub.
+
+    Raises:
+        ModelFileError: there is no such model, or its files do not fit.
+    """
+    directory = resolve_model_directory(name)
+    try:
+        with (directory / CONFIG_NAME).open("rb") as file:
+            values = parse_json(file.read(JSON_BYTES + 1))
+        if values.pop("format", None) != _FORMAT:
+            raise ModelFileError(f"`{directory / CONFIG_NAME}` is not a textgen model: `format` is not {_FORMAT}")
+        vocab_size, text = values.pop("vocab_size"), values.pop("text", {})
+        # models older than the setting
+        values.setdefault("projection", values["embedding_dim"] != values["hidden_size"])
+        _check_types(values, vocab_size, text)
+        config = ModelConfig(**values)
+        if 3 * config.num_layers > len(read_header(directory / WEIGHTS_NAME)):
+            raise ModelFileError(f"`{directory / WEIGHTS_NAME}` has too few tensors for {config.num_layers} layers")
+        with torch.device("meta"):  # no memory is taken on the word of config.json alone
+            model = LSTMLanguageModel(config, vocab_size, text=text)
+        tensors = read_tensors(directory / WEIGHTS_NAME, model.state_shapes())
+        model.load_state_dict(tensors, strict=False, assign=True)
+        if config.tie_weights:
+            model.output.weight = model.embedding.weight
+    except ModelFileError:
+        raise
+    except TensorFileError as error:
+        raise ModelFileError(str(error)) from error
+    except Exception as error:  # JSON, dataclasses and torch each raise their own
+        raise ModelFileError(f"`{directory}` holds no readable model: {_first_line(error)}") from error
+    return model
+
+
+def _check_types(settings: Mapping[str, Any], vocab_size: object, text: object) -> None:
+    """Raise ValueError where a value of config.json is not of its type: Python would take true for a 1."""
+    kinds = typing.get_type_hints(ModelConfig)
+    for name, value in {**settings, "vocab_size": vocab_size}.items():
+        kind = kinds.get(name, int if name == "vocab_size" else type(value))  # ModelConfig refuses other names
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise ValueError(f"`{name}` is {value!r:.40}, wanted {kind.__name__}")
+    if not isinstance(text, dict) or not all(isinstance(value, str) for value in text.values()):
+        raise ValueError("`text` does not hold texts")
+
+
+def resolve_model_directory(name: str | Path) -> Path:
+    """Return the directory of a model: `name` itself where it is one, else a snapshot fetched from the hub.
+
+    Args:
+        name: a directory, or a repository `OWNER/NAME`; `hub:OWNER/NAME` is never a directory.
+
+    Raises:
+        ModelFileError: neither a directory with a config nor a repository that can be reached.
+    """
+    path, repository = Path(name), str(name).removeprefix("hub:")
+    if repository == str(name):
+        if (path / CONFIG_NAME).is_file():
+            return path
+        if path.exists() or repository.count("/") != 1 or repository.startswith((".", "/", "~")):
+            raise ModelFileError(f"`{name}` has no `{CONFIG_NAME}`: not a checkpoint directory")
+    from huggingface_hub import HfApi, snapshot_download
+
+    draw_bars_in_terminals_only()
+    unreached = None
+    try:  # for a hub that is silent `snapshot_download` waits without end; what it fetched before is taken then
+        HfApi().model_info(repository, timeout=HUB_SECONDS)
+    except Exception as error:
+        unreached = error
+    try:
+        files = [CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME, "decoder.json"]  # by the last one a decoder is chosen
+        offline = unreached is not None
+        return Path(
+            snapshot_download(repository, allow_patterns=files, etag_timeout=HUB_SECONDS, local_files_only=offline)
+        )
+    except Exception as error:
+        raise ModelFileError(
+            f"`{name}` is no directory and cannot be read from the hub: {_first_line(unreached or error)}"
+        ) from error
+
+
+def draw_bars_in_terminals_only() -> None:
+    """Have the hub's client draw no progress bars into files and pipes."""
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if sys.stderr is None or not sys.stderr.isatty():
+        disable_progress_bars()
+
+
+def _first_line(error: Exception) -> str:
+    """Return what an error says, in a line; its class where it says nothing, or only a missing key."""
+    lines = str(error).splitlines()
+    return (lines[0] if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip())[:300]
+
+
+def load_model(
+    name: str | Path, device: torch.device | str = "cpu", *, best: bool = False
+) -> tuple[LSTMLanguageModel, Tokenizer]:
+    """Read model and tokenizer of a checkpoint directory, of a run's newest or best checkpoint, or of a hub repository.
+
+    Raises:
+        CheckpointError, ModelFileError, TokenizerError: it cannot be read, or the tokenizer is not the model's.
+    """
+    directory = find_checkpoint(name, best=best)
+    if directory is None:
+        directory = resolve_model_directory(name)
+    else:
+        verify(directory, [CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME])
+    model = read_model(directory)
+    if not (directory / MODEL_NAME).is_file():
+        raise CheckpointError(f"`{directory}` has no `{MODEL_NAME}`")
+    tokenizer = Tokenizer.from_file(directory / MODEL_NAME)
+    if tokenizer.vocab_size != model.vocab_size:
+        raise CheckpointError(
+            f"`{directory / MODEL_NAME}` has {tokenizer.vocab_size} tokens, the model beside it {model.vocab_size}"
+        )
+    if model.text.get("tokenizer_sha256", tokenizer.sha256) != tokenizer.sha256:
+        raise CheckpointError(
+            f"`{directory / MODEL_NAME}` is not the tokenizer of the model beside it: sha256 {tokenizer.sha256}, "
+            f"wanted {model.text['tokenizer_sha256']}"
+        )
+    return model.to(device).eval(), tokenizer
