@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from textgen.model import lstm as model
 from textgen.model.lstm import LSTMLayer, State
 from textgen.noise import uniform
-from textgen.steps import Training
+from textgen.training.step import Training
 
 EMBEDDING_DROPOUT = 0.1
 _EMBEDDING_SITE = 1000  # the model draws its own masks at smaller ones

@@ -35,7 +35,8 @@ from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import StopSignals
 from textgen.runs.metrics import read_metrics
-from textgen.steps import Training, build, step_batches, train_step
+from textgen.training.setup import build
+from textgen.training.step import Training, step_batches, train_step
 
 ROOT = Path(__file__).parents[1]
 RESULT = RESULTS / "communication.json"

@@ -39,7 +39,8 @@ from textgen.distributed.signals import StopSignals
 from textgen.evaluation import score, split_documents
 from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
 from textgen.settings import build_settings
-from textgen.steps import Training, build, step_batches, train_step, zero_lanes
+from textgen.training.setup import build
+from textgen.training.step import Training, step_batches, train_step, zero_lanes
 
 PRESETS = Path(__file__).parents[1] / "launch" / "presets"
 CACHE = Path("~/.cache/textgen").expanduser()

@@ -24,9 +24,11 @@ from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import StopSignals
 from textgen.runs.directory import RunDirectory
-from textgen.steps import build, step_batches, train_step
 from textgen.tracking.tracker import RunEnd, Tracker
-from textgen.training import Meter, log_metrics, start_tracking
+from textgen.training.loop import start_tracking
+from textgen.training.metrics import Meter, log_metrics
+from textgen.training.setup import build
+from textgen.training.step import step_batches, train_step
 
 PAIRS, STEPS, LOG_EVERY = 12, 100, 10
 SHAPE = [

@@ -43,14 +43,15 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.machine import RESULTS, save
-from textgen import usage
 from textgen.config import ModelConfig, TrainConfig
 from textgen.hardware import keep_freed_memory
 from textgen.kernels import training as training_kernels
 from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
-from textgen.optim import build_optimizer
-from textgen.step_graph import StepGraph
-from textgen.steps import Progression, Training, capture_on, train_step, zero_lanes
+from textgen.training import metrics as usage
+from textgen.training.cuda_graph import StepGraph
+from textgen.training.optim import build_optimizer
+from textgen.training.setup import capture_on
+from textgen.training.step import Progression, Training, train_step, zero_lanes
 
 Steps = Callable[[int], float]
 """takes so many optimizer steps and returns the last loss, nats per token"""

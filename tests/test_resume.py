@@ -19,11 +19,12 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from textgen import training
 from textgen.cli import main, train_main
 from textgen.model.files import load_model
 from textgen.runs.checkpoint import checkpoints, newest_valid
 from textgen.runs.metrics import read_metrics
+from textgen.training import loop as training
+from textgen.training import validation
 
 Capture = pytest.CaptureFixture[str]
 
@@ -118,7 +119,7 @@ def test_an_evaluation_that_was_logged_and_not_saved_is_logged_once(
         train_main(flags_for(tiny_flags, tmp_path / "parts", *flags))
     stop_at(None)
     with monkeypatch.context() as killed:
-        killed.setattr(training, "save", lambda _: 1 / 0)
+        killed.setattr(validation, "save", lambda _: 1 / 0)
         with pytest.raises(SystemExit):
             train_main(flags_for(tiny_flags, tmp_path / "parts", *flags))
     assert [row["step"] for row in read_metrics(tmp_path / "parts") if "valid/loss" in row] == [2]

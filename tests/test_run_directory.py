@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
-from textgen import training
 from textgen.commands.parsing import parse_train_config
 from textgen.runs import checkpoint
 from textgen.runs import directory as run_directory
 from textgen.runs.directory import RunDirectory, RunDirectoryError, read_status
+from textgen.training import loop as training
 
 
 def test_directory_without_a_training_is_not_left_behind(tmp_path: Path) -> None:

@@ -16,15 +16,16 @@ from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.test_training import assert_same_bits, flags_for, newest, refusal, steps_and_losses
-from textgen import training
 from textgen.cli import train_main
 from textgen.config import TrainConfig
 from textgen.distributed.launch import LaunchError
 from textgen.kernels import training as training_kernels
 from textgen.kernels.capture import Replay
 from textgen.noise import hash_bits, uniform
-from textgen.step_graph import WARM_UP, StepGraph
-from textgen.steps import Training, refuse_graph
+from textgen.training import loop as training
+from textgen.training.cuda_graph import WARM_UP, StepGraph
+from textgen.training.setup import refuse_graph
+from textgen.training.step import Training
 
 EVERYTHING = [
     "--model.dropout", "0.2", "--model.weight_drop", "0.3", "--model.layer_norm", "--model.residual",

@@ -20,8 +20,8 @@ from safetensors.torch import load_file
 from textgen.cli import train_main
 from textgen.commands.parsing import parse_train_config
 from textgen.config import TrainConfig
-from textgen.optim import learning_rate
 from textgen.runs.metrics import read_metrics
+from textgen.training.optim import learning_rate
 
 ROOT = Path(__file__).parents[1]
 
@@ -356,7 +356,7 @@ def test_past_epochs_are_let_go(tiny_flags: list[str], tmp_path: Path, monkeypat
     import gc
     import weakref
 
-    from textgen import steps
+    from textgen.training import step as steps
 
     alive: list[weakref.ref[Any]] = []
     most = 0

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from textgen.config import ModelConfig
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.runs.metrics import read_metrics, tells_of_the_machine
-from textgen.usage import flops_per_token, known_peak, measure_machines, peak_flops
+from textgen.training.metrics import flops_per_token, known_peak, measure_machines, peak_flops
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,7 +64,7 @@ def test_memory_is_the_most_that_was_held() -> None:
     """In a process of its own: this one may have held more before."""
     measure = """
 import torch
-from textgen.usage import peak_memory
+from textgen.training.metrics import peak_memory
 device, figures = torch.device("cpu"), []
 figures.append(peak_memory(device))
 block = torch.ones(50 << 20)

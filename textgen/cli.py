@@ -102,9 +102,9 @@ def _user_errors() -> tuple[type[ValueError], ...]:
     from textgen.model.files import ModelFileError
     from textgen.runs.checkpoint import CheckpointError
     from textgen.runs.directory import RunDirectoryError
-    from textgen.steps import TrainingError
     from textgen.tokenizer import TokenizerError
     from textgen.tracking.tracker import TrackingError
+    from textgen.training.step import TrainingError
 
     return (
         CheckpointError, CorpusError, DataError, LaunchError, ModelFileError, RunDirectoryError, TokenizerError,

@@ -32,10 +32,10 @@ from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import StopSignals
 from textgen.model.files import ModelFileError, load_model
-from textgen.resume import optimizer_tensors, resume
 from textgen.runs.checkpoint import MANIFEST_NAME, CheckpointError, checkpoint_path, find_checkpoint
-from textgen.steps import build
 from textgen.tokenizer import TokenizerError
+from textgen.training.resume import optimizer_tensors, resume
+from textgen.training.setup import build
 
 ROOT = Path(__file__).parents[2]
 REFUSALS = (CheckpointError, ModelFileError, TokenizerError)

@@ -18,16 +18,17 @@ from collections.abc import Callable
 from typing import Any
 
 from textgen import cli
+from textgen.commands import train
 
 # name -> module and function, looked up there when it is called
 PLACES = {
     "starting": ("textgen.distributed.launch", "start"),
     "tokenizing": ("textgen.data.store", "train_tokenizer"),
     "encoding": ("textgen.data.store", "encode_documents"),
-    "resuming": ("textgen.resume", "load_optimizer"),
-    "stepping": ("textgen.training", "train_step"),
-    "updating": ("textgen.steps", "_update"),
-    "scoring": ("textgen.training", "score"),
+    "resuming": ("textgen.training.resume", "load_optimizer"),
+    "stepping": ("textgen.training.loop", "train_step"),
+    "updating": ("textgen.training.step", "_update"),
+    "scoring": ("textgen.training.validation", "score"),
     "evaluating": ("textgen.evaluation", "_score_batch"),
     "sampling": ("textgen.decoding.generation", "advance"),
     "saving": ("textgen.runs.checkpoint", "_write"),
@@ -92,13 +93,13 @@ def wrap(module: Any, name: str, actions: dict[int, str]) -> None:
 def main() -> None:
     """Train; the wrapping waits until the flags are read, since it imports torch."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # the background job of a shell ignores it
-    start_log = cli._start_log
+    start_log = train.start_log
 
     def start_log_and_install() -> None:
         start_log()
         install()
 
-    cli._start_log = start_log_and_install
+    train.start_log = start_log_and_install
     cli.train_main()
 
 

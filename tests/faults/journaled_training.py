@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from textgen import cli
+from textgen.commands import train
 
 
 def journal() -> None:
-    """Wrap `textgen.training.train_step`."""
+    """Wrap `textgen.training.loop.train_step`."""
     import torch
 
-    from textgen import steps, training
+    from textgen.training import loop as training
+    from textgen.training import step as steps
 
     path = Path(os.environ["TEXTGEN_JOURNAL"]) / f"{os.environ['TEXTGEN_LAUNCH']}-{os.environ.get('RANK', '0')}"
     file = path.open("a", buffering=1)
@@ -54,13 +56,13 @@ def journal() -> None:
 
 def main() -> None:
     """Train; the wrapping waits until the flags are read, since it imports torch."""
-    start_log = cli._start_log
+    start_log = train.start_log
 
     def start_log_and_journal() -> None:
         start_log()
         journal()
 
-    cli._start_log = start_log_and_journal
+    train.start_log = start_log_and_journal
     cli.train_main()
 
 

@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from textgen.model.files import ModelFileError, load_model, read_model
-from textgen.resume import read_trainer
 from textgen.runs.checkpoint import CheckpointError, verify
 from textgen.runs.tensors import SIZES, TensorFileError, read_header, read_tensors
-from textgen.steps import Progression
 from textgen.tokenizer import Tokenizer, TokenizerError
+from textgen.training.resume import read_trainer
+from textgen.training.step import Progression
 
 Result = TypeVar("Result")
 

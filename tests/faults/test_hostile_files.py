@@ -68,11 +68,11 @@ def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]],
     from textgen.distributed import launch
     from textgen.distributed.signals import StopSignals
     from textgen.model.files import load_model, read_model
-    from textgen.resume import resume
     from textgen.runs.checkpoint import find_checkpoint, newest_valid, verify
     from textgen.runs.tensors import TensorFileError, read_header
-    from textgen.steps import build
     from textgen.tokenizer import Tokenizer
+    from textgen.training.resume import resume
+    from textgen.training.setup import build
 
     config = parse_train_config([*flags, "--run_dir", os.devnull])
     training = build(config, launch.start("no"), prepare_store(config.data, config.tokenizer), StopSignals())

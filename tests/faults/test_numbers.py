@@ -12,15 +12,16 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import load_file
 
 from tests.faults.jobs import Job, fault, newest, rows
-from textgen import training
 from textgen.cli import train_main
 from textgen.commands.parsing import parse_train_config
 from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import StopSignals
 from textgen.runs.directory import read_status
-from textgen.steps import Training, build, step_batches, train_step
-from textgen.training import MAX_SKIPS_IN_A_ROW, describe_nonfinite
+from textgen.training import loop as training
+from textgen.training.loop import MAX_SKIPS_IN_A_ROW, describe_nonfinite
+from textgen.training.setup import build
+from textgen.training.step import Training, step_batches, train_step
 
 Capture = pytest.CaptureFixture[str]
 

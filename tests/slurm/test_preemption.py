@@ -22,7 +22,7 @@ from textgen.runs.metrics import read_metrics
 pytestmark = pytest.mark.slow
 
 STEPS = 200
-PAUSES = {"train_step": 0.05}  # in seconds, by functions of textgen.training
+PAUSES = {"train_step": 0.05}  # in seconds, by functions of textgen.training.loop
 TRAIN = "launch/slurm/train.sbatch"
 TRAINING = """
 import json, os, time

@@ -580,8 +580,8 @@ def check_space(config: TrainConfig, run_dir: Path, store: TokenStore | None) ->
     import torch
 
     from textgen.model.lstm import LSTMLanguageModel
-    from textgen.resume import checkpoint_bytes, checkpoints_at_a_time, state_shapes
-    from textgen.steps import steps_per_epoch
+    from textgen.training.resume import checkpoint_bytes, checkpoints_at_a_time, state_shapes
+    from textgen.training.step import steps_per_epoch
 
     vocab_size = store.record["vocab_size"] if store else config.tokenizer.vocab_size
     with torch.device("meta"):

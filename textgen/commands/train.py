@@ -12,6 +12,6 @@ def train_command(argv: Sequence[str] | None = None, *, prog: str | None = None)
     """Train as flags and config file say."""
     config = parse_train_config(argv, prog=prog)
     start_log()
-    from textgen.training import train
+    from textgen.training.loop import train
 
     train(config, config_file=config_file(argv))

@@ -16,8 +16,8 @@ def verify_command(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object per checkpoint")
     args = parser.parse_args(list(argv))
 
-    from textgen.resume import describe_checkpoint
     from textgen.runs.checkpoint import CheckpointError, checkpoints
+    from textgen.training.resume import describe_checkpoint
 
     invalid = 0
     for directory in [path for _, path in checkpoints(Path(args.checkpoint))] or [Path(args.checkpoint)]:

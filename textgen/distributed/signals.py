@@ -1,7 +1,7 @@
 """Signals, launchers and siblings: how a process is asked to stop, and what ends with what. No torch here.
 
 Nothing is ever saved inside a signal handler: it notes the signal, and the training loop, which asks at every step,
-agrees with the other processes and saves (`textgen/training.py`).
+agrees with the other processes and saves (`textgen/training/loop.py`).
 """
 
 from __future__ import annotations

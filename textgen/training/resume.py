@@ -36,8 +36,9 @@ from textgen.runs.checkpoint import (
 )
 from textgen.runs.tensors import TensorFileError, check_tensors, read_tensors
 from textgen.settings import UNTOLD, dotted
-from textgen.steps import Progression, Training, TrainingError, fit_steps, zero_lanes
 from textgen.tokenizer import MODEL_NAME
+from textgen.training.budget import fit_steps
+from textgen.training.step import Progression, Training, TrainingError, zero_lanes
 
 log = logging.getLogger("textgen")
 

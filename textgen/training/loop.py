@@ -1,55 +1,39 @@
-"""Training: build or resume, then step, log, evaluate, save; and end in order, whoever asks."""
+"""The training loop: build or resume, then step, log, evaluate, save; and end in order."""
 
 from __future__ import annotations
 
 import json
 import logging
-import math
 import os
-import re
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate import Accelerator
 
-from textgen.config import SamplingConfig, TrainConfig
+from textgen.config import TrainConfig
 from textgen.console import Progress, say
-from textgen.data.corpus import normalize
 from textgen.data.store import prepare_store
-from textgen.decoding.generation import Sample, generate
 from textgen.distributed import launch
 from textgen.distributed.signals import Interrupted, StopSignals
-from textgen.evaluation import Score, perplexity, score, split_documents
 from textgen.files import write_whole
-from textgen.optim import learning_rate
-from textgen.reporting.report import SAMPLES_NAME, draw_loss_curve, leave_report
-from textgen.resume import checkpoint_bytes, checkpoints_at_a_time, resume, save, state_shapes
+from textgen.reporting.report import leave_report
 from textgen.runs.checkpoint import Saver, checkpoint_path
 from textgen.runs.directory import RunDirectory
 from textgen.runs.environment import ENVIRONMENT_NAME, describe_environment
-from textgen.steps import (
-    Training,
-    TrainingError,
-    build,
-    describe_cost,
-    describe_request,
-    describe_training,
-    fit_steps,
-    refuse_graph,
-    step_batches,
-    steps_per_epoch,
-    train_step,
-)
 from textgen.tracking.backends import assert_installed, build_trackers, describe_launch
-from textgen.tracking.tracker import RunEnd, SampledText, Tracker
+from textgen.tracking.tracker import RunEnd, Tracker
 from textgen.tracking.wandb import choose_wandb_id
-from textgen.usage import flops_per_token, measure_machines, peak_flops
+from textgen.training.budget import describe_cost, describe_request, describe_training, fit_steps
+from textgen.training.metrics import Meter, log_metrics, say_epoch
+from textgen.training.resume import checkpoint_bytes, checkpoints_at_a_time, resume, save, state_shapes
+from textgen.training.setup import build, refuse_graph
+from textgen.training.step import Training, TrainingError, step_batches, steps_per_epoch, train_step
+from textgen.training.validation import evaluate_and_save
 
 log = logging.getLogger("textgen")
 
@@ -243,23 +227,6 @@ def finish_saving(training: Training) -> None:
     training.accelerator.wait_for_everyone()
 
 
-# --- the loop --------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Meter:
-    """Steps since the last row of metrics, or since the resume, and what became of the time."""
-
-    steps: int = 0
-    waited: float = 0.0
-    """seconds for data"""
-    evaluated: float = 0.0
-    """seconds for scores, samples and pictures"""
-    paused: float = 0.0
-    """seconds for checkpoints"""
-    started: float = field(default_factory=time.perf_counter)
-
-
 def run_steps(training: Training, tracker: Tracker, run: RunDirectory, bar: Progress) -> None:
     """Take all remaining steps: log, evaluate, sample and save by the way. Collective.
 
@@ -324,172 +291,6 @@ def agree(training: Training, agreement: launch.Agreement, *, now: bool) -> bool
             training.saver.wait()
         raise TrainingError("the checkpoint could not be written")
     return stopped
-
-
-def log_metrics(training: Training, tracker: Tracker, meter: Meter) -> dict[str, float]:
-    """Write a row of metrics of the steps since the last one, and return it. Collective."""
-    config, now = training.config, training.progression
-    step_tokens = config.batch_size * config.seq_len
-    total = float(training.accelerator.reduce(training.nats, "sum"))
-    tokens, norm = now.unlogged_steps * step_tokens, training.recent[-1].norm
-    now.epoch_nats, now.epoch_tokens = now.epoch_nats + total, now.epoch_tokens + tokens
-    training.nats.zero_()
-    now.unlogged_steps = 0
-    loss, bits = total / tokens, bits_per_nat(training)
-    values: dict[str, float] = {
-        "tokens": now.step * step_tokens,
-        "epoch": now.step / steps_per_epoch(config, training.store),
-        "train/loss": loss,
-        "train/perplexity": perplexity(loss),
-        **({"train/bits_per_byte": loss * bits} if bits else {}),
-        "train/learning_rate": learning_rate(now.step - 1, now.total_steps, config),
-        "train/gradient_norm": float(norm) if norm is not None else math.nan,
-        **({"train/skipped_steps": now.skipped_steps} if now.skipped_steps else {}),
-        **measure_speed(training, meter),
-        **measure_machines(training.accelerator),
-    }
-    values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON knows no others
-    tracker.log(now.step, values)
-    return values
-
-
-def measure_speed(training: Training, meter: Meter) -> dict[str, float]:
-    """Return tokens and operations per second of the steps, and the shares of all time that went elsewhere."""
-    config, accelerator = training.config, training.accelerator
-    everything = time.perf_counter() - meter.started
-    tokens = meter.steps * config.batch_size * config.seq_len
-    rate = tokens / (everything - meter.evaluated - meter.paused)
-    flops, peak = rate * flops_per_token(training.bare), peak_flops(accelerator)
-    return {
-        "train/tokens_per_second": rate,
-        "train/tokens_per_second_per_process": rate / accelerator.num_processes,
-        "train/flops_per_second": flops,
-        **({"train/flops_share": flops / peak / accelerator.num_processes} if peak else {}),
-        "train/data_share": meter.waited / everything,
-        "train/evaluate_share": meter.evaluated / everything,
-        "train/save_share": meter.paused / everything,
-        **({"checkpoint/pause_seconds": meter.paused} if meter.paused else {}),
-    }
-
-
-def bits_per_nat(training: Training) -> float | None:
-    """Return what turns nats per token into bits per byte; a tokenizer that loses text has none."""
-    store = training.store
-    return 1 / math.log(2) / store.bytes_per_token("train") if store.tokenizer.is_lossless else None
-
-
-def say_epoch(training: Training, per_epoch: int) -> None:
-    """Print the average loss of an epoch, or of what there is of the last one."""
-    now, bits = training.progression, bits_per_nat(training)
-    average = now.epoch_nats / now.epoch_tokens
-    say(
-        training.accelerator,
-        f"Epoch [{math.ceil(now.step / per_epoch)}/{math.ceil(now.total_steps / per_epoch)}], "
-        f"Avg Loss: {average:.4f}" + (f" ({average * bits:.4f} bits per byte)" if bits else ""),
-    )
-
-
-def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory, bar: Progress, meter: Meter) -> None:
-    """Score the validation split, sample, write a checkpoint; mark the training finished where it is. Collective.
-
-    Raises:
-        Interrupted: a signal came before score and samples were done; the evaluation will be made anew.
-    """
-    config, accelerator, now = training.config, training.accelerator, training.progression
-    best_loss, best_step, without_better = now.best_loss, now.best_step, now.evaluations_without_better + 1
-    patience, last = config.early_stopping_patience, now.step == now.total_steps
-    stop_early, started = False, time.perf_counter()
-    score = evaluate(training, config.evaluate_documents)
-    if score is not None:
-        if best_loss is None or score.nats_per_token < best_loss:
-            best_loss, best_step, without_better = score.nats_per_token, now.step, 0
-        stop_early = patience is not None and without_better >= patience
-        if (stop_early or last) and config.evaluate_documents is not None:
-            score = evaluate(training, None) or score  # the figure to report; the best one is chosen by like measures
-    if score is not None and not math.isfinite(score.nats):
-        raise TrainingError(f"the validation loss turned to {score.nats_per_token} by step {now.step}; it is not saved")
-    samples = write_samples(training) if accelerator.is_main_process else []
-    bar.sample("".join(samples[0][1:]) if samples else "")
-    launch.raise_if_stopped(accelerator, training.stop)
-    now.best_loss, now.best_step, now.evaluations_without_better = best_loss, best_step, without_better
-    now.evaluated_step, now.finished = now.step, stop_early or last
-    values: dict[str, float] = {"tokens": now.step * config.batch_size * config.seq_len}
-    if score is not None:
-        lossless = training.store.tokenizer.is_lossless
-        values |= {"valid/loss": score.nats_per_token}
-        values |= {"valid/perplexity": score.perplexity} if math.isfinite(score.perplexity) else {}
-        values |= {"valid/bits_per_byte": score.bits_per_byte} if lossless else {}
-        bar.show(values)
-        say(
-            accelerator,
-            f"step {now.step}: valid loss {score.nats_per_token:.4f}"
-            + (f", {score.bits_per_byte:.4f} bits per byte" if lossless else "")
-            + f" ({score.documents} documents, {score.seconds:.0f} s)",
-        )
-    if values.keys() - {"tokens"} or samples:
-        tracker.log(now.step, values, samples)
-    if stop_early:
-        say(accelerator, f"stopping early: no better validation loss in {patience} evaluations")
-    pause = save(training)
-    meter.paused += pause
-    if accelerator.is_main_process:
-        try:
-            draw_loss_curve({"": run.path}, run.path / "loss.png")
-        except Exception as error:  # a picture is no reason to end a training
-            log.warning("no loss.png: %s", error)
-    meter.evaluated += time.perf_counter() - started - pause
-
-
-def evaluate(training: Training, limit: int | None) -> Score | None:
-    """Score the validation split, if there is one. Collective.
-
-    Raises:
-        Interrupted: a signal came; no figure is made.
-    """
-    if "validation" not in training.store.record["splits"]:
-        return None
-    documents, num_bytes = split_documents(training.store.split("validation"), limit)
-
-    def poll() -> None:
-        launch.raise_if_stopped(training.accelerator, training.stop)
-
-    return score(
-        training.accelerator, training.best_weights, documents, num_bytes,
-        bos_id=training.store.tokenizer.bos_id, progress=True, poll=poll,
-    )  # fmt: skip
-
-
-def write_samples(training: Training) -> list[SampledText]:
-    """Write samples at every temperature into samples.md, in place of those of this step and later ones.
-
-    Leaves the file as it is where a signal comes in between.
-
-    Returns:
-        Temperature, prompt and text of each.
-    """
-    config, model, step = training.config, training.best_weights, training.progression.step
-    if not config.sample_prompts:
-        return []
-    model.eval()
-    prompts = [normalize(prompt, model.text["normalization"]) for prompt in config.sample_prompts]
-    written: list[SampledText] = []
-    for temperature in config.sample_temperatures:
-        sampling = SamplingConfig(temperature=temperature, max_new_tokens=config.sample_tokens, seed=config.seed)
-        samples: dict[int, Sample] = {}
-        for row, event in generate(model, training.store.tokenizer, prompts, sampling):
-            if training.stop.number is not None:
-                model.train()
-                return []
-            if isinstance(event, Sample):
-                samples[row] = event
-        written += [(temperature, samples[i].prompt, samples[i].text) for i in sorted(samples)]
-    model.train()
-    path = Path(config.run_dir) / SAMPLES_NAME
-    earlier = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8")) if path.exists() else []
-    kept = [part for part in earlier if (found := re.match(r"## step (\d+)\n", part)) and int(found[1]) < step]
-    lines = [f"## step {step}\n", *(f"- temperature {t}: **{prompt}**{text}" for t, prompt, text in written)]
-    write_whole(path, "".join(kept) + "\n".join(lines) + "\n\n")  # samples of earlier steps are made only once
-    return written
 
 
 def describe_nonfinite(training: Training) -> str:

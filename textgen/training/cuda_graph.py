@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from textgen.kernels.capture import Replay
-from textgen.model.lstm import State
+from textgen.training.step import Compute, StepInputs, Taken
 
 log = logging.getLogger("textgen")
 
@@ -25,64 +24,6 @@ log = logging.getLogger("textgen")
 # graphs take three.
 WARM_UP = 3
 
-
-@dataclass
-class Taken:
-    """What tells whether a step went wrong, and where."""
-
-    step: int
-    parts: list[tuple[Tensor, Tensor]]
-    """lanes and nats of each micro-batch of this process"""
-    norm: Tensor | None = None
-    """of the gradient of all processes"""
-
-
-@dataclass
-class StepInputs:
-    """What differs from step to step: as it comes, or at the fixed addresses that a graph reads."""
-
-    step: int | Tensor
-    rate: float | Tensor
-    """learning rate"""
-    approach: float | Tensor
-    """share of the way that averaged weights go towards the updated ones"""
-    micro_batches: Sequence[Mapping[str, Tensor]]
-    states: list[State]
-    """of the LSTM before each micro-batch; a step puts those after it in their place"""
-
-    def copy(self) -> StepInputs:
-        """Return the same as tensors at addresses of their own."""
-        device = self.micro_batches[0]["tokens"].device
-        rate_dtype = torch.float32 if device.type == "cuda" else torch.float64  # what fused Adam reads there
-        return StepInputs(
-            torch.tensor(self.step, dtype=torch.int64, device=device),
-            torch.tensor(self.rate, dtype=rate_dtype, device=device),
-            torch.tensor(self.approach, dtype=torch.float32, device=device),
-            [{name: value.clone() for name, value in batch.items()} for batch in self.micro_batches],
-            # float32 holds what an LSTM computes in, and what training states come in: nothing is rounded
-            [(hidden.float().clone(), cell.float().clone()) for hidden, cell in self.states],
-        )
-
-    def load(self, inputs: StepInputs) -> None:
-        """Take in what another step is made of, of the same shapes; nothing waits for the device."""
-        for name in ("step", "rate", "approach"):
-            getattr(self, name).fill_(getattr(inputs, name))
-        for kept, batch in zip(self.micro_batches, inputs.micro_batches, strict=True):
-            for name, value in batch.items():
-                _copy(kept[name], value)
-        for ours, theirs in zip(self.states, inputs.states, strict=True):
-            for part, value in zip(ours, theirs, strict=True):
-                _copy(part, value)
-
-
-def _copy(kept: Tensor, value: Tensor) -> None:
-    assert kept.shape == value.shape  # copy_ would broadcast
-    if kept is not value:
-        kept.copy_(value)
-
-
-Compute = Callable[[StepInputs, Taken], Tensor]
-"""takes a step in place, notes in `Taken` what it made, and returns its nats"""
 
 Capture = Callable[[Callable[[], None]], Replay]
 """makes of work that has run before what does it again and again"""

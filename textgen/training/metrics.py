@@ -1,16 +1,103 @@
-"""What a training makes of its machines: floating-point operations, memory, processors."""
+"""Metrics of a training: rows of metrics.jsonl, speed, memory, operations, processors."""
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import resource
 import sys
+import time
+from dataclasses import dataclass, field
 
 import psutil
 import torch
 from accelerate import Accelerator
 from torch import nn
+
+from textgen.console import say
+from textgen.evaluation import perplexity
+from textgen.tracking.tracker import Tracker
+from textgen.training.optim import learning_rate
+from textgen.training.step import Training, steps_per_epoch
+
+
+@dataclass
+class Meter:
+    """Steps since the last row of metrics, or since the resume, and what became of the time."""
+
+    steps: int = 0
+    waited: float = 0.0
+    """seconds for data"""
+    evaluated: float = 0.0
+    """seconds for scores, samples and pictures"""
+    paused: float = 0.0
+    """seconds for checkpoints"""
+    started: float = field(default_factory=time.perf_counter)
+
+
+def log_metrics(training: Training, tracker: Tracker, meter: Meter) -> dict[str, float]:
+    """Write a row of metrics of the steps since the last one, and return it. Collective."""
+    config, now = training.config, training.progression
+    step_tokens = config.batch_size * config.seq_len
+    total = float(training.accelerator.reduce(training.nats, "sum"))
+    tokens, norm = now.unlogged_steps * step_tokens, training.recent[-1].norm
+    now.epoch_nats, now.epoch_tokens = now.epoch_nats + total, now.epoch_tokens + tokens
+    training.nats.zero_()
+    now.unlogged_steps = 0
+    loss, bits = total / tokens, bits_per_nat(training)
+    values: dict[str, float] = {
+        "tokens": now.step * step_tokens,
+        "epoch": now.step / steps_per_epoch(config, training.store),
+        "train/loss": loss,
+        "train/perplexity": perplexity(loss),
+        **({"train/bits_per_byte": loss * bits} if bits else {}),
+        "train/learning_rate": learning_rate(now.step - 1, now.total_steps, config),
+        "train/gradient_norm": float(norm) if norm is not None else math.nan,
+        **({"train/skipped_steps": now.skipped_steps} if now.skipped_steps else {}),
+        **measure_speed(training, meter),
+        **measure_machines(training.accelerator),
+    }
+    values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON knows no others
+    tracker.log(now.step, values)
+    return values
+
+
+def measure_speed(training: Training, meter: Meter) -> dict[str, float]:
+    """Return tokens and operations per second of the steps, and the shares of all time that went elsewhere."""
+    config, accelerator = training.config, training.accelerator
+    everything = time.perf_counter() - meter.started
+    tokens = meter.steps * config.batch_size * config.seq_len
+    rate = tokens / (everything - meter.evaluated - meter.paused)
+    flops, peak = rate * flops_per_token(training.bare), peak_flops(accelerator)
+    return {
+        "train/tokens_per_second": rate,
+        "train/tokens_per_second_per_process": rate / accelerator.num_processes,
+        "train/flops_per_second": flops,
+        **({"train/flops_share": flops / peak / accelerator.num_processes} if peak else {}),
+        "train/data_share": meter.waited / everything,
+        "train/evaluate_share": meter.evaluated / everything,
+        "train/save_share": meter.paused / everything,
+        **({"checkpoint/pause_seconds": meter.paused} if meter.paused else {}),
+    }
+
+
+def bits_per_nat(training: Training) -> float | None:
+    """Return what turns nats per token into bits per byte; a tokenizer that loses text has none."""
+    store = training.store
+    return 1 / math.log(2) / store.bytes_per_token("train") if store.tokenizer.is_lossless else None
+
+
+def say_epoch(training: Training, per_epoch: int) -> None:
+    """Print the average loss of an epoch, or of what there is of the last one."""
+    now, bits = training.progression, bits_per_nat(training)
+    average = now.epoch_nats / now.epoch_tokens
+    say(
+        training.accelerator,
+        f"Epoch [{math.ceil(now.step / per_epoch)}/{math.ceil(now.total_steps / per_epoch)}], "
+        f"Avg Loss: {average:.4f}" + (f" ({average * bits:.4f} bits per byte)" if bits else ""),
+    )
+
 
 # Dense peak of matrix products in 10^12 operations per second: bfloat16 or float16 with float32 sums, and float32
 # without TF32. From the makers' data sheets (those of NVIDIA print bfloat16 with sparsity for some: halved here).
