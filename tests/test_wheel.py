@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import running
+from tests.serving.servers import running
 from textgen.commands.publish import publish_command
 
 ROOT = Path(__file__).parents[1]

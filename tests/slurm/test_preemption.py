@@ -26,7 +26,8 @@ PAUSES = {"train_step": 0.05}  # in seconds, by functions of textgen.training.lo
 TRAIN = "launch/slurm/train.sbatch"
 TRAINING = """
 import json, os, time
-from textgen import cli, training
+from textgen import cli
+from textgen.training import loop as training
 
 def slow_down(name, seconds):
     function = getattr(training, name)

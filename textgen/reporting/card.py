@@ -202,7 +202,7 @@ def _samples(record: Record) -> str:
 def _use(record: Record, where: str) -> str:
     prompt = next(iter(record.setting("sample_prompts") or ()), "")
     command = ["textgen", "sample", where, "--prompt", prompt, "--temperature", "0.8"]
-    python = f"from textgen.runs.checkpoint import load_model\n\nmodel, tokenizer = load_model({json.dumps(where)})"
+    python = f"from textgen.model.files import load_model\n\nmodel, tokenizer = load_model({json.dumps(where)})"
     return "\n\n".join(["## Use", _fenced(shlex.join(command), "sh"), _fenced(python, "python")])
 
 

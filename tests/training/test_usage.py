@@ -17,7 +17,7 @@ from textgen.model.lstm import LSTMLanguageModel
 from textgen.runs.metrics import read_metrics, tells_of_the_machine
 from textgen.training.metrics import flops_per_token, known_peak, measure_machines, peak_flops
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

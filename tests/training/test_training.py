@@ -23,7 +23,7 @@ from textgen.config import TrainConfig
 from textgen.runs.metrics import read_metrics
 from textgen.training.optim import learning_rate
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def newest(run_dir: Path) -> Path:

@@ -22,7 +22,7 @@ from textgen.tracking import tracker as tracking
 from textgen.tracking.tracker import Follower, RunEnd, Tracker
 from textgen.tracking.wandb import has_wandb_key
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from textgen.reporting.charts import MOST_POINTS, make_chart, thin, ticks
 from textgen.reporting.charts import Curve as ChartCurve
 from textgen.reporting.report import leave_report, write_report
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 Capture = pytest.CaptureFixture[str]
 Copy = Callable[[str], Path]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving import Running, running
+from tests.serving.servers import Running, running
 
 # A piece comes every few milliseconds. So long a pause would mean that something held the server up, not that this
 # machine is busy.

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding.decoders import CellDecoder, sampling
+from textgen.decoding import sampling
+from textgen.decoding.decoders import CellDecoder
 from textgen.decoding.generation import sample_all
 from textgen.decoding.sampling import Controls, divide_by_temperature, draw
 from textgen.hardware import processor_flags

@@ -22,7 +22,7 @@ from textgen.hardware import has_bfloat16
 from textgen.kernels import training as training_kernels
 from textgen.model.lstm import LOGITS_CHUNK
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SMALL = Shape(vocab_size=4000, embedding_dim=128, hidden_size=128, num_layers=2, batch_size=32, seq_len=32)
 COMPILED = training_kernels._code() is not None
 FAST = has_bfloat16(use_cpu=True)
@@ -112,8 +112,8 @@ def test_a_launched_training_asks_the_kernel_for_hardly_any_pages() -> None:
     count = """
 import resource
 from benchmarks import train
-from tests.test_performance import PRECISION, SMALL
-from textgen import launch
+from tests.training.test_performance import PRECISION, SMALL
+from textgen.distributed import launch
 train.keep_freed_memory = lambda: None
 steps = train.textgen_steps(SMALL, PRECISION)
 def faults():

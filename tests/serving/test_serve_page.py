@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
 
-from tests.serving import Running, running
+from tests.serving.servers import Running, running
 
 expect.set_options(timeout=20_000)
 

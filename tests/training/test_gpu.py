@@ -191,7 +191,7 @@ def test_nothing_is_updated_on_a_gpu_once_a_loss_is_not_finite(tiny_flags: list[
 
 # --- launches --------------------------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def launch(flags: list[str], *options: str) -> subprocess.CompletedProcess[str]:

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.wandb_server import wandb_server
+from tests.tracking.wandb_server import wandb_server
 from textgen.commands.dashboard import SAMPLES_TABLE
 from textgen.config import TrainConfig
 from textgen.runs.metrics import read_metrics
 from textgen.settings import settings_of
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SWEEP: dict[str, Any] = yaml.safe_load((ROOT / "launch" / "sweep.yaml").read_text())
 BIN = Path(sys.executable).parent
 

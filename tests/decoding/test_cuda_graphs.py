@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from textgen.config import ModelConfig, SamplingConfig
+from textgen.decoding import cuda_graphs as graphs
 from textgen.decoding.cuda_graphs import Buffers, GraphRunner, steps_in_place
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
-from textgen.decoding.decoders import cuda_graphs as graphs
 from textgen.decoding.generation import Batch, Request, Row, Sample, Step, serve
 from textgen.kernels.capture import Replay
 from textgen.model.lstm import LSTMLanguageModel

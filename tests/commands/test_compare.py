@@ -15,7 +15,7 @@ import pytest
 
 from textgen.cli import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 Capture = pytest.CaptureFixture[str]
 

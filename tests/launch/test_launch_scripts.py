@@ -16,7 +16,7 @@ import pytest
 
 from textgen.runs.directory import read_status
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LOCAL = ROOT / "launch" / "local.sh"
 SCRIPTS = sorted(
     path

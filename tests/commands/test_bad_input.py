@@ -17,7 +17,7 @@ from textgen.commands import parsing
 from textgen.runs.directory import RunDirectory, read_status
 from textgen.tokenizer import train_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 TRAIN = [sys.executable, str(ROOT / "train_distributed.py")]
 TEXTGEN = [sys.executable, "-m", "textgen"]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]

@@ -30,7 +30,7 @@ from textgen.data.store import DataError, Split, TokenStore, encode_batches, enc
 from textgen.noise import permutation
 from textgen.tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 # --- lanes and windows -----------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tests.faults.jobs import Job, fault
 from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics import read_metrics
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SECRET = "plantedsecret"
 SLURM = {"SLURM_JOB_ID": "4711", "SLURM_ARRAY_JOB_ID": "4700", "SLURM_ARRAY_TASK_ID": "3"}
 

@@ -15,7 +15,7 @@ from textgen.cli import main
 from textgen.commands.submit import minutes, read_sweep
 from textgen.distributed import launch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState, generation
+from textgen.decoding import generation
+from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
 from textgen.decoding.generation import Request, Row, Sample, _prefill, _sample_number, generate, sample_all, serve
 from textgen.decoding.sampling import control, controls_of, draw, note
 from textgen.model.lstm import LSTMLanguageModel

@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 START = """
 import logging, os, signal, sys
 from types import SimpleNamespace
-from textgen import progress
+from textgen import console as progress
 from textgen.console import Progress, say, setup_logging
 
 log, process = logging.getLogger("textgen"), SimpleNamespace(is_main_process=True)

@@ -15,7 +15,7 @@ import torch
 from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.test_training import assert_same_bits, flags_for, newest, refusal, steps_and_losses
+from tests.training.test_training import assert_same_bits, flags_for, newest, refusal, steps_and_losses
 from textgen.cli import train_main
 from textgen.config import TrainConfig
 from textgen.distributed.launch import LaunchError

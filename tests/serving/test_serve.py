@@ -19,7 +19,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.serving import Running, running
+from tests.serving.servers import Running, running
 from textgen.config import SamplingConfig
 from textgen.decoding.choose import choose_decoder
 from textgen.decoding.generation import Sample, sample_all

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_graphs import MIXED, batch_of, build, requests_for, samples
 
+from tests.decoding.test_cuda_graphs import MIXED, batch_of, build, requests_for, samples
 from textgen.config import SamplingConfig
+from textgen.decoding import cuda_graphs as graphs
 from textgen.decoding.cuda_graphs import Buffers, GraphRunner, StepCapture
 from textgen.decoding.decoders import CellDecoder, DecoderState
-from textgen.decoding.decoders import cuda_graphs as graphs
 from textgen.decoding.generation import Batch
 from textgen.decoding.sampling import Controls, draw
 from textgen.kernels.capture import Replay

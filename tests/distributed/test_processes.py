@@ -146,7 +146,7 @@ def test_siblings_are_the_other_workers_of_this_launcher_only() -> None:
     environment = os.environ | {"TORCHELASTIC_RUN_ID": "this"}
     environment.pop("LOCAL_RANK", None)
     ended = subprocess.run(
-        [sys.executable, "-c", LAUNCHER], env=environment, cwd=Path(__file__).parents[1], capture_output=True,
+        [sys.executable, "-c", LAUNCHER], env=environment, cwd=Path(__file__).parents[2], capture_output=True,
         text=True, check=True, timeout=60,
     )  # fmt: skip
     assert ended.stdout.strip() == "[-9, None, None]"

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.wandb_server import wandb_server
+from tests.tracking.wandb_server import wandb_server
 from textgen.cli import main
 from textgen.commands.dashboard import SECTIONS
 from textgen.runs.metrics import read_metrics
