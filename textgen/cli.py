@@ -18,7 +18,8 @@ from typing import NoReturn
 from textgen.commands.parsing import PATIENCE_SECONDS, fail
 from textgen.commands.train import train_command
 from textgen.distributed.signals import Interrupted, end_siblings, end_with_launcher
-from textgen.distributed.world import LaunchError, slurm_variables
+from textgen.distributed.world import slurm_variables
+from textgen.errors import TextgenError
 
 DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
@@ -80,7 +81,9 @@ def _try(action: Callable[[], None]) -> None:
             _crash()
         fail(f"{error.strerror or error}" + (f": `{error.filename}`" if error.filename else ""))
     except Exception as error:
-        if not isinstance(error, _user_errors()):
+        from textgen.tokenizer import TokenizerError  # which knows nothing of textgen's errors
+
+        if not isinstance(error, TextgenError | TokenizerError):
             _crash()
         fail(str(error))
 
@@ -94,22 +97,6 @@ def _crash() -> NoReturn:
     sys.stderr.flush()
     end_siblings()
     raise SystemExit(1)
-
-
-def _user_errors() -> tuple[type[ValueError], ...]:
-    from textgen.data.documents import CorpusError
-    from textgen.data.store import DataError
-    from textgen.model.files import ModelFileError
-    from textgen.runs.checkpoint import CheckpointError
-    from textgen.runs.directory import RunDirectoryError
-    from textgen.tokenizer import TokenizerError
-    from textgen.tracking.tracker import TrackingError
-    from textgen.training.step import TrainingError
-
-    return (
-        CheckpointError, CorpusError, DataError, LaunchError, ModelFileError, RunDirectoryError, TokenizerError,
-        TrackingError, TrainingError,
-    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -147,7 +147,7 @@ def test_global_batch_is_refused_in_the_words_of_the_trainer(
     said = refused("--nodes 3 --gpus_per_node 2 -- --batch_size 64 --gradient_accumulation_steps 2", capsys)
     for name, value in {"WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "6", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(launch.LaunchError) as error:
+    with pytest.raises(launch.TextgenError) as error:
         launch.start("no", batch_size=64, gradient_accumulation_steps=2)
     assert said == str(error.value)
 

@@ -18,7 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from textgen.config import DataConfig
-from textgen.data.corpus import CleanCorpus, CorpusError, clean_corpus, held_out_blocks, open_corpus
+from textgen.data.corpus import CleanCorpus, clean_corpus, held_out_blocks, open_corpus
+from textgen.errors import TextgenError
 
 
 @pytest.fixture
@@ -91,7 +92,7 @@ def test_packaged_imdb_holds_out_a_tenth_and_says_what_it_did(caplog: pytest.Log
 
 
 def test_package_has_no_unsupervised_split_and_says_so() -> None:
-    with pytest.raises(CorpusError, match="has no split `unsupervised`; it has `train`"):
+    with pytest.raises(TextgenError, match="has no split `unsupervised`; it has `train`"):
         open_corpus(DataConfig(source="package", train_on="train+unsupervised"))
 
 
@@ -185,20 +186,20 @@ def test_a_source_that_changed_since_it_was_cleaned_is_refused(folder: Path) -> 
     path = write_jsonl(folder / "a.jsonl", ["a", "b"])
     cleaned = clean(path, validation_fraction=0.0)
     write_jsonl(path, ["a", "b", "c"])
-    with pytest.raises(CorpusError, match="changed while it was read"):
+    with pytest.raises(TextgenError, match="changed while it was read"):
         list(cleaned.documents("train"))
 
 
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(folder: Path) -> None:
     cleaned = clean(write_jsonl(folder / "a.jsonl", ["a", "b"]))
-    with pytest.raises(CorpusError, match="no split `test`; it has `train`, `validation`"):
+    with pytest.raises(TextgenError, match="no split `test`; it has `train`, `validation`"):
         cleaned.documents("test")
-    with pytest.raises(CorpusError, match="no split `train`; it has `test`"):
+    with pytest.raises(TextgenError, match="no split `train`; it has `test`"):
         open_corpus(files_config(write_jsonl(folder / "test" / "a.jsonl", ["a"]).parent))
 
 
 def test_nothing_left_to_train_on_is_refused(folder: Path) -> None:
-    with pytest.raises(CorpusError, match=r"no documents to train on; 2 read, .* dropped empty 2"):
+    with pytest.raises(TextgenError, match=r"no documents to train on; 2 read, .* dropped empty 2"):
         clean(write_jsonl(folder / "a.jsonl", ["", " \t\n"]))
 
 
@@ -214,7 +215,7 @@ def run_open(home: Path, config: str, **environment: str) -> tuple[str, float]:
         "from textgen.data.corpus import *\n"
         f"config = DataConfig({config})\n"
         "try: print(next(clean_corpus(open_corpus(config), config).documents('train'))[:20])\n"
-        "except CorpusError as error: print('refused:', error)"
+        "except TextgenError as error: print('refused:', error)"
     )
     kept = {
         name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from textgen.data.documents import CorpusError, list_files, read_documents
+from textgen.data.documents import list_files, read_documents
+from textgen.errors import TextgenError
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def splits_of(*paths: Path) -> dict[str, list[str]]:
 
 def refusal(*paths: Path | str, **settings: str) -> str:
     """Return the message that reading is refused with: always one line."""
-    with pytest.raises(CorpusError) as caught:
+    with pytest.raises(TextgenError) as caught:
         read(*paths, **settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -228,11 +229,11 @@ def test_a_100_mb_document_is_refused_in_bounded_memory(
         for _ in range(100):
             file.write(b"x" * 10**6 + end)
     code = (
-        "import sys; from textgen.data.documents import read_documents, CorpusError\n"
+        "import sys; from textgen.errors import TextgenError\nfrom textgen.data.documents import read_documents\n"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024\n"
         "before = peak()\n"
         "try: list(read_documents([sys.argv[1]], txt_documents=sys.argv[2]))\n"
-        "except CorpusError as error: print(error)\n"
+        "except TextgenError as error: print(error)\n"
         "print(peak() - before)"
     )
     command = [sys.executable, "-c", code, str(folder / name), txt_documents]

@@ -24,9 +24,10 @@ import torch
 
 import textgen.data.store
 from textgen.config import DataConfig, TokenizerConfig
-from textgen.data.corpus import CleanCorpus, CorpusError, clean_corpus
+from textgen.data.corpus import CleanCorpus, clean_corpus
 from textgen.data.lanes import STRIDE, Epoch, build_loader, windows_per_epoch
-from textgen.data.store import DataError, Split, TokenStore, encode_batches, encode_documents, prepare_store
+from textgen.data.store import Split, TokenStore, encode_batches, encode_documents, prepare_store
+from textgen.errors import TextgenError
 from textgen.noise import permutation
 from textgen.tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
 
@@ -160,7 +161,7 @@ def test_too_few_tokens_name_sizes_that_fit(tokens: int, batch_size: int, seq_le
     if tokens > batch_size * seq_len:
         assert windows_per_epoch(split, batch_size=batch_size, seq_len=seq_len) == (tokens - 1) // batch_size // seq_len
         return
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(TextgenError) as caught:
         Epoch(split, batch_size=batch_size, seq_len=seq_len, seed=0, epoch=0)
     said, _, fitting = str(caught.value).partition(": ")
     assert said == f"{tokens} tokens are too few for batch_size {batch_size} x seq_len {seq_len}"
@@ -263,7 +264,7 @@ def test_unigram_counts_are_those_of_the_train_split(corpus: Path, tmp_path: Pat
 
 
 def test_a_split_that_is_not_there_is_named_with_those_that_are(corpus: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"^the data has no split `test`; it has `train`, `validation`$"):
+    with pytest.raises(TextgenError, match=r"^the data has no split `test`; it has `train`, `validation`$"):
         prepare(corpus, tmp_path / "cache").split("test")
 
 
@@ -394,7 +395,7 @@ def test_what_is_no_store_is_refused_in_one_line(tmp_path: Path, content: str | 
     if content is not None:
         directory.mkdir()
         (directory / "store.json").write_bytes(content.encode("latin-1"))
-    with pytest.raises(DataError, match=rf"^`{directory}` is (not )?a token store") as caught:
+    with pytest.raises(TextgenError, match=rf"^`{directory}` is (not )?a token store") as caught:
         prepare_store(DataConfig(store=str(directory)), TokenizerConfig())
     assert len(str(caught.value).splitlines()) == 1
 
@@ -428,7 +429,7 @@ def test_a_damaged_store_is_encoded_again(corpus: Path, tmp_path: Path, encoding
     wanted = {path.name: path.read_bytes() for path in store.directory.iterdir()}
     name, change = DAMAGES[damage]
     change(store.directory / name)
-    with pytest.raises(DataError):
+    with pytest.raises(TextgenError):
         TokenStore.open(store.directory)
     again = prepare(corpus, tmp_path / "cache")
     assert again.directory == store.directory
@@ -543,7 +544,7 @@ def test_a_tokenizer_that_loses_text_is_refused(corpus: Path, tmp_path: Path, mo
     spoiled = tokenizer._all_pieces.copy()
     spoiled[tokenizer._piece_ends[tokenizer.encode("f")[0]] - 1] = ord("F")
     monkeypatch.setattr(tokenizer, "_all_pieces", spoiled)
-    with pytest.raises(DataError, match=r"^the tokenizer loses text of the document that starts 'The film'$"):
+    with pytest.raises(TextgenError, match=r"^the tokenizer loses text of the document that starts 'The film'$"):
         encode_documents(tokenizer, ["A cat", "The film", "A cat"])
 
 
@@ -660,7 +661,7 @@ def test_a_text_that_changes_while_it_is_encoded_is_one_line_and_leaves_nothing(
 
         corpus.write_text("".join(lines))
         monkeypatch.setattr(textgen.data.store, "clean_corpus", clean_and_change)
-        with pytest.raises(CorpusError) as caught:
+        with pytest.raises(TextgenError) as caught:
             prepare(corpus, tmp_path / "cache", TokenizerConfig(path=str(path)))
         assert str(caught.value).startswith(message)
         assert "\n" not in str(caught.value)
@@ -678,7 +679,7 @@ def test_a_document_that_is_lost_in_a_thread_is_named_and_leaves_nothing(
 
     monkeypatch.setattr(textgen.data.store, "ENCODE_BATCH", 16)
     monkeypatch.setattr(Tokenizer, "utf8_of", lose)
-    with pytest.raises(DataError, match=r"^the tokenizer loses text of the document that starts '150: "):
+    with pytest.raises(TextgenError, match=r"^the tokenizer loses text of the document that starts '150: "):
         prepare(corpus, tmp_path / "cache")
     assert [path.name for path in (tmp_path / "cache").iterdir()] == ["prepare.lock"]
 

@@ -14,9 +14,10 @@ import torch
 from textgen import hardware
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import choose, decoders, products
-from textgen.decoding.choose import DecoderError, choose_decoder
+from textgen.decoding.choose import choose_decoder
 from textgen.decoding.decoders import PREFILL_WINDOW, CellDecoder, CellDtype, Decoder
 from textgen.decoding.generation import sample_all
+from textgen.errors import TextgenError
 from textgen.model.files import save_model
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer
@@ -195,11 +196,11 @@ def test_a_forced_decoder_is_that_or_an_error_of_one_line() -> None:
     model = build(SHAPES[0])
     for name in ("plain", "float32", "bfloat16", "int8"):
         assert choose_decoder(model, name).name == name
-    with pytest.raises(DecoderError, match=r"^the decoder `graph` needs a CUDA device, the model is on cpu$"):
+    with pytest.raises(TextgenError, match=r"^the decoder `graph` needs a CUDA device, the model is on cpu$"):
         choose_decoder(model, "graph")
-    with pytest.raises(DecoderError, match=r"^`decoder` must be one of `auto`, `plain`.*: fast$"):
+    with pytest.raises(TextgenError, match=r"^`decoder` must be one of `auto`, `plain`.*: fast$"):
         choose_decoder(model, "fast")
-    with pytest.raises(DecoderError, match=r"^the decoder `int8` is one of CPUs, the model is on meta$"):
+    with pytest.raises(TextgenError, match=r"^the decoder `int8` is one of CPUs, the model is on meta$"):
         choose_decoder(model.to("meta"), "int8")
 
 

@@ -11,7 +11,6 @@ import pytest
 
 from textgen.distributed.world import (
     Launch,
-    LaunchError,
     World,
     first_host,
     promised_gpus,
@@ -20,6 +19,7 @@ from textgen.distributed.world import (
     slurm_variables,
     tasks_per_node,
 )
+from textgen.errors import TextgenError
 
 # A task of `srun --nodes 2 --ntasks-per-node 2`: the last one.
 SRUN = {
@@ -68,7 +68,7 @@ def test_slurm_is_left_to_the_launcher_that_stands_before_it() -> None:
 
 
 def test_a_task_that_does_not_know_its_place_is_refused() -> None:
-    with pytest.raises(LaunchError, match=r"promised 4 tasks, and the environment lacks SLURM_NODEID$"):
+    with pytest.raises(TextgenError, match=r"promised 4 tasks, and the environment lacks SLURM_NODEID$"):
         slurm_variables({name: value for name, value in SRUN.items() if name != "SLURM_NODEID"})
 
 
@@ -118,7 +118,7 @@ def test_slurms_counts_of_tasks() -> None:
 def test_promises_that_do_not_agree_are_refused(
     environment: dict[str, str], launch: Launch | None, problem: str
 ) -> None:
-    with pytest.raises(LaunchError, match=problem) as refused:
+    with pytest.raises(TextgenError, match=problem) as refused:
         promised_world(environment, launch)
     assert "\n" not in str(refused.value)
 

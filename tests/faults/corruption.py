@@ -31,14 +31,15 @@ from textgen.commands.parsing import parse_train_config
 from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import StopSignals
-from textgen.model.files import ModelFileError, load_model
-from textgen.runs.checkpoint import MANIFEST_NAME, CheckpointError, checkpoint_path, find_checkpoint
+from textgen.errors import CheckpointError, TextgenError
+from textgen.model.files import load_model
+from textgen.runs.checkpoint import MANIFEST_NAME, checkpoint_path, find_checkpoint
 from textgen.tokenizer import TokenizerError
 from textgen.training.resume import optimizer_tensors, resume
 from textgen.training.setup import build
 
 ROOT = Path(__file__).parents[2]
-REFUSALS = (CheckpointError, ModelFileError, TokenizerError)
+REFUSALS = (CheckpointError, TextgenError, TokenizerError)
 
 # Two checkpoints, and averaged weights: `weights.safetensors` beside `model.safetensors`, of the same size.
 FLAGS = ["--save_every", "2", "--max_steps", "4", "--ema_decay", "0.5", "--evaluate_documents", "4"]

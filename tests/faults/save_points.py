@@ -28,16 +28,9 @@ from typing import Any, Literal
 import torch
 
 from tests.faults.report import write_result
+from textgen.errors import CheckpointError
 from textgen.runs import checkpoint
-from textgen.runs.checkpoint import (
-    CheckpointError,
-    Saver,
-    checkpoint_path,
-    newest_valid,
-    prune,
-    remove_leftovers,
-    verify,
-)
+from textgen.runs.checkpoint import Saver, checkpoint_path, newest_valid, prune, remove_leftovers, verify
 
 KEEP_LAST = 2
 NEXT_STEP = 9

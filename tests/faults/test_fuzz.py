@@ -13,9 +13,10 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from textgen.model.files import ModelFileError, load_model, read_model
-from textgen.runs.checkpoint import CheckpointError, verify
-from textgen.runs.tensors import SIZES, TensorFileError, read_header, read_tensors
+from textgen.errors import CheckpointError, TextgenError
+from textgen.model.files import load_model, read_model
+from textgen.runs.checkpoint import verify
+from textgen.runs.tensors import SIZES, read_header, read_tensors
 from textgen.tokenizer import Tokenizer, TokenizerError
 from textgen.training.resume import read_trainer
 from textgen.training.step import Progression
@@ -113,7 +114,7 @@ def tried(action: Callable[[], Result], refusal: type[Exception]) -> Result | No
 def read_config(directory: Path, content: bytes) -> None:
     """Assert that a config is refused, or is that of the model that is read."""
     (directory / "config.json").write_bytes(content)
-    model = tried(lambda: read_model(directory), ModelFileError)
+    model = tried(lambda: read_model(directory), TextgenError)
     if model is None:
         return
     assert model.embedding.weight.shape == (model.vocab_size, model.config.embedding_dim)
@@ -265,11 +266,11 @@ def test_any_header_is_refused_or_that_of_the_tensors_that_are_read(tmp_path_fac
         size = min(max([*ends, 0]), 4096) if data.draw(st.integers(0, 3)) else data.draw(st.integers(0, 64))
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
-    seen = tried(lambda: read_header(path), TensorFileError)
+    seen = tried(lambda: read_header(path), TextgenError)
     if seen is None:
         return
     shapes = {name: shape for name, (_, shape) in seen.items()}
-    tensors = tried(lambda: read_tensors(path, shapes, dtypes=set(SIZES)), TensorFileError)
+    tensors = tried(lambda: read_tensors(path, shapes, dtypes=set(SIZES)), TextgenError)
     if tensors is None:  # the library looks at metadata too
         assert "__metadata__" in header
         return
@@ -284,10 +285,10 @@ def test_any_bytes_of_a_tensor_file_are_refused_or_those_of_its_tensors(
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzzed.safetensors"
     path.write_bytes(data.draw(changed_bytes(originals["lanes.safetensors"][:400]) | st.binary(max_size=100)))
-    seen = tried(lambda: read_header(path), TensorFileError)
+    seen = tried(lambda: read_header(path), TextgenError)
     if seen is not None:
         shapes = {name: shape for name, (_, shape) in seen.items()}
-        tried(lambda: read_tensors(path, shapes, dtypes=set(SIZES)), TensorFileError)
+        tried(lambda: read_tensors(path, shapes, dtypes=set(SIZES)), TextgenError)
 
 
 # --- tokenizer.model -------------------------------------------------------------------------------------------------

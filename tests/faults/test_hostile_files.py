@@ -67,10 +67,11 @@ def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]],
     from textgen.data.texts import texts_to_score
     from textgen.distributed import launch
     from textgen.distributed.signals import StopSignals
+    from textgen.errors import TextgenError
     from textgen.model.files import load_model, read_model
     from textgen.runs.checkpoint import find_checkpoint, newest_valid, verify
-    from textgen.runs.tensors import TensorFileError, read_header
-    from textgen.tokenizer import Tokenizer
+    from textgen.runs.tensors import read_header
+    from textgen.tokenizer import Tokenizer, TokenizerError
     from textgen.training.resume import resume
     from textgen.training.setup import build
 
@@ -105,7 +106,7 @@ def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]],
         ),
         "sample": lambda path: run_verb("sample", path, "--prompt", "a", "--max_new_tokens", "2"),
         "evaluate": lambda path: run_verb("evaluate", path, "--limit", "2"),
-    }, (TensorFileError, *cli._user_errors())
+    }, (TextgenError, TokenizerError)
 
 
 def serve(flags: list[str]) -> None:

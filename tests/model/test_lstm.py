@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 import textgen.model.lstm
 from textgen.config import ModelConfig
-from textgen.model.files import ModelFileError, read_model, save_model
+from textgen.errors import TextgenError
+from textgen.model.files import read_model, save_model
 from textgen.model.lstm import DropoutMasks, LSTMLanguageModel, LSTMLayer, summed_cross_entropy
 
 VOCAB = 61
@@ -519,7 +520,7 @@ DAMAGES = {
 def test_a_damaged_or_foreign_model_is_refused_in_one_line(tmp_path: Path, damage: Any) -> None:
     save_model(build(), tmp_path)
     damage(tmp_path)
-    with pytest.raises(ModelFileError) as caught:
+    with pytest.raises(TextgenError) as caught:
         read_model(tmp_path)
     assert DAMAGES[damage] in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
@@ -530,15 +531,16 @@ def test_a_missing_directory_is_refused_without_asking_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelFileError, match=r"has no `config.json`: not a checkpoint directory"):
+    with pytest.raises(TextgenError, match=r"has no `config.json`: not a checkpoint directory"):
         read_model(name)
 
 
 def test_an_unreachable_hub_is_one_line_and_quick(tmp_path: Path) -> None:
     script = (
-        "import time\nfrom textgen.model.files import ModelFileError, read_model\nstarted = time.perf_counter()\n"
+        "import time\nfrom textgen.errors import TextgenError\nfrom textgen.model.files import read_model\n"
+        "started = time.perf_counter()\n"
         "try:\n    read_model('nobody/nothing')\n"
-        "except ModelFileError as error:\n    print(error)\nprint(time.perf_counter() - started)"
+        "except TextgenError as error:\n    print(error)\nprint(time.perf_counter() - started)"
     )
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
     started = time.perf_counter()

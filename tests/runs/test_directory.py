@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from textgen.commands.parsing import parse_train_config
+from textgen.errors import TextgenError
 from textgen.runs import checkpoint
 from textgen.runs import directory as run_directory
-from textgen.runs.directory import RunDirectory, RunDirectoryError, read_status
+from textgen.runs.directory import RunDirectory, read_status
 from textgen.training import loop as training
 
 
@@ -54,7 +55,7 @@ def test_second_holder_is_refused_with_the_first_one_and_changes_nothing(
     with run.hold():
         before = (run.path / "status.json").read_bytes()
         status = json.loads(before)
-        with pytest.raises(RunDirectoryError) as refused, other.hold():
+        with pytest.raises(TextgenError) as refused, other.hold():
             raise AssertionError
         assert str(refused.value) == (
             f"`{run.path}` is in use by process {status['pid']} on {status['host']}, since {status['started']}"
@@ -107,14 +108,12 @@ def test_space_is_that_of_all_checkpoints_less_those_that_are_there(
     """On a disk with 25 MB left, 5 MB of a checkpoint lie already: 3 of 10 MB fit, 4 do not."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=25_000_000))
     run = RunDirectory(tmp_path, main=True)
-    with pytest.raises(
-        RunDirectoryError, match=r"has 25.0 MB of free space, the run needs 30.0: 3 checkpoints of 10.0"
-    ):
+    with pytest.raises(TextgenError, match=r"has 25.0 MB of free space, the run needs 30.0: 3 checkpoints of 10.0"):
         run.require_space(10_000_000, count=3)
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     (tmp_path / "checkpoints" / "step-000001" / "model.safetensors").write_bytes(bytes(5_000_000))
     run.require_space(10_000_000, count=3)
-    with pytest.raises(RunDirectoryError, match=r"has 25.0 MB of free space, the run needs 35.0: 4 checkpoints"):
+    with pytest.raises(TextgenError, match=r"has 25.0 MB of free space, the run needs 35.0: 4 checkpoints"):
         run.require_space(10_000_000, count=4)
 
 

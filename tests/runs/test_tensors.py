@@ -15,11 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from textgen.config import ModelConfig
+from textgen.errors import TextgenError
 from textgen.files import JSON_BYTES, JSON_DEPTH, parse_json
 from textgen.model.files import load_model, model_files, read_model, save_model
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.runs.checkpoint import Saver, checkpoint_path, verify
-from textgen.runs.tensors import DTYPES, TensorFileError, chunks, read_header, read_tensors
+from textgen.runs.tensors import DTYPES, chunks, read_header, read_tensors
 from textgen.tokenizer import MODEL_NAME, Tokenizer
 
 SHAPES = [(), (0,), (3, 0, 2), (1,), (7,), (2, 3, 5), (1, 1, 1, 1, 1, 1, 1, 2)]
@@ -151,14 +152,14 @@ def test_names_and_shapes_other_than_expected_are_refused(tmp_path: Path, change
     tensors = {"a": torch.zeros(2, 3), "b": torch.zeros(2)}
     path = write(tmp_path / "ours.safetensors", tensors)
     read_tensors(path, shapes_of(tensors))
-    with pytest.raises(TensorFileError) as refused:
+    with pytest.raises(TextgenError) as refused:
         read_tensors(path, change(shapes_of(tensors)))
     assert message in str(refused.value)
 
 
 def test_a_dtype_other_than_expected_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "ours.safetensors", {"a": torch.zeros(2, dtype=torch.float16)})
-    with pytest.raises(TensorFileError, match=r"`a` is F16 \[2\], wanted F32 \[2\]"):
+    with pytest.raises(TextgenError, match=r"`a` is F16 \[2\], wanted F32 \[2\]"):
         read_tensors(path, {"a": (2,)})
 
 

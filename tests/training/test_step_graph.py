@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.training.test_training import assert_same_bits, flags_for, newest, refusal, steps_and_losses
 from textgen.cli import train_main
 from textgen.config import TrainConfig
-from textgen.distributed.launch import LaunchError
+from textgen.errors import TextgenError
 from textgen.kernels import training as training_kernels
 from textgen.kernels.capture import Replay
 from textgen.noise import hash_bits, uniform
@@ -282,5 +282,5 @@ def test_a_graph_is_refused_with_what_it_cannot_hold(processes: int, precision: 
     if message is None:
         refuse_graph(TrainConfig(cuda_graph=True), world)
     else:
-        with pytest.raises(LaunchError, match=message):
+        with pytest.raises(TextgenError, match=message):
             refuse_graph(TrainConfig(cuda_graph=True), world)

@@ -32,8 +32,9 @@ from textgen.commands.parsing import PATIENCE_SECONDS, parse_train_config
 from textgen.config import ModelConfig, TrainConfig
 from textgen.distributed.signals import StopSignals, end_with_launcher
 from textgen.distributed.world import says_yes
+from textgen.errors import TextgenError
 from textgen.files import sync_directory, write_whole
-from textgen.runs.directory import RunDirectory, RunDirectoryError
+from textgen.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +122,7 @@ class Peers:
                 seq_len=config.seq_len,
                 timeout=min(config.distributed_timeout, WAIT_SECONDS),
             )
-        except (ValueError, RuntimeError) as error:  # LaunchError, or not all came in time
+        except (ValueError, RuntimeError) as error:  # TextgenError, or not all came in time
             return cls(None, problem=_first_line(error))
         return cls(accelerator)
 
@@ -602,7 +603,7 @@ def check_space(config: TrainConfig, run_dir: Path, store: TokenStore | None) ->
     }  # fmt: skip
     try:
         RunDirectory(place, main=True).require_space(size, count=count)
-    except RunDirectoryError as error:
+    except TextgenError as error:
         return Check("space", "fail", value, str(error))
     if store is None and cache_free < CACHE_BYTES:
         advice = f"`{cache}` has {cache_free / 1e6:,.0f} MB for a token store that is still to be made"
@@ -635,7 +636,7 @@ def find_store(config: TrainConfig) -> tuple[str, TokenStore | None]:
     """Return what the text is and its token store, if `prepare_store` has made it.
 
     Raises:
-        DataError, CorpusError, TokenizerError: there is no such text, tokenizer or store.
+        TextgenError, TokenizerError: there is no such text, tokenizer or store.
     """
     from textgen.data.corpus import open_corpus
     from textgen.data.store import TokenStore, find_prepared

@@ -39,9 +39,10 @@ def evaluate_command(argv: Sequence[str]) -> None:
             parser.error(f"`{name}` must be at least 1: {getattr(args, name)}")
 
     start_log()
-    from textgen.data.store import DataError, encode_documents
+    from textgen.data.store import encode_documents
     from textgen.data.texts import texts_to_score
     from textgen.distributed import launch
+    from textgen.errors import TextgenError
     from textgen.evaluation import score
     from textgen.model.files import load_model
     from textgen.runs.checkpoint import find_checkpoint
@@ -51,7 +52,7 @@ def evaluate_command(argv: Sequence[str]) -> None:
     launch.assert_same(accelerator, directory, "the checkpoint")  # of a run that goes on, it may be another one soon
     model, tokenizer = load_model(directory or args.checkpoint, accelerator.device)
     if not tokenizer.is_lossless:
-        raise DataError(f"`{args.checkpoint}` has a word tokenizer, which loses text: it has no bits per byte")
+        raise TextgenError(f"`{args.checkpoint}` has a word tokenizer, which loses text: it has no bits per byte")
     normalization = model.text.get("normalization", "none")
     texts = texts_to_score(directory, args.data, args.text_column, limit=args.limit, normalization=normalization)
     documents = encode_documents(tokenizer, texts)

@@ -55,10 +55,11 @@ def export_command(argv: Sequence[str]) -> None:
 
 def _export(args: Any) -> None:
     os.environ["ACCELERATE_USE_CPU"] = "true"  # what is written decodes on CPUs
-    from textgen.data.store import DataError, encode_documents
+    from textgen.data.store import encode_documents
     from textgen.data.texts import texts_to_score
     from textgen.decoding.choose import FIGURES_FORMAT
     from textgen.distributed import launch
+    from textgen.errors import TextgenError
     from textgen.evaluation import score
     from textgen.files import make_directory, write_whole
     from textgen.model.files import WEIGHTS_NAME, load_model, resolve_model_directory
@@ -68,7 +69,7 @@ def _export(args: Any) -> None:
     directory = checkpoint or resolve_model_directory(args.checkpoint)
     model, tokenizer = load_model(directory)
     if not tokenizer.is_lossless:
-        raise DataError(f"`{args.checkpoint}` has a word tokenizer, which loses text: it has no bits per byte")
+        raise TextgenError(f"`{args.checkpoint}` has a word tokenizer, which loses text: it has no bits per byte")
     accelerator = launch.start("no")
     normalization = model.text.get("normalization", "none")
     texts = texts_to_score(checkpoint, args.data, args.text_column, limit=args.limit, normalization=normalization)

@@ -112,7 +112,7 @@ def write_publication(args: Any, out: Path, *, name: str, where: str) -> None:
         where: what `textgen sample` will read it by.
 
     Raises:
-        CheckpointError, ModelFileError, TokenizerError: there is no whole checkpoint.
+        CheckpointError, TextgenError, TokenizerError: there is no whole checkpoint.
         OSError: a file cannot be written.
     """
     from textgen.model.files import CONFIG_NAME, WEIGHTS_NAME, load_model, resolve_model_directory

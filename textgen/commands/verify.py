@@ -16,14 +16,15 @@ def verify_command(argv: Sequence[str]) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object per checkpoint")
     args = parser.parse_args(list(argv))
 
-    from textgen.runs.checkpoint import CheckpointError, checkpoints
+    from textgen.errors import TextgenError
+    from textgen.runs.checkpoint import checkpoints
     from textgen.training.resume import describe_checkpoint
 
     invalid = 0
     for directory in [path for _, path in checkpoints(Path(args.checkpoint))] or [Path(args.checkpoint)]:
         try:
             contents = describe_checkpoint(directory)
-        except CheckpointError as error:
+        except TextgenError as error:
             invalid += 1
             contents = {"checkpoint": str(directory), "valid": False, "problem": str(error)}
         if args.json:

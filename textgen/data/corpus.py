@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from textgen.config import DataConfig
-from textgen.data.documents import CorpusError as CorpusError
 from textgen.data.documents import (
     check_rows,
     has_text,
@@ -39,6 +38,7 @@ from textgen.data.documents import (
     read_files,
 )
 from textgen.data.documents import read_documents as read_documents
+from textgen.errors import TextgenError
 
 Hashes = NDArray[np.uint64]  # first 8 bytes of the sha256 of each document's UTF-8 text
 Mask = NDArray[np.bool_]
@@ -79,17 +79,17 @@ class CleanCorpus:
         """Read the kept documents of `train`, `validation` or `test` again, normalized.
 
         Raises:
-            CorpusError: there is no such split, or the source has changed since `clean_corpus`.
+            TextgenError: there is no such split, or the source has changed since `clean_corpus`.
         """
         if split not in self._parts:
-            raise CorpusError(f"{self.description} has no split `{split}`; it has {in_backticks(self._parts)}")
+            raise TextgenError(f"{self.description} has no split `{split}`; it has {in_backticks(self._parts)}")
         return self._read(split)
 
     def _read(self, split: str) -> Iterator[str]:
         for source, kept in self._parts[split]:
             for text, keep in zip_longest(self._corpus.splits[source](), kept):
                 if text is None or keep is None:
-                    raise CorpusError(f"{self.description} changed while it was read: not {len(kept)} documents now")
+                    raise TextgenError(f"{self.description} changed while it was read: not {len(kept)} documents now")
                 if keep:
                     yield normalize(text, self._normalization)
 
@@ -101,7 +101,7 @@ def open_corpus(config: DataConfig) -> Corpus:
     """Open the source of a config and log which one it is.
 
     Raises:
-        CorpusError: nothing to open, or a split that `config` needs is not there.
+        TextgenError: nothing to open, or a split that `config` needs is not there.
     """
     note = ""
     if config.source == "files":
@@ -113,12 +113,12 @@ def open_corpus(config: DataConfig) -> Corpus:
     else:
         try:
             corpus = _open_hub(config, IMDB)
-        except CorpusError as error:
+        except TextgenError as error:
             note = f" ({error})"
             corpus = _open_package(config)
     for split in config.train_on.split("+"):
         if split not in corpus.splits:
-            raise CorpusError(
+            raise TextgenError(
                 f"{corpus.description} has no split `{split}`; it has {in_backticks(corpus.splits)}{note}"
             )
     logger.info("source: %s%s", corpus.description, note)
@@ -163,7 +163,7 @@ def _open_hub(config: DataConfig, name: str) -> Corpus:
     title = f"{name} {config.dataset_config}" if config.dataset_config else name
     splits = {split: dataset[split] for split in ("train", "unsupervised", "validation", "test") if split in dataset}
     if "train" not in splits:
-        raise CorpusError(f"dataset `{title}` has no split `train`; it has {in_backticks(dataset)}")
+        raise TextgenError(f"dataset `{title}` has no split `train`; it has {in_backticks(dataset)}")
     for split, rows in splits.items():
         if config.text_column not in rows.column_names:
             raise no_column(f"split `{split}` of dataset `{title}`", config.text_column, rows.column_names)
@@ -193,9 +193,9 @@ def _load_hub_dataset(name: str, configuration: str | None) -> tuple[Mapping[str
         return _load_dataset(name, configuration, offline=True), "cache"
     where = f"configuration `{configuration}` of dataset `{name}`" if configuration else f"dataset `{name}`"
     if constants.HF_HUB_OFFLINE:
-        raise CorpusError(f"{where} is not in the local cache, and HF_HUB_OFFLINE is set")
+        raise TextgenError(f"{where} is not in the local cache, and HF_HUB_OFFLINE is set")
     if not _hub_answers(name):
-        raise CorpusError(f"{where} is not in the local cache, and {constants.ENDPOINT} does not answer")
+        raise TextgenError(f"{where} is not in the local cache, and {constants.ENDPOINT} does not answer")
     return _load_dataset(name, configuration), "hub"
 
 
@@ -215,7 +215,7 @@ def _load_dataset(name: str, configuration: str | None, *, offline: bool = False
         return splits
     except Exception as error:  # whatever its readers, builders and transports raise
         setting = f"`dataset_config` {configuration or 'not set'}"
-        raise CorpusError(f"dataset `{name}` cannot be loaded with {setting}: {one_line(error)}") from error
+        raise TextgenError(f"dataset `{name}` cannot be loaded with {setting}: {one_line(error)}") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
         datasets.logging.set_verbosity(verbosity)
@@ -251,7 +251,7 @@ def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
     validation, and repetitions. Validation and test lose only documents without text.
 
     Raises:
-        CorpusError: the source cannot be read, or nothing is left to train on.
+        TextgenError: the source cannot be read, or nothing is left to train on.
     """
     sources = config.train_on.split("+")
     held_out_splits = [split for split in ("validation", "test") if split in corpus.splits]
@@ -275,7 +275,7 @@ def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
     counts |= dropped | {"dropped_empty": sum(int((its == EMPTY).sum()) for its in hashes.values())}
     summary = ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in counts.items())
     if not kept.any():
-        raise CorpusError(f"{corpus.description}: no documents to train on; {len(pool)} read, {summary}")
+        raise TextgenError(f"{corpus.description}: no documents to train on; {len(pool)} read, {summary}")
     logger.info("documents: %s", summary)
     digests = {}
     for split, masks in parts.items():

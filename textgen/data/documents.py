@@ -15,14 +15,12 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal
 
+from textgen.errors import TextgenError
+
 TxtDocuments = Literal["file", "line", "paragraph"]
 
 MAX_DOCUMENT_BYTES = 16 * 2**20
 EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
-
-
-class CorpusError(ValueError):
-    """Say in one line what is wrong with the user's data, where, what was seen and what was wanted."""
 
 
 def read_documents(
@@ -31,13 +29,13 @@ def read_documents(
     """Yield the documents of files, folders and globs in order, whatever their split, but for those without text.
 
     Raises:
-        CorpusError: a path, a file or a text is not what it should be, or there are no documents.
+        TextgenError: a path, a file or a text is not what it should be, or there are no documents.
     """
     text: str | None = None
     for text in filter(has_text, read_files(list(list_files(paths)), text_column, txt_documents)):
         yield text
     if text is None:
-        raise CorpusError(f"no documents in {in_backticks(paths)}")
+        raise TextgenError(f"no documents in {in_backticks(paths)}")
 
 
 def has_text(document: str) -> bool:
@@ -66,9 +64,9 @@ def _expand(given: str) -> tuple[str, list[str]]:
     """Return the folder from which on the parts of a path name a split, and the files."""
     if os.path.isfile(given):
         if not given.lower().endswith(EXTENSIONS):
-            raise CorpusError(f"`{given}` is not one of {in_backticks(EXTENSIONS)}")
+            raise TextgenError(f"`{given}` is not one of {in_backticks(EXTENSIONS)}")
         if os.path.getsize(given) == 0:
-            raise CorpusError(f"`{given}` is empty")
+            raise TextgenError(f"`{given}` is empty")
         return os.path.dirname(os.path.abspath(given)), [given]
     if os.path.isdir(given):
         root, matches = given, [given]
@@ -77,15 +75,15 @@ def _expand(given: str) -> tuple[str, list[str]]:
         while glob.has_magic(root):
             root = os.path.dirname(root)
         if not matches:
-            raise CorpusError(f"`{given}` matches no file")
+            raise TextgenError(f"`{given}` matches no file")
     else:
-        raise CorpusError(f"`{given}` does not exist")
+        raise TextgenError(f"`{given}` does not exist")
     files = [path for match in matches for path in _walk(match) if path.lower().endswith(EXTENSIONS)]
     reviews = set(filter(re.compile(r".*(pos|neg|unsup)[/\\][0-9]+_[0-9]+\.txt").fullmatch, files))
     if reviews:  # an aclImdb tree: its other .txt files hold addresses and ratings
         files = [path for path in files if path in reviews or not path.endswith(".txt")]
     if not files:
-        raise CorpusError(f"`{given}` holds no file of {in_backticks(EXTENSIONS)}")
+        raise TextgenError(f"`{given}` holds no file of {in_backticks(EXTENSIONS)}")
     return os.path.dirname(os.path.abspath(root)), files
 
 
@@ -100,7 +98,7 @@ def _walk(path: str) -> Iterator[str]:
 
 def _refuse_folder(error: OSError) -> None:
     if os.path.isdir(error.filename):  # os.walk lists a file too, and fails
-        raise CorpusError(f"`{error.filename}` cannot be read: {error.strerror}") from error
+        raise TextgenError(f"`{error.filename}` cannot be read: {error.strerror}") from error
 
 
 def _natural(path: str) -> list[str | int]:
@@ -126,7 +124,7 @@ def read_files(paths: Sequence[str], text_column: str, txt_documents: TxtDocumen
     """Yield all documents of files in order, those without text too.
 
     Raises:
-        CorpusError: a file or a text is not what it should be.
+        TextgenError: a file or a text is not what it should be.
     """
     for path in paths:
         try:
@@ -140,7 +138,7 @@ def read_files(paths: Sequence[str], text_column: str, txt_documents: TxtDocumen
                 case _:
                     yield from _read_jsonl(path, text_column)
         except OSError as error:
-            raise CorpusError(f"`{path}` cannot be read: {error.strerror or one_line(error)}") from error
+            raise TextgenError(f"`{path}` cannot be read: {error.strerror or one_line(error)}") from error
 
 
 def _read_lines(path: str) -> Iterator[tuple[int, str]]:
@@ -181,9 +179,9 @@ def _read_jsonl(path: str, text_column: str) -> Iterator[str]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{where} is not valid JSON: {one_line(error)}") from error
+            raise TextgenError(f"{where} is not valid JSON: {one_line(error)}") from error
         if not isinstance(row, dict):
-            raise CorpusError(f"{where} is not a JSON object with a key `{text_column}`")
+            raise TextgenError(f"{where} is not a JSON object with a key `{text_column}`")
         if text_column not in row:
             raise no_column(where, text_column, row)
         yield _checked(row[text_column], where, text_column)
@@ -206,14 +204,14 @@ def read_csv(path: str, *columns: str) -> Iterator[list[str]]:
         where = f"`{path}` line {rows.line_num + 1}"
         for row in rows:
             if row and len(row) != len(header):
-                raise CorpusError(f"{where} has {len(row)} fields; its header has {len(header)}")
+                raise TextgenError(f"{where} has {len(row)} fields; its header has {len(header)}")
             if row:
                 yield [_checked(row[place], where, header[place]) for place in places]
             where = f"`{path}` line {rows.line_num + 1}"
     except csv.Error as error:
         if "field limit" in str(error):
             raise _too_long(where) from error
-        raise CorpusError(f"{where} is not valid CSV: {one_line(error)}") from error
+        raise TextgenError(f"{where} is not valid CSV: {one_line(error)}") from error
 
 
 def _read_parquet(path: str, text_column: str) -> Iterator[str]:
@@ -226,7 +224,7 @@ def _read_parquet(path: str, text_column: str) -> Iterator[str]:
             batches = file.iter_batches(batch_size=256, columns=[text_column])
             yield from check_rows((batch.column(0).to_pylist() for batch in batches), f"`{path}`", text_column)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise CorpusError(f"`{path}` is not valid parquet with UTF-8 texts: {one_line(error)}") from error
+        raise TextgenError(f"`{path}` is not valid parquet with UTF-8 texts: {one_line(error)}") from error
 
 
 # Checks and messages
@@ -236,7 +234,7 @@ def check_rows(batches: Iterable[Sequence[object]], where: str, text_column: str
     """Yield the values of a column that comes in batches.
 
     Raises:
-        CorpusError: one is not a text.
+        TextgenError: one is not a text.
     """
     for number, value in enumerate(chain.from_iterable(batches), start=1):
         yield _checked(value, f"{where} row {number}", text_column)
@@ -245,12 +243,12 @@ def check_rows(batches: Iterable[Sequence[object]], where: str, text_column: str
 def _checked(value: object, where: str, text_column: str) -> str:
     """Return a value if it is a document: a string of Unicode scalars of bounded size."""
     if not isinstance(value, str):
-        raise CorpusError(f"{where}: `{text_column}` is not a string: {str(value)[:40]}")
+        raise TextgenError(f"{where}: `{text_column}` is not a string: {str(value)[:40]}")
     try:
         _check_size(len(value) if value.isascii() else len(value.encode()), where)
     except UnicodeEncodeError as error:
         surrogate = f"`\\u{ord(value[error.start]):04x}`"
-        raise CorpusError(f"{where}: `{text_column}` holds a lone surrogate, which is no text: {surrogate}") from error
+        raise TextgenError(f"{where}: `{text_column}` holds a lone surrogate, which is no text: {surrogate}") from error
     return value
 
 
@@ -260,7 +258,7 @@ def _decode(raw: bytes, path: str, number: int) -> str:
         return raw.decode()
     except UnicodeDecodeError as error:
         number += raw.count(b"\n", 0, error.start)
-        raise CorpusError(f"`{path}` line {number} is not UTF-8: byte 0x{raw[error.start]:02x}") from error
+        raise TextgenError(f"`{path}` line {number} is not UTF-8: byte 0x{raw[error.start]:02x}") from error
 
 
 def _check_size(num_bytes: int, where: str) -> None:
@@ -268,13 +266,13 @@ def _check_size(num_bytes: int, where: str) -> None:
         raise _too_long(where)
 
 
-def _too_long(where: str) -> CorpusError:
-    return CorpusError(f"{where} is longer than a document may be: {MAX_DOCUMENT_BYTES // 2**20} MiB")
+def _too_long(where: str) -> TextgenError:
+    return TextgenError(f"{where} is longer than a document may be: {MAX_DOCUMENT_BYTES // 2**20} MiB")
 
 
-def no_column(where: str, column: str, columns: Iterable[str]) -> CorpusError:
+def no_column(where: str, column: str, columns: Iterable[str]) -> TextgenError:
     """Return the error that names a missing column and those that are there."""
-    return CorpusError(f"{where} has no column `{column}`; it has {in_backticks(columns)}")
+    return TextgenError(f"{where} has no column `{column}`; it has {in_backticks(columns)}")
 
 
 def in_backticks(names: Iterable[str]) -> str:

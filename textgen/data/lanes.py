@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from textgen.data.store import DataError, Split
+from textgen.data.store import Split
+from textgen.errors import TextgenError
 from textgen.noise import permutation
 
 # Documents between two entries of an epoch's table of stream positions. Positions in between are found by walking
@@ -39,7 +40,7 @@ class Epoch:
         seed, epoch: decide the order of the documents.
 
     Raises:
-        DataError: the split has too few tokens for one window of every lane.
+        TextgenError: the split has too few tokens for one window of every lane.
     """
 
     def __init__(self, split: Split, *, batch_size: int, seq_len: int, seed: int, epoch: int) -> None:
@@ -92,7 +93,7 @@ def windows_per_epoch(split: Split, *, batch_size: int, seq_len: int) -> int:
     """Return the number of optimizer steps in an epoch.
 
     Raises:
-        DataError: not one window fits; the message says which sizes would.
+        TextgenError: not one window fits; the message says which sizes would.
     """
     windows = (split.num_tokens - 1) // batch_size // seq_len
     if windows < 1:
@@ -104,7 +105,7 @@ def windows_per_epoch(split: Split, *, batch_size: int, seq_len: int) -> int:
             fitting = f"batch_size {lanes} x seq_len {targets // lanes} would fit"
         else:
             fitting = "no sizes would fit, at least 2 tokens are needed"
-        raise DataError(
+        raise TextgenError(
             f"{split.num_tokens} tokens are too few for batch_size {batch_size} x seq_len {seq_len}: {fitting}"
         )
     return windows

@@ -31,6 +31,7 @@ from torch import Tensor
 from textgen.config import DataConfig, TokenizerConfig
 from textgen.console import Progress
 from textgen.data.corpus import CleanCorpus, Corpus, clean_corpus, open_corpus
+from textgen.errors import TextgenError
 from textgen.tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
 
 log = logging.getLogger("textgen")
@@ -42,10 +43,6 @@ UNIGRAM_NAME = "unigram.int64"
 ENCODE_BATCH, ENCODE_CHARACTERS = 512, 1 << 18
 MAX_ENCODE_THREADS = 16  # more would wait for the texts, which one thread reads
 READ_AHEAD_BELOW = 1 << 28  # bytes of a file
-
-
-class DataError(ValueError):
-    """Text or settings that cannot be trained on; the message is one line."""
 
 
 # --- the store -------------------------------------------------------------------------------------------------------
@@ -97,25 +94,25 @@ class TokenStore:
         """Open a store, without reading its tokens.
 
         Raises:
-            DataError: there is no whole store.
+            TextgenError: there is no whole store.
         """
         directory = Path(directory).expanduser()
         try:
             record = json.loads((directory / STORE_NAME).read_text())
         except (OSError, ValueError) as error:
-            raise DataError(f"`{directory}` is not a token store: no readable `{STORE_NAME}`") from error
+            raise TextgenError(f"`{directory}` is not a token store: no readable `{STORE_NAME}`") from error
         seen = record.get("format") if isinstance(record, dict) else None
         if seen != STORE_FORMAT:
-            raise DataError(f"`{directory}` is a token store of format {seen}, wanted {STORE_FORMAT}")
+            raise TextgenError(f"`{directory}` is a token store of format {seen}, wanted {STORE_FORMAT}")
         store = cls(directory, record)
         unigram = (directory / UNIGRAM_NAME, record["vocab_size"] * 8)
         for path, size in [unigram, *(file for name in record["splits"] for file in store._files(name))]:
             seen = path.stat().st_size if path.exists() else 0
             if seen != size or not path.exists():
-                raise DataError(f"`{path}` is damaged: {seen} bytes, wanted {size}")
+                raise TextgenError(f"`{path}` is damaged: {seen} bytes, wanted {size}")
         path = directory / MODEL_NAME
         if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != record["tokenizer"]:
-            raise DataError(f"`{path}` is damaged: not the tokenizer that the store was made with")
+            raise TextgenError(f"`{path}` is damaged: not the tokenizer that the store was made with")
         return store
 
     @property
@@ -148,11 +145,11 @@ class TokenStore:
         """Map a split into memory.
 
         Raises:
-            DataError: the store has no such split.
+            TextgenError: the store has no such split.
         """
         if name not in self.record["splits"]:
             have = ", ".join(f"`{s}`" for s in self.record["splits"])
-            raise DataError(f"the data has no split `{name}`; it has {have}")
+            raise TextgenError(f"the data has no split `{name}`; it has {have}")
         return Split(*(_map(path) for path, _ in self._files(name)))
 
     def _files(self, split: str) -> list[tuple[Path, int]]:
@@ -191,7 +188,7 @@ def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: boo
     to that key spares later calls reading the text at all.
 
     Raises:
-        DataError, CorpusError, TokenizerError: what is wrong with the text or the settings.
+        TextgenError, TokenizerError: what is wrong with the text or the settings.
     """
     if data.store is not None:
         return TokenStore.open(data.store)
@@ -209,7 +206,7 @@ def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: boo
         directory = cache / key[:16]
         try:
             store = TokenStore.open(directory)
-        except DataError:
+        except TextgenError:
             store = _write_store(directory, key, data, clean, own, tokenizer, progress=progress)
         index.parent.mkdir(exist_ok=True)
         index.write_text(directory.name)
@@ -227,7 +224,7 @@ def _open_prepared(cache: Path, index: Path) -> TokenStore | None:
         return None
     try:
         return TokenStore.open(cache / index.read_text())
-    except ValueError as error:  # a DataError, or an index that is no text
+    except ValueError as error:  # a TextgenError, or an index that is no text
         log.warning("%s: encoding again", error)
         return None
 
@@ -333,7 +330,7 @@ def encode_batches(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple
     """Yield a few texts at a time, in order, with their ids: encoded on all cores while the next ones are read.
 
     Raises:
-        DataError: as `encode_documents`.
+        TextgenError: as `encode_documents`.
     """
     num_threads = min(os.cpu_count() or 1, MAX_ENCODE_THREADS)
     waiting: deque[tuple[list[str], Future[list[NDArray[np.int64]]]]] = deque()
@@ -353,7 +350,7 @@ def encode_documents(
     """Encode texts, on all cores unless told otherwise, each with the end-of-text token after it.
 
     Raises:
-        DataError: a text does not come back from its tokens; with a lossless tokenizer that cannot be.
+        TextgenError: a text does not come back from its tokens; with a lossless tokenizer that cannot be.
     """
     encoded = tokenizer.encode_batch(texts, num_threads=num_threads or os.cpu_count() or 1)
     documents = [np.append(ids, tokenizer.eos_id).astype(np.int64) for ids in encoded]
@@ -363,7 +360,7 @@ def encode_documents(
     start = 0
     for text, end in zip(texts, ends[np.cumsum([len(ids) for ids in documents]) - 1], strict=True):
         if utf8[start:end] != text.encode():
-            raise DataError(f"the tokenizer loses text of the document that starts {text[:40]!r}")
+            raise TextgenError(f"the tokenizer loses text of the document that starts {text[:40]!r}")
         start = end
     return documents
 

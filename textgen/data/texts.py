@@ -9,8 +9,9 @@ from pathlib import Path
 from textgen.config import TrainConfig
 from textgen.data.corpus import normalize
 from textgen.data.documents import read_documents
-from textgen.data.store import DataError, TokenStore, prepare_store
-from textgen.runs.checkpoint import TRAINER_NAME, CheckpointError, read_json
+from textgen.data.store import TokenStore, prepare_store
+from textgen.errors import CheckpointError, TextgenError
+from textgen.runs.checkpoint import TRAINER_NAME, read_json
 from textgen.settings import build_settings
 
 SPLITS = ("train", "validation", "test")
@@ -29,17 +30,17 @@ def texts_to_score(
         normalization: what the model reads of texts.
 
     Raises:
-        DataError, CorpusError, CheckpointError: there are none.
+        TextgenError, CheckpointError: there are none.
     """
     if data in SPLITS:
         if checkpoint is None:
-            raise DataError(f"the model does not say what it was trained on: give `--data` a file, not `{data}`")
+            raise TextgenError(f"the model does not say what it was trained on: give `--data` a file, not `{data}`")
         texts = _split_texts(checkpoint, data, limit)
     else:
         documents = (text for text in read_documents([data], text_column=text_column) if text.strip())
         texts = [normalize(text, normalization) for text in islice(documents, limit)]
     if not texts:
-        raise DataError(f"`{data}` holds no documents")
+        raise TextgenError(f"`{data}` holds no documents")
     return texts
 
 
@@ -58,7 +59,7 @@ def store_of(checkpoint: Path) -> TokenStore:
     """Return the tokens that a checkpoint was trained on; they are made anew where they are gone.
 
     Raises:
-        CheckpointError, DataError, CorpusError: it does not say which, or they are not to be had.
+        CheckpointError, TextgenError: it does not say which, or they are not to be had.
     """
     path = checkpoint / TRAINER_NAME
     try:

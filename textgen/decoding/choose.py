@@ -11,6 +11,7 @@ from typing import Any, cast, get_args
 from textgen.config import DecoderName
 from textgen.decoding.decoders import CellDecoder, CellDtype, CompiledDecoder, Decoder
 from textgen.decoding.products import multiplies_int8
+from textgen.errors import TextgenError
 from textgen.files import JSON_BYTES, parse_json
 from textgen.hardware import has_bfloat16
 from textgen.model.files import WEIGHTS_NAME
@@ -24,10 +25,6 @@ FIGURES_FORMAT = "textgen.decoder.1"
 MOST_BITS_PER_BYTE = 0.002
 
 
-class DecoderError(ValueError):
-    """A decoder that is not to be had here; the message is one line."""
-
-
 def choose_decoder(model: LSTMLanguageModel, name: str = "auto", *, directory: Path | None = None) -> Decoder:
     """Return the decoder of a name; `auto` takes the fastest that costs nothing worth knowing.
 
@@ -37,17 +34,17 @@ def choose_decoder(model: LSTMLanguageModel, name: str = "auto", *, directory: P
         directory: the checkpoint's, whose `decoder.json` says what int8 costs.
 
     Raises:
-        DecoderError: there is no such decoder, or not here.
+        TextgenError: there is no such decoder, or not here.
     """
     names, device = get_args(DecoderName), model.embedding.weight.device.type
     if name not in names:
-        raise DecoderError(f"`decoder` must be one of {', '.join(f'`{known}`' for known in names)}: {name}")
+        raise TextgenError(f"`decoder` must be one of {', '.join(f'`{known}`' for known in names)}: {name}")
     if name == "plain":
         return Decoder(model, why="as asked")
     if name == "graph" and device != "cuda":
-        raise DecoderError(f"the decoder `graph` needs a CUDA device, the model is on {device}")
+        raise TextgenError(f"the decoder `graph` needs a CUDA device, the model is on {device}")
     if name == "int8" and device != "cpu":
-        raise DecoderError(f"the decoder `int8` is one of CPUs, the model is on {device}")
+        raise TextgenError(f"the decoder `int8` is one of CPUs, the model is on {device}")
     if name not in ("auto", "compiled", "graph"):
         slow = name == "int8" and not multiplies_int8()
         why = "as asked" + (", though this processor has no VNNI: slow" if slow else "")

@@ -22,6 +22,7 @@ from torch import Tensor
 from textgen.decoding.decoders import Decoder, DecoderState
 from textgen.decoding.generation import Batch, Step, advance
 from textgen.decoding.sampling import Controls, select_controls
+from textgen.errors import first_line
 from textgen.kernels.capture import CudaCapture, Replay
 
 log = logging.getLogger("textgen")
@@ -212,7 +213,7 @@ class GraphRunner:
         except RuntimeError as error:
             self._refused.add(slot.key)
             if not self._warned:
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = first_line(error)
                 log.warning("steps that cannot be captured in a CUDA graph run one by one: %s", reason)
             self._warned = True
         return count in slot.graphs

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from textgen.config import ModelConfig, Precision
 from textgen.distributed.signals import Interrupted, StopSignals
-from textgen.distributed.world import LaunchError, promised_gpus, promised_world, read_launch, says_yes
+from textgen.distributed.world import promised_gpus, promised_world, read_launch, says_yes
+from textgen.errors import TextgenError
 from textgen.hardware import has_bfloat16, has_float16, keep_freed_memory, prefers_float16
 
 LSTM_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,7 +44,7 @@ def start(
         deterministic: have torch and CUDA take deterministic kernels.
 
     Raises:
-        LaunchError: the batch cannot be divided, the environment contradicts the settings, the precision is not to be
+        TextgenError: the batch cannot be divided, the environment contradicts the settings, the precision is not to be
             had on this device, or not all promised processes came.
     """
     launch = read_launch(os.getppid())
@@ -52,20 +53,20 @@ def start(
         os.environ["ACCELERATE_USE_CPU"] = "true"
     promised = world.processes
     if batch_size is not None and batch_size % (promised * gradient_accumulation_steps):
-        raise LaunchError(
+        raise TextgenError(
             f"batch_size {batch_size} is not divisible by {promised} processes x "
             f"{gradient_accumulation_steps} gradient_accumulation_steps"
         )
     said = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if said not in ("1", str(gradient_accumulation_steps)):
-        raise LaunchError(
+        raise TextgenError(
             f"accelerate's environment says gradient_accumulation_steps {said}, "
             f"`--gradient_accumulation_steps` {gradient_accumulation_steps}: set it by the flag alone"
         )
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
     use_cpu = not torch.cuda.is_available() or says_yes(os.environ, "ACCELERATE_USE_CPU")
     if use_cpu and (gpus := promised_gpus(os.environ)) is not None:
-        raise LaunchError(
+        raise TextgenError(
             f"GPUs are promised ({gpus}) and torch {torch.__version__} sees none: mend its CUDA build, the driver or "
             "the container (`textgen doctor`), or set ACCELERATE_USE_CPU=true"
         )
@@ -77,7 +78,7 @@ def start(
         world.local_processes if "TORCHELASTIC_RUN_ID" in os.environ else int(os.environ.get("LOCAL_RANK", "0")) + 1
     )
     if not use_cpu and wanted > torch.cuda.device_count():
-        raise LaunchError(
+        raise TextgenError(
             f"{world.local_processes} processes on this machine, but {torch.cuda.device_count()} GPUs: launch that "
             "many, or set ACCELERATE_USE_CPU=true"
         )
@@ -113,32 +114,34 @@ def start(
         if promised == 1:
             raise
         reason = str(error).partition("\n")[0]
-        raise LaunchError(f"the launcher promised {promised} processes, and they did not meet: {reason}") from error
+        raise TextgenError(f"the launcher promised {promised} processes, and they did not meet: {reason}") from error
     _assert_promised(accelerator, promised, "cpu" if use_cpu else "cuda", precision)
     return accelerator
 
 
 def _assert_promised(accelerator: Accelerator, processes: int, device: str, precision: str) -> None:
-    """Raise LaunchError unless the world is the promised one: processes, backend, devices, precision. Collective."""
+    """Raise TextgenError unless the world is the promised one: processes, backend, devices, precision. Collective."""
     if accelerator.num_processes != processes:
-        raise LaunchError(f"the launcher promised {processes} processes, accelerate joined {accelerator.num_processes}")
+        raise TextgenError(
+            f"the launcher promised {processes} processes, accelerate joined {accelerator.num_processes}"
+        )
     if accelerator.mixed_precision != precision:
-        raise LaunchError(f"asked for mixed_precision {precision}, accelerate gives {accelerator.mixed_precision}")
+        raise TextgenError(f"asked for mixed_precision {precision}, accelerate gives {accelerator.mixed_precision}")
     if accelerator.device.type != device:
-        raise LaunchError(f"asked for the device {device}, accelerate gives {accelerator.device.type}")
+        raise TextgenError(f"asked for the device {device}, accelerate gives {accelerator.device.type}")
     if processes == 1:
         return
     wanted = {"cpu": "gloo", "cuda": "nccl"}[device]
     if (backend := torch.distributed.get_backend()) != wanted:
-        raise LaunchError(f"{processes} processes on {device} talk by {wanted}, accelerate chose {backend}")
+        raise TextgenError(f"{processes} processes on {device} talk by {wanted}, accelerate chose {backend}")
     if device == "cuda":
         uuid = torch.cuda.get_device_properties(accelerator.device).uuid
         try:
             gpus = count_different(accelerator, uuid)
         except torch.distributed.DistError as error:  # NCCL itself refuses two processes on one GPU
-            raise LaunchError(f"{processes} processes cannot talk: {str(error).strip()}".partition("\n")[0]) from error
+            raise TextgenError(f"{processes} processes cannot talk: {str(error).strip()}".partition("\n")[0]) from error
         if gpus < processes:
-            raise LaunchError(f"{processes} processes share {gpus} GPUs: start one process per GPU")
+            raise TextgenError(f"{processes} processes share {gpus} GPUs: start one process per GPU")
 
 
 def count_different(accelerator: Accelerator, value: object) -> int:
@@ -148,9 +151,9 @@ def count_different(accelerator: Accelerator, value: object) -> int:
 
 
 def assert_same(accelerator: Accelerator, value: object, what: str) -> None:
-    """Raise LaunchError unless a value, as text, is the same on all processes. Collective."""
+    """Raise TextgenError unless a value, as text, is the same on all processes. Collective."""
     if count_different(accelerator, value) > 1:
-        raise LaunchError(f"{what} is not the same on all {accelerator.num_processes} processes")
+        raise TextgenError(f"{what} is not the same on all {accelerator.num_processes} processes")
 
 
 def raise_if_stopped(accelerator: Accelerator, stop: StopSignals) -> None:
@@ -227,7 +230,7 @@ def resolve_precision(
         persistent: what `has_persistent_kernel` says.
 
     Raises:
-        LaunchError: float16 on a CPU, or a precision that textgen does not know.
+        TextgenError: float16 on a CPU, or a precision that textgen does not know.
     """
     if flag == "auto" and not use_cpu:
         if not persistent and has_bfloat16(use_cpu=False):
@@ -237,9 +240,9 @@ def resolve_precision(
     if precision is None:
         return "bf16" if has_bfloat16(use_cpu=use_cpu) else "no"
     if precision not in ("no", "bf16", "fp16"):
-        raise LaunchError(f"mixed_precision {precision} is not one of `no`, `bf16`, `fp16`")
+        raise TextgenError(f"mixed_precision {precision} is not one of `no`, `bf16`, `fp16`")
     if precision == "fp16" and use_cpu:
-        raise LaunchError("mixed_precision fp16 is not to be had on a CPU: use `--mixed_precision bf16` or `no`")
+        raise TextgenError("mixed_precision fp16 is not to be had on a CPU: use `--mixed_precision bf16` or `no`")
     return precision
 
 

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from textgen.errors import TextgenError
+
 # Names that MPI's launchers give the number of processes.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -36,10 +38,6 @@ TASK_VARIABLES = (
 )  # fmt: skip
 
 
-class LaunchError(ValueError):
-    """A launch that would train something else than was asked for; the message is one line."""
-
-
 @dataclass(frozen=True)
 class World:
     """What a launcher promises: processes in all, those on this machine, machines."""
@@ -57,14 +55,14 @@ def promised_world(environment: Mapping[str, str], launch: Launch | None = None)
         launch: what `accelerate launch` was told, where it has started this process.
 
     Raises:
-        LaunchError: they do not agree, or promise what textgen does not do.
+        TextgenError: they do not agree, or promise what textgen does not do.
     """
     for name, what in UNSUPPORTED.items():
         if says_yes(environment, name):
-            raise LaunchError(f"accelerate was told to use {what}, which textgen does not: take MULTI_GPU")
+            raise TextgenError(f"accelerate was told to use {what}, which textgen does not: take MULTI_GPU")
     dynamo = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if dynamo.lower() != "no":
-        raise LaunchError(f"accelerate was told dynamo_backend {dynamo}, and textgen does not compile: set `no`")
+        raise TextgenError(f"accelerate was told dynamo_backend {dynamo}, and textgen does not compile: set `no`")
     processes = _number(environment, "WORLD_SIZE") or 1
     local = _number(environment, "LOCAL_WORLD_SIZE") or 1
     world = World(processes, local, _number(environment, "GROUP_WORLD_SIZE") or -(-processes // local))
@@ -72,7 +70,7 @@ def promised_world(environment: Mapping[str, str], launch: Launch | None = None)
     _compare_to_slurm(world, environment)
     for name in MPI_SIZES:
         if (size := _number(environment, name) or 1) not in (1, _tasks(world, environment)):
-            raise LaunchError(
+            raise TextgenError(
                 f"MPI promised {size} processes ({name}) and each would train alone: start them by "
                 "`accelerate launch --multi_gpu`, torchrun or srun"
             )
@@ -139,12 +137,12 @@ def _compare_to_accelerate(world: World, launch: Launch | None) -> None:
             mend = "start it once per machine, or start python itself"
         else:
             mend = "give it `--multi_gpu`, which joins them on CPUs too; --cpu, MULTI_CPU and NO do not"
-        raise LaunchError(
+        raise TextgenError(
             f"`accelerate launch` was told {launch.num_processes} processes ({by}) and started {world.processes}: "
             f"{mend}"
         )
     if launch.num_machines is not None and launch.num_machines > world.machines:
-        raise LaunchError(
+        raise TextgenError(
             f"`accelerate launch` was told {launch.num_machines} machines ({by}) and joined {world.machines}: give it "
             "`--multi_gpu` and at least one process per machine"
         )
@@ -163,7 +161,7 @@ def slurm_variables(environment: Mapping[str, str]) -> dict[str, str]:
     if tasks == 1 or "WORLD_SIZE" in environment or "RANK" in environment:
         return {}
     if missing := [name for name in TASK_VARIABLES if name not in environment]:
-        raise LaunchError(f"srun promised {tasks} tasks, and the environment lacks {', '.join(missing)}")
+        raise TextgenError(f"srun promised {tasks} tasks, and the environment lacks {', '.join(missing)}")
     port = 10000 + (int(environment["SLURM_JOB_ID"]) + 31 * int(environment["SLURM_STEP_ID"])) % 20000
     own_gpu = re.fullmatch("[^,]+", environment.get("CUDA_VISIBLE_DEVICES", ""))  # by --gpus-per-task: its first one
     local = tasks_per_node(environment["SLURM_STEP_TASKS_PER_NODE"])[int(environment["SLURM_NODEID"])]
@@ -194,13 +192,13 @@ def _compare_to_slurm(world: World, environment: Mapping[str, str]) -> None:
     if "SLURM_STEP_ID" in environment:
         tasks = _number(environment, "SLURM_STEP_NUM_TASKS") or 1
         if tasks > 1 and tasks != (joined := _tasks(world, environment)):
-            raise LaunchError(
+            raise TextgenError(
                 f"srun started {tasks} tasks and the launcher in this one joined {joined}: give it `--num_machines "
                 f"{tasks} --machine_rank $SLURM_NODEID` and one task per machine, or start python by srun itself; in a "
                 "shell of `srun --pty`, ask for one task"
             )
     elif (nodes := _number(environment, "SLURM_JOB_NUM_NODES") or 1) > world.machines:
-        raise LaunchError(
+        raise TextgenError(
             f"the Slurm job has {nodes} machines, this training {world.machines}: start it by srun, or as "
             "`launch/slurm/train.sbatch` does"
         )
@@ -229,5 +227,5 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
     if value is None:
         return None
     if not value.isdecimal() or int(value) < 1:
-        raise LaunchError(f"`{name}` must be a number of at least 1: {value}")
+        raise TextgenError(f"`{name}` must be a number of at least 1: {value}")
     return int(value)

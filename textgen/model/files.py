@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from textgen.config import ModelConfig
+from textgen.errors import CheckpointError, TextgenError, first_line
 from textgen.files import JSON_BYTES, parse_json
 from textgen.model.lstm import LSTMLanguageModel
-from textgen.runs.checkpoint import CheckpointError, find_checkpoint, verify
-from textgen.runs.tensors import TensorFileError, chunks, read_header, read_tensors
+from textgen.runs.checkpoint import find_checkpoint, verify
+from textgen.runs.tensors import chunks, read_header, read_tensors
 from textgen.tokenizer import MODEL_NAME, Tokenizer
 
 CONFIG_NAME = "config.json"
@@ -24,10 +25,6 @@ WEIGHTS_NAME = "model.safetensors"
 _FORMAT = "textgen.lstm.1"
 
 HUB_SECONDS = 3  # to wait for the hub's first answer
-
-
-class ModelFileError(ValueError):
-    """A model directory that cannot be read; the message is one line."""
 
 
 def model_files(model: LSTMLanguageModel) -> dict[str, bytes]:
@@ -51,33 +48,31 @@ def read_model(name: str | Path) -> LSTMLanguageModel:
     """Read a model from a directory, or from a repository of the Hugging Face hub.
 
     Raises:
-        ModelFileError: there is no such model, or its files do not fit.
+        TextgenError: there is no such model, or its files do not fit.
     """
     directory = resolve_model_directory(name)
     try:
         with (directory / CONFIG_NAME).open("rb") as file:
             values = parse_json(file.read(JSON_BYTES + 1))
         if values.pop("format", None) != _FORMAT:
-            raise ModelFileError(f"`{directory / CONFIG_NAME}` is not a textgen model: `format` is not {_FORMAT}")
+            raise TextgenError(f"`{directory / CONFIG_NAME}` is not a textgen model: `format` is not {_FORMAT}")
         vocab_size, text = values.pop("vocab_size"), values.pop("text", {})
         # models older than the setting
         values.setdefault("projection", values["embedding_dim"] != values["hidden_size"])
         _check_types(values, vocab_size, text)
         config = ModelConfig(**values)
         if 3 * config.num_layers > len(read_header(directory / WEIGHTS_NAME)):
-            raise ModelFileError(f"`{directory / WEIGHTS_NAME}` has too few tensors for {config.num_layers} layers")
+            raise TextgenError(f"`{directory / WEIGHTS_NAME}` has too few tensors for {config.num_layers} layers")
         with torch.device("meta"):  # no memory is taken on the word of config.json alone
             model = LSTMLanguageModel(config, vocab_size, text=text)
         tensors = read_tensors(directory / WEIGHTS_NAME, model.state_shapes())
         model.load_state_dict(tensors, strict=False, assign=True)
         if config.tie_weights:
             model.output.weight = model.embedding.weight
-    except ModelFileError:
+    except TextgenError:
         raise
-    except TensorFileError as error:
-        raise ModelFileError(str(error)) from error
     except Exception as error:  # JSON, dataclasses and torch each raise their own
-        raise ModelFileError(f"`{directory}` holds no readable model: {_first_line(error)}") from error
+        raise TextgenError(f"`{directory}` holds no readable model: {first_line(error)}") from error
     return model
 
 
@@ -99,14 +94,14 @@ def resolve_model_directory(name: str | Path) -> Path:
         name: a directory, or a repository `OWNER/NAME`; `hub:OWNER/NAME` is never a directory.
 
     Raises:
-        ModelFileError: neither a directory with a config nor a repository that can be reached.
+        TextgenError: neither a directory with a config nor a repository that can be reached.
     """
     path, repository = Path(name), str(name).removeprefix("hub:")
     if repository == str(name):
         if (path / CONFIG_NAME).is_file():
             return path
         if path.exists() or repository.count("/") != 1 or repository.startswith((".", "/", "~")):
-            raise ModelFileError(f"`{name}` has no `{CONFIG_NAME}`: not a checkpoint directory")
+            raise TextgenError(f"`{name}` has no `{CONFIG_NAME}`: not a checkpoint directory")
     from huggingface_hub import HfApi, snapshot_download
 
     draw_bars_in_terminals_only()
@@ -122,8 +117,8 @@ def resolve_model_directory(name: str | Path) -> Path:
             snapshot_download(repository, allow_patterns=files, etag_timeout=HUB_SECONDS, local_files_only=offline)
         )
     except Exception as error:
-        raise ModelFileError(
-            f"`{name}` is no directory and cannot be read from the hub: {_first_line(unreached or error)}"
+        raise TextgenError(
+            f"`{name}` is no directory and cannot be read from the hub: {first_line(unreached or error)}"
         ) from error
 
 
@@ -135,19 +130,13 @@ def draw_bars_in_terminals_only() -> None:
         disable_progress_bars()
 
 
-def _first_line(error: Exception) -> str:
-    """Return what an error says, in a line; its class where it says nothing, or only a missing key."""
-    lines = str(error).splitlines()
-    return (lines[0] if lines and not isinstance(error, KeyError) else f"{type(error).__name__} {error}".strip())[:300]
-
-
 def load_model(
     name: str | Path, device: torch.device | str = "cpu", *, best: bool = False
 ) -> tuple[LSTMLanguageModel, Tokenizer]:
     """Read model and tokenizer of a checkpoint directory, of a run's newest or best checkpoint, or of a hub repository.
 
     Raises:
-        CheckpointError, ModelFileError, TokenizerError: it cannot be read, or the tokenizer is not the model's.
+        CheckpointError, TextgenError, TokenizerError: it cannot be read, or the tokenizer is not the model's.
     """
     directory = find_checkpoint(name, best=best)
     if directory is None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from textgen.errors import CheckpointError, UnreadableError
 from textgen.files import JSON_BYTES, make_directory, memory_bytes, parse_json, sync_directory
 from textgen.runs.tensors import chunks
 from textgen.tokenizer.tokenizer import MAX_MODEL_BYTES
@@ -36,14 +37,6 @@ FORMAT = "textgen.checkpoint.1"
 _FILE_NAME = re.compile(r"[a-z_]{1,40}\.(safetensors|json|model)")
 _DIRECTORY_NAME = re.compile(r"step-([0-9]{6,18})(\.old)?")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used; the message is one line."""
-
-
-class UnreadableError(CheckpointError):
-    """A checkpoint that cannot be read here and now, by which nothing is said of what it holds."""
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from textgen.errors import TextgenError
 from textgen.files import make_directory, write_whole
 
 STATUS_NAME = "status.json"
@@ -24,10 +25,6 @@ LOCK_NAME = ".lock"
 LOCK_SECONDS = 2.0
 
 RunState = Literal["running", "finished", "preempted", "failed"]
-
-
-class RunDirectoryError(ValueError):
-    """A run directory that cannot be used; the message is one line."""
 
 
 class RunDirectory:
@@ -49,7 +46,7 @@ class RunDirectory:
         A training that fails before its first step leaves no new directory behind.
 
         Raises:
-            RunDirectoryError: another process holds it.
+            TextgenError: another process holds it.
         """
         if not self._main:
             yield
@@ -60,7 +57,7 @@ class RunDirectory:
         try:
             lock.acquire()
         except Timeout:
-            raise RunDirectoryError(f"`{self.path}` is in use by {self._holder()}") from None
+            raise TextgenError(f"`{self.path}` is in use by {self._holder()}") from None
         try:
             holder = {"started": _now(), "host": socket.gethostname(), "pid": os.getpid()}
             self._write({"state": "running", "step": None, "total_steps": None, "reason": None, **holder})
@@ -126,7 +123,7 @@ class RunDirectory:
         """Check that the checkpoints that will lie here at a time fit, those that already do included.
 
         Raises:
-            RunDirectoryError: the disk has less space.
+            TextgenError: the disk has less space.
         """
         if not self._main:
             return
@@ -135,7 +132,7 @@ class RunDirectory:
         wanted, free = checkpoint_bytes * count - present, shutil.disk_usage(self.path).free
         if free < wanted:
             checkpoints = "1 checkpoint" if count == 1 else f"{count} checkpoints"
-            raise RunDirectoryError(
+            raise TextgenError(
                 f"`{self.path}` has {free / 1e6:,.1f} MB of free space, the run needs {wanted / 1e6:,.1f}: "
                 f"{checkpoints} of {checkpoint_bytes / 1e6:,.1f} MB at a time, see `--keep_last`"
             )

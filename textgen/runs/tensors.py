@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from textgen.errors import TextgenError
 from textgen.files import memory_bytes, parse_json
 
 DTYPES = {
@@ -29,10 +30,6 @@ SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 
 # Ten thousand tensors fit; what is longer was not written by textgen.
 HEADER_BYTES = 1 << 20
-
-
-class TensorFileError(ValueError):
-    """A tensor file that is not what it should be; the message is one line."""
 
 
 def chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
@@ -59,32 +56,32 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Return dtype and shape of a file's tensors by name, having checked that they fill it exactly.
 
     Raises:
-        TensorFileError: it is none, or damaged.
+        TextgenError: it is none, or damaged.
     """
     try:
         size = path.stat().st_size
         if not path.is_file():
-            raise TensorFileError(f"`{path}` is not a regular file")
+            raise TextgenError(f"`{path}` is not a regular file")
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 2 <= length <= min(HEADER_BYTES, size - 8):
-                raise TensorFileError(f"`{path}` is not a tensor file of textgen: its header would have {length} bytes")
+                raise TextgenError(f"`{path}` is not a tensor file of textgen: its header would have {length} bytes")
             entries = parse_json(file.read(length))
         entries.pop("__metadata__", None)
         header = {name: _entry(value) for name, value in entries.items()}
     except OSError as error:
-        raise TensorFileError(f"`{path}` cannot be read: {error.strerror or error}") from error
-    except TensorFileError:
+        raise TextgenError(f"`{path}` cannot be read: {error.strerror or error}") from error
+    except TextgenError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise TensorFileError(f"`{path}` has a damaged header: {str(error)[:200]}") from error
+        raise TextgenError(f"`{path}` has a damaged header: {str(error)[:200]}") from error
     end = 0
     for start, stop, *_ in sorted(header.values()):
         if start != end:
-            raise TensorFileError(f"`{path}` has a damaged header: data from byte {start} on, wanted {end}")
+            raise TextgenError(f"`{path}` has a damaged header: data from byte {start} on, wanted {end}")
         end = stop
     if end != size - 8 - length:
-        raise TensorFileError(f"`{path}` holds {size - 8 - length} bytes of data, its header says {end}")
+        raise TextgenError(f"`{path}` holds {size - 8 - length} bytes of data, its header says {end}")
     return {name: (dtype, shape) for name, (_, _, dtype, shape) in header.items()}
 
 
@@ -102,14 +99,14 @@ def _entry(value: Mapping[str, Any]) -> tuple[int, int, str, tuple[int, ...]]:
 
 
 def check_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtypes: Collection[str] = ("F32",)) -> None:
-    """Raise TensorFileError unless a file holds tensors of these names and shapes, each of one of the dtypes."""
+    """Raise TextgenError unless a file holds tensors of these names and shapes, each of one of the dtypes."""
     header = read_header(path)
     if header.keys() != shapes.keys():
         names = sorted(header.keys() ^ shapes.keys())
-        raise TensorFileError(f"`{path}` holds other tensors than expected: {', '.join(map(repr, names[:3]))[:200]}")
+        raise TextgenError(f"`{path}` holds other tensors than expected: {', '.join(map(repr, names[:3]))[:200]}")
     for name, (dtype, shape) in header.items():
         if shape != tuple(shapes[name]) or dtype not in dtypes:
-            raise TensorFileError(
+            raise TextgenError(
                 f"`{path}`: `{name}` is {dtype} {list(shape)}, wanted {'/'.join(dtypes)} {list(shapes[name])}"
             )
 
@@ -120,14 +117,14 @@ def read_tensors(
     """Read a file whose names, shapes and dtypes are known; nothing of it is read before they are found right.
 
     Raises:
-        TensorFileError: it is damaged, or holds something else.
+        TextgenError: it is damaged, or holds something else.
     """
     check_tensors(path, shapes, dtypes=dtypes)
     if (size := path.stat().st_size) > memory_bytes():
-        raise TensorFileError(f"`{path}` has {size} bytes, this machine's memory {memory_bytes()}")
+        raise TextgenError(f"`{path}` has {size} bytes, this machine's memory {memory_bytes()}")
     try:
         return load(path.read_bytes())
     except (OSError, SafetensorError) as error:
-        raise TensorFileError(f"`{path}` cannot be read: {error}") from error
+        raise TextgenError(f"`{path}` cannot be read: {error}") from error
     except MemoryError as error:
-        raise TensorFileError(f"`{path}` does not fit into memory: {path.stat().st_size} bytes") from error
+        raise TextgenError(f"`{path}` does not fit into memory: {path.stat().st_size} bytes") from error

@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from textgen.config import TrackingConfig
+from textgen.errors import TextgenError
 from textgen.settings import dotted
-from textgen.tracking.tracker import Backend, Row, RunEnd, SampledText, TrackingError
+from textgen.tracking.tracker import Backend, Row, RunEnd, SampledText
 from textgen.tracking.wandb import PATIENCE_SECONDS, WandbRun
 
 
 def assert_installed(config: TrackingConfig) -> None:
-    """Raise TrackingError where a tracker is asked for that is not installed."""
+    """Raise TextgenError where a tracker is asked for that is not installed."""
     for name in config.backends:
         if config.mode != "disabled" and importlib.util.find_spec(name) is None:
-            raise TrackingError(f"`tracking.backends` names {name}, which is not installed: `pip install {name}`")
+            raise TextgenError(f"`tracking.backends` names {name}, which is not installed: `pip install {name}`")
 
 
 log = logging.getLogger("textgen")

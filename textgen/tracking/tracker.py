@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from textgen.errors import first_line
 from textgen.files import write_whole
 from textgen.runs.metrics import METRICS_NAME, read_metrics
 
@@ -33,10 +34,6 @@ class RunEnd:
     state: Literal["finished", "preempted", "failed"]
     exit_code: int
     reason: str
-
-
-class TrackingError(ValueError):
-    """A tracker that cannot be had; the message is one line."""
 
 
 class Backend(Protocol):
@@ -164,7 +161,7 @@ class Follower:
             while not self._off and (action := self._waiting.get()) is not None:
                 action(self._backend)
         except Exception as error:
-            self._give_up((str(error).splitlines() or [type(error).__name__])[0])
+            self._give_up(first_line(error))
         if self._off:
             self._backend.abandon()
 

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from textgen.config import TrackingConfig
+from textgen.errors import first_line
 from textgen.tracking.tracker import Row, RunEnd, SampledText
 
 
@@ -96,7 +97,7 @@ class WandbRun:
                 self._next = self._run.step  # of a resumed run: what the server has
             except Exception as error:
                 _tear_down()
-                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                reason = first_line(error)
         if self._run is None:
             if reason:
                 log.warning("W&B records offline: %s", reason)

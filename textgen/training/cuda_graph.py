@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from textgen.errors import first_line
 from textgen.kernels.capture import Replay
 from textgen.training.step import Compute, StepInputs, Taken
 
@@ -81,6 +82,6 @@ class StepGraph:
             self._replay = self._capture(work)
         except RuntimeError as error:
             self._is_refused = True
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             log.warning("the step cannot be captured in a CUDA graph, so steps are taken without: %s", reason)
         self._inputs, self._told = static, told

@@ -20,6 +20,7 @@ from textgen.console import Progress, say
 from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import Interrupted, StopSignals
+from textgen.errors import TextgenError
 from textgen.files import write_whole
 from textgen.reporting.report import leave_report
 from textgen.runs.checkpoint import Saver, checkpoint_path
@@ -32,7 +33,7 @@ from textgen.training.budget import describe_cost, describe_request, describe_tr
 from textgen.training.metrics import Meter, log_metrics, say_epoch
 from textgen.training.resume import checkpoint_bytes, checkpoints_at_a_time, resume, save, state_shapes
 from textgen.training.setup import build, refuse_graph
-from textgen.training.step import Training, TrainingError, step_batches, steps_per_epoch, train_step
+from textgen.training.step import Training, step_batches, steps_per_epoch, train_step
 from textgen.training.validation import evaluate_and_save
 
 log = logging.getLogger("textgen")
@@ -51,8 +52,8 @@ def train(config: TrainConfig, *, config_file: str | None = None) -> None:
         config_file: what the first line of the run calls them.
 
     Raises:
-        CorpusError, DataError, TokenizerError, LaunchError, CheckpointError, RunDirectoryError, TrackingError,
-            TrainingError: what is wrong, in a line.
+        TextgenError, TokenizerError, CheckpointError,
+            TextgenError: what is wrong, in a line.
         Interrupted: a signal asked to stop; the training is saved, if it had begun.
     """
     with StopSignals(config.stop_signal) as stop:
@@ -213,7 +214,7 @@ def _how_it_ended(training: Training, error: BaseException | None) -> RunEnd:
         return RunEnd("finished", 0, f"step {now.step} of {now.total_steps}{best}")
     if isinstance(error, Interrupted):
         return RunEnd("preempted", error.exit_code, f"{error}: saved at step {now.step}")
-    return RunEnd("failed", 2 if isinstance(error, TrainingError | OSError) else 1, _reason(error))
+    return RunEnd("failed", 2 if isinstance(error, TextgenError | OSError) else 1, _reason(error))
 
 
 def finish_saving(training: Training) -> None:
@@ -232,7 +233,7 @@ def run_steps(training: Training, tracker: Tracker, run: RunDirectory, bar: Prog
 
     Raises:
         Interrupted: a signal asked some process to stop; all of them stand at the same step.
-        TrainingError: a loss or gradient was not finite.
+        TextgenError: a loss or gradient was not finite.
     """
     config, accelerator, now = training.config, training.accelerator, training.progression
     per_epoch = steps_per_epoch(config, training.store)
@@ -285,11 +286,11 @@ def agree(training: Training, agreement: launch.Agreement, *, now: bool) -> bool
     if stopped and not now:  # a checkpoint will be made of this step after all
         _, nonfinite, unsaved = ask(True)
     if nonfinite or training.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
-        raise TrainingError(describe_nonfinite(training))
+        raise TextgenError(describe_nonfinite(training))
     if unsaved:
         if training.saver is not None:
             training.saver.wait()
-        raise TrainingError("the checkpoint could not be written")
+        raise TextgenError("the checkpoint could not be written")
     return stopped
 
 

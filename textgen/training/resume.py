@@ -19,12 +19,12 @@ from torch import Tensor
 
 from textgen.config import TrainConfig
 from textgen.distributed import launch
-from textgen.model.files import CONFIG_NAME, WEIGHTS_NAME, ModelFileError, model_files, read_model
+from textgen.errors import CheckpointError, TextgenError
+from textgen.model.files import CONFIG_NAME, WEIGHTS_NAME, model_files, read_model
 from textgen.model.lstm import LSTMLanguageModel, State
 from textgen.runs.checkpoint import (
     MANIFEST_NAME,
     TRAINER_NAME,
-    CheckpointError,
     Manifest,
     checkpoint_path,
     checkpoints,
@@ -34,11 +34,11 @@ from textgen.runs.checkpoint import (
     remove_leftovers,
     verify,
 )
-from textgen.runs.tensors import TensorFileError, check_tensors, read_tensors
+from textgen.runs.tensors import check_tensors, read_tensors
 from textgen.settings import UNTOLD, dotted
 from textgen.tokenizer import MODEL_NAME
 from textgen.training.budget import fit_steps
-from textgen.training.step import Progression, Training, TrainingError, zero_lanes
+from textgen.training.step import Progression, Training, zero_lanes
 
 log = logging.getLogger("textgen")
 
@@ -90,12 +90,12 @@ def save(training: Training) -> float:
 
     Raises:
         OSError: an earlier one could not be written.
-        TrainingError: the weights are not finite.
+        TextgenError: the weights are not finite.
     """
     started = time.perf_counter()
     accelerator, now = training.accelerator, training.progression
     if not torch.nn.utils.get_total_norm(training.bare.parameters()).isfinite():
-        raise TrainingError(f"the weights turned to nan or infinity by step {now.step}; they are not saved")
+        raise TextgenError(f"the weights turned to nan or infinity by step {now.step}; they are not saved")
     lanes = gather_lanes(accelerator, training.lane_states)
     now.unlogged_nats = float(accelerator.reduce(training.nats, "sum"))
     if training.saver is None:
@@ -168,22 +168,19 @@ def load_training(training: Training, trainer: dict[str, Any], directory: Path) 
     config, accelerator = training.config, training.accelerator
     shapes = state_shapes(training.bare, batch_size=config.batch_size, averaged=training.average is not None)
     averaged = trainer["config"].get("ema_decay") is not None  # then model.safetensors holds the average
-    try:
-        weights = directory / ("weights.safetensors" if averaged else "model.safetensors")
-        training.bare.load_state_dict(read_tensors(weights, shapes["model"]), strict=False)
-        if training.average is not None:
-            average = read_tensors(directory / "model.safetensors", shapes["model"])
-            training.average.load_state_dict(average, strict=False)
-        optimizer = read_tensors(directory / "optimizer.safetensors", shapes["optimizer"])
-        load_optimizer(training.bare, training.optimizer, optimizer)
-        if trainer["config"].get("batch_size") == config.batch_size:
-            lanes = read_tensors(directory / "lanes.safetensors", shapes["lanes"], dtypes=DTYPES_OF["lanes"])
-            state = lanes["hidden"], lanes["cell"]
-            training.lane_states = own_lanes(accelerator, state, config.gradient_accumulation_steps)
-        else:  # `resume_override`
-            training.lane_states = zero_lanes(training)
-    except TensorFileError as error:
-        raise CheckpointError(str(error)) from error
+    weights = directory / ("weights.safetensors" if averaged else "model.safetensors")
+    training.bare.load_state_dict(read_tensors(weights, shapes["model"]), strict=False)
+    if training.average is not None:
+        average = read_tensors(directory / "model.safetensors", shapes["model"])
+        training.average.load_state_dict(average, strict=False)
+    optimizer = read_tensors(directory / "optimizer.safetensors", shapes["optimizer"])
+    load_optimizer(training.bare, training.optimizer, optimizer)
+    if trainer["config"].get("batch_size") == config.batch_size:
+        lanes = read_tensors(directory / "lanes.safetensors", shapes["lanes"], dtypes=DTYPES_OF["lanes"])
+        state = lanes["hidden"], lanes["cell"]
+        training.lane_states = own_lanes(accelerator, state, config.gradient_accumulation_steps)
+    else:  # `resume_override`
+        training.lane_states = zero_lanes(training)
     if accelerator.scaler and trainer.get("scaler"):
         try:
             accelerator.scaler.load_state_dict(trainer["scaler"])
@@ -313,13 +310,10 @@ def describe_checkpoint(directory: Path) -> dict[str, Any]:
     manifest = verify(directory)
     trainer, now = read_trainer(directory, manifest)
     averaged, batch_size = "weights.safetensors" in manifest.files, trainer["config"].get("batch_size")
-    try:
-        model = read_model(directory)
-        shapes = state_shapes(model, batch_size=batch_size, averaged=averaged)
-        for name, group in shapes.items():
-            check_tensors(directory / f"{name}.safetensors", group, dtypes=DTYPES_OF.get(name, ("F32",)))
-    except (ModelFileError, TensorFileError) as error:
-        raise CheckpointError(str(error)) from error
+    model = read_model(directory)
+    shapes = state_shapes(model, batch_size=batch_size, averaged=averaged)
+    for name, group in shapes.items():
+        check_tensors(directory / f"{name}.safetensors", group, dtypes=DTYPES_OF.get(name, ("F32",)))
     return {
         "checkpoint": str(directory), "valid": True, "step": now.step, "total_steps": now.total_steps,
         "finished": now.finished, "best_step": now.best_step, "best_loss": now.best_loss,

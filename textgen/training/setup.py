@@ -16,12 +16,12 @@ from textgen.config import TrainConfig
 from textgen.data.store import TokenStore
 from textgen.distributed.launch import LSTM_DTYPES
 from textgen.distributed.signals import StopSignals
-from textgen.distributed.world import LaunchError
+from textgen.errors import TextgenError
 from textgen.kernels.capture import CudaCapture, Replay
 from textgen.model.lstm import LSTMLanguageModel, State
 from textgen.training.cuda_graph import Capture, StepGraph
 from textgen.training.optim import build_optimizer
-from textgen.training.step import Progression, Training, TrainingError, steps_per_epoch
+from textgen.training.step import Progression, Training, steps_per_epoch
 
 
 def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop: StopSignals) -> Training:
@@ -38,7 +38,7 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop
         average = LSTMLanguageModel(config.model, len(counts), text=text).to(accelerator.device).requires_grad_(False)
         average.load_state_dict(bare.state_dict())
     if config.early_stopping_patience is not None and "validation" not in store.record["splits"]:
-        raise TrainingError("`early_stopping_patience` needs a validation split, and the data has none")
+        raise TextgenError("`early_stopping_patience` needs a validation split, and the data has none")
     total = config.max_epochs * steps_per_epoch(config, store)
     device = accelerator.device
     if isinstance(model, DistributedDataParallel):
@@ -57,15 +57,15 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop
 
 
 def refuse_graph(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Raise LaunchError where `cuda_graph` is asked for and there can be none."""
+    """Raise TextgenError where `cuda_graph` is asked for and there can be none."""
     if not config.cuda_graph:
         return
     if accelerator.device.type != "cuda":
-        raise LaunchError(f"`cuda_graph` needs a GPU, and this training runs on the device {accelerator.device.type}")
+        raise TextgenError(f"`cuda_graph` needs a GPU, and this training runs on the device {accelerator.device.type}")
     if accelerator.num_processes > 1:
-        raise LaunchError(f"`cuda_graph` is for one process, and there are {accelerator.num_processes}: leave it out")
+        raise TextgenError(f"`cuda_graph` is for one process, and there are {accelerator.num_processes}: leave it out")
     if accelerator.mixed_precision == "fp16":
-        raise LaunchError(
+        raise TextgenError(
             "`cuda_graph` does not go with mixed_precision fp16, whose scaler asks the device at every step: "
             "leave it out, or use `--mixed_precision bf16`"
         )
@@ -108,12 +108,12 @@ def settle_buckets(accelerator: Accelerator, bare: LSTMLanguageModel, model: nn.
 
 
 def assert_precision(model: LSTMLanguageModel, accelerator: Accelerator) -> None:
-    """Raise LaunchError in the first forward pass if the LSTM does not compute in the dtype that was asked for."""
+    """Raise TextgenError in the first forward pass if the LSTM does not compute in the dtype that was asked for."""
     wanted = LSTM_DTYPES[accelerator.mixed_precision]
 
     def check(_module: nn.Module, _inputs: object, output: tuple[Tensor, State]) -> None:
         handle.remove()
         if output[0].dtype != wanted:
-            raise LaunchError(f"the LSTM computes in {output[0].dtype}, wanted {wanted}")
+            raise TextgenError(f"the LSTM computes in {output[0].dtype}, wanted {wanted}")
 
     handle = model.layers[0].register_forward_hook(check)

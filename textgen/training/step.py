@@ -25,10 +25,6 @@ from textgen.runs.checkpoint import Saver
 from textgen.training.optim import learning_rate
 
 
-class TrainingError(ValueError):
-    """A training that cannot go on; the message is one line."""
-
-
 @dataclass(kw_only=True)
 class Progression:
     """The training state beside tensors: plain numbers, saved as JSON, whole at every step."""
@@ -162,7 +158,7 @@ class Training:
 
 
 def steps_per_epoch(config: TrainConfig, store: TokenStore) -> int:
-    """Return the optimizer steps of one epoch; raise DataError where the text is too short for one."""
+    """Return the optimizer steps of one epoch; raise TextgenError where the text is too short for one."""
     return windows_per_epoch(store.split("train"), batch_size=config.batch_size, seq_len=config.seq_len)
 
 

@@ -13,6 +13,7 @@ from textgen.console import Progress, say
 from textgen.data.corpus import normalize
 from textgen.decoding.generation import Sample, generate
 from textgen.distributed import launch
+from textgen.errors import TextgenError
 from textgen.evaluation import Score, score, split_documents
 from textgen.files import write_whole
 from textgen.reporting.report import SAMPLES_NAME, draw_loss_curve
@@ -20,7 +21,7 @@ from textgen.runs.directory import RunDirectory
 from textgen.tracking.tracker import SampledText, Tracker
 from textgen.training.metrics import Meter
 from textgen.training.resume import save
-from textgen.training.step import Training, TrainingError
+from textgen.training.step import Training
 
 log = logging.getLogger("textgen")
 
@@ -43,7 +44,7 @@ def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory, b
         if (stop_early or last) and config.evaluate_documents is not None:
             score = evaluate(training, None) or score  # the figure to report; the best one is chosen by like measures
     if score is not None and not math.isfinite(score.nats):
-        raise TrainingError(f"the validation loss turned to {score.nats_per_token} by step {now.step}; it is not saved")
+        raise TextgenError(f"the validation loss turned to {score.nats_per_token} by step {now.step}; it is not saved")
     samples = write_samples(training) if accelerator.is_main_process else []
     bar.sample("".join(samples[0][1:]) if samples else "")
     launch.raise_if_stopped(accelerator, training.stop)
