@@ -58,12 +58,12 @@ def full_names(tree: ast.AST) -> dict[str, str]:
     return names
 
 
-def dotted(node: ast.AST, names: dict[str, str]) -> str | None:
+def flatten(node: ast.AST, names: dict[str, str]) -> str | None:
     """Return the full dotted name of an expression such as `t.load`, aliases resolved; None for another one."""
     if isinstance(node, ast.Name):
         return names.get(node.id, node.id)
     if isinstance(node, ast.Attribute):
-        owner = dotted(node.value, names)
+        owner = flatten(node.value, names)
         return f"{owner or '?'}.{node.attr}"
     return None
 
@@ -75,7 +75,7 @@ def findings(source: str) -> Iterator[str]:
     # `f = t.load` is as good as a call of it
     for node in ast.walk(tree):
         if isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
-            value = dotted(node.value, names)
+            value = flatten(node.value, names)
             if value and "." in value and value.split(".")[0] in {full.split(".")[0] for full in names.values()}:
                 names.setdefault(node.targets[0].id, value)
     for node in ast.walk(tree):
@@ -85,12 +85,12 @@ def findings(source: str) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             seen = [f"{node.module or ''}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Name | ast.Attribute):
-            seen = [name] if (name := dotted(node, names)) else []
+            seen = [name] if (name := flatten(node, names)) else []
         elif isinstance(node, ast.Call):
-            called = dotted(node.func, names) or ""
+            called = flatten(node.func, names) or ""
             texts = [word.value for word in node.args if isinstance(word, ast.Constant) and isinstance(word.value, str)]
             if called.split(".")[-1] == "getattr":
-                seen = [f"{dotted(node.args[0], names)}.{text}" for text in texts]
+                seen = [f"{flatten(node.args[0], names)}.{text}" for text in texts]
             elif called.split(".")[-1] in {"import_module", "attrgetter", "methodcaller"}:
                 seen = texts
             switches = {word.arg: word.value for word in node.keywords}

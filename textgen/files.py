@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Write a file of a run so that it holds the old text or the new, whatever happens.
 
     Raises:
@@ -35,10 +35,10 @@ def make_directory(path: Path) -> None:
     missing = [place for place in (path, *path.parents) if not place.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for place in missing:
-        sync_directory(place.parent)
+        fsync_directory(place.parent)
 
 
-def sync_directory(path: Path) -> None:
+def fsync_directory(path: Path) -> None:
     """Wait until a directory's entries are on disk; some file systems know no such thing."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

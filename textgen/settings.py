@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 # Settings of the command, not of the training: runs that differ in them are alike.
-UNTOLD = {"run_dir", "resume", "resume_override", "dry_run"}
+COMMAND_SETTINGS = {"run_dir", "resume", "resume_override", "dry_run"}
 
 Settings = TypeVar("Settings")
 
@@ -47,11 +47,11 @@ def settings_of(settings: type, prefix: str = "") -> dict[str, Any]:
     return kinds
 
 
-def dotted(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested settings under the names of their flags."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= dotted(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
 

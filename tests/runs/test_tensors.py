@@ -20,7 +20,7 @@ from textgen.files import JSON_BYTES, JSON_DEPTH, parse_json
 from textgen.model.files import load_model, model_files, read_model, save_model
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.runs.checkpoint import Saver, checkpoint_path, verify
-from textgen.runs.tensors import DTYPES, chunks, read_header, read_tensors
+from textgen.runs.tensors import DTYPES, read_header, read_tensors, serialize
 from textgen.tokenizer import MODEL_NAME, Tokenizer
 
 SHAPES = [(), (0,), (3, 0, 2), (1,), (7,), (2, 3, 5), (1, 1, 1, 1, 1, 1, 1, 2)]
@@ -37,7 +37,7 @@ def build(seed: int = 0, vocab_size: int = 61, **shape: Any) -> LSTMLanguageMode
 
 
 def write(path: Path, tensors: Mapping[str, Tensor]) -> Path:
-    path.write_bytes(b"".join(bytes(piece) for piece in chunks(tensors)))
+    path.write_bytes(b"".join(bytes(piece) for piece in serialize(tensors)))
     return path
 
 
@@ -118,7 +118,7 @@ def test_every_tensor_lies_aligned_to_its_own_size(tmp_path: Path) -> None:
 
 def test_the_pieces_are_the_tensors_own_memory() -> None:
     tensor = torch.zeros(5)
-    _, piece = list(chunks({"a": tensor}))
+    _, piece = list(serialize({"a": tensor}))
     tensor.fill_(1)
     assert bytes(piece) == bits(torch.ones(5))
 

@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from textgen.commands.parsing import PATIENCE_SECONDS, parse_train_config
 from textgen.config import ModelConfig, TrainConfig
 from textgen.distributed.signals import StopSignals, end_with_launcher
-from textgen.distributed.world import says_yes
+from textgen.distributed.world import env_flag
 from textgen.errors import TextgenError
-from textgen.files import sync_directory, write_whole
+from textgen.files import fsync_directory, write_atomic
 from textgen.runs.directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -308,7 +308,7 @@ def check_gpus(
         promised = len([name for name in visible.split(",") if name not in ("", "-1", "NoDevFiles")])
     seen = torch.cuda.device_count()
     value: dict[str, str | int | float] = {"seen": seen, "promised": promised}
-    if seen < promised and not says_yes(environment, "ACCELERATE_USE_CPU"):
+    if seen < promised and not env_flag(environment, "ACCELERATE_USE_CPU"):
         why = (
             f"torch {torch.__version__} is built without CUDA: install another build"
             if torch.version.cuda is None
@@ -549,11 +549,11 @@ def _write_probe(probe: Path) -> dict[str, float]:
     seconds = time.perf_counter() - started
     (probe / "large").unlink()
     started = time.perf_counter()
-    write_whole(probe / "replaced", "old")
-    write_whole(probe / "replaced", "new")
+    write_atomic(probe / "replaced", "old")
+    write_atomic(probe / "replaced", "new")
     (probe / "aside").mkdir()
     (probe / "aside").rename(probe / "renamed")
-    sync_directory(probe)
+    fsync_directory(probe)
     if (probe / "replaced").read_text() != "new" or not (probe / "renamed").is_dir():
         raise OSError(0, "a file that was renamed over another does not show")
     return {"write_mb_per_s": len(content) / seconds / 1e6, "rename_ms": (time.perf_counter() - started) * 1e3}

@@ -61,7 +61,7 @@ def _export(args: Any) -> None:
     from textgen.distributed import launch
     from textgen.errors import TextgenError
     from textgen.evaluation import score
-    from textgen.files import make_directory, write_whole
+    from textgen.files import make_directory, write_atomic
     from textgen.model.files import WEIGHTS_NAME, load_model, resolve_model_directory
     from textgen.runs.checkpoint import find_checkpoint
 
@@ -87,7 +87,7 @@ def _export(args: Any) -> None:
         "model_sha256": hashlib.sha256((directory / WEIGHTS_NAME).read_bytes()).hexdigest(),
         "data": args.data, "documents": len(texts), "tokens": plain.tokens, "bytes": num_bytes, "bits_per_byte": bits,
     }  # fmt: skip
-    write_whole(path, json.dumps(figures, indent=2) + "\n")
+    write_atomic(path, json.dumps(figures, indent=2) + "\n")
     for name, value in bits.items():
         print(f"{name:12} {value:.6f} bits per byte {value - plain.bits_per_byte:+.6f}")
     print(path)
@@ -97,11 +97,11 @@ def _write_decoder(model: LSTMLanguageModel, out: Path) -> tuple[Path, dict[str,
     """Write int8 weights; return where the figures belong, and the decoders that are to be scored."""
     from textgen.decoding.choose import FIGURES_NAME
     from textgen.decoding.decoders import CellDecoder
-    from textgen.runs.tensors import chunks
+    from textgen.runs.tensors import serialize
 
     int8, aside = CellDecoder(model, "int8"), out / f".{DECODER_NAME}.tmp"
     with aside.open("wb") as file:
-        file.writelines(chunks({name: value.contiguous() for name, value in int8.int8_tensors().items()}))
+        file.writelines(serialize({name: value.contiguous() for name, value in int8.int8_tensors().items()}))
     aside.replace(out / DECODER_NAME)
     return out / FIGURES_NAME, {"bfloat16": CellDecoder(model, "bfloat16"), "int8": int8}
 

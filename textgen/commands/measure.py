@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from textgen.commands.parsing import Parser, fail
 from textgen.config import DecoderName, SamplingConfig
 from textgen.console import Progress, setup_logging
-from textgen.files import write_whole
+from textgen.files import write_atomic
 from textgen.reporting.report import MEASURES_FORMAT, MEASURES_NAME, leave_report
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def measure_command(argv: Sequence[str]) -> None:
         ],
         "seconds": round(time.monotonic() - started, 1),
     }  # fmt: skip
-    write_whole(run_dir / MEASURES_NAME, json.dumps(record, indent=2) + "\n")
+    write_atomic(run_dir / MEASURES_NAME, json.dumps(record, indent=2) + "\n")
     leave_report(run_dir)
     print(json.dumps(record) if args.json else _table(record))
 

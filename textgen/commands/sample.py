@@ -454,7 +454,7 @@ def _open_output(path: Path, origin: dict[str, str]) -> Iterator[tuple[Callable[
     Yields:
         A function that appends, and the number of lines.
     """
-    from textgen.files import write_whole
+    from textgen.files import write_atomic
 
     beside = path.with_name(f"{path.name}.origin.json")
 
@@ -481,7 +481,7 @@ def _open_output(path: Path, origin: dict[str, str]) -> Iterator[tuple[Callable[
             if other := [name for name in origin if known.get(name) != origin[name]]:
                 fail(f"`{path}` was begun with other {' and '.join(other)}: name another file")
         else:
-            write_whole(beside, json.dumps(origin) + "\n")
+            write_atomic(beside, json.dumps(origin) + "\n")
 
         file.seek(0)
         count = end = place = 0

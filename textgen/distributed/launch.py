@@ -14,7 +14,7 @@ from torch import Tensor
 
 from textgen.config import ModelConfig, Precision
 from textgen.distributed.signals import Interrupted, StopSignals
-from textgen.distributed.world import promised_gpus, promised_world, read_launch, says_yes
+from textgen.distributed.world import env_flag, promised_gpus, promised_world, read_launch
 from textgen.errors import TextgenError
 from textgen.hardware import has_bfloat16, has_float16, keep_freed_memory, prefers_float16
 
@@ -64,7 +64,7 @@ def start(
             f"`--gradient_accumulation_steps` {gradient_accumulation_steps}: set it by the flag alone"
         )
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
-    use_cpu = not torch.cuda.is_available() or says_yes(os.environ, "ACCELERATE_USE_CPU")
+    use_cpu = not torch.cuda.is_available() or env_flag(os.environ, "ACCELERATE_USE_CPU")
     if use_cpu and (gpus := promised_gpus(os.environ)) is not None:
         raise TextgenError(
             f"GPUs are promised ({gpus}) and torch {torch.__version__} sees none: mend its CUDA build, the driver or "

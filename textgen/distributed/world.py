@@ -58,7 +58,7 @@ def promised_world(environment: Mapping[str, str], launch: Launch | None = None)
         TextgenError: they do not agree, or promise what textgen does not do.
     """
     for name, what in UNSUPPORTED.items():
-        if says_yes(environment, name):
+        if env_flag(environment, name):
             raise TextgenError(f"accelerate was told to use {what}, which textgen does not: take MULTI_GPU")
     dynamo = environment.get("ACCELERATE_DYNAMO_BACKEND", "no")
     if dynamo.lower() != "no":
@@ -206,7 +206,7 @@ def _compare_to_slurm(world: World, environment: Mapping[str, str]) -> None:
 
 def promised_gpus(environment: Mapping[str, str]) -> str | None:
     """Return what promises GPUs on this machine, as `NAME=value`; None if nothing does, or they are not wanted."""
-    if says_yes(environment, "ACCELERATE_USE_CPU"):
+    if env_flag(environment, "ACCELERATE_USE_CPU"):
         return None
     if environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):  # hidden: Slurm shows its GPUs there too
         return None
@@ -217,7 +217,7 @@ def promised_gpus(environment: Mapping[str, str]) -> str | None:
     return None
 
 
-def says_yes(environment: Mapping[str, str], name: str) -> bool:
+def env_flag(environment: Mapping[str, str], name: str) -> bool:
     """Tell whether a variable is switched on."""
     return environment.get(name, "").lower() in ("1", "true", "yes")
 

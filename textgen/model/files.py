@@ -17,7 +17,7 @@ from textgen.errors import CheckpointError, TextgenError, first_line
 from textgen.files import JSON_BYTES, parse_json
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.runs.checkpoint import find_checkpoint, verify
-from textgen.runs.tensors import chunks, read_header, read_tensors
+from textgen.runs.tensors import read_header, read_tensors, serialize
 from textgen.tokenizer import MODEL_NAME, Tokenizer
 
 CONFIG_NAME = "config.json"
@@ -40,7 +40,7 @@ def save_model(model: LSTMLanguageModel, directory: str | Path) -> None:
     for name, content in model_files(model).items():
         (directory / name).write_bytes(content)
     with (directory / WEIGHTS_NAME).open("wb") as file:
-        for piece in chunks({name: value.cpu().contiguous() for name, value in model.state_tensors().items()}):
+        for piece in serialize({name: value.cpu().contiguous() for name, value in model.state_tensors().items()}):
             file.write(piece)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from textgen.settings import dotted
+from textgen.settings import flatten
 
 if TYPE_CHECKING:
     from textgen.model.lstm import LSTMLanguageModel
@@ -57,7 +57,7 @@ class Record:
 
     def setting(self, name: str) -> Any:
         """Return a setting of the training by its dotted name."""
-        return dotted(self.trainer.get("config", {})).get(name)
+        return flatten(self.trainer.get("config", {})).get(name)
 
 
 def read_record(directory: Path) -> Record:

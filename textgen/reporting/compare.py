@@ -14,7 +14,7 @@ import yaml
 
 from textgen.config import TrainConfig
 from textgen.runs.directory import read_status
-from textgen.settings import UNTOLD, dotted
+from textgen.settings import COMMAND_SETTINGS, flatten
 
 # Characters of a setting in the table; a list of prompts would fill a screen. `--json` has all of it.
 LONGEST = 40
@@ -95,7 +95,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"`{path}` is not YAML: {' '.join(str(error).split())[:80]}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"`{path}` holds no settings: {str(settings)[:40]}")
-    return dotted(json.loads(json.dumps(asdict(TrainConfig())))) | dotted(settings)
+    return flatten(json.loads(json.dumps(asdict(TrainConfig())))) | flatten(settings)
 
 
 def _read_newest_trainer(run_dir: Path) -> dict[str, Any]:
@@ -154,7 +154,9 @@ def keep_differences(runs: Sequence[Run]) -> list[Run]:
     """Return the runs with those settings alone that are not the same in all of them."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
     told = [
-        n for n in names if n not in UNTOLD and len({json.dumps(run.settings.get(n), default=str) for run in runs}) > 1
+        n
+        for n in names
+        if n not in COMMAND_SETTINGS and len({json.dumps(run.settings.get(n), default=str) for run in runs}) > 1
     ]
     return [replace(run, settings={name: run.settings.get(name) for name in told}) for run in runs]
 

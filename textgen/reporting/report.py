@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from textgen.config import TrainConfig
-from textgen.files import write_whole
+from textgen.files import write_atomic
 from textgen.reporting.charts import Chart, Curve, Point, Rung, make_chart
 from textgen.reporting.compare import Row, Run, keep_differences, read_settings, summarize
 from textgen.runs.directory import read_status
 from textgen.runs.environment import ENVIRONMENT_NAME
-from textgen.settings import UNTOLD, dotted
+from textgen.settings import COMMAND_SETTINGS, flatten
 
 log = logging.getLogger("textgen")
 
@@ -119,7 +119,7 @@ def write_report(run_dirs: Sequence[Path], path: Path) -> None:
     names = [str(path) for path in run_dirs] if len(run_dirs) > 1 else [run_dirs[0].resolve().name]
     records = [read_record(path, name) for path, name in zip(run_dirs, names, strict=True)]
     text = page.from_string(template).render(contents(records))
-    write_whole(path, text.encode(errors="replace").decode())  # names of files need not be UTF-8
+    write_atomic(path, text.encode(errors="replace").decode())  # names of files need not be UTF-8
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -353,12 +353,12 @@ def settings_of(records: Sequence[Record]) -> list[tuple[str, list[str], bool]]:
 
     Of several runs those stand out that are not the same in all, of one run those that are not the default.
     """
-    defaults = dotted(json.loads(json.dumps(asdict(TrainConfig()))))
+    defaults = flatten(json.loads(json.dumps(asdict(TrainConfig()))))
     different = keep_differences([record.figures for record in records])[0].settings
     rows = []
     for name in dict.fromkeys(name for record in records for name in record.figures.settings):
         values = [record.figures.settings.get(name) for record in records]
-        alone = len(records) == 1 and values[0] != defaults.get(name) and name not in UNTOLD
+        alone = len(records) == 1 and values[0] != defaults.get(name) and name not in COMMAND_SETTINGS
         rows.append((name, [_setting(value) for value in values], name in different or alone))
     return sorted(rows, key=lambda row: not row[2])
 

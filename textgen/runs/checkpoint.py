@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from textgen.errors import CheckpointError, UnreadableError
-from textgen.files import JSON_BYTES, make_directory, memory_bytes, parse_json, sync_directory
-from textgen.runs.tensors import chunks
+from textgen.files import JSON_BYTES, fsync_directory, make_directory, memory_bytes, parse_json
+from textgen.runs.tensors import serialize
 from textgen.tokenizer.tokenizer import MAX_MODEL_BYTES
 
 log = logging.getLogger("textgen")
@@ -66,12 +66,12 @@ def write_checkpoint(directory: Path, files: Mapping[str, Iterable[bytes | memor
         entries = {name: _write(aside / name, content) for name, content in files.items()}
         manifest = {"format": FORMAT, "step": step, "files": entries}
         _write(aside / MANIFEST_NAME, [json.dumps(manifest, indent=2).encode() + b"\n"])
-        sync_directory(aside)
+        fsync_directory(aside)
         if directory.exists():  # between these two renames it is found under its other name
             _remove(replaced)
             directory.rename(replaced)
         aside.rename(directory)
-        sync_directory(directory.parent)
+        fsync_directory(directory.parent)
     except OSError as error:  # a full disk does not say where
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(error.errno, error.strerror, str(directory)) from error
@@ -202,7 +202,7 @@ class Saver:
         if self._cuda:
             torch.cuda.synchronize()
         content: dict[str, Iterable[bytes | memoryview]] = {name: [data] for name, data in files.items()}
-        content |= {f"{file}.safetensors": chunks(group) for file, group in copies.items()}
+        content |= {f"{file}.safetensors": serialize(group) for file, group in copies.items()}
         pause = time.perf_counter() - since
 
         def write() -> None:

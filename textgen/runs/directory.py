@@ -16,7 +16,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from textgen.errors import TextgenError
-from textgen.files import make_directory, write_whole
+from textgen.files import make_directory, write_atomic
 
 STATUS_NAME = "status.json"
 LOCK_NAME = ".lock"
@@ -114,7 +114,7 @@ class RunDirectory:
 
     def _write(self, values: dict[str, Any]) -> None:
         """Write status.json whole: `values` over what stands there."""
-        write_whole(self.path / STATUS_NAME, self._status(values))
+        write_atomic(self.path / STATUS_NAME, self._status(values))
 
     def _status(self, values: dict[str, Any]) -> str:
         return json.dumps(read_status(self.path) | values | {"time": _now()}, indent=2) + "\n"

@@ -32,7 +32,7 @@ SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 HEADER_BYTES = 1 << 20
 
 
-def chunks(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a safetensors file: its header, then each tensor's memory, uncopied.
 
     Args:

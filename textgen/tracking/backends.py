@@ -11,7 +11,7 @@ from typing import Any
 
 from textgen.config import TrackingConfig
 from textgen.errors import TextgenError
-from textgen.settings import dotted
+from textgen.settings import flatten
 from textgen.tracking.tracker import Backend, Row, RunEnd, SampledText
 from textgen.tracking.wandb import PATIENCE_SECONDS, WandbRun
 
@@ -90,7 +90,7 @@ class AccelerateTracker:
         self, name: str, config: TrackingConfig, run_dir: Path, settings: Mapping[str, Any], *, first_step: int
     ) -> None:
         self._name, self._config, self._dir, self._first = name, config, run_dir, first_step
-        plain = {key: value for key, value in dotted(settings).items() if value is not None}
+        plain = {key: value for key, value in flatten(settings).items() if value is not None}
         self._settings = {k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in plain.items()}
         self._tracker: Any = None
         self.patience: float = PATIENCE_SECONDS

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from textgen.errors import first_line
-from textgen.files import write_whole
+from textgen.files import write_atomic
 from textgen.runs.metrics import METRICS_NAME, read_metrics
 
 log = logging.getLogger("textgen")
@@ -87,7 +87,7 @@ class Tracker:
             for row in read_metrics(run_dir)
             if row["step"] <= (first_step if "train/loss" in row else evaluated_step)
         ]
-        write_whole(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._number = len(kept)
         self._followers = [Follower(name, backend, kept) for name, backend in backends.items()]
 

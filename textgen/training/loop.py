@@ -21,7 +21,7 @@ from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import Interrupted, StopSignals
 from textgen.errors import TextgenError
-from textgen.files import write_whole
+from textgen.files import write_atomic
 from textgen.reporting.report import leave_report
 from textgen.runs.checkpoint import Saver, checkpoint_path
 from textgen.runs.directory import RunDirectory
@@ -313,7 +313,7 @@ def describe_nonfinite(training: Training) -> str:
     quantity = "loss" if wrong_loss else "gradient"
     values = {"step": first, "epoch": epoch, "window": window, "quantity": quantity, "lanes": ranges}
     if accelerator.is_main_process:
-        write_whole(Path(training.config.run_dir) / NONFINITE_NAME, json.dumps(values, indent=2) + "\n")
+        write_atomic(Path(training.config.run_dir) / NONFINITE_NAME, json.dumps(values, indent=2) + "\n")
     where = ", ".join(f"{low}-{high}" for low, high in ranges)
     return (
         f"the {quantity} turned to nan or infinity in step {first}, lanes {where} (`{NONFINITE_NAME}`); "
@@ -325,6 +325,6 @@ def write_run_files(training: Training) -> None:
     """Write what the run is made of, before its first step."""
     run_dir = Path(training.config.run_dir)
     settings = json.loads(json.dumps(asdict(training.config)))  # tuples become lists, as the parser wants them
-    write_whole(run_dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    write_whole(run_dir / "data.json", json.dumps(training.store.record, indent=2) + "\n")
-    write_whole(run_dir / ENVIRONMENT_NAME, json.dumps(describe_environment(), indent=2) + "\n")
+    write_atomic(run_dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    write_atomic(run_dir / "data.json", json.dumps(training.store.record, indent=2) + "\n")
+    write_atomic(run_dir / ENVIRONMENT_NAME, json.dumps(describe_environment(), indent=2) + "\n")

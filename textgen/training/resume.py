@@ -35,7 +35,7 @@ from textgen.runs.checkpoint import (
     verify,
 )
 from textgen.runs.tensors import check_tensors, read_tensors
-from textgen.settings import UNTOLD, dotted
+from textgen.settings import COMMAND_SETTINGS, flatten
 from textgen.tokenizer import MODEL_NAME
 from textgen.training.budget import fit_steps
 from textgen.training.step import Progression, Training, zero_lanes
@@ -278,8 +278,8 @@ def _read_progression(values: object, path: Path) -> Progression:
 def compare_settings(training: Training, trainer: dict[str, Any], directory: Path) -> None:
     """Raise CheckpointError where a setting that changes the result is not the checkpoint's; note the other ones."""
     config = training.config
-    defaults = dotted(json.loads(json.dumps(asdict(TrainConfig()))))  # of settings younger than the checkpoint
-    then, now = defaults | dotted(trainer["config"]), dotted(json.loads(json.dumps(asdict(config))))
+    defaults = flatten(json.loads(json.dumps(asdict(TrainConfig()))))  # of settings younger than the checkpoint
+    then, now = defaults | flatten(trainer["config"]), flatten(json.loads(json.dumps(asdict(config))))
     then["mixed_precision"], now["mixed_precision"] = trainer["mixed_precision"], training.accelerator.mixed_precision
     harmless = HARMLESS
     if config.early_stopping_patience is not None:
@@ -291,7 +291,7 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
     elif all(now[name] == then[name] for name in now if name.startswith(("data.", "tokenizer."))):
         then["training text"], now["training text"] = trainer["data"], training.store.training_key
     for name in now:
-        if now[name] == then[name] or name in UNTOLD:
+        if now[name] == then[name] or name in COMMAND_SETTINGS:
             continue
         message = f"`{name}` is {now[name]}, `{directory}` was made with {then[name]}"
         if name.split(".")[0] not in harmless and not config.resume_override:

@@ -15,7 +15,7 @@ from textgen.decoding.generation import Sample, generate
 from textgen.distributed import launch
 from textgen.errors import TextgenError
 from textgen.evaluation import Score, score, split_documents
-from textgen.files import write_whole
+from textgen.files import write_atomic
 from textgen.reporting.report import SAMPLES_NAME, draw_loss_curve
 from textgen.runs.directory import RunDirectory
 from textgen.tracking.tracker import SampledText, Tracker
@@ -125,5 +125,5 @@ def write_samples(training: Training) -> list[SampledText]:
     earlier = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8")) if path.exists() else []
     kept = [part for part in earlier if (found := re.match(r"## step (\d+)\n", part)) and int(found[1]) < step]
     lines = [f"## step {step}\n", *(f"- temperature {t}: **{prompt}**{text}" for t, prompt, text in written)]
-    write_whole(path, "".join(kept) + "\n".join(lines) + "\n\n")  # samples of earlier steps are made only once
+    write_atomic(path, "".join(kept) + "\n".join(lines) + "\n\n")  # samples of earlier steps are made only once
     return written
