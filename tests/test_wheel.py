@@ -84,7 +84,7 @@ def test_wheel_holds_every_file_of_the_package_and_nothing_beside_it(wheel: Path
         if not folder.endswith("__pycache__")
     }
     assert {name for name in names if name.startswith("textgen/")} == wanted
-    assert {"textgen/presets/quick.yaml", "textgen/imdb_test_sha256.txt", "textgen/tokenizer/train.py"} <= wanted
+    assert {"textgen/presets/quick.yaml", "textgen/data/imdb_test_sha256.txt", "textgen/tokenizer/train.py"} <= wanted
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"textgen"}
 
 

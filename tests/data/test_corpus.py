@@ -144,7 +144,7 @@ def test_training_loses_what_stands_in_validation_or_test_or_earlier(folder: Pat
 
 
 def test_imdb_test_reviews_are_dropped_from_any_source(folder: Path) -> None:
-    shipped = (Path(__file__).parents[2] / "textgen" / "imdb_test_sha256.txt").read_text().split()
+    shipped = (Path(__file__).parents[2] / "textgen" / "data" / "imdb_test_sha256.txt").read_text().split()
     assert len(set(shipped)) == len(shipped) == 24801
     package = open_corpus(DataConfig(source="package"))
     leaked = next(
