@@ -48,11 +48,9 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
-@pytest.fixture(scope="session")
-def reviews_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_reviews(path: Path) -> None:
     """Write 300 short, varied, made-up reviews to a jsonl file, the same ones always; no two are equal."""
     draw = random.Random(0)
-    path = tmp_path_factory.mktemp("reviews") / "reviews.jsonl"
     with path.open("w", encoding="utf-8") as file:
         for number in range(300):
             said = " ".join(
@@ -62,6 +60,13 @@ def reviews_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
             )
             text = f"{draw.choice(OPENINGS)} {said} {draw.choice(VERDICTS)} (No. {number})"
             file.write(json.dumps({"id": number, "text": text}, ensure_ascii=False) + "\n")
+
+
+@pytest.fixture(scope="session")
+def reviews_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file of `write_reviews`."""
+    path = tmp_path_factory.mktemp("reviews") / "reviews.jsonl"
+    write_reviews(path)
     return path
 
 
