@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Precision = Literal["no", "bf16", "fp16", "auto"]
-DecoderName = Literal["auto", "plain", "float32", "bfloat16", "int8", "compiled", "graph"]
+DecoderName = Literal["auto", "plain", "float32", "bfloat16", "int8", "graph"]
+
+# Values that a setting no longer takes, and the line that refuses them.
+REMOVED_VALUES = {("decoder", "compiled"): "the decoder `compiled` was removed, as no gain was measured: use `auto`"}
 
 
 def _require_positive(owner: object, *names: str) -> None:

@@ -405,6 +405,19 @@ def test_a_decoder_that_cannot_be_is_one_line(refuse: Sampler) -> None:
     assert refuse("--prompt", "a", "--decoder", "fast").startswith("`decoder` must be one of `auto`, `plain`, ")
 
 
+@pytest.mark.parametrize("command", ["sample", "serve", "measure"])
+@pytest.mark.parametrize("flags", [["--decoder", "compiled"], ["--decoder=compiled"]])
+def test_the_removed_decoder_is_refused_with_one_line_that_names_auto(
+    command: str, flags: list[str], capsys: Capture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([command, "no_such_run", *flags])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: the decoder `compiled` was removed, as no gain was measured: use `auto`\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("line", "wanted"),
     [

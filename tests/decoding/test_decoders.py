@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -204,27 +203,8 @@ def test_a_forced_decoder_is_that_or_an_error_of_one_line() -> None:
         choose_decoder(model.to("meta"), "int8")
 
 
-def test_without_a_compiler_one_line_says_so_and_the_step_is_not_compiled(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(choose.shutil, "which", lambda name: None)
-    with caplog.at_level(logging.WARNING, logger="textgen"):
-        decoder = choose_decoder(build(SHAPES[0]), "compiled")
-    assert [record.getMessage() for record in caplog.records] == [
-        "the decoder `compiled` needs a C++ compiler, and there is no `g++`: not compiled"
-    ]
-    assert type(decoder) is CellDecoder
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # torch's compiler warns of itself
-def test_compiled_logits_are_those_of_the_cells() -> None:
-    if choose._missing_compiler() is not None:
-        pytest.skip("there is no C++ compiler here")
-    model = build(SHAPES[1])
-    compiled = choose_decoder(model, "compiled")
-    assert compiled.name.startswith("compiled ")
-    dtype: Any = compiled.name.removeprefix("compiled ")
-    for rows in (1, 3, 6):
-        ids = torch.randint(300, (rows, 5), generator=torch.Generator().manual_seed(6))
-        torch.testing.assert_close(logits_of(compiled, ids), logits_of(CellDecoder(model, dtype), ids))
+def test_the_removed_decoder_is_an_error_that_names_auto() -> None:
+    with pytest.raises(
+        TextgenError, match=r"^the decoder `compiled` was removed, as no gain was measured: use `auto`$"
+    ):
+        choose_decoder(build(SHAPES[0]), "compiled")

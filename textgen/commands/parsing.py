@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from textgen.config import TrainConfig
+from textgen.config import REMOVED_VALUES, TrainConfig
 from textgen.settings import build_settings, in_words, settings_of, unknown_setting
 
 # A launcher ends all processes once one has ended. The first process says what is wrong with all of them; another one
@@ -66,6 +66,8 @@ class Parser(ArgumentParser):
             return f"an argument is missing: `{wrong[1]}`"
         if wrong := re.match(r'Parser key "([^"]+)":.*?(?:Got value|Given value): (.*)', message, re.DOTALL):
             key, value = wrong.groups()
+            if (removed := REMOVED_VALUES.get((key, value.strip()))) is not None:
+                return removed
             kind = getattr(options.get(key), "_typehint", getattr(options.get(key), "type", None))
             quote = (
                 " (YAML reads a bare `no` as false: put it in quotes)"

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import shutil
 from pathlib import Path
 from typing import Any, cast, get_args
 
-from textgen.config import DecoderName
-from textgen.decoding.decoders import CellDecoder, CellDtype, CompiledDecoder, Decoder
+from textgen.config import REMOVED_VALUES, DecoderName
+from textgen.decoding.decoders import CellDecoder, CellDtype, Decoder
 from textgen.decoding.products import multiplies_int8
 from textgen.errors import TextgenError
 from textgen.files import JSON_BYTES, parse_json
 from textgen.hardware import has_bfloat16
 from textgen.model.files import WEIGHTS_NAME
 from textgen.model.lstm import LSTMLanguageModel
-
-log = logging.getLogger("textgen")
 
 # Figures of an export, in the checkpoint's directory, and what int8 may cost to be taken unasked.
 FIGURES_NAME = "decoder.json"
@@ -37,6 +33,8 @@ def choose_decoder(model: LSTMLanguageModel, name: str = "auto", *, directory: P
         TextgenError: there is no such decoder, or not here.
     """
     names, device = get_args(DecoderName), model.embedding.weight.device.type
+    if (removed := REMOVED_VALUES.get(("decoder", name))) is not None:
+        raise TextgenError(removed)
     if name not in names:
         raise TextgenError(f"`decoder` must be one of {', '.join(f'`{known}`' for known in names)}: {name}")
     if name == "plain":
@@ -45,19 +43,14 @@ def choose_decoder(model: LSTMLanguageModel, name: str = "auto", *, directory: P
         raise TextgenError(f"the decoder `graph` needs a CUDA device, the model is on {device}")
     if name == "int8" and device != "cpu":
         raise TextgenError(f"the decoder `int8` is one of CPUs, the model is on {device}")
-    if name not in ("auto", "compiled", "graph"):
+    if name not in ("auto", "graph"):
         slow = name == "int8" and not multiplies_int8()
         why = "as asked" + (", though this processor has no VNNI: slow" if slow else "")
         return CellDecoder(model, cast(CellDtype, name), why=why)
     dtype, why = _fastest(device, directory)
-    if name in ("auto", "graph"):
-        decoder = CellDecoder(model, dtype, why=why)
-        decoder.in_graphs = device == "cuda"
-        return decoder
-    if device == "cpu" and (compiler := _missing_compiler()) is not None:
-        log.warning("the decoder `compiled` needs a C++ compiler, and there is no `%s`: not compiled", compiler)
-        return CellDecoder(model, dtype, why=why)
-    return CompiledDecoder(model, dtype, why=why)
+    decoder = CellDecoder(model, dtype, why=why)
+    decoder.in_graphs = device == "cuda"
+    return decoder
 
 
 def _fastest(device: str, directory: Path | None) -> tuple[CellDtype, str]:
@@ -97,12 +90,3 @@ def _int8_cost(directory: Path | None) -> tuple[float | None, str]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"`{path}` cannot be used ({type(error).__name__}: {str(error)[:80]})"
     return cost, f"int8 costs {cost:+.5f} bits per byte"
-
-
-def _missing_compiler() -> str | None:
-    """Return the C++ compiler that torch would call, if it is not there."""
-    from torch._inductor import config
-
-    names = config.cpp.cxx if isinstance(config.cpp.cxx, tuple | list) else [config.cpp.cxx]
-    wanted = [name or "g++" for name in names]
-    return None if any(shutil.which(name) for name in wanted) else wanted[0]

@@ -11,7 +11,6 @@ import functools
 import logging
 from collections.abc import Sequence
 from typing import Literal, cast
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -147,7 +146,7 @@ class CellDecoder(Decoder):
 
     def _by_operators(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         config, norms, out = self.model.config, self.model.norms, []
-        tanh = _tanh if self.name.endswith("int8") else torch.tanh
+        tanh = _tanh if self.name == "int8" else torch.tanh
         size, x = config.hidden_size, state[0]
         for i, cell in enumerate(self._cells):
             hidden, memory = state[2 * i : 2 * i + 2]
@@ -183,51 +182,6 @@ class CellDecoder(Decoder):
             assert isinstance(product, _Int8Product)
             tensors |= {f"{name}.{part}": value for part, value in product.tensors.items()}
         return {name: value.detach() for name, value in tensors.items()}
-
-
-class CompiledDecoder(CellDecoder):
-    """A `CellDecoder` whose step is fused by torch.compile, which takes half a minute at the first call.
-
-    On a CPU this takes a C++ compiler, and gains nothing over the bare cells that was measured.
-    """
-
-    def __init__(self, model: LSTMLanguageModel, dtype: CellDtype = "float32", *, why: str = "") -> None:
-        super().__init__(model, dtype, why=why)
-        self.name = f"compiled {dtype}"
-        if self.device.type == "cpu":
-            self._cells = [_Opaque(cell) for cell in self._cells]
-            self._below = [below and _Opaque(below) for below in self._below]
-            self._projection = self._projection and _Opaque(self._projection)
-            self._output = _Opaque(self._output)
-        self._step = torch.compile(self._by_operators, dynamic=True)
-
-    def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """Read one token per row, as `Decoder.step` says."""
-        return self._step(tokens, state)
-
-
-class _Opaque:
-    """A product on packed weights that the compiler calls and does not look into: it knows no packed tensors."""
-
-    _alive: WeakValueDictionary[int, Product] = WeakValueDictionary()
-
-    def __init__(self, product: Product) -> None:
-        self._product, self.outputs = product, product.outputs
-        self._alive[id(product)] = product
-        self._define()
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.textgen.product(x, id(self._product), self.outputs)
-        return y
-
-    @classmethod
-    @functools.cache
-    def _define(cls) -> torch.library.Library:
-        library = torch.library.Library("textgen", "DEF")  # type: ignore[no-untyped-call]
-        library.define("product(Tensor x, int product, int outputs) -> Tensor")  # type: ignore[no-untyped-call]
-        library.impl("product", lambda x, product, outputs: cls._alive[product](x), "CPU")  # type: ignore[no-untyped-call]
-        library.impl("product", lambda x, product, outputs: x.new_empty(len(x), outputs), "Meta")  # type: ignore[no-untyped-call]
-        return library
 
 
 def _tanh(x: Tensor) -> Tensor:
