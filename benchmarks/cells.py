@@ -159,4 +159,4 @@ def drop_embeddings(training: Training) -> None:
         kept = uniform(training.config.seed, training.progression.step, _EMBEDDING_SITE, inputs[0]) >= EMBEDDING_DROPOUT
         return rows * (kept / (1 - EMBEDDING_DROPOUT))[..., None]
 
-    training.bare.embedding.register_forward_hook(drop)
+    training.unwrapped_model.embedding.register_forward_hook(drop)

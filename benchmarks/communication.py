@@ -143,7 +143,7 @@ def count_bytes(settings: Settings) -> dict[str, Any]:
         take_a_step(training, agreement)
         torch.distributed.barrier()
         found[compression] = [b - a for a, b in zip(before, sent(), strict=True)]
-    return {"parameters": training.bare.num_parameters, "sent": found}
+    return {"parameters": training.unwrapped_model.num_parameters, "sent": found}
 
 
 class Exchange:
@@ -225,7 +225,7 @@ def time_steps(training: Training, exchange: Exchange) -> list[dict[str, Any]]:
 
 def measure_rows(settings: Settings) -> dict[str, Any]:
     """Time forward and backward passes of one process; return their seconds by number of lanes."""
-    model, window, seconds = build_training(launch.start("no"), settings).bare, settings["shape"][1], {}
+    model, window, seconds = build_training(launch.start("no"), settings).unwrapped_model, settings["shape"][1], {}
     for lanes in LANES:
         tokens, taken = torch.randint(model.vocab_size, (lanes, window)), []
         for _ in range(STEPS):

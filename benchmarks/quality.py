@@ -205,9 +205,9 @@ GROUPS: dict[str, Callable[[], dict[str, Recipe]]] = {
 @torch.no_grad()
 def take_away(training: Training, what: str) -> None:
     """Undo a part of how a model begins."""
-    layers = [layer for layer in training.bare.layers if isinstance(layer, LSTMLayer)]
+    layers = [layer for layer in training.unwrapped_model.layers if isinstance(layer, LSTMLayer)]
     if what == "unigram bias":
-        training.bare.output.bias.zero_()
+        training.unwrapped_model.output.bias.zero_()
     elif what == "orthogonal weights":
         for layer in layers:
             nn.init.xavier_uniform_(layer.weight_hh)
@@ -294,11 +294,11 @@ def train(
     trained = time.perf_counter() - started
     text = store.split("train")
     chosen, num_bytes = split_documents(store.split("validation"), documents)
-    scored = score(accelerator, training.best_weights, chosen, num_bytes, bos_id=store.tokenizer.bos_id)
+    scored = score(accelerator, training.eval_model, chosen, num_bytes, bos_id=store.tokenizer.bos_id)
     accelerator.free_memory()
     return {
         "bits_per_byte": scored.bits_per_byte, "curve": (tenths / counts).tolist(), "documents": scored.documents,
-        "parameters": training.bare.num_parameters, "tokens": steps * config.batch_size * config.seq_len,
+        "parameters": training.unwrapped_model.num_parameters, "tokens": steps * config.batch_size * config.seq_len,
         "train_tokens": text.num_tokens, "train_bytes": int(text.num_bytes.sum(dtype=int)), "seconds": trained,
     }  # fmt: skip
 

@@ -150,16 +150,17 @@ def textgen_steps(shape: Shape, precision: str, *, cuda_graph: bool = False, num
         projection=shape.embedding_dim != shape.hidden_size,
     )  # fmt: skip
     config = TrainConfig(batch_size=shape.batch_size, seq_len=shape.seq_len, model=model)
-    bare = LSTMLanguageModel(model, shape.vocab_size)
-    bare.num_pieces = num_pieces
-    prepared, optimizer = accelerator.prepare(bare, build_optimizer(bare, config))
+    unwrapped_model = LSTMLanguageModel(model, shape.vocab_size)
+    unwrapped_model.num_pieces = num_pieces
+    prepared, optimizer = accelerator.prepare(unwrapped_model, build_optimizer(unwrapped_model, config))
     device = accelerator.device
     training = Training(
-        config=config, accelerator=accelerator, store=cast(Any, None), bare=bare, model=prepared, optimizer=optimizer,
+        config=config, accelerator=accelerator, store=cast(Any, None),
+        unwrapped_model=unwrapped_model, model=prepared, optimizer=optimizer,
         progression=Progression(total_steps=1), stop=cast(Any, None),
         nats=torch.zeros((), dtype=torch.float64, device=device),
         nonfinite=torch.zeros((), dtype=torch.bool, device=device),
-        graph=StepGraph(capture_on(bare.embedding.weight.device, optimizer)) if cuda_graph else None,
+        graph=StepGraph(capture_on(unwrapped_model.embedding.weight.device, optimizer)) if cuda_graph else None,
     )  # fmt: skip
     training.lane_states = zero_lanes(training)
     windows = token_windows(shape, device)
@@ -171,7 +172,7 @@ def textgen_steps(shape: Shape, precision: str, *, cuda_graph: bool = False, num
             nats = train_step(training, [{"tokens": tokens, "targets": targets, "lanes": lanes}])
         return nats.item() / shape.tokens
 
-    steps.model = bare  # type: ignore[attr-defined]
+    steps.model = unwrapped_model  # type: ignore[attr-defined]
     return steps
 
 

@@ -107,15 +107,17 @@ def test_models_are_built_with_a_cell_only_where_it_is_asked_for(name: str) -> N
 
 def test_embedding_dropout_leaves_tokens_out_of_a_whole_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cells, "EMBEDDING_DROPOUT", 0.5)
-    bare = LSTMLanguageModel(ModelConfig(embedding_dim=16, hidden_size=32), 200)
+    unwrapped_model = LSTMLanguageModel(ModelConfig(embedding_dim=16, hidden_size=32), 200)
     progression = SimpleNamespace(step=1)
-    training: Any = SimpleNamespace(bare=bare, config=SimpleNamespace(seed=3), progression=progression)
+    training: Any = SimpleNamespace(
+        unwrapped_model=unwrapped_model, config=SimpleNamespace(seed=3), progression=progression
+    )
     drop_embeddings(cast(Any, training))
     tokens = torch.arange(200).repeat(2, 1)
 
     def kept() -> Tensor:
-        rows = bare.embedding(tokens)
-        whole = torch.nn.functional.embedding(tokens, bare.embedding.weight)
+        rows = unwrapped_model.embedding(tokens)
+        whole = torch.nn.functional.embedding(tokens, unwrapped_model.embedding.weight)
         there = rows.abs().sum(2) > 0
         torch.testing.assert_close(rows, 2 * whole * there[..., None])
         assert torch.equal(there[0], there[1])  # wherever the token stands
@@ -127,4 +129,6 @@ def test_embedding_dropout_leaves_tokens_out_of_a_whole_step(monkeypatch: pytest
     progression.step = 2
     assert not torch.equal(first, kept())
     with torch.no_grad():
-        torch.testing.assert_close(bare.embedding(tokens), torch.nn.functional.embedding(tokens, bare.embedding.weight))
+        torch.testing.assert_close(
+            unwrapped_model.embedding(tokens), torch.nn.functional.embedding(tokens, unwrapped_model.embedding.weight)
+        )

@@ -306,15 +306,15 @@ class Loader:
         training.config = replace(training.config, resume=str(directory))
         assert training.average is not None
         with torch.no_grad():
-            for parameter in [*training.bare.parameters(), *training.average.parameters()]:
+            for parameter in [*training.unwrapped_model.parameters(), *training.average.parameters()]:
                 parameter.fill_(0.125)
         training.optimizer.state.clear()
         training.lane_states, training.wandb_id = [], "none"
         assert resume(training)
         return {
-            "weights": bits_of(training.bare.state_dict()),
+            "weights": bits_of(training.unwrapped_model.state_dict()),
             "average": bits_of(training.average.state_dict()),
-            "optimizer": bits_of(optimizer_tensors(training.bare, training.optimizer)),
+            "optimizer": bits_of(optimizer_tensors(training.unwrapped_model, training.optimizer)),
             "lanes": [bits_of(dict(enumerate(state))) for state in training.lane_states],  # type: ignore[arg-type]
             "progression": asdict(training.progression),
             "nats": float(training.nats),

@@ -59,7 +59,7 @@ def act(action: str, args: tuple[Any, ...]) -> None:
             args[0].recent[-1].parts[0][1].fill_(float("nan"))
             args[1].fill_(float("nan"))
         case ["nan", "embedding"]:
-            embedding = args[0].bare.embedding
+            embedding = args[0].unwrapped_model.embedding
             handle = embedding.register_forward_hook(lambda *given: (handle.remove(), given[2] * float("nan"))[1])
         case _:
             raise AssertionError(action)

@@ -39,12 +39,12 @@ def journal() -> None:
     @functools.wraps(original)
     def train_step(job: steps.Training, micro_batches: Sequence[dict[str, torch.Tensor]], **options: Any) -> Any:
         nats = original(job, micro_batches, **options)
-        taken = job.recent[-1]
+        record = job.recent[-1]
         lines = []
-        for micro, (batch, (lanes, part)) in enumerate(zip(micro_batches, taken.parts, strict=True)):
+        for micro, (batch, (lanes, part)) in enumerate(zip(micro_batches, record.parts, strict=True)):
             read = zlib.crc32(batch["tokens"].contiguous().numpy().tobytes())
             windows = batch["windows"].tolist()
-            entry = [taken.step, micro, epochs[0], windows, lanes.tolist(), read, float(part).hex()]
+            entry = [record.step, micro, epochs[0], windows, lanes.tolist(), read, float(part).hex()]
             lines.append(json.dumps(entry) + "\n")
         file.write("".join(lines))
         file.flush()

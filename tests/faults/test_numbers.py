@@ -93,7 +93,7 @@ def scaled(tiny_flags: list[str], tmp_path: Path) -> Training:
     accelerator = launch.start("no", batch_size=config.batch_size)
     made = build(config, accelerator, prepare_store(config.data, config.tokenizer), StopSignals())
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=INITIAL_SCALE, growth_interval=1_000_000)
-    for parameter in made.bare.parameters():
+    for parameter in made.unwrapped_model.parameters():
         parameter.register_hook(lambda gradient: gradient.half().float())
     made.optimizer = AcceleratedOptimizer(made.optimizer.optimizer, scaler=accelerator.scaler)
     return made
@@ -102,11 +102,11 @@ def scaled(tiny_flags: list[str], tmp_path: Path) -> Training:
 def take_steps(made: Training, count: int) -> list[tuple[int, int, bool]]:
     """Take steps; return (skipped so far, skipped in a row, whether the weights changed) after each."""
     seen = []
-    before = [p.clone() for p in made.bare.parameters()]
+    before = [p.clone() for p in made.unwrapped_model.parameters()]
     for micro_batches, _ in step_batches(made, made.progression.step + count):
         train_step(made, micro_batches)
         made.progression.step += 1
-        now = [p.clone() for p in made.bare.parameters()]
+        now = [p.clone() for p in made.unwrapped_model.parameters()]
         moved = any(not torch.equal(a, b) for a, b in zip(before, now, strict=True))
         seen.append((made.progression.skipped_steps, made.skips_in_a_row, moved))
         before = now

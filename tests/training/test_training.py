@@ -21,7 +21,7 @@ from textgen.cli import train_main
 from textgen.commands.parsing import parse_train_config
 from textgen.config import TrainConfig
 from textgen.runs.metrics import read_metrics
-from textgen.training.optim import learning_rate
+from textgen.training.optim import learning_rate_at
 
 ROOT = Path(__file__).parents[2]
 
@@ -281,14 +281,14 @@ def test_an_lstm_in_another_dtype_is_refused(
 
 def test_learning_rate_warms_up_and_decays_to_zero() -> None:
     config = TrainConfig(learning_rate=1.0, lr_schedule="linear", warmup_steps=9)
-    assert [round(learning_rate(step, 100, config), 3) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert [round(learning_rate_at(step, 100, config), 3) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
     for schedule in ("linear", "cosine"):
         decayed = TrainConfig(learning_rate=1.0, lr_schedule=schedule, warmup_steps=9)  # type: ignore[arg-type]
-        rates = [learning_rate(step, 100, decayed) for step in range(9, 101)]
+        rates = [learning_rate_at(step, 100, decayed) for step in range(9, 101)]
         assert rates == sorted(rates, reverse=True)
         assert rates[-1] == pytest.approx(0, abs=1e-12)
     constant = TrainConfig(learning_rate=0.5)
-    assert {learning_rate(step, 100, constant) for step in range(100)} == {0.5}
+    assert {learning_rate_at(step, 100, constant) for step in range(100)} == {0.5}
 
 
 def test_averaged_weights_are_what_is_saved_and_scored(tiny_flags: list[str], tmp_path: Path) -> None:

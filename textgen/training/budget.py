@@ -29,7 +29,7 @@ def time_steps(training: Training, *, budget_seconds: float, at_most: int = 200)
     started = time.perf_counter()
     for micro_batches, _ in step_batches(training, training.progression.step + at_most):
         before = time.perf_counter()
-        nats = train_step(training, micro_batches, rate=0.0)
+        nats = train_step(training, micro_batches, learning_rate=0.0)
         nats.item()  # wait for the device
         seconds.append(time.perf_counter() - before)
         spent = time.perf_counter() - started > budget_seconds
@@ -73,11 +73,12 @@ def describe_request(config: TrainConfig, config_file: str | None) -> str:
 
 def describe_training(training: Training) -> str:
     """Return what is about to be trained, in a line."""
-    config, store, now = training.config, training.store, training.progression
+    config, store, progress = training.config, training.store, training.progression
     return (
-        f"{training.bare.num_parameters:,} parameters, {store.split('train').num_tokens:,} training tokens of "
-        f"{store.bytes_per_token('train'):.2f} bytes, {config.batch_size} x {config.seq_len} tokens per step, "
-        f"steps {now.step} to {now.total_steps}, {steps_per_epoch(config, store)} per epoch"
+        f"{training.unwrapped_model.num_parameters:,} parameters, "
+        f"{store.split('train').num_tokens:,} training tokens of {store.bytes_per_token('train'):.2f} bytes, "
+        f"{config.batch_size} x {config.seq_len} tokens per step, "
+        f"steps {progress.step} to {progress.total_steps}, {steps_per_epoch(config, store)} per epoch"
     )
 
 

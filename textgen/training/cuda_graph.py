@@ -17,7 +17,7 @@ from torch import Tensor
 
 from textgen.errors import first_line
 from textgen.kernels.capture import Replay
-from textgen.training.step import Compute, StepInputs, Taken
+from textgen.training.step import Compute, StepInputs, StepRecord
 
 log = logging.getLogger("textgen")
 
@@ -49,34 +49,34 @@ class StepGraph:
         self._count = 0
         self._replay: Replay | None = None
 
-    def take(self, compute: Compute, inputs: StepInputs, taken: Taken) -> Tensor:
+    def take(self, compute: Compute, inputs: StepInputs, record: StepRecord) -> Tensor:
         """Take a step as `compute` does: the same tensors change, and nothing waits for the device."""
         self._count += 1
         if self._replay is None and self._count > WARM_UP and not self._is_refused:
-            self._record(compute, inputs)
+            self._capture_step(compute, inputs)
         if self._replay is None:
-            return compute(inputs, taken)
+            return compute(inputs, record)
         self._inputs.load(inputs)
         self._replay()
         inputs.states[:] = self._inputs.states
-        nats, taken.norm, *parts = self._told.clone().unbind()  # the next replay writes where these were
+        nats, record.norm, *parts = self._results.clone().unbind()  # the next replay writes where these were
         lanes = (batch["lanes"] for batch in inputs.micro_batches)
-        taken.parts[:] = zip(lanes, parts, strict=True)
+        record.parts[:] = zip(lanes, parts, strict=True)
         return nats
 
-    def _record(self, compute: Compute, inputs: StepInputs) -> None:
+    def _capture_step(self, compute: Compute, inputs: StepInputs) -> None:
         """Capture a step on copies of its inputs; where that cannot be done, say so once."""
         static = inputs.copy()
-        told = torch.empty(2 + len(static.micro_batches), device=static.micro_batches[0]["tokens"].device)
+        results = torch.empty(2 + len(static.micro_batches), device=static.micro_batches[0]["tokens"].device)
 
         def work() -> None:
-            made, taken = dataclasses.replace(static, states=list(static.states)), Taken(0, [])
-            nats = compute(made, taken)
-            assert taken.norm is not None
-            torch.stack([nats, taken.norm, *(part for _, part in taken.parts)], out=told)
-            for ours, theirs in zip(static.states, made.states, strict=True):
-                for part, value in zip(ours, theirs, strict=True):
-                    part.copy_(value)
+            made, record = dataclasses.replace(static, states=list(static.states)), StepRecord(0, [])
+            nats = compute(made, record)
+            assert record.norm is not None
+            torch.stack([nats, record.norm, *(part for _, part in record.parts)], out=results)
+            for before, after in zip(static.states, made.states, strict=True):
+                for kept, value in zip(before, after, strict=True):
+                    kept.copy_(value)
 
         try:
             self._replay = self._capture(work)
@@ -84,4 +84,4 @@ class StepGraph:
             self._is_refused = True
             reason = first_line(error)
             log.warning("the step cannot be captured in a CUDA graph, so steps are taken without: %s", reason)
-        self._inputs, self._told = static, told
+        self._inputs, self._results = static, results

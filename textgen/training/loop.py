@@ -67,8 +67,8 @@ def train(config: TrainConfig, *, config_file: str | None = None) -> None:
             deterministic=config.deterministic,
         )
         # the text is compared by content, and folders may have other names elsewhere
-        told = {n: v for n, v in asdict(config).items() if n not in ("run_dir", "data", "tokenizer", "tracking")}
-        launch.assert_same(accelerator, (told, accelerator.mixed_precision), "what flags and config file say")
+        settings = {n: v for n, v in asdict(config).items() if n not in ("run_dir", "data", "tokenizer", "tracking")}
+        launch.assert_same(accelerator, (settings, accelerator.mixed_precision), "what flags and config file say")
         refuse_graph(config, accelerator)
         assert_installed(config.tracking)
         log.info("%s, %s", launch.describe(accelerator), describe_request(config, config_file))
@@ -111,10 +111,10 @@ def _reason(error: BaseException) -> str:
     message = str(error).partition("\n")[0]
     if isinstance(error, ValueError | OSError) and message:
         return message
-    told = f"{type(error).__name__}: {message}"
+    named = f"{type(error).__name__}: {message}"
     if isinstance(error, torch.distributed.DistError) or "gloo" in message:
-        return f"another process has ended, or was waited for in vain: {told.partition('. ')[0]}"
-    return told
+        return f"another process has ended, or was waited for in vain: {named.partition('. ')[0]}"
+    return named
 
 
 @contextmanager
@@ -132,18 +132,18 @@ def _train(training: Training, run: RunDirectory) -> None:
     """Resume or begin, take all steps, and see to it that everything is written."""
     config, accelerator = training.config, training.accelerator
     resumed = resume(training)
-    now = training.progression
-    if resumed and now.finished:
-        run.write_status("finished", step=now.step, total_steps=now.total_steps)
-        say(accelerator, f"`{config.run_dir}` has finished at step {now.step}: nothing to do")
+    progress = training.progression
+    if resumed and progress.finished:
+        run.write_status("finished", step=progress.step, total_steps=progress.total_steps)
+        say(accelerator, f"`{config.run_dir}` has finished at step {progress.step}: nothing to do")
         return
     if resumed:
-        log.info("resuming at step %d", now.step)
+        log.info("resuming at step %d", progress.step)
     elif config.max_minutes is not None:
-        now.total_steps = min(now.total_steps, fit_steps(training))
+        progress.total_steps = min(progress.total_steps, fit_steps(training))
     per_epoch = steps_per_epoch(config, training.store)
-    count = checkpoints_at_a_time(config, total_steps=now.total_steps, per_epoch=per_epoch)
-    shapes = state_shapes(training.bare, batch_size=config.batch_size, averaged=training.average is not None)
+    count = checkpoints_at_a_time(config, total_steps=progress.total_steps, per_epoch=per_epoch)
+    shapes = state_shapes(training.unwrapped_model, batch_size=config.batch_size, averaged=training.average is not None)
     size = checkpoint_bytes(shapes) + len(training.store.tokenizer.model_proto)
     run.require_space(size, count=count)
     if accelerator.is_main_process:
@@ -151,9 +151,9 @@ def _train(training: Training, run: RunDirectory) -> None:
     tracker = start_tracking(training, run)
 
     def written(step: int) -> None:
-        run.write_status("running", step=step, total_steps=now.total_steps)
-        about = {"step": step, "best_step": now.best_step, "best_loss": now.best_loss}
-        tracker.checkpoint(checkpoint_path(run.path, step), best=step == now.best_step, about=about)
+        run.write_status("running", step=step, total_steps=progress.total_steps)
+        about = {"step": step, "best_step": progress.best_step, "best_loss": progress.best_loss}
+        tracker.checkpoint(checkpoint_path(run.path, step), best=step == progress.best_step, about=about)
 
     if accelerator.is_main_process:
         training.saver = Saver(
@@ -163,20 +163,20 @@ def _train(training: Training, run: RunDirectory) -> None:
     log.info("%s", describe_training(training))
     accelerator.wait_for_everyone()  # so that a signal to all of them hardly finds only some of them saving
     training.stop.defer()
-    run.write_status("running", step=now.step, total_steps=now.total_steps)
+    run.write_status("running", step=progress.step, total_steps=progress.total_steps)
     try:
         with (
             _status_of_the_end(run, training.stop),  # which does not wait for W&B
-            Progress("step", now.total_steps, done=now.step, per_epoch=per_epoch) as bar,
+            Progress("step", progress.total_steps, done=progress.step, per_epoch=per_epoch) as bar,
         ):
             run_steps(training, tracker, run, bar)
             finish_saving(training)
-            run.write_status("finished", step=now.step, total_steps=now.total_steps)
+            run.write_status("finished", step=progress.step, total_steps=progress.total_steps)
     except Interrupted as interrupted:
         save(training)
         finish_saving(training)
-        run.write_status("preempted", step=now.step, total_steps=now.total_steps, reason=str(interrupted))
-        log.info("%s: saved at step %d; the same command goes on from there", interrupted, now.step)
+        run.write_status("preempted", step=progress.step, total_steps=progress.total_steps, reason=str(interrupted))
+        log.info("%s: saved at step %d; the same command goes on from there", interrupted, progress.step)
         raise
     finally:
         if training.saver is not None:
@@ -187,33 +187,41 @@ def _train(training: Training, run: RunDirectory) -> None:
 
 def start_tracking(training: Training, run: RunDirectory) -> Tracker:
     """Open metrics.jsonl, and on the main process the trackers that follow it."""
-    config, accelerator, now = training.config, training.accelerator, training.progression
+    config, accelerator, progress = training.config, training.accelerator, training.progression
     begun, trackers = training.wandb_id, {}
     training.wandb_id = choose_wandb_id(begun)
     if accelerator.is_main_process:
         settings = asdict(config) | {
-            "parameters": training.bare.num_parameters,
+            "parameters": training.unwrapped_model.num_parameters,
             "environment": describe_environment(),
             "launch": describe_launch(os.environ)
             | {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision},
         }
         trackers = build_trackers(
             config.tracking, run.path, settings, wandb_id=training.wandb_id, resumed=begun == training.wandb_id,
-            first_step=now.step,
+            first_step=progress.step,
         )  # fmt: skip
     return Tracker(
-        run.path, trackers, main=accelerator.is_main_process, first_step=now.step, evaluated_step=now.evaluated_step
+        run.path,
+        trackers,
+        main=accelerator.is_main_process,
+        first_step=progress.step,
+        evaluated_step=progress.evaluated_step,
     )
 
 
 def _how_it_ended(training: Training, error: BaseException | None) -> RunEnd:
     """Return what trackers are told in the end."""
-    now = training.progression
+    progress = training.progression
     if error is None:
-        best = "" if now.best_loss is None else f", best validation loss {now.best_loss:.4f} at step {now.best_step}"
-        return RunEnd("finished", 0, f"step {now.step} of {now.total_steps}{best}")
+        best = (
+            ""
+            if progress.best_loss is None
+            else f", best validation loss {progress.best_loss:.4f} at step {progress.best_step}"
+        )
+        return RunEnd("finished", 0, f"step {progress.step} of {progress.total_steps}{best}")
     if isinstance(error, Interrupted):
-        return RunEnd("preempted", error.exit_code, f"{error}: saved at step {now.step}")
+        return RunEnd("preempted", error.exit_code, f"{error}: saved at step {progress.step}")
     return RunEnd("failed", 2 if isinstance(error, TextgenError | OSError) else 1, _reason(error))
 
 
@@ -235,37 +243,37 @@ def run_steps(training: Training, tracker: Tracker, run: RunDirectory, bar: Prog
         Interrupted: a signal asked some process to stop; all of them stand at the same step.
         TextgenError: a loss or gradient was not finite.
     """
-    config, accelerator, now = training.config, training.accelerator, training.progression
+    config, accelerator, progress = training.config, training.accelerator, training.progression
     per_epoch = steps_per_epoch(config, training.store)
     agreement, meter = launch.Agreement(accelerator), Meter()
 
     def evaluation_is_due() -> bool:
-        return now.step == now.total_steps or now.step % (config.evaluate_every or per_epoch) == 0
+        return progress.step == progress.total_steps or progress.step % (config.evaluate_every or per_epoch) == 0
 
-    if evaluation_is_due() and now.evaluated_step < now.step:  # a signal came before it was done
+    if evaluation_is_due() and progress.evaluated_step < progress.step:  # a signal came before it was done
         evaluate_and_save(training, tracker, run, bar, meter)
-    for micro_batches, waiting in step_batches(training, now.total_steps) if not now.finished else ():
+    for micro_batches, waiting in step_batches(training, progress.total_steps) if not progress.finished else ():
         training.nats += train_step(training, micro_batches)
-        now.step, now.unlogged_steps = now.step + 1, now.unlogged_steps + 1
+        progress.step, progress.unlogged_steps = progress.step + 1, progress.unlogged_steps + 1
         meter.steps, meter.waited = meter.steps + 1, meter.waited + waiting
-        epoch_end, evaluating = now.step % per_epoch == 0, evaluation_is_due()
-        saving = evaluating or (config.save_every is not None and now.step % config.save_every == 0)
+        epoch_end, evaluating = progress.step % per_epoch == 0, evaluation_is_due()
+        saving = evaluating or (config.save_every is not None and progress.step % config.save_every == 0)
         stopped = agree(training, agreement, now=saving)
-        if now.step % config.log_every == 0 or evaluating or epoch_end:
+        if progress.step % config.log_every == 0 or evaluating or epoch_end:
             bar.show(log_metrics(training, tracker, meter))
             meter = Meter()
-        bar.update(now.step)
-        if epoch_end or now.step == now.total_steps:
+        bar.update(progress.step)
+        if epoch_end or progress.step == progress.total_steps:
             say_epoch(training, per_epoch)
         if epoch_end:
-            now.epoch_nats, now.epoch_tokens = 0.0, 0
+            progress.epoch_nats, progress.epoch_tokens = 0.0, 0
         if stopped:
             launch.raise_if_stopped(accelerator, training.stop)
         if evaluating:
             evaluate_and_save(training, tracker, run, bar, meter)
         elif saving:
             meter.paused += save(training)
-        if now.finished:
+        if progress.finished:
             break
 
 
@@ -296,16 +304,16 @@ def agree(training: Training, agreement: launch.Agreement, *, now: bool) -> bool
 
 def describe_nonfinite(training: Training) -> str:
     """Write nonfinite.json, where a loss or gradient stopped being finite, and return it as a line. Collective."""
-    accelerator, now = training.accelerator, training.progression
+    accelerator, progress = training.accelerator, training.progression
     if training.skips_in_a_row > MAX_SKIPS_IN_A_ROW:  # the same on all processes, as `nonfinite` need not be
-        return f"float16 overflowed in {training.skips_in_a_row} steps in a row up to step {now.step}"
+        return f"float16 overflowed in {training.skips_in_a_row} steps in a row up to step {progress.step}"
     rows = []
-    for taken in training.recent:
-        for lanes, nats in taken.parts:
-            wrong = [float(value is not None and not value.isfinite()) for value in (nats, taken.norm)]
-            rows.append([float(taken.step + 1), float(lanes.min()), float(lanes.max()), *wrong])
+    for record in training.recent:
+        for lanes, nats in record.parts:
+            wrong = [float(value is not None and not value.isfinite()) for value in (nats, record.norm)]
+            rows.append([float(record.step + 1), float(lanes.min()), float(lanes.max()), *wrong])
     everyone = accelerator.gather(torch.tensor(rows, dtype=torch.float64, device=accelerator.device)).tolist()
-    first = int(min((row[0] for row in everyone if row[3] or row[4]), default=now.step))
+    first = int(min((row[0] for row in everyone if row[3] or row[4]), default=progress.step))
     of_step = [row for row in everyone if row[0] == first]
     wrong_loss = [row for row in of_step if row[3]]
     ranges = sorted([int(row[1]), int(row[2])] for row in wrong_loss or of_step)  # a gradient is that of all lanes

@@ -18,7 +18,7 @@ from torch import nn
 from textgen.console import say
 from textgen.evaluation import perplexity
 from textgen.tracking.tracker import Tracker
-from textgen.training.optim import learning_rate
+from textgen.training.optim import learning_rate_at
 from textgen.training.step import Training, steps_per_epoch
 
 
@@ -38,28 +38,28 @@ class Meter:
 
 def log_metrics(training: Training, tracker: Tracker, meter: Meter) -> dict[str, float]:
     """Write a row of metrics of the steps since the last one, and return it. Collective."""
-    config, now = training.config, training.progression
+    config, progress = training.config, training.progression
     step_tokens = config.batch_size * config.seq_len
     total = float(training.accelerator.reduce(training.nats, "sum"))
-    tokens, norm = now.unlogged_steps * step_tokens, training.recent[-1].norm
-    now.epoch_nats, now.epoch_tokens = now.epoch_nats + total, now.epoch_tokens + tokens
+    tokens, norm = progress.unlogged_steps * step_tokens, training.recent[-1].norm
+    progress.epoch_nats, progress.epoch_tokens = progress.epoch_nats + total, progress.epoch_tokens + tokens
     training.nats.zero_()
-    now.unlogged_steps = 0
+    progress.unlogged_steps = 0
     loss, bits = total / tokens, bits_per_nat(training)
     values: dict[str, float] = {
-        "tokens": now.step * step_tokens,
-        "epoch": now.step / steps_per_epoch(config, training.store),
+        "tokens": progress.step * step_tokens,
+        "epoch": progress.step / steps_per_epoch(config, training.store),
         "train/loss": loss,
         "train/perplexity": perplexity(loss),
         **({"train/bits_per_byte": loss * bits} if bits else {}),
-        "train/learning_rate": learning_rate(now.step - 1, now.total_steps, config),
+        "train/learning_rate": learning_rate_at(progress.step - 1, progress.total_steps, config),
         "train/gradient_norm": float(norm) if norm is not None else math.nan,
-        **({"train/skipped_steps": now.skipped_steps} if now.skipped_steps else {}),
+        **({"train/skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}),
         **measure_speed(training, meter),
         **measure_machines(training.accelerator),
     }
     values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON knows no others
-    tracker.log(now.step, values)
+    tracker.log(progress.step, values)
     return values
 
 
@@ -68,11 +68,11 @@ def measure_speed(training: Training, meter: Meter) -> dict[str, float]:
     config, accelerator = training.config, training.accelerator
     everything = time.perf_counter() - meter.started
     tokens = meter.steps * config.batch_size * config.seq_len
-    rate = tokens / (everything - meter.evaluated - meter.paused)
-    flops, peak = rate * flops_per_token(training.bare), peak_flops(accelerator)
+    tokens_per_second = tokens / (everything - meter.evaluated - meter.paused)
+    flops, peak = tokens_per_second * flops_per_token(training.unwrapped_model), peak_flops(accelerator)
     return {
-        "train/tokens_per_second": rate,
-        "train/tokens_per_second_per_process": rate / accelerator.num_processes,
+        "train/tokens_per_second": tokens_per_second,
+        "train/tokens_per_second_per_process": tokens_per_second / accelerator.num_processes,
         "train/flops_per_second": flops,
         **({"train/flops_share": flops / peak / accelerator.num_processes} if peak else {}),
         "train/data_share": meter.waited / everything,
@@ -90,11 +90,11 @@ def bits_per_nat(training: Training) -> float | None:
 
 def say_epoch(training: Training, per_epoch: int) -> None:
     """Print the average loss of an epoch, or of what there is of the last one."""
-    now, bits = training.progression, bits_per_nat(training)
-    average = now.epoch_nats / now.epoch_tokens
+    progress, bits = training.progression, bits_per_nat(training)
+    average = progress.epoch_nats / progress.epoch_tokens
     say(
         training.accelerator,
-        f"Epoch [{math.ceil(now.step / per_epoch)}/{math.ceil(now.total_steps / per_epoch)}], "
+        f"Epoch [{math.ceil(progress.step / per_epoch)}/{math.ceil(progress.total_steps / per_epoch)}], "
         f"Avg Loss: {average:.4f}" + (f" ({average * bits:.4f} bits per byte)" if bits else ""),
     )
 
@@ -164,9 +164,9 @@ def measure_machines(accelerator: Accelerator) -> dict[str, float]:
     """
     machine = float(os.environ.get("GROUP_RANK") or os.environ.get("SLURM_NODEID") or 0)
     busy, full = psutil.cpu_percent() / 100, psutil.virtual_memory().percent / 100
-    ours = torch.tensor([[machine, peak_memory(accelerator.device) / 2**30, busy, full]], device=accelerator.device)
+    own = torch.tensor([[machine, peak_memory(accelerator.device) / 2**30, busy, full]], device=accelerator.device)
     values: dict[str, float] = {}
-    for number, gib, cpu, memory in accelerator.gather(ours).tolist():  # of a machine, its last process's word counts
+    for number, gib, cpu, memory in accelerator.gather(own).tolist():  # of a machine, its last process's word counts
         values["memory/peak_gib"] = max(gib, values.get("memory/peak_gib", 0.0))
         values[f"machine/{number:.0f}/cpu_share"] = cpu
         values[f"machine/{number:.0f}/memory_share"] = memory

@@ -93,23 +93,23 @@ def save(training: Training) -> float:
         TextgenError: the weights are not finite.
     """
     started = time.perf_counter()
-    accelerator, now = training.accelerator, training.progression
-    if not torch.nn.utils.get_total_norm(training.bare.parameters()).isfinite():
-        raise TextgenError(f"the weights turned to nan or infinity by step {now.step}; they are not saved")
+    accelerator, progress = training.accelerator, training.progression
+    if not torch.nn.utils.get_total_norm(training.unwrapped_model.parameters()).isfinite():
+        raise TextgenError(f"the weights turned to nan or infinity by step {progress.step}; they are not saved")
     lanes = gather_lanes(accelerator, training.lane_states)
-    now.unlogged_nats = float(accelerator.reduce(training.nats, "sum"))
+    progress.unlogged_nats = float(accelerator.reduce(training.nats, "sum"))
     if training.saver is None:
         return 0.0
-    model = training.best_weights
+    model = training.eval_model
     tensors = {
         "model": model.state_tensors(),
-        "optimizer": optimizer_tensors(training.bare, training.optimizer),
+        "optimizer": optimizer_tensors(training.unwrapped_model, training.optimizer),
         "lanes": lanes,
     }
     if training.average is not None:
-        tensors["weights"] = training.bare.state_tensors()
+        tensors["weights"] = training.unwrapped_model.state_tensors()
     trainer = {
-        "progression": asdict(now),
+        "progression": asdict(progress),
         "config": asdict(training.config),
         "mixed_precision": accelerator.mixed_precision,
         "data": training.store.training_key,
@@ -123,7 +123,7 @@ def save(training: Training) -> float:
         MODEL_NAME: training.store.tokenizer.model_proto,
         TRAINER_NAME: json.dumps(trainer, indent=2).encode() + b"\n",
     }
-    return training.saver.save(now.step, tensors, files, best_step=now.best_step, since=started)
+    return training.saver.save(progress.step, tensors, files, best_step=progress.best_step, since=started)
 
 
 def resume(training: Training) -> bool:
@@ -138,24 +138,24 @@ def resume(training: Training) -> bool:
     if directory is None:
         return False
     manifest = verify(directory)
-    trainer, then = read_trainer(directory, manifest)
+    trainer, saved = read_trainer(directory, manifest)
     compare_settings(training, trainer, directory)
     if directory.resolve().parent == checkpoint_path(Path(config.run_dir), 0).resolve().parent:
         training.wandb_id, training.origin = trainer["wandb_id"], trainer["origin"]
     else:  # a branch: what it did before belongs to the other run
         training.origin = str(directory.resolve())
-        then.best_loss = then.best_step = None
+        saved.best_loss = saved.best_step = None
     if trainer["config"].get("evaluate_documents") != config.evaluate_documents:
-        then.best_loss = then.best_step = None  # it would be compared with unlike measures
+        saved.best_loss = saved.best_step = None  # it would be compared with unlike measures
     total = training.progression.total_steps
     if config.max_minutes is not None:
         same = trainer["config"].get("max_minutes") == config.max_minutes
-        total = min(total, then.total_steps if same else fit_steps(training))
-    if total != then.total_steps:
-        then.total_steps, then.finished = total, then.step >= total
-    training.progression = then
+        total = min(total, saved.total_steps if same else fit_steps(training))
+    if total != saved.total_steps:
+        saved.total_steps, saved.finished = total, saved.step >= total
+    training.progression = saved
     load_training(training, trainer, directory)
-    training.nats.fill_(then.unlogged_nats if accelerator.is_main_process else 0.0)
+    training.nats.fill_(saved.unlogged_nats if accelerator.is_main_process else 0.0)
     return True
 
 
@@ -166,15 +166,15 @@ def load_training(training: Training, trainer: dict[str, Any], directory: Path) 
         CheckpointError: it holds other tensors than this training.
     """
     config, accelerator = training.config, training.accelerator
-    shapes = state_shapes(training.bare, batch_size=config.batch_size, averaged=training.average is not None)
+    shapes = state_shapes(training.unwrapped_model, batch_size=config.batch_size, averaged=training.average is not None)
     averaged = trainer["config"].get("ema_decay") is not None  # then model.safetensors holds the average
     weights = directory / ("weights.safetensors" if averaged else "model.safetensors")
-    training.bare.load_state_dict(read_tensors(weights, shapes["model"]), strict=False)
+    training.unwrapped_model.load_state_dict(read_tensors(weights, shapes["model"]), strict=False)
     if training.average is not None:
         average = read_tensors(directory / "model.safetensors", shapes["model"])
         training.average.load_state_dict(average, strict=False)
     optimizer = read_tensors(directory / "optimizer.safetensors", shapes["optimizer"])
-    load_optimizer(training.bare, training.optimizer, optimizer)
+    load_optimizer(training.unwrapped_model, training.optimizer, optimizer)
     if trainer["config"].get("batch_size") == config.batch_size:
         lanes = read_tensors(directory / "lanes.safetensors", shapes["lanes"], dtypes=DTYPES_OF["lanes"])
         state = lanes["hidden"], lanes["cell"]
@@ -279,8 +279,11 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
     """Raise CheckpointError where a setting that changes the result is not the checkpoint's; note the other ones."""
     config = training.config
     defaults = flatten(json.loads(json.dumps(asdict(TrainConfig()))))  # of settings younger than the checkpoint
-    then, now = defaults | flatten(trainer["config"]), flatten(json.loads(json.dumps(asdict(config))))
-    then["mixed_precision"], now["mixed_precision"] = trainer["mixed_precision"], training.accelerator.mixed_precision
+    saved, current = defaults | flatten(trainer["config"]), flatten(json.loads(json.dumps(asdict(config))))
+    saved["mixed_precision"], current["mixed_precision"] = (
+        trainer["mixed_precision"],
+        training.accelerator.mixed_precision,
+    )
     harmless = HARMLESS
     if config.early_stopping_patience is not None:
         harmless = harmless - {"evaluate_every", "evaluate_documents"}  # they decide when to stop
@@ -288,12 +291,12 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
         harmless = harmless | {"max_steps", "max_epochs", "max_minutes"}  # no step depends on how many there will be
     if trainer["data"] == training.store.training_key:
         harmless = harmless | {"data", "tokenizer"}  # however they were asked for, the tokens are the same
-    elif all(now[name] == then[name] for name in now if name.startswith(("data.", "tokenizer."))):
-        then["training text"], now["training text"] = trainer["data"], training.store.training_key
-    for name in now:
-        if now[name] == then[name] or name in COMMAND_SETTINGS:
+    elif all(current[name] == saved[name] for name in current if name.startswith(("data.", "tokenizer."))):
+        saved["training text"], current["training text"] = trainer["data"], training.store.training_key
+    for name in current:
+        if current[name] == saved[name] or name in COMMAND_SETTINGS:
             continue
-        message = f"`{name}` is {now[name]}, `{directory}` was made with {then[name]}"
+        message = f"`{name}` is {current[name]}, `{directory}` was made with {saved[name]}"
         if name.split(".")[0] not in harmless and not config.resume_override:
             raise CheckpointError(
                 f"{message}: `--resume_override` goes on all the same, another `--run_dir` starts anew"
@@ -308,15 +311,15 @@ def describe_checkpoint(directory: Path) -> dict[str, Any]:
         CheckpointError: what is wrong.
     """
     manifest = verify(directory)
-    trainer, now = read_trainer(directory, manifest)
+    trainer, progress = read_trainer(directory, manifest)
     averaged, batch_size = "weights.safetensors" in manifest.files, trainer["config"].get("batch_size")
     model = read_model(directory)
     shapes = state_shapes(model, batch_size=batch_size, averaged=averaged)
     for name, group in shapes.items():
         check_tensors(directory / f"{name}.safetensors", group, dtypes=DTYPES_OF.get(name, ("F32",)))
     return {
-        "checkpoint": str(directory), "valid": True, "step": now.step, "total_steps": now.total_steps,
-        "finished": now.finished, "best_step": now.best_step, "best_loss": now.best_loss,
+        "checkpoint": str(directory), "valid": True, "step": progress.step, "total_steps": progress.total_steps,
+        "finished": progress.finished, "best_step": progress.best_step, "best_loss": progress.best_loss,
         "parameters": model.num_parameters, "tensors": sum(map(len, shapes.values())),
         "bytes": sum(size for size, _ in manifest.files.values()), "files": " ".join(sorted(manifest.files)),
         "processes": trainer.get("processes"), "mixed_precision": trainer.get("mixed_precision"),

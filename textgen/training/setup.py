@@ -29,14 +29,14 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop
     set_seed(config.seed)
     text = {"tokenizer_sha256": store.tokenizer.sha256, "normalization": store.record["normalization"]}
     counts = store.unigram_counts
-    bare = LSTMLanguageModel(config.model, len(counts), unigram_counts=counts, text=text)
-    optimizer = build_optimizer(bare, config)
-    assert_precision(bare, accelerator)
-    model, prepared = accelerator.prepare(bare, optimizer)
+    unwrapped_model = LSTMLanguageModel(config.model, len(counts), unigram_counts=counts, text=text)
+    optimizer = build_optimizer(unwrapped_model, config)
+    assert_precision(unwrapped_model, accelerator)
+    model, prepared = accelerator.prepare(unwrapped_model, optimizer)
     average = None
     if config.ema_decay is not None:
         average = LSTMLanguageModel(config.model, len(counts), text=text).to(accelerator.device).requires_grad_(False)
-        average.load_state_dict(bare.state_dict())
+        average.load_state_dict(unwrapped_model.state_dict())
     if config.early_stopping_patience is not None and "validation" not in store.record["splits"]:
         raise TextgenError("`early_stopping_patience` needs a validation split, and the data has none")
     total = config.max_epochs * steps_per_epoch(config, store)
@@ -46,14 +46,21 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop
             # torch's hook, which Accelerate would register too. Behind a lambda, since DDP knows it by its name and
             # then wants NCCL; gloo adds up bfloat16 as well.
             model.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
-        settle_buckets(accelerator, bare, model)
+        settle_buckets(accelerator, unwrapped_model, model)
     return Training(
-        config=config, accelerator=accelerator, store=store, bare=bare, model=model, optimizer=prepared,
-        average=average, progression=Progression(total_steps=min(total, config.max_steps or total)), stop=stop,
+        config=config,
+        accelerator=accelerator,
+        store=store,
+        unwrapped_model=unwrapped_model,
+        model=model,
+        optimizer=prepared,
+        average=average,
+        progression=Progression(total_steps=min(total, config.max_steps or total)),
+        stop=stop,
         nats=torch.zeros((), dtype=torch.float64, device=device),
         nonfinite=torch.zeros((), dtype=torch.bool, device=device),
-        graph=StepGraph(capture_on(bare.embedding.weight.device, prepared)) if config.cuda_graph else None,
-    )  # fmt: skip
+        graph=StepGraph(capture_on(unwrapped_model.embedding.weight.device, prepared)) if config.cuda_graph else None,
+    )
 
 
 def refuse_graph(config: TrainConfig, accelerator: Accelerator) -> None:
@@ -94,7 +101,7 @@ def capture_on(device: torch.device, optimizer: AcceleratedOptimizer) -> Capture
     return capture
 
 
-def settle_buckets(accelerator: Accelerator, bare: LSTMLanguageModel, model: nn.Module) -> None:
+def settle_buckets(accelerator: Accelerator, unwrapped_model: LSTMLanguageModel, model: nn.Module) -> None:
     """Have DDP sum gradients in their final buckets from the first step on. Collective.
 
     DDP reduces all gradients as one in its first backward pass and in buckets in the order of arrival ever after. Where
@@ -102,9 +109,9 @@ def settle_buckets(accelerator: Accelerator, bare: LSTMLanguageModel, model: nn.
     last bits than the same step of a run that went on.
     """
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=accelerator.device)
-    nats, _ = model(tokens, bare.zero_state(1), tokens)
+    nats, _ = model(tokens, unwrapped_model.zero_state(1), tokens)
     accelerator.backward(nats)
-    bare.zero_grad()
+    unwrapped_model.zero_grad()
 
 
 def assert_precision(model: LSTMLanguageModel, accelerator: Accelerator) -> None:

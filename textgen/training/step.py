@@ -22,7 +22,7 @@ from textgen.data.store import TokenStore
 from textgen.distributed.signals import StopSignals
 from textgen.model.lstm import DropoutMasks, LSTMLanguageModel, State
 from textgen.runs.checkpoint import Saver
-from textgen.training.optim import learning_rate
+from textgen.training.optim import learning_rate_at
 
 
 @dataclass(kw_only=True)
@@ -47,7 +47,7 @@ class Progression:
 
 
 @dataclass
-class Taken:
+class StepRecord:
     """What tells whether a step went wrong, and where."""
 
     step: int
@@ -62,9 +62,8 @@ class StepInputs:
     """What differs from step to step: as it comes, or at the fixed addresses that a graph reads."""
 
     step: int | Tensor
-    rate: float | Tensor
-    """learning rate"""
-    approach: float | Tensor
+    learning_rate: float | Tensor
+    ema_update: float | Tensor
     """share of the way that averaged weights go towards the updated ones"""
     micro_batches: Sequence[Mapping[str, Tensor]]
     states: list[State]
@@ -76,8 +75,8 @@ class StepInputs:
         rate_dtype = torch.float32 if device.type == "cuda" else torch.float64  # what fused Adam reads there
         return StepInputs(
             torch.tensor(self.step, dtype=torch.int64, device=device),
-            torch.tensor(self.rate, dtype=rate_dtype, device=device),
-            torch.tensor(self.approach, dtype=torch.float32, device=device),
+            torch.tensor(self.learning_rate, dtype=rate_dtype, device=device),
+            torch.tensor(self.ema_update, dtype=torch.float32, device=device),
             [{name: value.clone() for name, value in batch.items()} for batch in self.micro_batches],
             # float32 holds what an LSTM computes in, and what training states come in: nothing is rounded
             [(hidden.float().clone(), cell.float().clone()) for hidden, cell in self.states],
@@ -85,14 +84,14 @@ class StepInputs:
 
     def load(self, inputs: StepInputs) -> None:
         """Take in what another step is made of, of the same shapes; nothing waits for the device."""
-        for name in ("step", "rate", "approach"):
+        for name in ("step", "learning_rate", "ema_update"):
             getattr(self, name).fill_(getattr(inputs, name))
         for kept, batch in zip(self.micro_batches, inputs.micro_batches, strict=True):
             for name, value in batch.items():
                 _copy(kept[name], value)
-        for ours, theirs in zip(self.states, inputs.states, strict=True):
-            for part, value in zip(ours, theirs, strict=True):
-                _copy(part, value)
+        for kept_state, state in zip(self.states, inputs.states, strict=True):
+            for kept_part, part in zip(kept_state, state, strict=True):
+                _copy(kept_part, part)
 
 
 def _copy(kept: Tensor, value: Tensor) -> None:
@@ -101,8 +100,8 @@ def _copy(kept: Tensor, value: Tensor) -> None:
         kept.copy_(value)
 
 
-Compute = Callable[[StepInputs, Taken], Tensor]
-"""takes a step in place, notes in `Taken` what it made, and returns its nats"""
+Compute = Callable[[StepInputs, StepRecord], Tensor]
+"""takes a step in place, notes in `StepRecord` what it made, and returns its nats"""
 
 
 class GraphedSteps(Protocol):
@@ -111,7 +110,7 @@ class GraphedSteps(Protocol):
     warming: int
     """steps that take longer than those to come"""
 
-    def take(self, compute: Compute, inputs: StepInputs, taken: Taken) -> Tensor:
+    def take(self, compute: Compute, inputs: StepInputs, record: StepRecord) -> Tensor:
         """Take a step as `compute` does."""
 
     def forget(self) -> None:
@@ -125,9 +124,9 @@ class Training:
     config: TrainConfig
     accelerator: Accelerator
     store: TokenStore
-    bare: LSTMLanguageModel
+    unwrapped_model: LSTMLanguageModel
     model: nn.Module
-    """`bare` as Accelerate prepared it"""
+    """`unwrapped_model` as Accelerate prepared it"""
     optimizer: AcceleratedOptimizer
     progression: Progression
     stop: StopSignals
@@ -145,16 +144,16 @@ class Training:
     no order of summation, and no resume, shows in a row"""
     nonfinite: Tensor
     """bool scalar: a loss or gradient was nan or infinite; from then on no step updates anything"""
-    recent: deque[Taken] = field(default_factory=lambda: deque(maxlen=2))
+    recent: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=2))
     """the last steps, to tell which of them went wrong"""
     skips_in_a_row: int = 0
     graph: GraphedSteps | None = None
     """takes the steps, where `cuda_graph` asks for one"""
 
     @property
-    def best_weights(self) -> LSTMLanguageModel:
+    def eval_model(self) -> LSTMLanguageModel:
         """The model to score, sample and publish."""
-        return self.average or self.bare
+        return self.average or self.unwrapped_model
 
 
 def steps_per_epoch(config: TrainConfig, store: TokenStore) -> int:
@@ -167,15 +166,15 @@ def step_batches(training: Training, until: int) -> Iterator[tuple[list[dict[str
 
     Sets the lanes' states to zero at the start of an epoch.
     """
-    config, now = training.config, training.progression
+    config, progress = training.config, training.progression
     split = training.store.split("train")
     per_epoch = steps_per_epoch(config, training.store)
     micro = config.gradient_accumulation_steps
-    while now.step < until:
+    while progress.step < until:
         started = time.perf_counter()
-        number, window = divmod(now.step, per_epoch)
+        number, window = divmod(progress.step, per_epoch)
         epoch = Epoch(split, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed, epoch=number)
-        last = min(per_epoch, window + until - now.step)
+        last = min(per_epoch, window + until - progress.step)
         loader = training.accelerator.prepare(
             build_loader(epoch, micro_batches=micro, first_window=window, last_window=last)
         )
@@ -196,10 +195,12 @@ def zero_lanes(training: Training) -> list[State]:
     """Return the state before any text of this process's lanes, one entry per micro-batch."""
     micro = training.config.gradient_accumulation_steps
     rows = training.config.batch_size // (micro * training.accelerator.num_processes)
-    return [training.bare.zero_state(rows) for _ in range(micro)]
+    return [training.unwrapped_model.zero_state(rows) for _ in range(micro)]
 
 
-def train_step(training: Training, micro_batches: Sequence[dict[str, Tensor]], *, rate: float | None = None) -> Tensor:
+def train_step(
+    training: Training, micro_batches: Sequence[dict[str, Tensor]], *, learning_rate: float | None = None
+) -> Tensor:
     """Take one optimizer step. Collective.
 
     Each micro-batch's nats are summed and divided once by the step's tokens over all processes, so that neither the
@@ -208,26 +209,28 @@ def train_step(training: Training, micro_batches: Sequence[dict[str, Tensor]], *
     Args:
         training: weights, optimizer and lane states are changed in place.
         micro_batches: this process's rows of each.
-        rate: overrides the learning rate of the step.
+        learning_rate: overrides the learning rate of the step.
 
     Returns:
         Nats summed over this process's tokens, on the device: nothing waits for it.
     """
     config, step = training.config, training.progression.step
-    approach = 0.0
-    if rate is None:
-        rate = learning_rate(step, training.progression.total_steps, config)
+    ema_update = 0.0
+    if learning_rate is None:
+        learning_rate = learning_rate_at(step, training.progression.total_steps, config)
         if config.ema_decay is not None:
-            approach = 1 - min(config.ema_decay, (1 + step) / (10 + step))  # early weights are soon forgotten
+            ema_update = 1 - min(config.ema_decay, (1 + step) / (10 + step))  # early weights are soon forgotten
     if training.accelerator.device.type == "cuda":
-        rate = torch.tensor(rate, dtype=torch.float32).item()  # as a graph's Adam reads it, so that all learn the same
-    inputs, taken = StepInputs(step, rate, approach, micro_batches, training.lane_states), Taken(step, [])
-    training.recent.append(taken)
+        # as a graph's Adam reads it, so that all learn the same
+        learning_rate = torch.tensor(learning_rate, dtype=torch.float32).item()
+    inputs = StepInputs(step, learning_rate, ema_update, micro_batches, training.lane_states)
+    record = StepRecord(step, [])
+    training.recent.append(record)
     compute = partial(_compute, training)
-    return compute(inputs, taken) if training.graph is None else training.graph.take(compute, inputs, taken)
+    return compute(inputs, record) if training.graph is None else training.graph.take(compute, inputs, record)
 
 
-def _compute(training: Training, inputs: StepInputs, taken: Taken) -> Tensor:
+def _compute(training: Training, inputs: StepInputs, record: StepRecord) -> Tensor:
     """Take a step of given inputs. Collective.
 
     A graph may hold this, but for float16's scaler: nothing is asked of the device, and nothing that the host changes
@@ -243,21 +246,21 @@ def _compute(training: Training, inputs: StepInputs, taken: Taken) -> Tensor:
             accelerator.backward(part * scale)
         inputs.states[i] = hidden.detach(), cell.detach()
         nats += part.detach()
-        taken.parts.append((batch["lanes"], part.detach()))
+        record.parts.append((batch["lanes"], part.detach()))
     for group in training.optimizer.param_groups:
-        group["lr"] = inputs.rate
-    _update(training, nats, taken)
-    if training.average is not None and (isinstance(inputs.approach, Tensor) or inputs.approach > 0):
+        group["lr"] = inputs.learning_rate
+    _update(training, nats, record)
+    if training.average is not None and (isinstance(inputs.ema_update, Tensor) or inputs.ema_update > 0):
         averaged: list[Tensor] = list(training.average.parameters())
-        current: list[Tensor] = list(training.bare.parameters())
-        if isinstance(inputs.approach, Tensor):
-            torch._foreach_lerp_(averaged, current, [inputs.approach] * len(current))
+        current: list[Tensor] = list(training.unwrapped_model.parameters())
+        if isinstance(inputs.ema_update, Tensor):
+            torch._foreach_lerp_(averaged, current, [inputs.ema_update] * len(current))
         else:
-            torch._foreach_lerp_(averaged, current, inputs.approach)
+            torch._foreach_lerp_(averaged, current, inputs.ema_update)
     return nats
 
 
-def _update(training: Training, nats: Tensor, taken: Taken) -> None:
+def _update(training: Training, nats: Tensor, record: StepRecord) -> None:
     """Clip the gradient and update the weights, unless loss or gradient is not finite.
 
     Nothing waits for the device, except where float16 is scaled.
@@ -284,5 +287,5 @@ def _update(training: Training, nats: Tensor, taken: Taken) -> None:
         skipped = training.accelerator.scaler.get_scale() < scale
         training.progression.skipped_steps += skipped
         training.skips_in_a_row = training.skips_in_a_row + 1 if skipped else 0
-    taken.norm = norm
+    record.norm = norm
     training.optimizer.zero_grad()

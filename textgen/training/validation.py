@@ -32,25 +32,31 @@ def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory, b
     Raises:
         Interrupted: a signal came before score and samples were done; the evaluation will be made anew.
     """
-    config, accelerator, now = training.config, training.accelerator, training.progression
-    best_loss, best_step, without_better = now.best_loss, now.best_step, now.evaluations_without_better + 1
-    patience, last = config.early_stopping_patience, now.step == now.total_steps
+    config, accelerator, progress = training.config, training.accelerator, training.progression
+    best_loss, best_step, without_better = (
+        progress.best_loss,
+        progress.best_step,
+        progress.evaluations_without_better + 1,
+    )
+    patience, last = config.early_stopping_patience, progress.step == progress.total_steps
     stop_early, started = False, time.perf_counter()
     score = evaluate(training, config.evaluate_documents)
     if score is not None:
         if best_loss is None or score.nats_per_token < best_loss:
-            best_loss, best_step, without_better = score.nats_per_token, now.step, 0
+            best_loss, best_step, without_better = score.nats_per_token, progress.step, 0
         stop_early = patience is not None and without_better >= patience
         if (stop_early or last) and config.evaluate_documents is not None:
             score = evaluate(training, None) or score  # the figure to report; the best one is chosen by like measures
     if score is not None and not math.isfinite(score.nats):
-        raise TextgenError(f"the validation loss turned to {score.nats_per_token} by step {now.step}; it is not saved")
+        raise TextgenError(
+            f"the validation loss turned to {score.nats_per_token} by step {progress.step}; it is not saved"
+        )
     samples = write_samples(training) if accelerator.is_main_process else []
     bar.sample("".join(samples[0][1:]) if samples else "")
     launch.raise_if_stopped(accelerator, training.stop)
-    now.best_loss, now.best_step, now.evaluations_without_better = best_loss, best_step, without_better
-    now.evaluated_step, now.finished = now.step, stop_early or last
-    values: dict[str, float] = {"tokens": now.step * config.batch_size * config.seq_len}
+    progress.best_loss, progress.best_step, progress.evaluations_without_better = best_loss, best_step, without_better
+    progress.evaluated_step, progress.finished = progress.step, stop_early or last
+    values: dict[str, float] = {"tokens": progress.step * config.batch_size * config.seq_len}
     if score is not None:
         lossless = training.store.tokenizer.is_lossless
         values |= {"valid/loss": score.nats_per_token}
@@ -59,12 +65,12 @@ def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory, b
         bar.show(values)
         say(
             accelerator,
-            f"step {now.step}: valid loss {score.nats_per_token:.4f}"
+            f"step {progress.step}: valid loss {score.nats_per_token:.4f}"
             + (f", {score.bits_per_byte:.4f} bits per byte" if lossless else "")
             + f" ({score.documents} documents, {score.seconds:.0f} s)",
         )
     if values.keys() - {"tokens"} or samples:
-        tracker.log(now.step, values, samples)
+        tracker.log(progress.step, values, samples)
     if stop_early:
         say(accelerator, f"stopping early: no better validation loss in {patience} evaluations")
     pause = save(training)
@@ -91,7 +97,7 @@ def evaluate(training: Training, limit: int | None) -> Score | None:
         launch.raise_if_stopped(training.accelerator, training.stop)
 
     return score(
-        training.accelerator, training.best_weights, documents, num_bytes,
+        training.accelerator, training.eval_model, documents, num_bytes,
         bos_id=training.store.tokenizer.bos_id, progress=True, poll=poll,
     )  # fmt: skip
 
@@ -104,7 +110,7 @@ def write_samples(training: Training) -> list[SampledText]:
     Returns:
         Temperature, prompt and text of each.
     """
-    config, model, step = training.config, training.best_weights, training.progression.step
+    config, model, step = training.config, training.eval_model, training.progression.step
     if not config.sample_prompts:
         return []
     model.eval()
