@@ -19,7 +19,11 @@ def describe() -> dict[str, Any]:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    try:
+        answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+        commit = answer.stdout.strip()
+    except OSError:  # there is no git: the figures are kept without the commit
+        commit = ""
     return {
         "processor": processor,
         "threads": torch.get_num_threads(),

@@ -170,6 +170,8 @@ def textgen_steps(shape: Shape, precision: str, *, cuda_graph: bool = False, num
         for _ in range(number):
             tokens, targets = next(windows)
             nats = train_step(training, [{"tokens": tokens, "targets": targets, "lanes": lanes}])
+        if training.graph is not None and training.graph.is_refused:  # its warning is not shown here
+            raise RuntimeError("the step could not be captured in a CUDA graph")  # plain steps must not pass for it
         return nats.item() / shape.tokens
 
     steps.model = unwrapped_model  # type: ignore[attr-defined]

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from typing import Literal
 
@@ -17,7 +20,7 @@ from textgen.decoding import cuda_graphs as graphs
 from textgen.decoding.cuda_graphs import Buffers, GraphRunner, steps_in_place
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
 from textgen.decoding.generation import Batch, Request, Row, Sample, Step, serve
-from textgen.kernels.capture import Replay
+from textgen.kernels.capture import CudaCapture, Replay
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer
 
@@ -327,3 +330,110 @@ def test_a_runner_runs_one_batch_at_a_time_and_is_free_when_one_is_given_up(
         next(runner(batch_of(endless, tokenizer, [request])))
     del steps
     assert next(runner(batch_of(endless, tokenizer, [request]))) == first
+
+
+# --- capturing -------------------------------------------------------------------------------------------------------
+
+
+def fail(reason: str) -> None:
+    raise RuntimeError(reason)
+
+
+def test_reason_of_a_failed_capture_is_its_first_error() -> None:
+    def capture() -> None:
+        try:
+            try:
+                fail("the step waits for the device\nand more lines")
+            finally:
+                fail("the capture was invalidated")
+        except RuntimeError:
+            fail("the pool cannot be ended")
+
+    with pytest.raises(RuntimeError, match="the pool cannot be ended") as caught:
+        capture()
+    assert graphs.reason_of(caught.value) == "the step waits for the device"
+    assert graphs.reason_of(RuntimeError()) == "RuntimeError"
+
+
+class FakeCuda:
+    """Keeps the rules of torch 2.11's CUDA graphs that `CudaCapture` has met, with no device."""
+
+    def __init__(self) -> None:
+        self.num_pools = 0
+        self.alive: Counter[int] = Counter()
+        """graphs of each pool that are alive"""
+        self.used: set[int] = set()
+        self.recording: set[int] = set()
+        """pools that the allocator of pinned memory records into"""
+        self.refuse_begin = False
+
+    def graph_pool_handle(self) -> int:
+        self.num_pools += 1
+        return self.num_pools
+
+    def build_graph(self) -> FakeGraph:
+        return FakeGraph(self)
+
+
+class FakeGraph:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.pool = cuda, 0
+
+    def capture_begin(self, *, pool: int, capture_error_mode: str) -> None:
+        if pool in self.cuda.used and not self.cuda.alive[pool]:
+            fail("use_count > 0 INTERNAL ASSERT FAILED")
+        if pool in self.cuda.recording:
+            fail("already recording to this pool")
+        self.cuda.recording.add(pool)
+        if self.cuda.refuse_begin:
+            fail("capture_begin is refused")
+        self.cuda.used.add(pool)
+        self.cuda.alive[pool] += 1
+        self.pool = pool
+
+    def capture_end(self) -> None:
+        if sys.exc_info()[0] is not None:  # the capture was invalidated
+            fail("the capture was invalidated")
+        self.cuda.recording.discard(self.pool)
+
+    def replay(self) -> None:
+        pass
+
+    def __del__(self) -> None:
+        if self.pool:
+            self.cuda.alive[self.pool] -= 1
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda()
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", fake.build_graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", fake.graph_pool_handle)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", lambda *_: None, raising=False)
+    return fake
+
+
+def test_captures_share_a_pool_after_all_their_graphs_were_dropped(fake_cuda: FakeCuda) -> None:
+    capture = CudaCapture(torch.device("cuda", 0))
+    for _ in range(3):
+        capture.record(lambda: None)()  # the replay is dropped at once, as that of a slot used long ago
+    assert fake_cuda.num_pools == 1
+
+
+@pytest.mark.parametrize("where", ["in the work", "in its beginning"])
+def test_capture_works_after_one_that_failed(fake_cuda: FakeCuda, where: str) -> None:
+    capture = CudaCapture(torch.device("cuda", 0))
+    kept = capture.record(lambda: None)
+    fake_cuda.refuse_begin = where == "in its beginning"
+    with pytest.raises(RuntimeError) as caught:
+        capture.record(lambda: fail("the work waits"))
+    assert graphs.reason_of(caught.value) == (
+        "capture_begin is refused" if where == "in its beginning" else "the work waits"
+    )
+    fake_cuda.refuse_begin = False
+    for _ in range(3):
+        capture.record(lambda: None)()
+    assert fake_cuda.num_pools == 2
+    kept()

@@ -57,7 +57,7 @@ def test_handlers_and_wakeup_and_thread_are_gone_afterwards() -> None:
     finally:
         os.close(reader)
         os.close(writer)
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while any(thread.name == "signals" for thread in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not any(thread.name == "signals" for thread in threading.enumerate())
@@ -135,7 +135,7 @@ ours, other_run, helper = start(LOCAL_RANK="1"), start(LOCAL_RANK="1", TORCHELAS
 time.sleep(0.5)
 code = "from textgen.distributed.signals import end_siblings; end_siblings()"
 subprocess.run([sys.executable, "-c", code], env=os.environ | {"LOCAL_RANK": "0"}, check=True)
-time.sleep(0.5)
+ours.wait(30)
 print([process.poll() for process in (ours, other_run, helper)])
 for process in (other_run, helper):
     process.kill()

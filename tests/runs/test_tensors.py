@@ -171,7 +171,7 @@ def test_a_header_is_read_without_the_data(tmp_path: Path) -> None:
         file.truncate(8 + len(text) + (4 << 36))  # 256 GB, without a block on disk
     started = time.perf_counter()
     assert read_header(path) == {"a": ("F32", (1 << 36,))}
-    assert time.perf_counter() - started < 0.5
+    assert time.perf_counter() - started < 10  # reading 256 GB takes minutes
 
 
 # --- strict JSON -----------------------------------------------------------------------------------------------------

@@ -343,7 +343,7 @@ def test_a_token_is_demanded_time_is_limited_and_sigterm_drains(tiny_run: Path, 
             thread.start()
         server.process.send_signal(signal.SIGTERM)
         started = time.monotonic()
-        assert server.process.wait(5) == 0
+        assert server.process.wait(30) == 0
         assert time.monotonic() - started > 1.5, "the endless stream was given no time"
         for thread in threads:
             thread.join()

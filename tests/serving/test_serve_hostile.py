@@ -221,7 +221,7 @@ def test_cut_connections_leave_nothing(server: Running, witness: Witness) -> Non
             connection.sendall(whole[:cut])
             if cut % 2:  # a reset, not an end
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    last = time.monotonic() + 10
+    last = time.monotonic() + 60
     while server.metric("samples_running") > 1 or server.metric("samples_waiting"):  # the witness's
         assert time.monotonic() < last
 
@@ -280,7 +280,7 @@ def test_10000_connections_do_not_stop_those_that_are_there(server: Running, wit
             poll = select.poll()
             for connection in held:
                 poll.register(connection, select.POLLIN)
-            refused, last = 0, time.monotonic() + 8
+            refused, last = 0, time.monotonic() + 60
             while refused < count - 1024 and time.monotonic() < last:
                 time.sleep(0.1)
                 refused = len(poll.poll(0))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,11 @@ import psutil
 import pytest
 
 from textgen.cli import train_main
+from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics import read_metrics
+from textgen.tracking import backends as trackers
 from textgen.tracking import tracker as tracking
+from textgen.tracking.backends import AccelerateTracker
 from textgen.tracking.tracker import Follower, RunEnd, Tracker
 from textgen.tracking.wandb import has_wandb_key
 
@@ -73,8 +78,8 @@ class Slow:
 
     patience = 0.1
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    def __init__(self, seconds: float, *, catches_up: bool = True) -> None:
+        self._seconds, self.catches_up = seconds, catches_up
         self.rows: list[int] = []
         self.abandoned = False
 
@@ -105,12 +110,28 @@ def test_a_tracker_that_hangs_costs_the_training_nothing(
     for step in range(1, 10):
         tracker.log(step, {"train/loss": 1.0})
     tracker.finish(RunEnd("finished", 0, ""))
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # a row takes it 60 s
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 10))
     assert [record.message for record in caplog.records if record.name == "textgen"] == [
         "dashboard is off from here on, `metrics.jsonl` goes on: it is 3 rows behind"
     ]
     assert backend.abandoned
+
+
+@pytest.mark.parametrize("catches_up", [True, False])
+def test_rows_of_a_tracker_given_up_at_the_end_are_promised_only_by_one_that_catches_up(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, catches_up: bool
+) -> None:
+    tracker = Tracker(
+        tmp_path, {"dashboard": Slow(60, catches_up=catches_up)}, main=True, first_step=0, evaluated_step=0
+    )
+    tracker.log(1, {"train/loss": 1.0})
+    tracker.finish(RunEnd("finished", 0, ""))
+    (line,) = [record.message for record in caplog.records if record.name == "textgen"]
+    promise = "; rows that it lacks come when a start goes on with this run"
+    assert line == "dashboard is off from here on, `metrics.jsonl` goes on: it has not ended within 0 s" + (
+        promise if catches_up else ""
+    )
 
 
 def test_rows_of_later_steps_are_made_again_and_counted_on(tmp_path: Path) -> None:
@@ -139,14 +160,8 @@ def test_what_a_tracker_raises_is_said_with_its_kind_where_it_has_no_words(
     assert [line.rpartition(": ")[2] for line in said] == ["ConnectionError"]
 
 
-def test_tensorboard_has_every_step_once_through_a_resume(tiny_flags: list[str], tmp_path: Path) -> None:
-    """Accelerate's tracker; read as TensorBoard reads it, in a process of its own: it warns of numpy."""
-    flags = [
-        *tiny_flags, "--run_dir", str(tmp_path / "run"), "--tracking.mode", "auto", "--log_every", "1",
-        "--evaluate_every", "2", "--tracking.backends", "tensorboard",
-    ]  # fmt: skip
-    train_main([*flags, "--max_steps", "3"])
-    train_main([*flags, "--max_steps", "5"])
+def figures_of_tensorboard(run_dir: Path) -> tuple[dict[str, list[tuple[int, float]]], list[str]]:
+    """Return what TensorBoard shows, read in a process of its own: figures by name with steps, and names of texts."""
     read = """
 import json, sys
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -156,34 +171,180 @@ texts = [name for name in events.Tags()["tensors"]]
 print(json.dumps([values, texts]))
 """
     result = subprocess.run(
-        [sys.executable, "-c", read, str(tmp_path / "run" / "tensorboard")], capture_output=True, text=True, check=True
+        [sys.executable, "-c", read, str(run_dir / "tensorboard")], capture_output=True, text=True, check=True
     )
     values, texts = json.loads(result.stdout)
-    rows = read_metrics(tmp_path / "run")
-    for name in ("train/loss", "valid/loss", "train/gradient_norm"):
+    return values, texts
+
+
+def assert_each_figure_once(run_dir: Path) -> None:
+    values, texts = figures_of_tensorboard(run_dir)
+    rows = read_metrics(run_dir)
+    for name in ("train/loss", "valid/loss", "train/gradient_norm", "tokens"):
         wanted = [(row["step"], row[name]) for row in rows if name in row]
         assert [step for step, _ in values[name]] == [step for step, _ in wanted]
         assert [value for _, value in values[name]] == pytest.approx([value for _, value in wanted])
     assert texts == ["samples/text_summary"]
 
 
-def test_trackio_has_every_step_once_through_a_resume(tiny_flags: list[str], tmp_path: Path) -> None:
-    """Accelerate's tracker; in processes of their own, as trackio keeps a folder for each."""
+@pytest.fixture
+def tensorboard_flags(tiny_flags: list[str], tmp_path: Path) -> list[str]:
+    return [
+        *tiny_flags, "--run_dir", str(tmp_path / "run"), "--tracking.mode", "auto", "--log_every", "1",
+        "--evaluate_every", "2", "--tracking.backends", "tensorboard",
+    ]  # fmt: skip
+
+
+def test_tensorboard_has_every_step_once_through_a_resume(tensorboard_flags: list[str], tmp_path: Path) -> None:
+    train_main([*tensorboard_flags, "--max_steps", "3"])
+    train_main([*tensorboard_flags, "--max_steps", "5"])
+    assert_each_figure_once(tmp_path / "run")
+
+
+def test_tensorboard_is_given_the_rows_that_a_slow_end_lost(
+    tensorboard_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first start has written two rows and a part of the third when it is given up."""
+    log, finish, reached, go_on = AccelerateTracker.log, Tracker.finish, threading.Event(), threading.Event()
+
+    def hang(self: AccelerateTracker, number: int, row: tracking.Row, samples: Any) -> None:
+        if number < 2:
+            log(self, number, row, samples)
+            return
+        self._tracker.log({"tokens": row["tokens"]}, step=row["step"])
+        reached.set()
+        go_on.wait()
+
+    def finish_later(self: Tracker, end: RunEnd) -> None:
+        assert reached.wait(60)
+        finish(self, end)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trackers, "PATIENCE_SECONDS", 0.1)
+        patch.setattr(AccelerateTracker, "log", hang)
+        patch.setattr(Tracker, "finish", finish_later)
+        train_main([*tensorboard_flags, "--max_steps", "4"])
+    go_on.set()
+    assert [step for step, _ in figures_of_tensorboard(tmp_path / "run")[0]["tokens"]] == [1, 2, 2]
+    train_main([*tensorboard_flags, "--max_steps", "5"])
+    assert_each_figure_once(tmp_path / "run")
+
+
+@pytest.fixture
+def train_with_trackio(tiny_flags: list[str], tmp_path: Path) -> Callable[..., str]:
+    """Return a function that trains in a process of its own, as trackio keeps a folder for each; it returns the log."""
     flags = [
         *tiny_flags, "--run_dir", str(tmp_path / "run"), "--tracking.mode", "auto", "--log_every", "1",
-        "--tracking.backends", "trackio",
+        "--evaluate_every", "2", "--tracking.backends", "trackio",
     ]  # fmt: skip
-    for steps in ("3", "5"):
-        subprocess.run(
-            [sys.executable, "train_distributed.py", *flags, "--max_steps", steps],
-            check=True, cwd=ROOT, env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio")},
+
+    def train(*more: str, program: Sequence[str] = ("train_distributed.py",), **environment: str) -> str:
+        ended = subprocess.run(
+            [sys.executable, *program, *flags, *more], check=True, cwd=ROOT, capture_output=True, text=True,
+            env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), **environment}, timeout=300,
         )  # fmt: skip
-    (database,) = (tmp_path / "trackio").glob("*.db")
+        return ended.stderr
+
+    return train
+
+
+def rows_of_trackio(folder: Path) -> list[tuple[int, dict[str, float]]]:
+    (database,) = folder.glob("*.db")
     with closing(sqlite3.connect(database)) as connection:
         kept = connection.execute("select step, metrics from metrics order by id").fetchall()
-    losses = [(step, json.loads(row)["train/loss"]) for step, row in kept if "train/loss" in json.loads(row)]
-    assert losses == [(row["step"], row["train/loss"]) for row in read_metrics(tmp_path / "run") if "train/loss" in row]
-    assert [step for step, _ in losses] == [1, 2, 3, 4, 5]
+    return [(step, json.loads(row)) for step, row in kept]
+
+
+def assert_each_row_once(tmp_path: Path) -> None:
+    wanted = read_metrics(tmp_path / "run")
+    assert rows_of_trackio(tmp_path / "trackio") == [
+        (row["step"], {name: value for name, value in row.items() if name != "step"}) for row in wanted
+    ]
+    assert [row["step"] for row in wanted if "train/loss" in row] == [1, 2, 3, 4, 5]
+
+
+def test_trackio_has_every_step_once_through_a_resume(train_with_trackio: Callable[..., str], tmp_path: Path) -> None:
+    """Steps after the checkpoint that the second start goes on from are made again; trackio has them."""
+    train_with_trackio("--max_steps", "4")
+    shutil.rmtree(checkpoints(tmp_path / "run")[0][1])
+    train_with_trackio("--max_steps", "5")
+    rows = rows_of_trackio(tmp_path / "trackio")
+    wanted = read_metrics(tmp_path / "run")
+    for name in ("train/loss", "valid/loss"):
+        losses = [(step, row[name]) for step, row in rows if name in row]
+        assert losses == [(row["step"], row[name]) for row in wanted if name in row]
+    assert len(rows) == len(wanted)
+
+
+SLOW_TRACKIO = """
+import sys, threading, time
+import trackio
+from trackio.sqlite_storage import SQLiteStorage
+from textgen.tracking import backends
+from textgen.cli import train_main
+from textgen.tracking.tracker import Tracker
+where = sys.argv.pop(1)
+backends.PATIENCE_SECONDS = 0.5
+write, finish = SQLiteStorage.bulk_log, Tracker.finish
+reached, go_on, written = threading.Event(), threading.Event(), threading.Event()
+def hang(*_, **__):
+    reached.set()
+    go_on.wait()
+def write_two(*, metrics_list, steps, log_ids, **more):
+    write(metrics_list=metrics_list[:2], steps=steps[:2], log_ids=log_ids[:2], **more)
+    hang()
+def write_late(**arguments):  # what comes first, and the rest at once
+    SQLiteStorage.bulk_log = staticmethod(write)
+    hang()
+    write(**arguments)
+    written.set()
+def finish_later(self, end):  # once trackio hangs
+    assert reached.wait(60)
+    finish(self, end)
+if where == "opening":
+    trackio.init = hang
+else:
+    SQLiteStorage.bulk_log = staticmethod(write_two if where == "writing" else write_late)
+Tracker.finish = finish_later
+train_main([*sys.argv[1:], "--max_steps", "4"])
+if where == "the same process":
+    backends.PATIENCE_SECONDS = 60
+    begin = backends.AccelerateTracker.open
+    def begin_early(self, rows):  # before the first start's rows are written
+        threading.Timer(3, go_on.set).start()
+        begin(self, rows)
+    backends.AccelerateTracker.open = begin_early
+    train_main([*sys.argv[1:], "--max_steps", "5"])
+    assert written.wait(60)
+"""
+
+
+@pytest.mark.parametrize("where", ["opening", "writing", "the same process"])
+def test_trackio_is_given_the_rows_that_a_slow_end_lost(
+    train_with_trackio: Callable[..., str], tmp_path: Path, where: str
+) -> None:
+    """A start in the same process waits for what trackio still writes, and does not give it again."""
+    logged = train_with_trackio(program=("-c", SLOW_TRACKIO, where))
+    assert "trackio is off from here on, `metrics.jsonl` goes on: it has not ended within 0 s; rows that it" in logged
+    if where != "the same process":
+        recorded = rows_of_trackio(tmp_path / "trackio") if where == "writing" else []
+        assert len(recorded) == (2 if where == "writing" else 0)
+        train_with_trackio("--max_steps", "5")
+    assert_each_row_once(tmp_path)
+
+
+def test_trackio_that_cannot_be_asked_is_given_no_old_rows(
+    train_with_trackio: Callable[..., str], tmp_path: Path
+) -> None:
+    """It writes to its inbox of files, as on a network's file system: what is there is not in the database yet."""
+    line = "trackio cannot be asked for its rows: those that it lost are in `metrics.jsonl` alone"
+    assert line not in train_with_trackio("--max_steps", "3", TRACKIO_STORAGE_MODE="jsonl")
+    assert line in train_with_trackio("--max_steps", "5", TRACKIO_STORAGE_MODE="jsonl")
+    entries = [
+        json.loads(text) for path in (tmp_path / "trackio").rglob("*.jsonl") for text in path.read_text().splitlines()
+    ]
+    steps = sorted(entry["step"] for entry in entries if "train/loss" in entry.get("metrics", {}))
+    assert steps == [1, 2, 3, 4, 5]
 
 
 def test_a_tracker_that_is_not_installed_is_one_line(

@@ -22,8 +22,7 @@ from torch import Tensor
 from textgen.decoding.decoders import Decoder, DecoderState
 from textgen.decoding.generation import Batch, Step, advance
 from textgen.decoding.sampling import Controls, select_controls
-from textgen.errors import first_line
-from textgen.kernels.capture import CudaCapture, Replay
+from textgen.kernels.capture import CudaCapture, Replay, reason_of
 
 log = logging.getLogger("textgen")
 
@@ -213,8 +212,7 @@ class GraphRunner:
         except RuntimeError as error:
             self._refused.add(slot.key)
             if not self._warned:
-                reason = first_line(error)
-                log.warning("steps that cannot be captured in a CUDA graph run one by one: %s", reason)
+                log.warning("steps that cannot be captured in a CUDA graph run one by one: %s", reason_of(error))
             self._warned = True
         return count in slot.graphs
 

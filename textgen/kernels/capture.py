@@ -8,8 +8,17 @@ from contextlib import suppress
 
 import torch
 
+from textgen.errors import first_line
+
 Replay = Callable[[], None]
 """repeats captured work on the current stream"""
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of a failed capture's first error: ending that capture raises further errors."""
+    while isinstance(error.__context__, RuntimeError):
+        error = error.__context__
+    return first_line(error)
 
 
 class CudaCapture:
@@ -24,6 +33,7 @@ class CudaCapture:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
         self._failed: list[torch.cuda.CUDAGraph] = []
+        self._first: torch.cuda.CUDAGraph | None = None  # kept alive: torch refuses a pool without graphs
 
     def record(self, work: Callable[[], None]) -> Replay:
         """Return what replays some work on the current stream, which must have run before; nothing is computed here.
@@ -33,8 +43,8 @@ class CudaCapture:
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     work()
                 finally:
@@ -44,7 +54,10 @@ class CudaCapture:
                 self._failed.append(graph)  # which it may still ask
                 with suppress(RuntimeError):
                     torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
+                # torch 2.11's allocator of pinned memory still records into this pool, and would refuse it
+                self._pool, self._first = torch.cuda.graph_pool_handle(), None
                 raise
+        self._first = self._first or graph
         return graph.replay
 
     def warm_up(self, work: Callable[[], None]) -> None:

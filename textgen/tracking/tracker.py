@@ -41,6 +41,8 @@ class Backend(Protocol):
 
     patience: float
     """seconds that the end of a training waits for it"""
+    catches_up: bool
+    """whether `open` records the rows that an earlier part of the training has lost"""
 
     def open(self, rows: Sequence[Row]) -> None:
         """Begin, or go on with the run of an earlier part of the training, given its rows.
@@ -152,7 +154,10 @@ class Follower:
             self._waiting.put_nowait(None)
         self._thread.join(self._backend.patience)
         if self._thread.is_alive():
-            self._give_up(f"it has not ended within {self._backend.patience:.0f} s")
+            reason = f"it has not ended within {self._backend.patience:.0f} s"
+            if self._backend.catches_up:
+                reason += "; rows that it lacks come when a start goes on with this run"
+            self._give_up(reason)
             self._backend.abandon()
 
     def _follow(self, rows: Sequence[Row]) -> None:

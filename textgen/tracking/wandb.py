@@ -83,6 +83,7 @@ class WandbRun:
         self._next = 0
         self._own_data_dir = "WANDB_DATA_DIR" not in os.environ
         self.patience: float = PATIENCE_SECONDS
+        self.catches_up = True
 
     def open(self, rows: Sequence[Row]) -> None:
         """Begin the run or go on with it, on the server or on disk, and give it the rows that it lacks."""

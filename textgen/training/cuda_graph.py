@@ -15,8 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from textgen.errors import first_line
-from textgen.kernels.capture import Replay
+from textgen.kernels.capture import Replay, reason_of
 from textgen.training.step import Compute, StepInputs, StepRecord
 
 log = logging.getLogger("textgen")
@@ -43,6 +42,11 @@ class StepGraph:
     def __init__(self, capture: Capture) -> None:
         self._capture, self._is_refused = capture, False
         self.forget()
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether a capture has failed: every step is then taken without a graph."""
+        return self._is_refused
 
     def forget(self) -> None:
         """Drop the graph, which must not run: weights, optimizer or batches will be at other addresses."""
@@ -82,6 +86,5 @@ class StepGraph:
             self._replay = self._capture(work)
         except RuntimeError as error:
             self._is_refused = True
-            reason = first_line(error)
-            log.warning("the step cannot be captured in a CUDA graph, so steps are taken without: %s", reason)
+            log.warning("the step cannot be captured in a CUDA graph, so steps are taken without: %s", reason_of(error))
         self._inputs, self._results = static, results

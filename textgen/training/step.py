@@ -110,6 +110,10 @@ class GraphedSteps(Protocol):
     warming: int
     """steps that take longer than those to come"""
 
+    @property
+    def is_refused(self) -> bool:
+        """Tell whether a step could not be captured, so that steps run without a graph."""
+
     def take(self, compute: Compute, inputs: StepInputs, record: StepRecord) -> Tensor:
         """Take a step as `compute` does."""
 
