@@ -1,4 +1,4 @@
-"""What a figure was measured on."""
+"""Describes the machine of a measurement, reads its energy counters, and writes results."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from typing import Any
 
 import torch
 
+from textgen.hardware import processor_model
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def describe() -> dict[str, Any]:
     """Return processor or GPU, versions and commit."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    processor = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
     try:
         answer = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
         commit = answer.stdout.strip()
-    except OSError:  # there is no git: the figures are kept without the commit
+    except OSError:  # without git figures are kept without the commit
         commit = ""
     return {
-        "processor": processor,
+        "processor": processor_model(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
@@ -35,7 +34,7 @@ def describe() -> dict[str, Any]:
 
 
 def joules(device: torch.device, powercap: Path = Path("/sys/class/powercap")) -> float:
-    """Return what a GPU (by NVML) or the processors' packages (by RAPL) have taken so far; 0 where untold."""
+    """Return the energy that a GPU (by NVML) or all processors (by RAPL) have used so far; 0 if it is not counted."""
     if device.type == "cuda":
         try:
             pynvml = import_module("pynvml")  # of nvidia-ml-py

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from textgen.hardware import processor_identity
+
 log = logging.getLogger("textgen")
 
 COMPILERS = ("g++", "clang++")
@@ -57,7 +59,7 @@ def compiled(source: Path, cache: Path) -> Path:
     if threads is None:
         raise RuntimeError("torch comes without GNU's OpenMP")
     made = Path(compiler).resolve().stat()
-    parts = [source.read_bytes(), compiler, made.st_size, made.st_mtime_ns, FLAGS, threads, _processor()]
+    parts = [source.read_bytes(), compiler, made.st_size, made.st_mtime_ns, FLAGS, threads, processor_identity()]
     path = cache / f"{source.stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
     if not path.exists():
         # in the cache, so that it is moved as a whole
@@ -69,10 +71,3 @@ def compiled(source: Path, cache: Path) -> Path:
                 os.fsync(file.fileno())
             target.replace(path)
     return path
-
-
-def _processor() -> list[str]:
-    """Return what tells processors apart that code is not shared between, as Linux has it."""
-    cpuinfo, wanted = Path("/proc/cpuinfo"), ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return sorted({line for line in lines if line.startswith(wanted)})

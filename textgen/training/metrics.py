@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import resource
 import sys
 import time
@@ -17,6 +16,7 @@ from torch import nn
 
 from textgen.console import say
 from textgen.evaluation import perplexity
+from textgen.hardware import peak_flops
 from textgen.tracking.tracker import Tracker
 from textgen.training.optim import learning_rate_at
 from textgen.training.step import Training, steps_per_epoch
@@ -69,7 +69,8 @@ def measure_speed(training: Training, meter: Meter) -> dict[str, float]:
     everything = time.perf_counter() - meter.started
     tokens = meter.steps * config.batch_size * config.seq_len
     tokens_per_second = tokens / (everything - meter.evaluated - meter.paused)
-    flops, peak = tokens_per_second * flops_per_token(training.unwrapped_model), peak_flops(accelerator)
+    flops = tokens_per_second * flops_per_token(training.unwrapped_model)
+    peak = peak_flops(accelerator.device, half=accelerator.mixed_precision != "no")
     return {
         "train/tokens_per_second": tokens_per_second,
         "train/tokens_per_second_per_process": tokens_per_second / accelerator.num_processes,
@@ -99,17 +100,6 @@ def say_epoch(training: Training, per_epoch: int) -> None:
     )
 
 
-# Dense peak of matrix products in 10^12 operations per second: bfloat16 or float16 with float32 sums, and float32
-# without TF32. From the makers' data sheets (those of NVIDIA print bfloat16 with sparsity for some: halved here).
-PEAKS = {
-    r"B200": (2250, 75), r"H200": (989, 67), r"GH200.*": (989, 67), r"H100 NVL": (835, 60), r"H100 PCIe": (756, 51),
-    r"H100 80GB HBM3": (989, 67), r"A100.*": (312, 19.5), r"A30": (165, 10.3), r"A40": (149.7, 37.4),
-    r"A10": (125, 31.2), r"RTX A6000": (154.8, 38.7), r"L40S": (362, 91.6), r"L40": (181, 90.5), r"L4": (121, 30.3),
-    r"V100-SXM2.*": (125, 15.7), r"T4": (65, 8.1), r"GeForce RTX 5090": (209.5, 104.8),
-    r"GeForce RTX 4090": (165.2, 82.6), r"GeForce RTX 3090": (71, 35.6),
-}  # fmt: skip
-
-
 def flops_per_token(model: nn.Module) -> int:
     """Return the floating-point operations of matrix products for a token of training.
 
@@ -126,21 +116,6 @@ def flops_per_token(model: nn.Module) -> int:
         if parameter.dim() == 2 and not isinstance(module, nn.Embedding)
     ]
     return 6 * sum(parameter.numel() for parameter in matrices)
-
-
-def peak_flops(accelerator: Accelerator) -> float | None:
-    """Return the peak operations per second of this process's device in its precision; None where nobody has said."""
-    if accelerator.device.type != "cuda":
-        return None
-    return known_peak(torch.cuda.get_device_name(accelerator.device), half=accelerator.mixed_precision != "no")
-
-
-def known_peak(gpu: str, *, half: bool) -> float | None:
-    """Return the peak operations per second of a GPU by its name; a part of one (MIG) has another, which is unknown."""
-    for pattern, (low, full) in PEAKS.items():
-        if re.fullmatch(rf"(NVIDIA |Tesla )?{pattern}", gpu) and "MIG" not in gpu:
-            return (low if half else full) * 1e12
-    return None
 
 
 def peak_memory(device: torch.device) -> int:
