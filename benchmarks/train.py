@@ -43,6 +43,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from benchmarks.machine import RESULTS, save
+from benchmarks.wavefront import WavefrontModel
 from textgen.config import ModelConfig, TrainConfig
 from textgen.hardware import keep_freed_memory
 from textgen.kernels import training as training_kernels
@@ -151,7 +152,8 @@ def textgen_steps(shape: Shape, precision: str, *, cuda_graph: bool = False, num
     )  # fmt: skip
     config = TrainConfig(batch_size=shape.batch_size, seq_len=shape.seq_len, model=model)
     unwrapped_model = LSTMLanguageModel(model, shape.vocab_size)
-    unwrapped_model.num_pieces = num_pieces
+    if num_pieces > 1:
+        unwrapped_model = WavefrontModel(model, shape.vocab_size, num_pieces=num_pieces)
     prepared, optimizer = accelerator.prepare(unwrapped_model, build_optimizer(unwrapped_model, config))
     device = accelerator.device
     training = Training(
@@ -183,11 +185,11 @@ def without_kernels_steps(shape: Shape, precision: str) -> Steps:
     steps = textgen_steps(shape, precision)
 
     def run(number: int) -> float:
-        code, training_kernels._code = training_kernels._code, cast(Any, lambda: None)
+        code, training_kernels.compiled_code = training_kernels.compiled_code, cast(Any, lambda: None)
         try:
             return steps(number)
         finally:
-            training_kernels._code = code
+            training_kernels.compiled_code = code
 
     return run
 
@@ -679,7 +681,7 @@ def equal_losses(shape: Shape, number: int) -> dict[str, float]:
         ours, plain = textgen_steps(shape, precision), plain_steps(shape, precision)
         torch.manual_seed(1)
         model, other = ours.model, plain.model  # type: ignore[attr-defined]
-        model._initialize(None)
+        model.initialize()
         with torch.no_grad():
             other.embedding.weight.copy_(model.embedding.weight)
             other.output.bias.copy_(model.output.bias)
@@ -714,8 +716,8 @@ def peak_memory(title: str, shape: Shape) -> dict[str, Any]:
 
 # parts of a step by the names that torch's profiler gives them
 PARTS = {
-    "LSTM, forward": ("_LSTM", "aten::lstm"),
-    "LSTM, backward": ("_LSTMBackward", "MkldnnRnnLayerBackward0", "CudnnRnnBackward0"),
+    "LSTM, forward": ("_LSTMFunction", "aten::lstm"),
+    "LSTM, backward": ("_LSTMFunctionBackward", "MkldnnRnnLayerBackward0", "CudnnRnnBackward0"),
     "output layer, softmax and loss": ("_SummedCrossEntropy", "_SummedCrossEntropyBackward"),
     "optimizer": ("Optimizer.step#Adam.step",),
     "embedding, backward": ("EmbeddingBackward0",),

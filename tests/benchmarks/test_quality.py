@@ -110,15 +110,15 @@ def masks_of(seed: int = 3, step: int = 5, lanes: int = 4) -> DropoutMasks:
 
 def test_weight_drop_has_one_mask_a_step_of_the_share_that_is_asked_for() -> None:
     model = model_that_drops(weight_drop=0.2)
-    mask = model._weight_mask(masks_of(), 0)
+    mask = model.weight_mask(masks_of(), 0)
     assert mask is not None
     assert mask.shape == model.layers[0].weight_hh.shape  # 10,000 weights
     share = round(0.2 * 256) / 256
     assert sorted(mask.unique().tolist()) == pytest.approx([0, 1 / (1 - share)])
     assert float(mask.mean()) == pytest.approx(1, abs=4 * (share / (1 - share) / mask.numel()) ** 0.5)
-    assert torch.equal(mask, model._weight_mask(masks_of(lanes=2), 0))
-    for other in (model._weight_mask(masks_of(seed=4), 0), model._weight_mask(masks_of(step=6), 0),
-                  model._weight_mask(masks_of(), 1)):  # fmt: skip
+    assert torch.equal(mask, model.weight_mask(masks_of(lanes=2), 0))
+    for other in (model.weight_mask(masks_of(seed=4), 0), model.weight_mask(masks_of(step=6), 0),
+                  model.weight_mask(masks_of(), 1)):  # fmt: skip
         assert other is not None
         assert 0.29 < float((other != mask).float().mean()) < 0.35  # 0.32 where they are independent
 
@@ -127,7 +127,7 @@ def test_weight_drop_multiplies_the_recurrent_weights_and_their_gradient() -> No
     model, tokens = model_that_drops(weight_drop=0.5), torch.arange(24).reshape(4, 6)
     nats, _ = model(tokens, model.zero_state(4), tokens, masks=masks_of())
     nats.backward()
-    masks = [model._weight_mask(masks_of(), i) for i in range(2)]
+    masks = [model.weight_mask(masks_of(), i) for i in range(2)]
     for layer, mask in zip(model.layers, masks, strict=True):
         assert torch.equal(layer.weight_hh.grad == 0, mask == 0)
         layer.weight_hh.data *= mask

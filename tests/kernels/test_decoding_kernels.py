@@ -28,7 +28,7 @@ vnni = pytest.mark.skipif("avx512_vnni" not in processor_flags(), reason="this p
 
 
 def without_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding_kernels, "_code", lambda: None)
+    monkeypatch.setattr(decoding_kernels, "compiled_code", lambda: None)
 
 
 def build(config: ModelConfig, vocab_size: int = 300) -> LSTMLanguageModel:

@@ -1,4 +1,4 @@
-"""The compiled LSTM and softmax against torch's operators, which stand in where there is no compiled code."""
+"""The compiled LSTM and cross-entropy against torch's operators, which stand in where there is no compiled code."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from benchmarks.train import Shape, textgen_steps
 from textgen.hardware import processor_flags
 from textgen.kernels import compile as native
 from textgen.kernels import training as training_kernels
-from textgen.model.lstm import LSTMLayer, State, _slopes, summed_cross_entropy
+from textgen.model.lstm import LSTMLayer, State, cross_entropy_of_logits, summed_cross_entropy
 
 # What cannot be compiled here has no tests here; no test is skipped for it.
-WAYS = ["torch"] + ["compiled"] * (training_kernels._code() is not None)
+WAYS = ["torch"] + ["compiled"] * (training_kernels.compiled_code() is not None)
 
 
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Compute by compiled code, or by torch's operators."""
     if request.param == "torch":
-        monkeypatch.setattr(training_kernels, "_code", lambda: None)
+        monkeypatch.setattr(training_kernels, "compiled_code", lambda: None)
     return str(request.param)
 
 
@@ -64,7 +64,7 @@ def error(seen: Tensor, wanted: Tensor) -> float:
 
 def test_the_code_is_compiled_where_processor_and_compiler_are_there() -> None:
     flags = processor_flags()
-    assert (training_kernels._code() is not None) == ("avx512_bf16" in flags and "amx_bf16" not in flags)
+    assert (training_kernels.compiled_code() is not None) == ("avx512_bf16" in flags and "amx_bf16" not in flags)
 
 
 # every number of rows that a tile may have, alone and after full ones
@@ -143,7 +143,7 @@ def test_sizes_that_do_not_fill_registers_and_single_steps_are_left_to_torch(
 # 500 logits leave 4 behind the last whole register
 @pytest.mark.parametrize("size", [500, 512, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nats_and_slopes_are_those_of_torchs_cross_entropy(way: str, dtype: torch.dtype, size: int) -> None:
+def test_nats_and_gradients_are_those_of_torchs_cross_entropy(way: str, dtype: torch.dtype, size: int) -> None:
     torch.manual_seed(size)
     logits, bias = (torch.randn(33, size) * 5).to(dtype), torch.randn(size)
     targets = torch.randint(0, size, (33,))
@@ -153,13 +153,15 @@ def test_nats_and_slopes_are_those_of_torchs_cross_entropy(way: str, dtype: torc
     wanted = nn.functional.cross_entropy(exact, targets, ignore_index=-1, reduction="sum")
     wanted.backward()
     grad_bias = torch.ones(size)
-    nats, slopes = _slopes(logits.clone(), bias, targets, grad_bias)
+    nats, grad_logits = cross_entropy_of_logits(logits.clone(), bias, targets, grad_bias)
     assert exact.grad is not None
     assert nats.item() == pytest.approx(wanted.item(), rel=1e-6)
-    assert slopes.dtype == dtype
-    torch.testing.assert_close(slopes.float(), exact.grad, rtol=4e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-7)
+    assert grad_logits.dtype == dtype
+    torch.testing.assert_close(
+        grad_logits.float(), exact.grad, rtol=4e-3 if dtype == torch.bfloat16 else 1e-5, atol=1e-7
+    )
     torch.testing.assert_close(grad_bias, 1 + exact.grad.sum(0), rtol=1e-5, atol=1e-5)
-    assert _slopes(logits.clone(), bias, targets, None)[0].item() == nats.item()
+    assert cross_entropy_of_logits(logits.clone(), bias, targets, None)[0].item() == nats.item()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

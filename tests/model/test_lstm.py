@@ -189,40 +189,6 @@ def test_loss_of_a_window_equals_cross_entropy_of_its_logits(shape: dict[str, An
     assert nats.item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("shape", [{}, {"num_layers": 4, "layer_norm": True, "residual": True}, {"num_layers": 1}])
-@pytest.mark.parametrize("num_pieces", [2, 3, 5, 30])
-def test_layers_side_by_side_compute_what_they_do_one_after_the_other(shape: dict[str, Any], num_pieces: int) -> None:
-    """Loss, states and gradients, with dropout and weight drop; of 23 time steps, more pieces than those too."""
-    tokens, masks = random_tokens(4, 24), DropoutMasks(42, 7, torch.arange(4))
-    found = []
-    for pieces in (1, num_pieces):
-        model = build(dropout=0.3, weight_drop=0.4, **shape)
-        model.num_pieces = pieces
-        before = tuple(part + 0.1 for part in model.zero_state(4))
-        nats, state = model(tokens[:, :-1], before, tokens[:, 1:], masks=masks)
-        nats.backward()
-        found.append([nats, *state, *(parameter.grad for parameter in model.parameters())])
-    for one, other in zip(*found, strict=True):
-        assert relative(other, one) < 1e-6
-
-
-def test_layers_side_by_side_are_each_a_piece_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer's piece comes after the same piece of the layer below, and before anything that the latter does next."""
-    model, order = build(num_layers=3), []
-    model.num_pieces = 4
-    original = LSTMLanguageModel._layer
-
-    def layer(self: LSTMLanguageModel, i: int, *args: Any) -> Any:
-        order.append((i, sum(number == i for number, _ in order)))
-        return original(self, i, *args)
-
-    monkeypatch.setattr(LSTMLanguageModel, "_layer", layer)
-    model(random_tokens(2, 20), model.zero_state(2))
-    assert order == [
-        (0, 0), (1, 0), (0, 1), (2, 0), (1, 1), (0, 2), (2, 1), (1, 2), (0, 3), (2, 2), (1, 3), (2, 3)
-    ]  # fmt: skip
-
-
 def test_state_carries_the_past() -> None:
     model, tokens = build(), random_tokens(2, 8)
     _, state = model(tokens, model.zero_state(2))

@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from benchmarks.train import WAYS, Shape
+from benchmarks.wavefront import WavefrontModel
 from textgen.cli import train_main
 from textgen.config import ModelConfig
 from textgen.distributed.launch import has_persistent_kernel
@@ -63,7 +64,7 @@ def test_layers_on_streams_compute_what_they_do_one_after_the_other(dtype: torch
     """Many times over, with other tensors coming and going: a stream that did not wait would show now and then."""
     torch.manual_seed(0)
     shape = ModelConfig(embedding_dim=128, hidden_size=256, num_layers=4, dropout=0.2, layer_norm=True, residual=True)
-    model = LSTMLanguageModel(shape, 300).cuda()
+    model = WavefrontModel(shape, 300).cuda()
     tokens, masks = torch.randint(0, 300, (16, 97), device="cuda"), DropoutMasks(42, 7, torch.arange(16).cuda())
     found: list[list[torch.Tensor]] = []
     for num_pieces in [1] + 20 * [6]:

@@ -23,7 +23,7 @@ from textgen.model.lstm import LOGITS_CHUNK
 
 ROOT = Path(__file__).parents[2]
 SMALL = Shape(vocab_size=4000, embedding_dim=128, hidden_size=128, num_layers=2, batch_size=32, seq_len=32)
-COMPILED = training_kernels._code() is not None
+COMPILED = training_kernels.compiled_code() is not None
 MAY_COMPILE = "avx512_bf16" in processor_flags() and "amx_bf16" not in processor_flags()
 FAST = has_bfloat16(use_cpu=True)
 PRECISION = "bf16" if COMPILED or FAST else "no"

@@ -238,7 +238,7 @@ def test_a_captured_step_asks_nothing_of_the_device(
     captures: Captures, tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     """By torch's operators alone, as on a GPU; compiled kernels of a CPU may look at their targets."""
-    monkeypatch.setattr(training_kernels, "_code", lambda: None)
+    monkeypatch.setattr(training_kernels, "compiled_code", lambda: None)
     operators = Operators()
 
     def run(work: Callable[[], None]) -> None:

@@ -1,6 +1,6 @@
-// An LSTM over a window, there and back, and the softmax of logits with its gradient: see training.py.
-// For processors that multiply bfloat16 in registers of 512 bits. Products and sums are taken in float32, each sum in
-// an order that depends on no number of threads, but for the slope of the logits' bias, which adds up thread by thread.
+// An LSTM layer over a window, forward and backward, and cross-entropy with its gradient: see training.py.
+// For processors that multiply bfloat16 in registers of 512 bits. Products are summed in float32. The order of each sum
+// does not depend on the number of threads; only the gradient of the output bias is summed thread by thread.
 
 #ifndef __AVX512BF16__
 #error "the compiler knows no bfloat16 of this processor"
@@ -18,11 +18,11 @@ typedef uint16_t bf16;
 
 static const long LANES = 16;  // float32 values of a register
 static const long BLOCK = 4;   // registers side by side: the four gates of 16 units, or 64 units
-static const long ROWS = 6;    // 6 x 4 sums, 4 weights and an input: what 32 registers hold
+static const long ROWS = 6;    // lanes of a tile: 6 x 4 sums, 4 weights and an input fill 29 of the 32 registers
 
 static inline __m512 all(float x) { return _mm512_set1_ps(x); }
 static inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
-static inline __m512 load(const bf16* p) {
+static inline __m512 load(const bf16* p) {  // a bfloat16 is the upper half of a float32
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
@@ -32,10 +32,10 @@ static inline void store(bf16* p, __m512 x) { _mm256_storeu_si256(reinterpret_ca
 
 // 2^n e^r, with e^r by Taylor's polynomial for |r| <= ln(2) / 2: within 3e-7 of e^x, relatively
 static inline __m512 exponential(__m512 x) {
-    x = _mm512_min_ps(all(88.0f), _mm512_max_ps(all(-87.0f), x));  // in this order what is no number stays so
+    x = _mm512_min_ps(all(88.0f), _mm512_max_ps(all(-87.0f), x));  // in this order nan stays nan
     const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, all(1.44269504f)), nearest);
-    // ln(2) in two parts, the first of so few digits that n times it is exact
+    // r = x - n ln(2), with ln(2) in two parts (Cody and Waite 1980): the first has few digits, n times it is exact
     const __m512 r = _mm512_fnmadd_ps(n, all(1.42860677e-6f), _mm512_fnmadd_ps(n, all(0.693145752f), x));
     __m512 sum = all(1.0f / 720);
     for (const float term : {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
@@ -45,31 +45,39 @@ static inline __m512 exponential(__m512 x) {
 static inline __m512 sigmoid(__m512 x) {
     return _mm512_div_ps(all(1), _mm512_add_ps(all(1), exponential(_mm512_sub_ps(all(0), x))));
 }
-static inline __m512 hyperbolic_tangent(__m512 x) {
+static inline __m512 hyperbolic_tangent(__m512 x) {  // 2 sigmoid(2x) - 1
     const __m512 far = _mm512_fmsub_ps(all(2), sigmoid(_mm512_add_ps(x, x)), all(1));
-    // x - x^3 / 3 where digits of the other would cancel
+    // near 0 digits of 2 sigmoid(2x) - 1 would cancel; the series x - x^3 / 3 is used there
     const __m512 near = _mm512_fnmadd_ps(_mm512_mul_ps(_mm512_mul_ps(x, x), x), all(1.0f / 3), x);
     return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(x), all(0.02f), _CMP_LT_OQ), far, near);
 }
 
 // --- the LSTM --------------------------------------------------------------------------------------------------------
 
-struct Window {
-    int64_t lanes, steps, inputs, units;
-    const float *weight_ih, *weight_hh, *bias;  // (4 * units, inputs), (4 * units, units), (4 * units): torch's order
-    bf16* seen;                                 // (lanes, steps, inputs + units): inputs and the units' last outputs
-    bf16* outputs;                              // (lanes, steps, units)
-    bf16* gates;                                // (lanes, steps, 4 * units), or null; in the end of backward: slopes
-    bf16* cells;                                // (lanes, steps, units), or null
-    float* cell;                                // (lanes, units): before the window, then after it
-    const bf16* slopes;                         // (lanes, steps, units), of the outputs
-    float *slope_hidden, *slope_cell;           // (lanes, units), of the state after the window
-    float* slope_bias;                          // (4 * units), zeros at first
-    bf16* packed;                               // room for the weights
+// Arguments of a call; _WindowArguments in training.py has the same fields. Arrays are row-major. A unit is one of the
+// hidden_size components of hidden state and cell. Gates are in torch's order: input, forget, cell, output.
+struct WindowArguments {
+    int64_t lanes, steps, input_size, hidden_size;
+    const float* weight_ih;     // (4 * hidden_size, input_size)
+    const float* weight_hh;     // (4 * hidden_size, hidden_size)
+    const float* bias;          // (4 * hidden_size)
+    bf16* inputs;               // (lanes, steps, input_size + hidden_size): input, and hidden state before the step
+    bf16* outputs;              // (lanes, steps, hidden_size): hidden state after each step
+    bf16* gates;                // (lanes, steps, 4 * hidden_size), or null; backward overwrites them by gradients
+    bf16* cells;                // (lanes, steps, hidden_size): cell after each step, or null
+    float* cell;                // (lanes, hidden_size): before the window; forward updates it, backward reads it
+    const bf16* grad_outputs;   // (lanes, steps, hidden_size)
+    float* grad_hidden;         // (lanes, hidden_size): of the hidden state after the window
+    float* grad_cell;           // (lanes, hidden_size): of the cell after the window; updated to that before it
+    float* grad_bias;           // (4 * hidden_size), zeros at first
+    bf16* packed;               // scratch memory for the weights in the order that `multiply` reads
     int64_t threads;
 };
 
-// Add to `sums` the product of some rows with a block's weights, packed as (size / 2, BLOCK, LANES, 2).
+// Add to sums[row][z] the product of R rows with a block of weights: R x BLOCK registers of LANES outputs each.
+// rows: bfloat16, `stride` apart, `size` values each. packed: (size / 2, BLOCK, LANES, 2), that is, for each pair of
+// inputs one register per z, with the weights of both inputs side by side, as vdpbf16ps multiplies and adds them.
+// The pair of inputs is outermost: its weights are loaded once and used for all rows, and sums stay in registers.
 template <long R>
 static inline void multiply(__m512 (&sums)[ROWS][BLOCK], const bf16* rows, long stride, const bf16* packed, long size) {
     for (long k = 0; k < size; k += 2, packed += 2 * BLOCK * LANES) {
@@ -85,108 +93,129 @@ static inline void multiply(__m512 (&sums)[ROWS][BLOCK], const bf16* rows, long 
     }
 }
 
+// A block is LANES units. Their four gates are the BLOCK registers of `multiply`: a tile has all gates of its units.
 struct Forward {
-    // Lay out the four gates of units b * LANES and following.
-    static void pack(const Window& w, long b) {
-        const long size = w.inputs + w.units;
-        int32_t* out = reinterpret_cast<int32_t*>(w.packed) + b * size / 2 * BLOCK * LANES;
-        for (long k = 0; k < size; k += LANES)  // outermost: what is written at a time stays in the nearest cache
+    // Round the weights of block b to bfloat16 and write them to `packed` as (size / 2, BLOCK, LANES, 2), where size is
+    // input_size + hidden_size, gate z is row z * hidden_size + unit of the weights, and weight_ih comes first.
+    static void pack(const WindowArguments& w, long b) {
+        const long size = w.input_size + w.hidden_size;
+        int32_t* out = reinterpret_cast<int32_t*>(w.packed) + b * size / 2 * BLOCK * LANES;  // pairs of bfloat16
+        // 16 inputs at a time for all 64 rows of a block. Inputs are outermost, so that the part of `packed` that is
+        // written (8 pairs x 64 rows, 2 KiB) stays in the first-level cache.
+        for (long k = 0; k < size; k += LANES)
             for (long z = 0; z < BLOCK; z++)
                 for (long u = 0; u < LANES; u++) {
-                    const long row = z * w.units + b * LANES + u;
+                    const long row = z * w.hidden_size + b * LANES + u;
                     int32_t pairs[LANES / 2];
-                    const float* from = k < w.inputs ? w.weight_ih + row * w.inputs + k
-                                                     : w.weight_hh + row * w.units + k - w.inputs;
+                    const float* from = k < w.input_size ? w.weight_ih + row * w.input_size + k
+                                                         : w.weight_hh + row * w.hidden_size + k - w.input_size;
                     _mm256_storeu_si256(reinterpret_cast<__m256i*>(pairs), rounded(load(from)));
                     for (long i = 0; i < LANES / 2; i++) out[(k / 2 + i) * BLOCK * LANES + z * LANES + u] = pairs[i];
                 }
     }
 
+    // Compute one step of R lanes for the 16 units of block b:
+    //   i, f, o = sigmoid, g = tanh of (weights @ inputs + bias);  c = f * c_before + i * g;  h = o * tanh(c)
+    // (Hochreiter and Schmidhuber 1997; forget gate of Gers et al. 2000).
     template <long R>
-    static void tile(const Window& w, long b, long lane, long step) {
-        const long size = w.inputs + w.units, unit = b * LANES;
-        __m512 sums[ROWS][BLOCK];
+    static void tile(const WindowArguments& w, long b, long lane, long step) {
+        const long size = w.input_size + w.hidden_size, unit = b * LANES;
+        __m512 sums[ROWS][BLOCK];  // (R lanes, 4 gates, 16 units)
         for (long r = 0; r < R; r++)
-            for (long z = 0; z < BLOCK; z++) sums[r][z] = load(w.bias + z * w.units + unit);
-        const bf16* rows = w.seen + (lane * w.steps + step) * size;
+            for (long z = 0; z < BLOCK; z++) sums[r][z] = load(w.bias + z * w.hidden_size + unit);
+        const bf16* rows = w.inputs + (lane * w.steps + step) * size;
         multiply<R>(sums, rows, w.steps * size, w.packed + b * size * BLOCK * LANES, size);
+        // Per lane: gates to cell and hidden state. The hidden state is also written beside the next step's input.
         for (long r = 0; r < R; r++) {
             const long row = (lane + r) * w.steps + step;
-            const __m512 in = sigmoid(sums[r][0]), forget = sigmoid(sums[r][1]), out = sigmoid(sums[r][3]);
-            const __m512 fresh = hyperbolic_tangent(sums[r][2]);
-            float* cell = w.cell + (lane + r) * w.units + unit;
-            const __m512 c = _mm512_fmadd_ps(forget, load(cell), _mm512_mul_ps(in, fresh));
-            const __m512 h = _mm512_mul_ps(out, hyperbolic_tangent(c));
+            const __m512 i = sigmoid(sums[r][0]), f = sigmoid(sums[r][1]), o = sigmoid(sums[r][3]);
+            const __m512 g = hyperbolic_tangent(sums[r][2]);
+            float* cell = w.cell + (lane + r) * w.hidden_size + unit;
+            const __m512 c = _mm512_fmadd_ps(f, load(cell), _mm512_mul_ps(i, g));
+            const __m512 h = _mm512_mul_ps(o, hyperbolic_tangent(c));
             store(cell, c);
-            store(w.outputs + row * w.units + unit, h);
-            if (step + 1 < w.steps) store(w.seen + (row + 1) * size + w.inputs + unit, h);
-            if (w.gates == nullptr) continue;
-            bf16* gates = w.gates + row * 4 * w.units + unit;
-            store(gates, in);
-            store(gates + w.units, forget);
-            store(gates + 2 * w.units, fresh);
-            store(gates + 3 * w.units, out);
-            store(w.cells + row * w.units + unit, c);
+            store(w.outputs + row * w.hidden_size + unit, h);
+            if (step + 1 < w.steps) store(w.inputs + (row + 1) * size + w.input_size + unit, h);
+            if (w.gates == nullptr) continue;  // no backward pass
+            bf16* gates = w.gates + row * 4 * w.hidden_size + unit;
+            store(gates, i);
+            store(gates + w.hidden_size, f);
+            store(gates + 2 * w.hidden_size, g);
+            store(gates + 3 * w.hidden_size, o);
+            store(w.cells + row * w.hidden_size + unit, c);
         }
     }
 };
 
+// A block is BLOCK * LANES = 64 units. Their hidden state gets its gradient from all gates of the next step.
 struct Backward {
-    // Lay out what units b * BLOCK * LANES and following get from all gates.
-    static void pack(const Window& w, long b) {
-        bf16* out = w.packed + b * 4 * w.units * BLOCK * LANES;
-        for (long k = 0; k < 4 * w.units; k += 2)
+    // Round the columns of weight_hh that belong to block b and write them as (4 * hidden_size / 2, BLOCK, LANES, 2):
+    // a pair is two neighbouring gate rows k and k + 1 of one unit's column.
+    static void pack(const WindowArguments& w, long b) {
+        bf16* out = w.packed + b * 4 * w.hidden_size * BLOCK * LANES;
+        for (long k = 0; k < 4 * w.hidden_size; k += 2)
             for (long z = 0; z < BLOCK; z++, out += 2 * LANES) {
-                const float* from = w.weight_hh + k * w.units + (b * BLOCK + z) * LANES;
+                const float* from = w.weight_hh + k * w.hidden_size + (b * BLOCK + z) * LANES;
                 const __m512i even = _mm512_cvtepu16_epi32(rounded(load(from)));
-                const __m512i odd = _mm512_cvtepu16_epi32(rounded(load(from + w.units)));
+                const __m512i odd = _mm512_cvtepu16_epi32(rounded(load(from + w.hidden_size)));
                 _mm512_storeu_si512(out, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
             }
     }
 
+    // Go back one step of R lanes for the 64 units of block b. With dx for the gradient of the loss by x, and gradients
+    // of gates taken before their sigmoid s (s' = s - s^2) or tanh t (t' = 1 - t^2):
+    //   dh = d(output) + weight_hh^T @ d(gates of the next step)
+    //   dc = dc(next step) * f(next step) + dh * o * tanh'(c)
+    //   di = dc * g * i';  df = dc * c_before * f';  dg = dc * i * g';  do = dh * tanh(c) * o'
+    // This is the chain rule on the equations of Forward::tile (as in Graves 2012, "Supervised Sequence Labelling with
+    // Recurrent Neural Networks", section 4.6, without peepholes).
     template <long R>
-    static void tile(const Window& w, long b, long lane, long step) {
-        __m512 sums[ROWS][BLOCK];  // slopes of the outputs
+    static void tile(const WindowArguments& w, long b, long lane, long step) {
+        __m512 sums[ROWS][BLOCK];  // dh (R lanes, 64 units)
         const bool last = step + 1 == w.steps;
         for (long r = 0; r < R; r++)
             for (long z = 0; z < BLOCK; z++) {
                 const long unit = (b * BLOCK + z) * LANES;
-                sums[r][z] = load(w.slopes + ((lane + r) * w.steps + step) * w.units + unit);
-                if (last) sums[r][z] = _mm512_add_ps(sums[r][z], load(w.slope_hidden + (lane + r) * w.units + unit));
+                sums[r][z] = load(w.grad_outputs + ((lane + r) * w.steps + step) * w.hidden_size + unit);
+                if (last)
+                    sums[r][z] = _mm512_add_ps(sums[r][z], load(w.grad_hidden + (lane + r) * w.hidden_size + unit));
             }
-        const long size = 4 * w.units;
-        const bf16* rows = w.gates + (lane * w.steps + step + 1) * size;  // slopes by now
+        const long size = 4 * w.hidden_size;
+        const bf16* rows = w.gates + (lane * w.steps + step + 1) * size;  // the next step's, gradients by now
         if (!last) multiply<R>(sums, rows, w.steps * size, w.packed + b * size * BLOCK * LANES, size);
+        // Per lane and 16 units: from dh and dc to the gradients of the four gates, which overwrite the gates.
         for (long r = 0; r < R; r++)
             for (long z = 0; z < BLOCK; z++) {
                 const long row = (lane + r) * w.steps + step, unit = (b * BLOCK + z) * LANES;
                 bf16* gates = w.gates + row * size + unit;
-                const __m512 in = load(gates), forget = load(gates + w.units), fresh = load(gates + 2 * w.units);
-                const __m512 out = load(gates + 3 * w.units);
-                const __m512 c = hyperbolic_tangent(load(w.cells + row * w.units + unit));
-                const __m512 before = step > 0 ? load(w.cells + (row - 1) * w.units + unit)
-                                               : load(w.cell + (lane + r) * w.units + unit);
+                const __m512 i = load(gates), f = load(gates + w.hidden_size), g = load(gates + 2 * w.hidden_size);
+                const __m512 o = load(gates + 3 * w.hidden_size);
+                const __m512 c = hyperbolic_tangent(load(w.cells + row * w.hidden_size + unit));  // tanh of the cell
+                const __m512 before = step > 0 ? load(w.cells + (row - 1) * w.hidden_size + unit)
+                                               : load(w.cell + (lane + r) * w.hidden_size + unit);
                 const __m512 dh = sums[r][z], one = all(1);
-                float* carried = w.slope_cell + (lane + r) * w.units + unit;
-                const __m512 dc = _mm512_fmadd_ps(_mm512_mul_ps(dh, out), _mm512_fnmadd_ps(c, c, one), load(carried));
-                store(carried, _mm512_mul_ps(dc, forget));
-                const __m512 slopes[] = {
-                    _mm512_mul_ps(_mm512_mul_ps(dc, fresh), _mm512_fnmadd_ps(in, in, in)),
-                    _mm512_mul_ps(_mm512_mul_ps(dc, before), _mm512_fnmadd_ps(forget, forget, forget)),
-                    _mm512_mul_ps(_mm512_mul_ps(dc, in), _mm512_fnmadd_ps(fresh, fresh, one)),
-                    _mm512_mul_ps(_mm512_mul_ps(dh, c), _mm512_fnmadd_ps(out, out, out)),
+                float* carried = w.grad_cell + (lane + r) * w.hidden_size + unit;  // dc(next step) * f(next step)
+                const __m512 dc = _mm512_fmadd_ps(_mm512_mul_ps(dh, o), _mm512_fnmadd_ps(c, c, one), load(carried));
+                store(carried, _mm512_mul_ps(dc, f));
+                const __m512 grad_gates[] = {
+                    _mm512_mul_ps(_mm512_mul_ps(dc, g), _mm512_fnmadd_ps(i, i, i)),
+                    _mm512_mul_ps(_mm512_mul_ps(dc, before), _mm512_fnmadd_ps(f, f, f)),
+                    _mm512_mul_ps(_mm512_mul_ps(dc, i), _mm512_fnmadd_ps(g, g, one)),
+                    _mm512_mul_ps(_mm512_mul_ps(dh, c), _mm512_fnmadd_ps(o, o, o)),
                 };
-                for (long g = 0; g < 4; g++) {
-                    float* bias = w.slope_bias + g * w.units + unit;
-                    store(bias, _mm512_add_ps(load(bias), slopes[g]));
-                    store(gates + g * w.units, slopes[g]);
+                for (long gate = 0; gate < 4; gate++) {
+                    float* bias = w.grad_bias + gate * w.hidden_size + unit;
+                    store(bias, _mm512_add_ps(load(bias), grad_gates[gate]));
+                    store(gates + gate * w.hidden_size, grad_gates[gate]);
                 }
             }
     }
 };
 
+// Compute one step of all lanes for block b, in tiles of at most ROWS lanes. The number of rows is a template argument,
+// so that the compiler keeps a tile's sums in registers.
 template <typename Direction>
-static void all_lanes(const Window& w, long b, long step) {
+static void all_lanes(const WindowArguments& w, long b, long step) {
     for (long lane = 0; lane < w.lanes;) {
         const long left = w.lanes - lane, rows = left == 8 || left == 7 ? 4 : left;  // 4 + 4 is faster than 6 + 2
         switch (rows) {
@@ -200,38 +229,45 @@ static void all_lanes(const Window& w, long b, long step) {
     }
 }
 
-extern "C" void textgen_lstm_forward(const Window* w) {
+// Run a window forward. Steps come one after the other; the blocks of a step are independent of each other and shared
+// among threads. The barrier at the end of `omp for` is the point where a step's hidden states are complete.
+extern "C" void textgen_lstm_forward(const WindowArguments* w) {
 #pragma omp parallel num_threads(w->threads)
     {
 #pragma omp for schedule(static)
-        for (long b = 0; b < w->units / LANES; b++) Forward::pack(*w, b);
+        for (long b = 0; b < w->hidden_size / LANES; b++) Forward::pack(*w, b);
         for (long step = 0; step < w->steps; step++) {
 #pragma omp for schedule(static)
-            for (long b = 0; b < w->units / LANES; b++) all_lanes<Forward>(*w, b, step);
+            for (long b = 0; b < w->hidden_size / LANES; b++) all_lanes<Forward>(*w, b, step);
         }
     }
 }
 
-extern "C" void textgen_lstm_backward(const Window* w) {
+// Run a window backward, from the last step to the first. Blocks are shared among threads as above. A block's units
+// belong to one thread in all steps, so that sums in grad_bias and grad_cell need no lock and have a fixed order.
+extern "C" void textgen_lstm_backward(const WindowArguments* w) {
 #pragma omp parallel num_threads(w->threads)
     {
 #pragma omp for schedule(static)
-        for (long b = 0; b < w->units / (BLOCK * LANES); b++) Backward::pack(*w, b);
+        for (long b = 0; b < w->hidden_size / (BLOCK * LANES); b++) Backward::pack(*w, b);
         for (long step = w->steps - 1; step >= 0; step--) {
 #pragma omp for schedule(static)
-            for (long b = 0; b < w->units / (BLOCK * LANES); b++) all_lanes<Backward>(*w, b, step);
+            for (long b = 0; b < w->hidden_size / (BLOCK * LANES); b++) all_lanes<Backward>(*w, b, step);
         }
     }
 }
 
-// --- the softmax -----------------------------------------------------------------------------------------------------
+// --- cross-entropy ---------------------------------------------------------------------------------------------------
 
-// A row of logits, its bias added: `x` becomes the slope of the row's nats, which are returned.
+// Return the cross-entropy of a row in nats, log(sum_j exp(z_j)) - z_target with z = x + bias. Unless grad_bias is
+// null, overwrite x by the gradient softmax(z) - one-hot(target), and add it to grad_bias.
+// Three passes over a float32 copy (`row`, with room for one more register) that stays in the cache: the largest value,
+// then exponentials and their sum, then the gradient. The last register of `row` is filled up with -infinity, whose
+// exponential is below 2e-38. `target` must be in the row.
 template <typename T>
-static float softmax_row(T* x, const float* bias, long size, long target, float* slope_bias, float* row) {
-    const long even = size / LANES * LANES;
+static float cross_entropy_row(T* x, const float* bias, long size, long target, float* grad_bias, float* row) {
+    const long even = size / LANES * LANES;  // values in whole registers
     const __mmask16 rest = static_cast<__mmask16>((1u << (size - even)) - 1);
-    // all passes work on `row`, which ends with a whole register: -infinity, whose exponential counts for nothing
     __m512 peaks = all(-INFINITY), masses = all(0);
     for (long i = 0; i < even; i += LANES) {
         const __m512 logits = _mm512_add_ps(load(x + i), load(bias + i));
@@ -245,39 +281,41 @@ static float softmax_row(T* x, const float* bias, long size, long target, float*
         store(row + even, _mm512_mask_mov_ps(all(-INFINITY), rest, logits));
         peaks = _mm512_max_ps(peaks, load(row + even));
     }
-    const float peak = _mm512_reduce_max_ps(peaks), wanted = row[target];
+    const float peak = _mm512_reduce_max_ps(peaks), target_logit = row[target];
     for (long i = 0; i < size; i += LANES) {
         const __m512 mass = exponential(_mm512_sub_ps(load(row + i), all(peak)));
         store(row + i, mass);
         masses = _mm512_add_ps(masses, mass);
     }
-    const float mass = _mm512_reduce_add_ps(masses), nats = std::log(mass) + peak - wanted;
-    if (slope_bias == nullptr) return nats;
-    row[target] -= mass;
+    const float mass = _mm512_reduce_add_ps(masses), nats = std::log(mass) + peak - target_logit;
+    if (grad_bias == nullptr) return nats;
+    row[target] -= mass;  // minus 1, once divided by mass
     for (long i = 0; i < even; i += LANES) {
-        const __m512 slope = _mm512_mul_ps(load(row + i), all(1 / mass));
-        store(slope_bias + i, _mm512_add_ps(load(slope_bias + i), slope));
-        store(x + i, slope);
+        const __m512 grad = _mm512_mul_ps(load(row + i), all(1 / mass));
+        store(grad_bias + i, _mm512_add_ps(load(grad_bias + i), grad));
+        store(x + i, grad);
     }
     if (rest) {
         T last[LANES];
-        const __m512 slope = _mm512_mul_ps(load(row + even), all(1 / mass));
-        const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(rest, slope_bias + even), slope);
-        _mm512_mask_storeu_ps(slope_bias + even, rest, sum);
-        store(last, slope);
+        const __m512 grad = _mm512_mul_ps(load(row + even), all(1 / mass));
+        const __m512 sum = _mm512_add_ps(_mm512_maskz_loadu_ps(rest, grad_bias + even), grad);
+        _mm512_mask_storeu_ps(grad_bias + even, rest, sum);
+        store(last, grad);
         std::memcpy(x + even, last, (size - even) * sizeof(T));
     }
     return nats;
 }
 
-// logits (rows, size), bias (size), targets (rows), -1 where nothing is scored; nats (rows); slope_bias (size) is added
-// to, or null where no slopes are wanted.
+// Compute the cross-entropy of rows, see training.cross_entropy. logits: (rows, size), overwritten by their gradient.
+// bias: (size). targets: (rows), -1 is not scored. nats: (rows). grad_bias: (size), added to; null if no gradient is
+// needed. Rows are shared among threads. Each thread sums its gradients of the bias in its own memory. The sums are
+// added in the order of threads, so that the result is the same each time with the same number of threads.
 template <typename T>
-static void softmax(T* logits, const float* bias, const int64_t* targets, int64_t rows, int64_t size, float* nats,
-                    float* slope_bias, int64_t threads) {
+static void cross_entropy(T* logits, const float* bias, const int64_t* targets, int64_t rows, int64_t size, float* nats,
+                          float* grad_bias, int64_t threads) {
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> row(size + LANES), sums(slope_bias == nullptr ? 0 : size);
+        std::vector<float> row(size + LANES), sums(grad_bias == nullptr ? 0 : size);
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++) {
             T* x = logits + r * size;
@@ -285,23 +323,23 @@ static void softmax(T* logits, const float* bias, const int64_t* targets, int64_
                 nats[r] = 0;
                 std::memset(x, 0, size * sizeof(T));
             } else {
-                float* slopes = slope_bias == nullptr ? nullptr : sums.data();
-                nats[r] = softmax_row(x, bias, size, targets[r], slopes, row.data());
+                float* grad_sums = grad_bias == nullptr ? nullptr : sums.data();
+                nats[r] = cross_entropy_row(x, bias, size, targets[r], grad_sums, row.data());
             }
         }
-        for (int thread = 0; slope_bias != nullptr && thread < omp_get_num_threads(); thread++) {
+        for (int thread = 0; grad_bias != nullptr && thread < omp_get_num_threads(); thread++) {
             if (thread == omp_get_thread_num())
-                for (int64_t i = 0; i < size; i++) slope_bias[i] += sums[i];
+                for (int64_t i = 0; i < size; i++) grad_bias[i] += sums[i];
 #pragma omp barrier
         }
     }
 }
 
-extern "C" void textgen_softmax_bfloat16(bf16* logits, const float* bias, const int64_t* targets, int64_t rows,
-                                         int64_t size, float* nats, float* slope_bias, int64_t threads) {
-    softmax(logits, bias, targets, rows, size, nats, slope_bias, threads);
+extern "C" void textgen_cross_entropy_bfloat16(bf16* logits, const float* bias, const int64_t* targets, int64_t rows,
+                                               int64_t size, float* nats, float* grad_bias, int64_t threads) {
+    cross_entropy(logits, bias, targets, rows, size, nats, grad_bias, threads);
 }
-extern "C" void textgen_softmax_float32(float* logits, const float* bias, const int64_t* targets, int64_t rows,
-                                        int64_t size, float* nats, float* slope_bias, int64_t threads) {
-    softmax(logits, bias, targets, rows, size, nats, slope_bias, threads);
+extern "C" void textgen_cross_entropy_float32(float* logits, const float* bias, const int64_t* targets, int64_t rows,
+                                              int64_t size, float* nats, float* grad_bias, int64_t threads) {
+    cross_entropy(logits, bias, targets, rows, size, nats, grad_bias, threads);
 }

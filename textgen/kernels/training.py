@@ -1,7 +1,8 @@
-"""C++ for training on a CPU: an LSTM over a window, and the softmax of logits with its slopes (training.cpp).
+"""Compiled code for training on a CPU: an LSTM layer over a window, and cross-entropy with its gradient (training.cpp).
 
-Both round no more than torch's operators do under autocast: within a window an LSTM's cells stay in float32, and gates
-are rounded only to be kept for the backward pass. Where there is no compiler, or another processor, torch's are used.
+Both round no more often than torch's operators do under autocast: within a window the LSTM's cells stay in float32, and
+gates are rounded only in the copy that is kept for the backward pass. Every function returns None on processors that
+the code is not for and without a compiler; the caller then uses torch's operators.
 """
 
 from __future__ import annotations
@@ -20,36 +21,40 @@ State = tuple[Tensor, Tensor]
 
 
 @functools.cache
-def _code() -> ctypes.CDLL | None:
-    """Return the compiled code on processors that it is fast on: those with AMX have something better in torch."""
+def compiled_code() -> ctypes.CDLL | None:
+    """Return the compiled code; None on processors where it is not the fastest. With AMX torch's own code is faster."""
     if "avx512_bf16" not in processor_flags() or "amx_bf16" in processor_flags():
         return None
     return library("training.cpp")
 
 
-def _at(tensor: Tensor | None) -> int | None:
+def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _is_exact(tensor: Tensor) -> bool:
-    """Tell whether compiled code can take the values for an array of float32."""
+def _is_float32_array(tensor: Tensor) -> bool:
+    """Return whether compiled code can read the tensor as a plain array of float32."""
     return tensor.dtype == torch.float32 and tensor.device.type == "cpu" and tensor.is_contiguous()
 
 
 # --- the LSTM --------------------------------------------------------------------------------------------------------
 
 
-class _Window(ctypes.Structure):
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("lanes", "steps", "inputs", "units")),
-        *((name, ctypes.c_void_p) for name in ("weight_ih", "weight_hh", "bias", "seen", "outputs", "gates", "cells")),
-        *((name, ctypes.c_void_p) for name in ("cell", "slopes", "slope_hidden", "slope_cell", "slope_bias", "packed")),
+class _WindowArguments(ctypes.Structure):
+    """The C++ structure of the same name, which documents shapes; fields must be in the same order."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("lanes", "steps", "input_size", "hidden_size")),
+        *((name, ctypes.c_void_p) for name in ("weight_ih", "weight_hh", "bias")),
+        *((name, ctypes.c_void_p) for name in ("inputs", "outputs", "gates", "cells", "cell")),
+        *((name, ctypes.c_void_p) for name in ("grad_outputs", "grad_hidden", "grad_cell", "grad_bias")),
+        ("packed", ctypes.c_void_p),
         ("threads", ctypes.c_int64),
-    ]  # fmt: skip
+    )
 
 
-class _LSTM(torch.autograd.Function):
-    """One layer over a window. Only slopes are made of what the forward pass keeps, and in its place."""
+class _LSTMFunction(torch.autograd.Function):
+    """One layer over a window, whose backward pass overwrites the kept gates by their gradients."""
 
     @staticmethod
     def forward(
@@ -62,61 +67,87 @@ class _LSTM(torch.autograd.Function):
         bias: Tensor,
         with_gradient: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        (lanes, steps, inputs), units = x.shape, weight_hh.shape[1]
-        make = functools.partial(torch.empty, dtype=torch.bfloat16, device="cpu")
-        seen = make(lanes, steps, inputs + units)
-        seen[:, :, :inputs], seen[:, 0, inputs:] = x, hidden[0]
-        after = cell[0].to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        y, packed = make(lanes, steps, units), make(weight_ih.numel() + weight_hh.numel())
-        gates, cells = (make(lanes, steps, 4 * units), make(lanes, steps, units)) if with_gradient else (None, None)
-        _run(
-            "textgen_lstm_forward", x.shape, weight_ih=weight_ih, weight_hh=weight_hh, bias=bias, seen=seen, outputs=y,
-            gates=gates, cells=cells, cell=after, packed=packed,
-        )  # fmt: skip
+        (lanes, steps, input_size), hidden_size = x.shape, weight_hh.shape[1]
+        empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="cpu")
+        # A step multiplies its input and the previous hidden state, side by side, with both weights at once. The code
+        # writes hidden states of all steps but the first.
+        inputs = empty(lanes, steps, input_size + hidden_size)
+        inputs[:, :, :input_size], inputs[:, 0, input_size:] = x, hidden[0]
+        last_cell = cell[0].to(torch.float32, copy=True, memory_format=torch.contiguous_format)  # updated in place
+        y, packed = empty(lanes, steps, hidden_size), empty(weight_ih.numel() + weight_hh.numel())
+        gates = empty(lanes, steps, 4 * hidden_size) if with_gradient else None
+        cells = empty(lanes, steps, hidden_size) if with_gradient else None
+        _call(
+            "textgen_lstm_forward",
+            x.shape,
+            weight_ih=weight_ih,
+            weight_hh=weight_hh,
+            bias=bias,
+            inputs=inputs,
+            outputs=y,
+            gates=gates,
+            cells=cells,
+            cell=last_cell,
+            packed=packed,
+        )
         if gates is not None and cells is not None:
-            ctx.save_for_backward(seen, gates, cells, cell, weight_ih, weight_hh)
+            ctx.save_for_backward(inputs, gates, cells, cell, weight_ih, weight_hh)
             ctx.x_dtype, ctx.used = x.dtype, False  # type: ignore[attr-defined]
-        return y, y[None, :, -1].clone(), after[None].to(torch.bfloat16)
+        return y, y[None, :, -1].clone(), last_cell[None].to(torch.bfloat16)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_y: Tensor, grad_hidden: Tensor, grad_cell: Tensor) -> tuple[Tensor | None, ...]:
+        # Backpropagation through time (Werbos 1990). The C++ goes through the steps from last to first and finds the
+        # gradients of the gates before their sigmoid or tanh. Those of weights and inputs are then two large products.
         if ctx.used:  # type: ignore[attr-defined]
-            raise RuntimeError("the gradient of this LSTM can be taken once: what it needs is overwritten")
+            raise RuntimeError("the gradient of this LSTM can be taken once: its inputs are overwritten")
         ctx.used = True  # type: ignore[attr-defined]
-        seen, gates, cells, cell, weight_ih, weight_hh = ctx.saved_tensors  # type: ignore[attr-defined]
-        (lanes, steps, _), inputs = seen.shape, weight_ih.shape[1]
-        grad_before = grad_cell[0].to(torch.float32, copy=True).contiguous()
-        slope_hidden = grad_hidden[0].float().contiguous()
+        inputs, gates, cells, cell, weight_ih, weight_hh = ctx.saved_tensors  # type: ignore[attr-defined]
+        (lanes, steps, _), input_size = inputs.shape, weight_ih.shape[1]
+        grad_first_cell = grad_cell[0].to(torch.float32, copy=True).contiguous()  # updated in place, step by step
         grad_bias = torch.zeros_like(weight_hh[:, 0], memory_format=torch.contiguous_format)
-        packed = torch.empty_like(weight_hh, dtype=torch.bfloat16)
-        _run(
-            "textgen_lstm_backward", (lanes, steps, inputs), weight_hh=weight_hh, gates=gates, cells=cells,
-            cell=cell[0].float().contiguous(), slopes=grad_y.to(torch.bfloat16).contiguous(), slope_hidden=slope_hidden,
-            slope_cell=grad_before, slope_bias=grad_bias, packed=packed,
-        )  # fmt: skip
-        slopes = gates.flatten(0, 1)  # (lanes * steps, 4 * units)
-        grad_weight = slopes.T @ seen.flatten(0, 1)  # (4 * units, inputs + units)
-        grad_x = (slopes @ weight_ih.to(torch.bfloat16)).view(lanes, steps, inputs)
+        _call(
+            "textgen_lstm_backward",
+            (lanes, steps, input_size),
+            weight_hh=weight_hh,
+            gates=gates,
+            cells=cells,
+            cell=cell[0].float().contiguous(),
+            grad_outputs=grad_y.to(torch.bfloat16).contiguous(),
+            grad_hidden=grad_hidden[0].float().contiguous(),
+            grad_cell=grad_first_cell,
+            grad_bias=grad_bias,
+            packed=torch.empty_like(weight_hh, dtype=torch.bfloat16),
+        )
+        grad_gates = gates.flatten(0, 1)  # overwritten by the call; (lanes * steps, 4 * hidden_size)
+        grad_weight = grad_gates.T @ inputs.flatten(0, 1)  # (4 * hidden_size, input_size + hidden_size)
+        grad_x = (grad_gates @ weight_ih.to(torch.bfloat16)).view(lanes, steps, input_size)
         grad_state: State | tuple[None, None] = None, None
         if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:  # type: ignore[attr-defined]
-            grad_state = (
-                (gates[:, 0] @ weight_hh.to(torch.bfloat16))[None].to(cell.dtype),
-                grad_before[None].to(cell.dtype),
-            )
-        weights = grad_weight[:, :inputs].float(), grad_weight[:, inputs:].float()
-        return grad_x.to(ctx.x_dtype), *grad_state, *weights, grad_bias, None  # type: ignore[attr-defined]
+            grad_first_hidden = gates[:, 0] @ weight_hh.to(torch.bfloat16)  # (lanes, hidden_size)
+            grad_state = grad_first_hidden[None].to(cell.dtype), grad_first_cell[None].to(cell.dtype)
+        grad_weights = grad_weight[:, :input_size].float(), grad_weight[:, input_size:].float()
+        return grad_x.to(ctx.x_dtype), *grad_state, *grad_weights, grad_bias, None  # type: ignore[attr-defined]
 
 
-def _run(name: str, shape: tuple[int, ...] | torch.Size, **tensors: Tensor | None) -> None:
+def _call(name: str, shape: tuple[int, ...] | torch.Size, **tensors: Tensor | None) -> None:
+    """Call a function of the compiled code.
+
+    Args:
+        name: of the function.
+        shape: lanes, steps and input_size.
+        tensors: by field of `_WindowArguments`, contiguous; None is a null pointer.
+    """
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors.values())
-    weight_hh, code = tensors["weight_hh"], _code()
+    weight_hh, code = tensors["weight_hh"], compiled_code()
     assert code is not None
     assert weight_hh is not None
-    lanes, steps, inputs = shape
-    places = {field: _at(tensor) for field, tensor in tensors.items()}
-    window = _Window(lanes, steps, inputs, weight_hh.shape[1], threads=torch.get_num_threads(), **places)
-    getattr(code, name)(ctypes.byref(window))
+    lanes, steps, input_size = shape
+    addresses = {field: _address(tensor) for field, tensor in tensors.items()}
+    threads = torch.get_num_threads()
+    arguments = _WindowArguments(lanes, steps, input_size, weight_hh.shape[1], threads=threads, **addresses)
+    getattr(code, name)(ctypes.byref(arguments))
 
 
 def lstm(x: Tensor, state: State, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor) -> tuple[Tensor, State] | None:
@@ -125,47 +156,59 @@ def lstm(x: Tensor, state: State, weight_ih: Tensor, weight_hh: Tensor, bias: Te
     Args:
         x: (batch, time, input_size).
         state: hidden and cell, each (1, batch, hidden_size).
-        weight_ih: float32 (4 x hidden_size, input_size), gates in torch's order: input, forget, cell, output.
-        weight_hh: float32 (4 x hidden_size, hidden_size).
-        bias: float32 (4 x hidden_size,).
+        weight_ih: float32 (4 * hidden_size, input_size), gates in torch's order: input, forget, cell, output.
+        weight_hh: float32 (4 * hidden_size, hidden_size).
+        bias: float32 (4 * hidden_size,).
 
     Returns:
-        bfloat16 (batch, time, hidden_size) and the new state; None where this is not to be had: on other processors,
-        without a compiler, for sizes that do not fill registers, and for single steps, which do not repay the packing
-        of the weights.
+        bfloat16 (batch, time, hidden_size) and the new state. None if there is no compiled code, if sizes do not fill
+        registers, and for single steps, where packing the weights would take longer than it saves.
     """
-    weights, (lanes, steps, inputs), units = (weight_ih, weight_hh, bias), x.shape, weight_hh.shape[1]
-    if lanes == 0 or steps < 2 or inputs % 16 or units % 64 or not all(map(_is_exact, weights)) or _code() is None:
+    weights, (lanes, steps, input_size), hidden_size = (weight_ih, weight_hh, bias), x.shape, weight_hh.shape[1]
+    if lanes == 0 or steps < 2 or input_size % 16 or hidden_size % 64 or not all(map(_is_float32_array, weights)):
         return None
-    y, hidden, cell = _LSTM.apply(x, *state, *weights, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    if compiled_code() is None:
+        return None
+    y, hidden, cell = _LSTMFunction.apply(x, *state, *weights, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
     return y, (hidden, cell)
 
 
-# --- the softmax -----------------------------------------------------------------------------------------------------
+# --- cross-entropy ---------------------------------------------------------------------------------------------------
 
 
-def softmax(logits: Tensor, bias: Tensor, targets: Tensor, grad_bias: Tensor | None) -> Tensor | None:
-    """Return the nats of each row and turn its logits into their slope, in place.
+def cross_entropy(logits: Tensor, bias: Tensor, targets: Tensor, grad_bias: Tensor | None) -> Tensor | None:
+    """Return the cross-entropy of each row in nats, and overwrite its logits by their gradient, softmax - one-hot.
 
     Args:
         logits: float32 or bfloat16 (rows, vocab_size), without the bias; overwritten.
         bias: float32 (vocab_size,).
-        targets: (rows,) int64; -1 is not scored and has no slope.
-        grad_bias: float32 (vocab_size,), the slopes are added to it; None where none are wanted.
+        targets: (rows,) int64; -1 is not scored and has no gradient.
+        grad_bias: float32 (vocab_size,), the gradients are added to it; None if no gradient is needed.
 
     Returns:
-        float32 (rows,); None where this is not to be had, and nothing has changed.
+        float32 (rows,). None if there is no compiled code for these tensors; nothing is overwritten then.
     """
-    name = {torch.float32: "textgen_softmax_float32", torch.bfloat16: "textgen_softmax_bfloat16"}.get(logits.dtype)
+    name = {torch.float32: "textgen_cross_entropy_float32", torch.bfloat16: "textgen_cross_entropy_bfloat16"}.get(
+        logits.dtype
+    )
     rows, size = logits.shape
-    code = _code() if logits.device.type == "cpu" and logits.is_contiguous() else None
+    code = compiled_code() if logits.device.type == "cpu" and logits.is_contiguous() else None
     if code is None or name is None or targets.dtype != torch.int64 or targets.shape != (rows,) or rows == 0:
         return None
-    if any(t is not None and (t.shape != (size,) or not _is_exact(t)) for t in (bias, grad_bias)):
+    if any(t is not None and (t.shape != (size,) or not _is_float32_array(t)) for t in (bias, grad_bias)):
         return None
     if int(targets.max()) >= size:
         raise IndexError(f"targets must be below the vocabulary's size {len(bias)}: {int(targets.max())}")
-    targets, nats, whole = targets.contiguous(), torch.empty_like(logits[:, 0], dtype=torch.float32), ctypes.c_int64
-    places = [None if t is None else ctypes.c_void_p(_at(t)) for t in (logits, bias, targets, nats, grad_bias)]
-    getattr(code, name)(*places[:3], whole(rows), whole(size), *places[3:], whole(torch.get_num_threads()))
+    targets, nats = targets.contiguous(), torch.empty_like(logits[:, 0], dtype=torch.float32)
+    pointer, int64 = ctypes.c_void_p, ctypes.c_int64
+    getattr(code, name)(
+        pointer(_address(logits)),
+        pointer(_address(bias)),
+        pointer(_address(targets)),
+        int64(rows),
+        int64(size),
+        pointer(_address(nats)),
+        pointer(_address(grad_bias)),
+        int64(torch.get_num_threads()),
+    )
     return nats

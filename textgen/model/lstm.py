@@ -1,10 +1,12 @@
-"""LSTMLanguageModel: one forward for training, scoring and single decoding steps."""
+"""LSTMLanguageModel: one forward pass for training, scoring and single decoding steps.
+
+Read from the bottom up for the model as a whole, from the top down for its parts: the loss, one LSTM layer, the model.
+Tensors are batch first; *lane* is a row of the token stream, *window* the time steps of one call.
+"""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,31 +21,35 @@ from textgen.noise import hash_bits, uniform
 # (hidden, cell), each (num_layers, batch, hidden_size)
 State = tuple[Tensor, Tensor]
 
-# Logits alive at a time. A step of 128 x 64 tokens and 8,192 pieces would have 2^26 of them, three times over with
-# softmax and gradient; in chunks they stay in a processor's cache, on a GPU they only must not be small.
+# Number of logits in memory at a time, by device type. A step of 128 x 64 tokens over a vocabulary of 8,192 has 2^26
+# logits, three times over with softmax and gradient. On a CPU a chunk fits the caches; on a GPU it only has to be
+# large enough to keep the device busy.
 LOGITS_CHUNK = {"cpu": 1 << 21, "cuda": 1 << 26}
+_OTHER_LOGITS_CHUNK = 1 << 24
 
-# Where weight drop draws its masks, counting down over layers: locked dropout's sites count up from 0.
+# The coordinate of `noise.hash_bits` that separates weight drop's masks from dropout's. Weight drop counts down from
+# here, one per layer. Dropout counts up from 0: the embedding's output, then each layer's output.
 _WEIGHT_SITE = -2
-
-# Of each device, those that layers run on side by side.
-_STREAMS: defaultdict[torch.device, list[torch.cuda.Stream]] = defaultdict(list)
 
 
 @dataclass(frozen=True)
 class DropoutMasks:
-    """What dropout and weight drop need to draw their masks: pure functions of the step, kept by no generator."""
+    """The coordinates from which dropout and weight drop hash their masks; no generator has a state to save."""
 
     seed: int
-    step: int | Tensor  # a tensor, int64 scalar, where a graph takes many steps
+    step: int | Tensor  # a CUDA graph replays many steps, and reads the step from an int64 scalar
     lanes: Tensor  # (batch,) int64, global lane of each row
 
 
-class _SummedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of a linear layer, summed, whose logits never exist all at once.
+# --- the loss --------------------------------------------------------------------------------------------------------
 
-    The gradients are made in the forward pass, while a chunk's logits are at hand, and only scaled in the backward
-    pass: three matrix products a chunk, as in the plain way, instead of the four of recomputation.
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross-entropy of a linear layer, computed in chunks of rows so that all logits never exist at once.
+
+    The forward pass also computes the gradients, while a chunk's logits are in memory; the backward pass only scales
+    them. This takes three matrix products per chunk, as the plain way does. Recomputing the logits in the backward
+    pass would take a fourth (docs/decisions/0004).
     """
 
     @staticmethod
@@ -61,14 +67,15 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if with_gradient else None
         grad_bias = torch.zeros_like(bias) if with_gradient else None
         total = torch.zeros((), device=x.device)
-        rows = max(LOGITS_CHUNK.get(x.device.type, 1 << 24) // len(weight), 1)
+        rows = max(LOGITS_CHUNK.get(x.device.type, _OTHER_LOGITS_CHUNK) // len(weight), 1)
         for start in range(0, len(x), rows):
-            part = low_x[start : start + rows]
-            nats, slopes = _slopes(part @ low_weight.T, bias, targets[start : start + rows], grad_bias)
+            part = low_x[start : start + rows]  # (rows, size)
+            logits = part @ low_weight.T  # (rows, vocab_size)
+            nats, grad_logits = cross_entropy_of_logits(logits, bias, targets[start : start + rows], grad_bias)
             total += nats
             if grad_x is not None and grad_weight is not None:
-                torch.mm(slopes, low_weight, out=grad_x[start : start + rows])
-                grad_weight += slopes.T @ part
+                torch.mm(grad_logits, low_weight, out=grad_x[start : start + rows])
+                grad_weight += grad_logits.T @ part  # (vocab_size, size)
         if grad_x is not None and grad_weight is not None and grad_bias is not None:
             ctx.save_for_backward(grad_x, grad_weight, grad_bias)
             ctx.x_dtype = x.dtype  # type: ignore[attr-defined]
@@ -81,33 +88,40 @@ class _SummedCrossEntropy(torch.autograd.Function):
         return grad_x, grad_weight * grad, grad_bias * grad, None, None, None
 
 
-def _slopes(logits: Tensor, bias: Tensor, targets: Tensor, grad_bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the nats of some rows, a scalar, and the slopes of their logits (rows, vocab_size), in the logits' dtype.
+def cross_entropy_of_logits(
+    logits: Tensor, bias: Tensor, targets: Tensor, grad_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the summed cross-entropy of some rows, in nats, and the gradient of their logits.
+
+    With z = logits + bias and target t, nats = log(sum_j exp(z_j)) - z_t, hence d nats / d z_j = softmax(z)_j - [j = t]
+    (Bishop 2006, "Pattern Recognition and Machine Learning", section 4.3.4). Both stay as they are if the largest z is
+    subtracted first, which keeps exp from overflowing.
 
     Args:
         logits: (rows, vocab_size), without the bias; may be overwritten.
         bias: (vocab_size,).
-        targets: (rows,) int64; -1 is not scored.
-        grad_bias: (vocab_size,), the slopes are added to it; None where no slopes are wanted, and none are returned.
+        targets: (rows,) int64; -1 is not scored and has no gradient.
+        grad_bias: (vocab_size,), the gradients are added to it; None if no gradient is needed.
+
+    Returns:
+        A scalar; and (rows, vocab_size) in the dtype of the logits, without meaning if grad_bias is None.
     """
-    nats = training_kernels.softmax(logits, bias, targets, grad_bias)
+    nats = training_kernels.cross_entropy(logits, bias, targets, grad_bias)  # compiled code, if there is some
     if nats is not None:
         return nats.sum(), logits
     exact = logits.float().add_(bias)  # (rows, vocab_size)
-    wanted = targets[:, None]
-    scored = wanted >= 0  # (rows, 1)
-    wanted = wanted.clamp(min=0)
-    seen, peak = exact.gather(1, wanted), exact.amax(1, keepdim=True)
-    softmax = exact.sub_(peak).exp_()  # in place, and so far without its denominator
-    mass = softmax.sum(1, keepdim=True)
-    total = ((mass.log() + peak - seen) * scored).sum()
+    scored = targets[:, None] >= 0  # (rows, 1)
+    columns = targets[:, None].clamp(min=0)  # (rows, 1)
+    target_logits, peaks = exact.gather(1, columns), exact.amax(1, keepdim=True)  # (rows, 1)
+    softmax = exact.sub_(peaks).exp_()  # in place; the division by its sums comes later
+    sums = softmax.sum(1, keepdim=True)  # (rows, 1)
+    total = ((sums.log() + peaks - target_logits) * scored).sum()
     if grad_bias is None:
         return total, logits
-    # d nats / d logits = softmax - one-hot, zero where the target is not scored
-    slopes = softmax.div_(mass).scatter_add_(1, wanted, softmax.new_full((1, 1), -1.0).expand_as(wanted))
-    slopes = slopes.mul_(scored)
-    grad_bias += slopes.sum(0)
-    return total, slopes.to(logits.dtype)
+    minus_one = softmax.new_full((1, 1), -1.0).expand_as(columns)
+    grad_logits = softmax.div_(sums).scatter_add_(1, columns, minus_one).mul_(scored)
+    grad_bias += grad_logits.sum(0)
+    return total, grad_logits.to(logits.dtype)
 
 
 def summed_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
@@ -120,7 +134,7 @@ def summed_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tenso
         targets: (rows,) int64; -1 is not scored.
 
     Returns:
-        Nats, a float32 scalar. Products are taken in autocast's dtype where it is on, everything else in float32.
+        Nats, a float32 scalar. Matrix products run in autocast's dtype if it is on; everything else is float32.
     """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -129,16 +143,20 @@ def summed_cross_entropy(x: Tensor, weight: Tensor, bias: Tensor, targets: Tenso
     return nats
 
 
-class LSTMLayer(nn.Module):
-    """One LSTM layer with torch's fused kernel and a compute dtype of its own.
+# --- one layer -------------------------------------------------------------------------------------------------------
 
-    Weights stay in float32 and are cast at each call. `nn.LSTM` is not used: autocast on CUDA runs it in float16
-    whatever was asked for, and `flatten_parameters` makes all its tensors views of one storage, which safetensors
-    would store once. torch's second bias only adds to the first, so there is one.
+
+class LSTMLayer(nn.Module):
+    """One LSTM layer over torch's fused kernel, with float32 weights that are cast at each call.
+
+    `nn.LSTM` is not used: autocast on CUDA runs it in float16 whatever dtype was asked for, and its
+    `flatten_parameters` makes all its tensors views of one storage, which safetensors would store once
+    (docs/decisions/0002). torch's second bias only adds to the first, so there is one.
     """
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
+        # rows in torch's order of gates: input, forget, cell, output
         self.weight_ih = nn.Parameter(torch.empty(4 * hidden_size, input_size))
         self.weight_hh = nn.Parameter(torch.empty(4 * hidden_size, hidden_size))
         self.bias = nn.Parameter(torch.zeros(4 * hidden_size))
@@ -152,31 +170,38 @@ class LSTMLayer(nn.Module):
             mask: (4 * hidden_size, hidden_size), multiplies the recurrent weights.
 
         Returns:
-            (batch, time, hidden_size) and the new state, in autocast's dtype where it is on, else the weights'.
+            (batch, time, hidden_size) and the new state, in autocast's dtype if it is on, else the weights'.
 
         Raises:
-            ValueError: shapes do not fit; torch's kernel would read beyond them.
+            ValueError: shapes do not fit; torch's kernel would read beyond the tensors.
         """
-        wanted = 1, len(x), self.weight_hh.shape[1]
-        if x.shape[2] != self.weight_ih.shape[1] or any(part.shape != wanted for part in state):
+        state_shape = 1, len(x), self.weight_hh.shape[1]
+        if x.shape[2] != self.weight_ih.shape[1] or any(part.shape != state_shape for part in state):
             raise ValueError(f"x of {tuple(x.shape)} and a state of {tuple(state[0].shape)} do not fit the layer")
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight_ih.dtype
         weight_hh = self.weight_hh if mask is None else self.weight_hh * mask
         if dtype == torch.bfloat16:
             compiled = training_kernels.lstm(x, state, self.weight_ih, weight_hh, self.bias)
-            if compiled is not None:
+            if compiled is not None:  # a CPU that has faster code than torch's
                 return compiled
-        weights = self._packed(dtype, weight_hh)
+        weights = self._cast_weights(dtype, weight_hh)
         with torch.autocast(device, enabled=False):
             y, hidden, cell = torch.lstm(
-                x.to(dtype), [s.to(dtype) for s in state], weights,
-                has_biases=True, num_layers=1, dropout=0.0, train=self.training, bidirectional=False, batch_first=True,
-            )  # fmt: skip
+                x.to(dtype),
+                [part.to(dtype) for part in state],
+                weights,
+                has_biases=True,
+                num_layers=1,
+                dropout=0.0,
+                train=self.training,
+                bidirectional=False,
+                batch_first=True,
+            )
         return y, (hidden, cell)
 
-    def _packed(self, dtype: torch.dtype, weight_hh: Tensor) -> list[Tensor]:
-        """Return weights and biases in `dtype`; on CUDA as views of one buffer, as cuDNN wants them."""
+    def _cast_weights(self, dtype: torch.dtype, weight_hh: Tensor) -> list[Tensor]:
+        """Return weights and two biases in `dtype`; on CUDA as views of one buffer, as cuDNN needs them."""
         weights = [self.weight_ih, weight_hh, self.bias, torch.zeros_like(self.bias)]
         if self.weight_ih.device.type != "cuda":
             return [w.to(dtype) for w in weights]
@@ -185,39 +210,19 @@ class LSTMLayer(nn.Module):
         return [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
 
 
-def _side_by_side(device: torch.device, count: int) -> list[torch.cuda.Stream | None]:
-    """Return the current stream, and as many others, always the same ones."""
-    for _ in range(len(_STREAMS[device]), count):
-        _STREAMS[device].append(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
-    return [torch.cuda.current_stream(device), *_STREAMS[device][:count]]
-
-
-@contextmanager
-def _on(stream: torch.cuda.Stream | None, *used: Tensor, after: torch.cuda.Stream | None) -> Iterator[None]:
-    """Work on a stream, after what another one holds so far, with tensors that came from there; None: just work."""
-    if stream is None or after is None:
-        yield
-        return
-    stream.wait_stream(after)
-    for tensor in used:
-        tensor.record_stream(stream)  # else their memory could be given away when they are dropped
-    with torch.cuda.stream(stream):
-        yield
+# --- the model -------------------------------------------------------------------------------------------------------
 
 
 class LSTMLanguageModel(nn.Module):
-    """Embedding, stacked LSTM, projection and output layer.
+    """Embedding, stacked LSTM layers, projection and output layer.
 
     Args:
         config: the shape.
         vocab_size: number of tokens.
-        unigram_counts: (vocab_size,) how often each token occurs in training text; the output bias starts at their
-            log frequency, which saves the first hundred or so steps.
-        text: what stands between text and tokens, kept in config.json: `tokenizer_sha256`, `normalization`.
+        unigram_counts: (vocab_size,), how often each token occurs in the training text. The output bias starts at the
+            tokens' log frequency, which saves the first hundred or so steps.
+        text: how text became tokens, kept in config.json: `tokenizer_sha256`, `normalization`.
     """
-
-    num_pieces = 1
-    """into which a window is cut, for layers to run side by side; more than one is for benchmarks/train.py to try"""
 
     def __init__(
         self,
@@ -229,13 +234,15 @@ class LSTMLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.text = config, vocab_size, dict(text or {})
+        # On the meta device nn.Embedding gets an empty weight. If it drew one there, torch would import its compiler,
+        # which takes longer than the rest of loading a model.
         shape = vocab_size, config.embedding_dim
-        # drawing on the meta device would import torch's compiler, which takes longer than all else of a loading
         self.embedding = nn.Embedding(*shape, _weight=torch.empty(shape) if torch.empty(0).is_meta else None)
         sizes = [config.embedding_dim] + [config.hidden_size] * config.num_layers
         self.layers = nn.ModuleList(LSTMLayer(a, b) for a, b in pairwise(sizes))
         num_norms = config.num_layers if config.layer_norm else 0
         self.norms = nn.ModuleList(nn.LayerNorm(config.hidden_size) for _ in range(num_norms))
+        # A tied output layer is the embedding matrix: hidden_size has to be projected to embedding_dim.
         self.projection: nn.Module = nn.Identity()
         if config.tie_weights and config.projection:
             self.projection = nn.Linear(config.hidden_size, config.embedding_dim)
@@ -243,11 +250,11 @@ class LSTMLanguageModel(nn.Module):
         self.output = nn.Linear(output_size, vocab_size)
         if config.tie_weights:
             self.output.weight = self.embedding.weight
-        self._initialize(unigram_counts)
+        self.initialize(unigram_counts)
 
     @torch.no_grad()
-    def _initialize(self, unigram_counts: Tensor | None) -> None:
-        """Draw initial weights from torch's default generator."""
+    def initialize(self, unigram_counts: Tensor | None = None) -> None:
+        """Draw initial weights from torch's default generator; on the meta device do nothing."""
         if self.output.bias.is_meta:
             return
         nn.init.normal_(self.embedding.weight, std=self.config.embedding_dim**-0.5)
@@ -261,12 +268,12 @@ class LSTMLanguageModel(nn.Module):
             nn.init.normal_(self.output.weight, std=self.config.hidden_size**-0.5)
         self.output.bias.zero_()
         if unigram_counts is not None:
-            frequency = (unigram_counts.float() + 1) / (unigram_counts.float() + 1).sum()
-            self.output.bias.copy_(frequency.log())
+            counts = unigram_counts.float() + 1  # add-one smoothing: a token that never occurs has a finite bias
+            self.output.bias.copy_((counts / counts.sum()).log())
 
     @property
     def num_parameters(self) -> int:
-        """Number of trained values, a tied matrix counted once."""
+        """Number of trained values; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
 
     def zero_state(self, batch_size: int) -> State:
@@ -284,34 +291,44 @@ class LSTMLanguageModel(nn.Module):
             tokens: (batch, time) int64.
             state: hidden and cell, each (num_layers, batch, hidden_size), as an earlier call returned them.
             targets: (batch, time) int64, the token after each; -1 is not scored.
-            masks: draws what training leaves out by `dropout` and `weight_drop`; None: nothing.
+            masks: coordinates of the masks for `dropout` and `weight_drop`; None turns both off.
 
         Returns:
             Without targets the logits (batch, time, vocab_size), with them the nats summed over all targets, a
-            scalar; both float32. And the new state, in the dtype the LSTM computed in.
+            scalar; both float32. And the new state, in the dtype that the LSTM computed in.
         """
-        x, state = self._features(tokens, state, masks)
-        if targets is None:
-            return self.output(x).float(), state  # (batch, time, vocab_size)
-        return summed_cross_entropy(x.flatten(0, 1), self.output.weight, self.output.bias, targets.flatten()), state
-
-    def _features(self, tokens: Tensor, state: State, masks: DropoutMasks | None) -> tuple[Tensor, State]:
-        """Return what the output layer sees (batch, time, embedding_dim or hidden_size), and the new state."""
         x = self._drop(self.embedding(tokens), masks, 0)  # (batch, time, embedding_dim)
         states = [(state[0][i : i + 1], state[1][i : i + 1]) for i in range(len(self.layers))]
-        if self.num_pieces > 1:
-            x, states = self._wavefront(x, states, masks)
-        else:
-            for i in range(len(self.layers)):
-                x, states[i] = self._layer(i, x, states[i], masks, self._weight_mask(masks, i))
+        x, states = self.run_layers(x, states, masks)  # (batch, time, hidden_size)
+        state = torch.cat([hidden for hidden, _ in states]), torch.cat([cell for _, cell in states])
         if self.norms:
             x = self.norms[-1](x)
-        return self.projection(x), (torch.cat([h for h, _ in states]), torch.cat([c for _, c in states]))
+        x = self.projection(x)  # (batch, time, embedding_dim if weights are tied, else hidden_size)
+        if targets is None:
+            return self.output(x).float(), state  # (batch, time, vocab_size)
+        x = x.flatten(0, 1)  # (batch * time, size)
+        return summed_cross_entropy(x, self.output.weight, self.output.bias, targets.flatten()), state
 
-    def _layer(
+    def run_layers(self, x: Tensor, states: list[State], masks: DropoutMasks | None) -> tuple[Tensor, list[State]]:
+        """Run the layers one after the other. A subclass may run them in another order.
+
+        Args:
+            x: (batch, time, embedding_dim).
+            states: of each layer, hidden and cell, each (1, batch, hidden_size).
+            masks: as in `forward`.
+
+        Returns:
+            (batch, time, hidden_size) and the new states.
+        """
+        states = list(states)
+        for i in range(len(self.layers)):
+            x, states[i] = self.run_layer(i, x, states[i], masks, self.weight_mask(masks, i))
+        return x, states
+
+    def run_layer(
         self, i: int, x: Tensor, state: State, masks: DropoutMasks | None, weight_mask: Tensor | None
     ) -> tuple[Tensor, State]:
-        """Run a layer with what stands around it; returns (batch, time, hidden_size) and its new state."""
+        """Run layer i with its norm, residual sum and dropout; return (batch, time, hidden_size) and its state."""
         before = x
         if i > 0 and self.norms:
             x = self.norms[i - 1](x)
@@ -320,45 +337,29 @@ class LSTMLanguageModel(nn.Module):
             x = x + before
         return self._drop(x, masks, i + 1), state
 
-    def _wavefront(self, x: Tensor, states: list[State], masks: DropoutMasks | None) -> tuple[Tensor, list[State]]:
-        """Run the layers side by side, each a piece of the window behind the one below it; on CUDA on streams.
+    def weight_mask(self, masks: DropoutMasks | None, layer: int) -> Tensor | None:
+        """Return the mask that multiplies a layer's recurrent weights, one per step; None if no weight is dropped.
 
-        Autograd runs what belongs to a layer on the stream of its forward pass: they are side by side there too.
+        Weight drop is that of Merity et al. 2018 ("Regularizing and Optimizing LSTM Language Models", section 2). One
+        byte of a 64-bit hash decides on each weight: one hash per weight would take longer than the layer.
+
+        Returns:
+            (4 * hidden_size, hidden_size): 0, or the reciprocal of the kept share.
         """
-        states, pieces = list(states), list(x.chunk(self.num_pieces, 1))
-        weight_masks: list[Tensor | None] = []
-        # the caller's stream, then one for each layer
-        streams = _side_by_side(x.device, len(states)) if x.is_cuda else [None] * (len(states) + 1)
-        for diagonal in range(len(pieces) + len(states) - 1):
-            # From the last layer down: the stream below then holds the piece that is wanted, and nothing after it.
-            for i in reversed(range(max(diagonal - len(pieces) + 1, 0), min(diagonal + 1, len(states)))):
-                piece = pieces[diagonal - i]
-                with _on(streams[i + 1], piece, *states[i], after=streams[i]):
-                    if i == diagonal:  # its first piece
-                        weight_masks.append(self._weight_mask(masks, i))
-                    pieces[diagonal - i], states[i] = self._layer(i, piece, states[i], masks, weight_masks[i])
-        for state, stream in zip(states, streams[1:], strict=True):
-            with _on(streams[0], *state, after=stream):
-                pass
-        with _on(streams[0], *pieces, after=streams[-1]):
-            return torch.cat(pieces, 1), states
-
-    def _weight_mask(self, masks: DropoutMasks | None, layer: int) -> Tensor | None:
-        """Return what multiplies a layer's recurrent weights (4 * hidden_size, hidden_size): one mask per step.
-
-        A byte of a hash decides on each weight: a hash for each would cost more than the layer.
-        """
-        dropped = min(round(256 * self.config.weight_drop), 255)
+        dropped = min(round(256 * self.config.weight_drop), 255)  # of the 256 values of a byte
         if masks is None or dropped == 0:
             return None
         size = self.config.hidden_size
         count = 4 * size * size
-        eights = torch.arange(-(-count // 8), device=masks.lanes.device)
-        kept = hash_bits(masks.seed, masks.step, _WEIGHT_SITE - layer, eights).view(torch.uint8)[:count] >= dropped
-        return (kept * (256 / (256 - dropped))).view(4 * size, size)
+        hashes = torch.arange(-(-count // 8), device=masks.lanes.device)  # eight weights each
+        random_bytes = hash_bits(masks.seed, masks.step, _WEIGHT_SITE - layer, hashes).view(torch.uint8)[:count]
+        return ((random_bytes >= dropped) * (256 / (256 - dropped))).view(4 * size, size)
 
     def _drop(self, x: Tensor, masks: DropoutMasks | None, site: int) -> Tensor:
-        """Apply locked dropout to x (batch, time, size): the same units of a lane are left out at all times."""
+        """Apply locked dropout to x (batch, time, size): a lane drops the same units at all time steps of a window.
+
+        Gal and Ghahramani 2016, "A Theoretically Grounded Application of Dropout in Recurrent Neural Networks".
+        """
         if masks is None or self.config.dropout == 0:
             return x
         lanes, units = masks.lanes[:, None], torch.arange(x.shape[2], device=x.device)
@@ -366,7 +367,7 @@ class LSTMLanguageModel(nn.Module):
         return x * (kept / (1 - self.config.dropout)).to(x.dtype)[:, None]
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """Return what a file holds: the weights themselves by name, a tied output matrix left out."""
+        """Return the tensors of a file by name: the weights themselves, without a tied output matrix."""
         skip = {"output.weight"} if self.config.tie_weights else set()
         return {name: value.detach() for name, value in self.state_dict().items() if name not in skip}
 
