@@ -30,7 +30,7 @@ from textgen.decoding.choose import choose_decoder
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
 from textgen.decoding.generation import advance
 from textgen.decoding.products import multiplies_int8
-from textgen.decoding.sampling import Controls, controls_of, join_controls, select_controls
+from textgen.decoding.sampling import SamplingState, join_sampling_states, new_sampling_state, select_sampling_state
 from textgen.model.files import load_model, read_model, save_model
 from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
 
@@ -90,26 +90,27 @@ def plain_steps(step: Callable[..., Any], model: LSTMLanguageModel, rows: int, *
     return steps
 
 
-def start_of(decoder: Decoder, rows: int) -> tuple[Tensor, DecoderState, Controls]:
-    """Return tokens, state and controls of rows that draw at temperature 1."""
+def start_of(decoder: Decoder, rows: int) -> tuple[Tensor, DecoderState, SamplingState]:
+    """Return tokens, state and sampling of rows that draw at temperature 1."""
     one = decoder.prefill([1])
     state = [part.repeat(rows, 1) for part in one]
-    controls = [
-        controls_of(SamplingConfig(), [1], i, vocab_size=decoder.vocab_size, device=decoder.device) for i in range(rows)
+    sampling = [
+        new_sampling_state(SamplingConfig(), [1], i, vocab_size=decoder.vocab_size, device=decoder.device)
+        for i in range(rows)
     ]
     tokens = torch.ones(rows, dtype=torch.int64, device=decoder.device)
-    return tokens, state, join_controls(controls, decoder.vocab_size)
+    return tokens, state, join_sampling_states(sampling, decoder.vocab_size)
 
 
 def decoder_steps(decoder: Decoder, rows: int) -> Steps:
     """Return what takes n steps as `textgen sample` does, the draw included."""
-    tokens, state, controls = start_of(decoder, rows)
+    tokens, state, sampling = start_of(decoder, rows)
     kept: dict[str, Any] = {"tokens": tokens, "state": state}
 
     def steps(count: int) -> None:
         for _ in range(count):
             kept["tokens"], kept["state"], _ = advance(
-                decoder, kept["tokens"], kept["state"], controls, unk_id=0, eos_id=2
+                decoder, kept["tokens"], kept["state"], sampling, unk_id=0, eos_id=2
             )
             kept["tokens"].tolist()  # the host reads each token, as a stream of text does
 
@@ -120,9 +121,9 @@ def graph_steps(decoder: Decoder, rows: int) -> Steps:
     """Return what replays CUDA graphs of 32 steps; the host reads their tokens one replay late."""
     from textgen.decoding.cuda_graphs import Buffers, StepCapture
 
-    tokens, state, controls = start_of(decoder, rows)
+    tokens, state, sampling = start_of(decoder, rows)
     drawn = tokens.new_zeros(32, rows)
-    buffers = Buffers(decoder, 0, 2, tokens, state, controls, torch.zeros_like(tokens).bool(), drawn, ())
+    buffers = Buffers(decoder, 0, 2, tokens, state, sampling, torch.zeros_like(tokens).bool(), drawn, ())
     replay = StepCapture(decoder.device)(buffers, 32)
 
     def steps(count: int) -> None:
@@ -241,8 +242,8 @@ def loading(model: LSTMLanguageModel, folder: Path, device: torch.device) -> dic
             decoder = CellDecoder(loaded, name)
             made = time.perf_counter()
             state = decoder.prefill(list(range(1, PROMPT + 1)))
-            tokens, _, controls = start_of(decoder, 1)
-            advance(decoder, tokens, state, controls, unk_id=0, eos_id=2)[0].tolist()
+            tokens, _, sampling = start_of(decoder, 1)
+            advance(decoder, tokens, state, sampling, unk_id=0, eos_id=2)[0].tolist()
             times.append((read - started, made - read, time.perf_counter() - made))
         figures[name] = {
             part: round(statistics.median(values), 4)
@@ -315,13 +316,13 @@ def differences(name: str, rows: int = 10, length: int = 1000) -> dict[str, Any]
 
     def drawn(decoder: Decoder, chosen: list[int], text: Tensor | None) -> Tensor:
         """Return what is drawn (rows, length), along a text or freely."""
-        tokens, state, controls = start_of(decoder, rows)
+        tokens, state, sampling = start_of(decoder, rows)
         places, out = torch.tensor(chosen), []
-        controls, tokens = select_controls(controls, places), torch.full((len(chosen),), tokenizer.bos_id)
+        sampling, tokens = select_sampling_state(sampling, places), torch.full((len(chosen),), tokenizer.bos_id)
         state = [part[places] for part in state]
         for i in range(length):
             tokens, state, _ = advance(
-                decoder, tokens, state, controls, unk_id=tokenizer.unk_id, eos_id=tokenizer.eos_id
+                decoder, tokens, state, sampling, unk_id=tokenizer.unk_id, eos_id=tokenizer.eos_id
             )
             out.append(tokens)
             tokens = tokens if text is None else text[places, i]

@@ -27,7 +27,7 @@ from benchmarks.machine import save
 from textgen.config import SamplingConfig
 from textgen.decoding.choose import choose_decoder
 from textgen.decoding.decoders import Decoder
-from textgen.decoding.generation import Request, Sample, serve
+from textgen.decoding.generation import Request, Sample, generate_stream
 from textgen.model.files import load_model
 from textgen.runs.checkpoint import find_checkpoint
 from textgen.tokenizer import Tokenizer
@@ -77,7 +77,7 @@ def offline(decoder: Decoder, tokenizer: Tokenizer, count: int, args: Any) -> tu
     started = time.perf_counter()
     samples = {
         row: event
-        for row, event in serve(decoder, tokenizer, requests, batch_size=args.clients)
+        for row, event in generate_stream(decoder, tokenizer, requests, batch_size=args.clients)
         if isinstance(event, Sample)
     }
     seconds = time.perf_counter() - started

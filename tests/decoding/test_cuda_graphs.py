@@ -19,7 +19,7 @@ from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import cuda_graphs as graphs
 from textgen.decoding.cuda_graphs import Buffers, GraphRunner, steps_in_place
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
-from textgen.decoding.generation import Batch, Request, Row, Sample, Step, serve
+from textgen.decoding.generation import Batch, Request, RunningSample, Sample, Step, generate_stream
 from textgen.kernels.capture import CudaCapture, Replay
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer
@@ -73,7 +73,9 @@ def requests_for(configs: list[SamplingConfig], count: int, lengths: list[int]) 
 
 
 def batch_of(decoder: Decoder, tokenizer: Tokenizer, requests: list[Request]) -> Batch:
-    return Batch.of(decoder, tokenizer, [Row.of(i, r, tokenizer) for i, r in enumerate(requests)], beside=None)
+    return Batch.of(
+        decoder, tokenizer, [RunningSample.of(i, r, tokenizer) for i, r in enumerate(requests)], beside=None
+    )
 
 
 def samples(
@@ -84,7 +86,7 @@ def samples(
     *,
     batch_size: int = 64,
 ) -> dict[int, Sample]:
-    events = serve(decoder, tokenizer, requests, batch_size=batch_size, run=run)
+    events = generate_stream(decoder, tokenizer, requests, batch_size=batch_size, run=run)
     return {index: event for index, event in events if isinstance(event, Sample)}
 
 
@@ -127,13 +129,13 @@ def test_steps_in_place_are_those_of_a_batch(
     plain, batch = batch_of(decoder, tokenizer, requests), batch_of(decoder, tokenizer, requests)
     buffers = Buffers.like(batch, 1 << (num_rows - 1).bit_length())
     buffers.load(batch)
-    before = [part.data_ptr() for part in (buffers.tokens, *buffers.state, *buffers.controls.rows.values())]
+    before = [part.data_ptr() for part in (buffers.tokens, *buffers.state, *buffers.sampling.tensors.values())]
     steps_in_place(buffers, count)
     running = [True] * num_rows
     for i in range(count):
         tokens, told = plain.advance()
         drawn = buffers.drawn[i].tolist()
-        seen = batch.in_words(drawn[:num_rows], *(part[i, :num_rows] for part in buffers.told)) if told else None
+        seen = batch.token_logprobs(drawn[:num_rows], *(part[i, :num_rows] for part in buffers.told)) if told else None
         for place in range(num_rows):
             if running[place]:
                 assert drawn[place] == tokens[place]
@@ -145,14 +147,14 @@ def test_steps_in_place_are_those_of_a_batch(
                 assert drawn[place] == tokenizer.eos_id  # nothing but the end once a text has ended
             running[place] &= tokens[place] != tokenizer.eos_id
         assert set(drawn[num_rows:]) <= {tokenizer.eos_id}
-    assert before == [part.data_ptr() for part in (buffers.tokens, *buffers.state, *buffers.controls.rows.values())]
+    assert before == [part.data_ptr() for part in (buffers.tokens, *buffers.state, *buffers.sampling.tensors.values())]
     buffers.unload(batch)
     going = torch.tensor(running)
     assert torch.equal(batch.tokens[going], plain.tokens[going])
     for mine, theirs in zip(batch.state, plain.state, strict=True):
         torch.testing.assert_close(mine[going], theirs[going])
-    for name, value in plain.controls.rows.items():
-        assert torch.equal(batch.controls.rows[name][going], value[going]), name
+    for name, value in plain.sampling.tensors.items():
+        assert torch.equal(batch.sampling.tensors[name][going], value[going]), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -164,7 +166,7 @@ def test_steps_on_a_gpu_decide_nothing_by_data(
     batch = batch_of(decoder, tokenizer, requests_for(MIXED, 7, [200]))
     batch.decoder = CellDecoder(copy.deepcopy(decoder.model).to("meta"), dtype)
     batch.tokens, batch.state = batch.tokens.to("meta"), [part.to("meta") for part in batch.state]
-    batch.controls.rows = {name: value.to("meta") for name, value in batch.controls.rows.items()}
+    batch.sampling.tensors = {name: value.to("meta") for name, value in batch.sampling.tensors.items()}
     buffers = Buffers.like(batch, 8)
     buffers.load(batch)
     steps_in_place(buffers, 2)
@@ -241,7 +243,7 @@ def test_a_replay_is_read_while_the_next_one_runs(
     launched = []
     for tokens, _ in GraphRunner(endless, capture=captures)(batch):
         launched.append(len(captures.replays))
-        list(batch.rows[0].push(tokens[0], None))
+        list(batch.samples[0].push(tokens[0], None))
     assert launched == [min(i // 8 + 2, 10) for i in range(80)]
 
 
@@ -262,7 +264,7 @@ def test_a_token_is_told_before_the_next_one_is_drawn_without_a_graph(
     read = 0
     for told, (tokens, _) in enumerate(GraphRunner(decoder, capture=captures)(batch), 1):
         assert read == told
-        list(batch.rows[0].push(tokens[0], None))
+        list(batch.samples[0].push(tokens[0], None))
     assert read == 10
 
 
@@ -290,7 +292,7 @@ def test_what_cannot_be_captured_runs_step_by_step(
     tried = []
 
     def capture(buffers: Buffers, count: int) -> Replay:
-        tried.append((len(buffers.tokens), buffers.controls.features))
+        tried.append((len(buffers.tokens), buffers.sampling.features))
         raise RuntimeError("called a synchronizing operation\nand more lines")
 
     requests = requests_for(MIXED, 24, [1, 7, 30, 100, 64])

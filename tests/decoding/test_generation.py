@@ -15,8 +15,17 @@ from torch import Tensor
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import generation
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
-from textgen.decoding.generation import Request, Row, Sample, _prefill, _sample_number, generate, sample_all, serve
-from textgen.decoding.sampling import control, controls_of, draw, note
+from textgen.decoding.generation import (
+    Request,
+    RunningSample,
+    Sample,
+    _prefill,
+    _sample_number,
+    generate,
+    generate_stream,
+    sample_all,
+)
+from textgen.decoding.sampling import draw, new_sampling_state, process_logits, record_tokens
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer
 
@@ -55,16 +64,16 @@ def draw_ids(
     ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
     start = len(ids)
     cpu = torch.device("cpu")
-    controls = controls_of(config, ids[1:], number, vocab_size=tokenizer.vocab_size, device=cpu)
+    sampling = new_sampling_state(config, ids[1:], number, vocab_size=tokenizer.vocab_size, device=cpu)
     for token in config.forced_tokens:
         ids.append(token)
-        note(controls, torch.tensor([token]))
+        record_tokens(sampling, torch.tensor([token]))
     for _ in range(config.max_new_tokens - len(config.forced_tokens)):
         logits, _ = model(torch.tensor([ids]), model.zero_state(1))
         logits = logits[:, -1].clone()
         logits[:, tokenizer.unk_id] = -math.inf
-        token = int(drawn := draw(control(logits, controls, eos_id=tokenizer.eos_id), controls))
-        note(controls, drawn)
+        token = int(drawn := draw(process_logits(logits, sampling, eos_id=tokenizer.eos_id), sampling))
+        record_tokens(sampling, drawn)
         if token == tokenizer.eos_id:
             break
         ids.append(token)
@@ -229,7 +238,7 @@ def all_of(events: Iterator[tuple[int, str | Sample]]) -> list[Sample]:
 def test_requests_of_all_kinds_are_what_they_are_alone(
     model: LSTMLanguageModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, batch_size: int, refill: int
 ) -> None:
-    monkeypatch.setattr(generation, "REFILL", refill)
+    monkeypatch.setattr(generation, "REFILL_DIVISOR", refill)
     prefer(model, {tokenizer.eos_id: 1.5})
     kinds: list[dict[str, Any]] = [
         {}, {"temperature": 0.0}, {"top_k": 5, "seed": 3}, {"max_new_tokens": 3}, {"stop": ("a", "\u6f22")},
@@ -240,8 +249,8 @@ def test_requests_of_all_kinds_are_what_they_are_alone(
     requests = [
         Request(PROMPTS[i % 5], SamplingConfig(**{"max_new_tokens": 30, **kind}), i) for i, kind in enumerate(kinds)
     ]
-    alone = [all_of(serve(model, tokenizer, [request]))[0] for request in requests]
-    together = all_of(serve(model, tokenizer, requests, batch_size=batch_size))
+    alone = [all_of(generate_stream(model, tokenizer, [request]))[0] for request in requests]
+    together = all_of(generate_stream(model, tokenizer, requests, batch_size=batch_size))
     for one, other in zip(alone, together, strict=True):
         rounded = [[(t.token, round(t.logprob, 4)) for t in sample.logprobs or ()] for sample in (one, other)]
         assert rounded[0] == rounded[1]
@@ -262,9 +271,9 @@ def test_a_free_row_is_given_to_the_next_request_but_not_far_ahead_of_the_oldest
             taken.append(number)
             yield Request("a", SamplingConfig(max_new_tokens=60 if number == 0 else 2), number)
 
-    monkeypatch.setattr(generation, "AHEAD", 10)
+    monkeypatch.setattr(generation, "MAX_AHEAD", 10)
     order = []
-    for row, event in serve(model, tokenizer, requests(), batch_size=4):
+    for row, event in generate_stream(model, tokenizer, requests(), batch_size=4):
         if isinstance(event, Sample):
             order.append(row)
             assert len(taken) <= 10 or 0 in order
@@ -319,7 +328,7 @@ def test_an_interrupt_ends_samples_as_they_are(model: LSTMLanguageModel, tokeniz
     drawn = iter(range(10))
     config = SamplingConfig(temperature=0, stop=("bcd",))
     events = list(
-        serve(model, tokenizer, [Request("", config), *[Request("x", config)]], batch_size=1,
+        generate_stream(model, tokenizer, [Request("", config), *[Request("x", config)]], batch_size=1,
               interrupted=lambda: next(drawn) == 4)
     )  # fmt: skip
     assert events == [(0, "a"), (0, "b"), (0, Sample("", 0, "ab", 4, False))]
@@ -356,7 +365,7 @@ def test_stop_strings_end_the_text_wherever_tokens_end(merging_tokenizer: Tokeni
     stops = data.draw(st.lists(part | st.text("abc", min_size=1, max_size=3), max_size=3))
     stops = [stop for stop in stops if stop]
     config = SamplingConfig(stop=tuple(stops), max_new_tokens=len(ids))
-    row = Row.of(0, Request("", config), tokenizer)
+    row = RunningSample.of(0, Request("", config), tokenizer)
     events = []
     for token in ids:
         if not row.ended:
@@ -390,7 +399,9 @@ def test_logprobs_are_the_models_own_whatever_filters_do(
     prefer(model, {tokenizer.unk_id: 2.0, tokenizer.eos_id: 1.0})
     config = SamplingConfig(logprobs=4, max_new_tokens=15, **settings_)
     unasked = SamplingConfig(max_new_tokens=15, **settings_)
-    sample, other = all_of(serve(model, tokenizer, [Request("it was", config), Request("it was", unasked, 1)]))
+    sample, other = all_of(
+        generate_stream(model, tokenizer, [Request("it was", config), Request("it was", unasked, 1)])
+    )
     assert other.logprobs is None
     assert sample.logprobs is not None
     ids = draw_ids(model, tokenizer, "it was", config, _sample_number("it was", 0))

@@ -17,7 +17,7 @@ from textgen.decoding import cuda_graphs as graphs
 from textgen.decoding.cuda_graphs import Buffers, GraphRunner, StepCapture
 from textgen.decoding.decoders import CellDecoder, DecoderState
 from textgen.decoding.generation import Batch
-from textgen.decoding.sampling import Controls, draw
+from textgen.decoding.sampling import SamplingState, draw
 from textgen.kernels.capture import Replay
 from textgen.noise import hash_bits
 from textgen.tokenizer import Tokenizer, train_tokenizer
@@ -109,7 +109,7 @@ def test_nothing_waits_for_the_device_but_the_reading_of_what_was_drawn(
         batch = batch_of(endless, tokenizer, requests_for(MIXED[:-1], 6, [75]))
         with waiting_is_an_error():
             for tokens, told in runner(batch):
-                for place, row in enumerate(batch.rows):
+                for place, row in enumerate(batch.samples):
                     list(row.push(tokens[place], None if told is None else told[place]))
         assert len(capture.made) == 3, attempt
     batch = batch_of(endless, tokenizer, requests_for(MIXED[:-1], 6, [75]))
@@ -212,7 +212,7 @@ def test_the_fused_draw_is_the_plain_one(batch: int, size: int) -> None:
     for seed in range(20):
         key, step = hash_bits(seed, torch.arange(batch, device="cuda")), torch.arange(batch, device="cuda")
         rows = {"key": key, "step": step}
-        wanted = draw(logits, Controls(rows)), draw(logits, Controls(rows | {"temperature": temperature}))
+        wanted = draw(logits, SamplingState(rows)), draw(logits, SamplingState(rows | {"temperature": temperature}))
         keys = hash_bits(key, step)
         assert torch.equal(fused_draw(logits, keys, items, None), wanted[0])
         assert torch.equal(fused_draw(logits, keys, items, temperature), wanted[1])

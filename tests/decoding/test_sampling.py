@@ -17,20 +17,20 @@ from torch import Tensor
 from textgen.config import SamplingConfig
 from textgen.decoding.sampling import (
     HISTORY,
-    LIKELIEST,
-    Controls,
+    PARTIAL_SORT,
+    SamplingState,
     ban_repeated_ngrams,
-    control,
-    controls_of,
-    join_controls,
+    join_sampling_states,
     keep_min_p,
     keep_top_k,
     keep_top_p,
     keep_typical,
-    note,
+    new_sampling_state,
     penalize_counts,
     penalize_repetition,
-    select_controls,
+    process_logits,
+    record_tokens,
+    select_sampling_state,
 )
 from textgen.decoding.sampling import draw as draw_controlled
 from textgen.noise import exponential, hash_bits
@@ -59,24 +59,24 @@ def chi_square(counts: list[int], probabilities: list[float]) -> float:
 def draw(logits: Tensor, config: SamplingConfig, *, samples: Tensor, step: int) -> Tensor:
     """Draw a token for each row, all of them under one config."""
     size = logits.shape[-1]
-    one = controls_of(config, [], 0, vocab_size=size, device=CPU)
-    rows = {name: value.expand(len(samples), *value.shape[1:]) for name, value in one.rows.items()}
+    one = new_sampling_state(config, [], 0, vocab_size=size, device=CPU)
+    rows = {name: value.expand(len(samples), *value.shape[1:]) for name, value in one.tensors.items()}
     rows |= {"key": hash_bits(config.seed, samples), "step": torch.full_like(samples, step)}
-    controls = dataclasses.replace(one, rows=rows)
-    return draw_controlled(control(logits, controls, eos_id=0), controls)
+    state = dataclasses.replace(one, tensors=rows)
+    return draw_controlled(process_logits(logits, state, eos_id=0), state)
 
 
 def draw_many(
     logits: Tensor, config: SamplingConfig, count: int, *, prompt: Sequence[int] = (), drawn: Sequence[int] = ()
 ) -> list[int]:
     """Return how often each token is drawn in `count` samples after a prompt and some tokens."""
-    one = controls_of(config, prompt, 0, vocab_size=logits.shape[-1], device=CPU)
+    one = new_sampling_state(config, prompt, 0, vocab_size=logits.shape[-1], device=CPU)
     for token in drawn:
-        note(one, torch.tensor([token]))
-    controlled = control(logits[None], one, eos_id=0)
-    rows = {name: value.expand(count, *value.shape[1:]) for name, value in one.rows.items()}
+        record_tokens(one, torch.tensor([token]))
+    controlled = process_logits(logits[None], one, eos_id=0)
+    rows = {name: value.expand(count, *value.shape[1:]) for name, value in one.tensors.items()}
     rows["key"] = hash_bits(config.seed, torch.arange(count))
-    tokens = draw_controlled(controlled.expand(count, -1), dataclasses.replace(one, rows=rows))
+    tokens = draw_controlled(controlled.expand(count, -1), dataclasses.replace(one, tensors=rows))
     return torch.bincount(tokens, minlength=logits.shape[-1]).tolist()
 
 
@@ -209,7 +209,7 @@ def test_top_p_of_a_large_vocabulary_does_not_depend_on_how_much_is_sorted(p: fl
     steep = torch.randn(1, 5000, generator=torch.Generator().manual_seed(0)) * 6
     flat = torch.randn(1, 5000, generator=torch.Generator().manual_seed(1)) / 10
     alone = [keep_top_p(logits, p)[0] for logits in (steep, flat)]
-    assert len(kept(alone[0])) < LIKELIEST < len(kept(alone[1]))
+    assert len(kept(alone[0])) < PARTIAL_SORT < len(kept(alone[1]))
     together = keep_top_p(torch.cat([steep, flat]), p)
     for row in range(2):
         assert torch.equal(together[row], alone[row])
@@ -249,13 +249,13 @@ CONFIGS = st.builds(
 )
 
 
-def run_rows(controls: Controls, logits: Tensor, steps: range) -> tuple[list[Tensor], list[Tensor]]:
+def run_rows(state: SamplingState, logits: Tensor, steps: range) -> tuple[list[Tensor], list[Tensor]]:
     """Return what is drawn from logits (step, batch, SIZE) and the logits it is drawn from."""
     drawn, controlled = [], []
     for step in steps:
-        controlled.append(control(logits[step], controls, eos_id=0))
-        drawn.append(draw_controlled(controlled[-1], controls))
-        note(controls, drawn[-1])
+        controlled.append(process_logits(logits[step], state, eos_id=0))
+        drawn.append(draw_controlled(controlled[-1], state))
+        record_tokens(state, drawn[-1])
     return drawn, controlled
 
 
@@ -269,11 +269,11 @@ def test_a_rows_draws_are_the_same_whatever_other_rows_want(
     logits = torch.randn(8, len(configs), SIZE, generator=generator) * 3
     prompts = torch.randint(SIZE, (len(configs), 6), generator=generator).tolist()
 
-    def controls(row: int) -> Controls:
-        return controls_of(configs[row], prompts[row], row, vocab_size=SIZE, device=CPU)
+    def state(row: int) -> SamplingState:
+        return new_sampling_state(configs[row], prompts[row], row, vocab_size=SIZE, device=CPU)
 
     rows = range(len(configs))
-    alone = [run_rows(controls(row), logits[:, row : row + 1], range(8)) for row in rows]
+    alone = [run_rows(state(row), logits[:, row : row + 1], range(8)) for row in rows]
 
     def check(place: int, row: int, steps: range, got: tuple[list[Tensor], list[Tensor]]) -> None:
         for here, there, step in ((0, i, step) for i, step in enumerate(steps)):
@@ -282,17 +282,17 @@ def test_a_rows_draws_are_the_same_whatever_other_rows_want(
 
     late = leaving % len(configs)  # this row arrives after two steps, and at the end runs without the first one
     early = [row for row in rows if row != late]
-    batch = join_controls([controls(row) for row in early], SIZE)
+    batch = join_sampling_states([state(row) for row in early], SIZE)
     got = run_rows(batch, logits[:, early], range(3))
     for place, row in enumerate(early):
         check(place, row, range(3), got)
-    batch = join_controls([batch, controls(late)], SIZE)
+    batch = join_sampling_states([batch, state(late)], SIZE)
     shifted = torch.cat([logits[3:6, early], logits[:3, late : late + 1]], 1)
     got = run_rows(batch, shifted, range(3))
     for place, row in enumerate(early):
         check(place, row, range(3, 6), got)
     check(len(early), late, range(3), got)
-    batch = select_controls(batch, torch.arange(1, len(configs)))
+    batch = select_sampling_state(batch, torch.arange(1, len(configs)))
     shifted = torch.cat([logits[6:8, early[1:]], logits[3:5, late : late + 1]], 1)
     got = run_rows(batch, shifted, range(2))
     for place, row in enumerate(early[1:]):
@@ -300,34 +300,34 @@ def test_a_rows_draws_are_the_same_whatever_other_rows_want(
     check(len(early) - 1, late, range(3, 5), got)
 
 
-def after(config: SamplingConfig, prompt: list[int], drawn: list[int], *, size: int = 6) -> Controls:
-    controls = controls_of(config, prompt, 0, vocab_size=size, device=CPU)
+def after(config: SamplingConfig, prompt: list[int], drawn: list[int], *, size: int = 6) -> SamplingState:
+    state = new_sampling_state(config, prompt, 0, vocab_size=size, device=CPU)
     for token in drawn:
-        note(controls, torch.tensor([token]))
-    return controls
+        record_tokens(state, torch.tensor([token]))
+    return state
 
 
 def test_repetition_counts_prompt_and_text_and_the_other_penalties_the_text_alone() -> None:
     logits = torch.tensor([[1.0, 1.0, 1.0, -1.0, 1.0, 1.0]])
-    halved = control(logits, after(SamplingConfig(repetition_penalty=2), [1, 3], [2]), eos_id=0)
+    halved = process_logits(logits, after(SamplingConfig(repetition_penalty=2), [1, 3], [2]), eos_id=0)
     assert halved.tolist() == [[1.0, 0.5, 0.5, -2.0, 1.0, 1.0]]
     config = SamplingConfig(presence_penalty=0.5, frequency_penalty=0.25)
-    lowered = control(logits, after(config, [1, 3], [2, 2, 4]), eos_id=0)
+    lowered = process_logits(logits, after(config, [1, 3], [2, 2, 4]), eos_id=0)
     assert lowered.tolist() == [[1.0, 1.0, 0.0, -1.0, 0.25, 1.0]]
 
 
 def test_the_text_does_not_end_before_its_shortest_length() -> None:
     config = SamplingConfig(min_new_tokens=2)
     for drawn, wanted in (([], True), ([1], True), ([1, 2], False), ([1, 2, 3], False)):
-        controlled = control(torch.zeros(1, 6), after(config, [], drawn), eos_id=4)
+        controlled = process_logits(torch.zeros(1, 6), after(config, [], drawn), eos_id=4)
         assert (controlled[0, 4] == -math.inf) == wanted
         assert kept(controlled[0]) >= {0, 1, 2, 3, 5}
 
 
 def test_no_ngram_of_prompt_and_text_comes_twice() -> None:
     config = SamplingConfig(no_repeat_ngram=2)
-    assert kept(control(torch.zeros(1, 6), after(config, [1, 2, 1, 3], [1]), eos_id=0)[0]) == {0, 1, 4, 5}
-    assert kept(control(torch.zeros(1, 6), after(config, [1, 2], [1, 4, 1]), eos_id=0)[0]) == {0, 1, 3, 5}
+    assert kept(process_logits(torch.zeros(1, 6), after(config, [1, 2, 1, 3], [1]), eos_id=0)[0]) == {0, 1, 4, 5}
+    assert kept(process_logits(torch.zeros(1, 6), after(config, [1, 2], [1, 4, 1]), eos_id=0)[0]) == {0, 1, 3, 5}
 
 
 def test_ngrams_are_forgotten_after_so_many_tokens_as_said() -> None:
@@ -336,16 +336,16 @@ def test_ngrams_are_forgotten_after_so_many_tokens_as_said() -> None:
         SamplingConfig(no_repeat_ngram=HISTORY + 1)
     config = SamplingConfig(no_repeat_ngram=1)
     for length, wanted in ((HISTORY - 1, False), (HISTORY, True)):
-        controlled = control(torch.zeros(1, 6), after(config, [5, *[1] * length], []), eos_id=0)
+        controlled = process_logits(torch.zeros(1, 6), after(config, [5, *[1] * length], []), eos_id=0)
         assert (5 in kept(controlled[0])) == wanted
 
 
 def test_a_text_ends_where_ngrams_leave_nothing_else() -> None:
     config = SamplingConfig(no_repeat_ngram=1, min_new_tokens=100, temperature=0.5, top_p=0.9)
-    controls = after(config, [], [1, 2, 3, 4, 5])
-    controlled = control(torch.zeros(1, 6), controls, eos_id=0)
+    state = after(config, [], [1, 2, 3, 4, 5])
+    controlled = process_logits(torch.zeros(1, 6), state, eos_id=0)
     assert kept(controlled[0]) == {0}
-    assert int(draw_controlled(controlled, controls)) == 0
+    assert int(draw_controlled(controlled, state)) == 0
 
 
 def test_banned_tokens_are_never_drawn() -> None:

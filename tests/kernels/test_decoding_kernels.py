@@ -15,7 +15,7 @@ from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import sampling
 from textgen.decoding.decoders import CellDecoder
 from textgen.decoding.generation import sample_all
-from textgen.decoding.sampling import Controls, divide_by_temperature, draw
+from textgen.decoding.sampling import SamplingState, divide_by_temperature, draw
 from textgen.hardware import processor_flags
 from textgen.kernels import compile as native
 from textgen.kernels import decoding as decoding_kernels
@@ -43,7 +43,7 @@ def build(config: ModelConfig, vocab_size: int = 300) -> LSTMLanguageModel:
 # --- the draw --------------------------------------------------------------------------------------------------------
 
 
-def rows_to_draw(num_rows: int, vocab_size: int, seed: int) -> tuple[torch.Tensor, Controls]:
+def rows_to_draw(num_rows: int, vocab_size: int, seed: int) -> tuple[torch.Tensor, SamplingState]:
     """Return logits with ties and banned tokens among them, and rows of every temperature, 0 included."""
     random = torch.Generator().manual_seed(seed)
     logits = torch.randn(num_rows, vocab_size, generator=random) * 4
@@ -52,7 +52,7 @@ def rows_to_draw(num_rows: int, vocab_size: int, seed: int) -> tuple[torch.Tenso
     logits[:, -1] = 0.0
     temperature = torch.tensor([0.0, 0.01, 0.7, 1.0, 1.0, 30.0]).repeat(num_rows)[:num_rows, None]
     key = torch.randint(1 << 62, (num_rows,), generator=random)
-    return logits, Controls({"key": key, "step": torch.arange(num_rows) % 1000, "temperature": temperature})
+    return logits, SamplingState({"key": key, "step": torch.arange(num_rows) % 1000, "temperature": temperature})
 
 
 @compiler
@@ -60,48 +60,48 @@ def rows_to_draw(num_rows: int, vocab_size: int, seed: int) -> tuple[torch.Tenso
 def test_a_million_compiled_draws_are_those_of_torch(num_rows: int, vocab_size: int, times: int) -> None:
     doubtful = 0
     for seed in range(times):
-        logits, controls = rows_to_draw(num_rows, vocab_size, seed)
-        logits = divide_by_temperature(logits, controls.rows["temperature"])
+        logits, state = rows_to_draw(num_rows, vocab_size, seed)
+        logits = divide_by_temperature(logits, state.tensors["temperature"])
         drawn = decoding_kernels.draw(
-            logits, sampling.item_bits(vocab_size, logits.device), *(controls.rows[name] for name in controls.rows)
+            logits, sampling.item_bits(vocab_size, logits.device), *(state.tensors[name] for name in state.tensors)
         )
         assert drawn is not None
-        drawing = controls.rows["temperature"][:, 0] > 0
+        drawing = state.tensors["temperature"][:, 0] > 0
         doubtful += int((drawn[0][drawing] < 0).sum())
         assert drawn[1] == int((drawn[0] < 0).sum())
-        assert torch.equal(draw(logits, controls), sampling._draw(logits, controls.rows))
+        assert torch.equal(draw(logits, state), sampling._draw(logits, state.tensors))
     assert doubtful <= num_rows * times / 1000
 
 
 @compiler
 def test_tokens_that_only_rounding_tells_apart_are_drawn_as_torch_draws_them() -> None:
-    _, controls = rows_to_draw(200, 300, 0)
-    del controls.rows["temperature"]
-    logits = exponential(hash_bits(controls.rows["key"], controls.rows["step"]), 300).log()  # all equal less the noise
-    assert torch.equal(draw(logits, controls), sampling._draw(logits, controls.rows))
+    _, state = rows_to_draw(200, 300, 0)
+    del state.tensors["temperature"]
+    logits = exponential(hash_bits(state.tensors["key"], state.tensors["step"]), 300).log()  # all equal less the noise
+    assert torch.equal(draw(logits, state), sampling._draw(logits, state.tensors))
 
 
 @compiler
 def test_what_no_comparison_orders_is_drawn_as_torch_draws_it() -> None:
-    logits, controls = rows_to_draw(12, 300, 0)
+    logits, state = rows_to_draw(12, 300, 0)
     logits[0] = -torch.inf
     logits[1, 5] = torch.nan
     logits[2, 7] = torch.inf
     logits[3, [8, 200]] = torch.inf
-    assert torch.equal(draw(logits, controls), sampling._draw(logits, controls.rows))
+    assert torch.equal(draw(logits, state), sampling._draw(logits, state.tensors))
 
 
 @compiler
 def test_logits_that_are_a_part_of_a_larger_tensor_are_drawn_by_their_own_rows() -> None:
-    logits, controls = rows_to_draw(64, 400, 0)
+    logits, state = rows_to_draw(64, 400, 0)
     part = logits[:, 30:250]
-    assert torch.equal(draw(part, controls), sampling._draw(part.clone(), controls.rows))
+    assert torch.equal(draw(part, state), sampling._draw(part.clone(), state.tensors))
 
 
 @compiler
 def test_compiled_division_by_temperature_is_torchs_bit_for_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, controls = rows_to_draw(300, 500, 0)
-    temperature = controls.rows["temperature"]
+    logits, state = rows_to_draw(300, 500, 0)
+    temperature = state.tensors["temperature"]
     divided = decoding_kernels.divide_by_temperature(logits, temperature)
     without_code(monkeypatch)
     assert divided is not None

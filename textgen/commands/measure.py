@@ -174,7 +174,7 @@ def _draw(args: Any, decoder: Decoder, tokenizer: Tokenizer, temperature: float)
     All that come before the last one are taken, however short: those that end first are the short ones.
     """
     from textgen.decoding.cuda_graphs import GraphRunner
-    from textgen.decoding.generation import Request, Sample, serve
+    from textgen.decoding.generation import Request, Sample, generate_stream
     from textgen.reporting.measures import words
 
     config, limit = _sampling(args, temperature), args.texts * PATIENCE
@@ -183,7 +183,7 @@ def _draw(args: Any, decoder: Decoder, tokenizer: Tokenizer, temperature: float)
     ended: dict[int, Sample] = {}
     place = long = 0
     with Progress(f"temperature {temperature:g}: text", args.texts) as bar:
-        for number, event in serve(decoder, tokenizer, requests, batch_size=args.batch_size, run=run):
+        for number, event in generate_stream(decoder, tokenizer, requests, batch_size=args.batch_size, run=run):
             if isinstance(event, Sample):
                 ended[number] = event
             while place in ended:

@@ -286,11 +286,11 @@ class _Sampler:
         self.num_kept = len(prompts) * args.num_samples
 
     def events(self, skip: int = 0) -> Events:
-        """Yield what `serve` does, of all samples but the first `skip`; an interrupt ends them as they are."""
+        """Yield the events of all samples but the first `skip`; an interrupt ends the samples as they are."""
         from textgen.decoding.cuda_graphs import GraphRunner
-        from textgen.decoding.generation import serve
+        from textgen.decoding.generation import generate_stream
 
-        return serve(
+        return generate_stream(
             self._decoder, self._tokenizer, itertools.islice(self._requests(), skip, None),
             batch_size=self._args.batch_size, interrupted=self.interrupted,
             run=GraphRunner(self._decoder) if self._decoder.in_graphs else None,

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from textgen.decoding.decoders import Decoder, DecoderState
 from textgen.decoding.generation import Batch, Step, advance
-from textgen.decoding.sampling import Controls, select_controls
+from textgen.decoding.sampling import SamplingState, select_sampling_state
 from textgen.kernels.capture import CudaCapture, Replay, reason_of
 
 log = logging.getLogger("textgen")
@@ -37,7 +37,7 @@ MAX_ROWS = 512
 # batch anew each time would cost more than the steps that ended rows idle through.
 MANY_ROWS = 64
 
-# Buffers kept with their graphs, one for each batch size (a power of two) and set of controls in use.
+# Buffers kept with their graphs, one for each batch size (a power of two) and set of sampling in use.
 MAX_SLOTS = 8
 
 
@@ -51,7 +51,7 @@ class Buffers:
     tokens: Tensor
     """to be read next, (rows,)"""
     state: DecoderState
-    controls: Controls
+    sampling: SamplingState
     ended: Tensor
     """rows that draw nothing any more but the end of the text: bool (rows,)"""
     drawn: Tensor
@@ -66,43 +66,43 @@ class Buffers:
         def rows(value: Tensor, *, steps: tuple[int, ...] = ()) -> Tensor:
             return value.new_empty((*steps, num_rows, *value.shape[1:]))
 
-        tokens, controls, most = batch.tokens, batch.controls, (max(PATIENCE),)
+        tokens, sampling, most = batch.tokens, batch.sampling, (max(PATIENCE),)
         told: tuple[Tensor, ...] = ()
-        if controls.logprobs is not None:
+        if sampling.logprobs is not None:
             of_drawn = torch.empty(1, device=tokens.device)
-            of_likeliest = of_drawn.new_empty(1, min(controls.logprobs, batch.decoder.vocab_size))
+            of_likeliest = of_drawn.new_empty(1, min(sampling.logprobs, batch.decoder.vocab_size))
             told = (of_drawn, of_likeliest, of_likeliest.long())
         return cls(
             batch.decoder, batch.tokenizer.unk_id, batch.tokenizer.eos_id,
             rows(tokens), [rows(part) for part in batch.state],
-            dataclasses.replace(controls, rows={name: rows(value) for name, value in controls.rows.items()}),
+            dataclasses.replace(sampling, tensors={name: rows(value) for name, value in sampling.tensors.items()}),
             rows(tokens).bool(), rows(tokens, steps=most), tuple(rows(part, steps=most) for part in told),
         )  # fmt: skip
 
     def load(self, batch: Batch) -> None:
         """Take a batch in. Rows beyond it are copies of its last one that have ended."""
         rows = torch.arange(len(self.tokens), device=self.tokens.device)
-        places = rows.clamp(max=len(batch.rows) - 1)
+        places = rows.clamp(max=len(batch.samples) - 1)
         torch.index_select(batch.tokens, 0, places, out=self.tokens)
         for kept, part in zip(self.state, batch.state, strict=True):
             kept.copy_(part[places])
-        for name, value in select_controls(batch.controls, places).rows.items():
-            self.controls.rows[name].copy_(value)
-        self.ended.copy_(rows >= len(batch.rows))
+        for name, value in select_sampling_state(batch.sampling, places).tensors.items():
+            self.sampling.tensors[name].copy_(value)
+        self.ended.copy_(rows >= len(batch.samples))
 
     def unload(self, batch: Batch) -> None:
         """Bring a batch that was loaded up to date."""
-        rows = torch.arange(len(batch.rows), device=self.tokens.device)
+        rows = torch.arange(len(batch.samples), device=self.tokens.device)
         batch.tokens, batch.state = self.tokens[rows], [part[rows] for part in self.state]
-        batch.controls = select_controls(self.controls, rows)
+        batch.sampling = select_sampling_state(self.sampling, rows)
 
     def copy(self) -> Buffers:
         """Return the same at other addresses."""
-        controls = dataclasses.replace(
-            self.controls, rows={name: value.clone() for name, value in self.controls.rows.items()}
+        sampling = dataclasses.replace(
+            self.sampling, tensors={name: value.clone() for name, value in self.sampling.tensors.items()}
         )
         return dataclasses.replace(
-            self, tokens=self.tokens.clone(), state=[part.clone() for part in self.state], controls=controls,
+            self, tokens=self.tokens.clone(), state=[part.clone() for part in self.state], sampling=sampling,
             ended=self.ended.clone(), drawn=self.drawn.clone(), told=tuple(part.clone() for part in self.told),
         )  # fmt: skip
 
@@ -112,7 +112,7 @@ def steps_in_place(buffers: Buffers, count: int) -> None:
     tokens, state = buffers.tokens, buffers.state
     for i in range(count):
         drawn, state, told = advance(
-            buffers.decoder, tokens, state, buffers.controls, unk_id=buffers.unk_id, eos_id=buffers.eos_id
+            buffers.decoder, tokens, state, buffers.sampling, unk_id=buffers.unk_id, eos_id=buffers.eos_id
         )
         tokens = drawn.masked_fill(buffers.ended, buffers.eos_id)
         buffers.ended.logical_or_(tokens == buffers.eos_id)
@@ -156,7 +156,7 @@ class GraphRunner:
         """
         if batch.decoder is not self._decoder or self._busy:
             raise RuntimeError("a runner of graphs runs one batch at a time, of its own decoder")
-        if len(batch.rows) > MAX_ROWS:
+        if len(batch.samples) > MAX_ROWS:
             yield from batch.run()
             return
         slot = self._slot(batch)
@@ -179,8 +179,8 @@ class GraphRunner:
 
     def _slot(self, batch: Batch) -> _Slot:
         """Return buffers for a batch, and drop those that were used the longest time ago."""
-        num_rows = 1 << (len(batch.rows) - 1).bit_length()
-        key = (num_rows, *batch.controls.features)
+        num_rows = 1 << (len(batch.samples) - 1).bit_length()
+        key = (num_rows, *batch.sampling.features)
         if key not in self._slots:
             self._slots[key] = _Slot(key, Buffers.like(batch, num_rows))
         self._slots.move_to_end(key)
@@ -248,17 +248,17 @@ class _Coming:
     def steps(self, batch: Batch) -> Iterator[Step]:
         """Wait for it, and return it step by step."""
         self.wait()
-        rows = slice(len(batch.rows))
+        rows = slice(len(batch.samples))
         for i, tokens in enumerate(self._drawn[:, rows].tolist()):
             told = [part[i, rows] for part in self._told]
-            yield tokens, batch.in_words(tokens, *told) if told else None
+            yield tokens, batch.token_logprobs(tokens, *told) if told else None
 
 
 def _left(batch: Batch, coming: deque[_Coming]) -> int:
     """Return how many tokens every row still lacks at least; 0 if one has ended."""
-    if any(row.ended for row in batch.rows):
+    if any(row.ended for row in batch.samples):
         return 0
-    lacking = min(row.request.config.max_new_tokens - row.num_tokens for row in batch.rows)
+    lacking = min(row.request.config.max_new_tokens - row.num_tokens for row in batch.samples)
     return lacking - sum(outputs.count for outputs in coming)
 
 

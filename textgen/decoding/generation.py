@@ -1,4 +1,9 @@
-"""Prompts to text: samples run in a batch, each in a row of its own; a finished row is given to the next sample."""
+"""From prompts to texts: samples run side by side in a batch, and a new sample takes the place of a finished one.
+
+`generate_stream` is the loop. It turns each request into a `RunningSample`, which holds a text on the host, and puts
+running samples into the rows of a `Batch`, which holds tokens and states on the device. `Batch.run` draws a token per
+row and step; each token is pushed to its sample, which returns the new piece of text, and at the end a `Sample`.
+"""
 
 from __future__ import annotations
 
@@ -13,28 +18,38 @@ from torch import Tensor
 
 from textgen.config import SamplingConfig
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
-from textgen.decoding.sampling import Controls, control, controls_of, draw, join_controls, note, select_controls
+from textgen.decoding.sampling import (
+    SamplingState,
+    draw,
+    join_sampling_states,
+    new_sampling_state,
+    process_logits,
+    record_tokens,
+    select_sampling_state,
+)
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer
 
-# Samples that run at a time, unless the caller says so: enough to keep a processor or GPU busy.
+# Samples that run at a time by default: enough to keep a CPU or GPU busy.
 BATCH_SIZE = 64
 
-# How far the newest request that runs may be ahead of the oldest one: who wants samples in order holds no more.
-AHEAD = 4096
+# The newest running request is at most this far ahead of the oldest one. A caller that returns samples in order has to
+# hold the samples that end before the oldest one, and this bounds their number.
+MAX_AHEAD = 4096
 
-# Rows are refilled once one in so many is free: new prompts are read together, and the batch is laid out anew for all.
-REFILL = 8
+# Free rows are refilled once they are 1/8 of the batch: new prompts are then read together, and adding rows copies the
+# tensors of the whole batch.
+REFILL_DIVISOR = 8
 
-# Prompts up to this length are read by steps on a CPU. The model reads 3 to 4 times as many tokens in that time, but a
-# single prompt at a time, before which it lays its weights out anew, and that takes as long as 60 tokens (2 x 512 and
-# 2 x 1024, two cores, 2026-11-23).
+# On a CPU, decoder steps read prompts of up to this many tokens, several prompts at a time. The model reads 3 to 4
+# times as many tokens in the same time, but only one prompt at a time, and packs its weights before each prompt, which
+# takes as long as 60 tokens (2 x 512 and 2 x 1024, two cores, 2026-11-23).
 SHORT_PROMPT = 128
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to continue and how; `number` tells the samples of a prompt apart in the noise."""
+    """A prompt to continue, the settings, and the number that gives each sample of a prompt its own noise."""
 
     prompt: str
     config: SamplingConfig
@@ -43,33 +58,38 @@ class Request:
 
 @dataclass(frozen=True)
 class TokenLogprobs:
-    """Log-probabilities at a token drawn, by the model alone: before temperature and filters. Forced ones have none."""
+    """Log-probabilities where a token was drawn, by the model alone: before penalties, temperature and filters.
+
+    Forced tokens have none.
+    """
 
     token: str
     logprob: float
     top: tuple[tuple[str, float], ...]
-    """the likeliest tokens, the likeliest first"""
+    """the likeliest tokens, in order of falling probability"""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A finished continuation: of which prompt, which of its samples, the text after the prompt, its tokens."""
+    """A finished continuation of a prompt."""
 
     prompt: str
     number: int
+    """which sample of the prompt"""
     text: str
+    """without the prompt"""
     num_tokens: int
     finished: bool
-    """the model ended the text itself"""
+    """whether the model drew the end of the text"""
     stop: str | None = None
-    """the string of `stop` that ended it, which is not in the text"""
+    """the string of `stop` that ended the text, which does not contain it"""
     logprobs: tuple[TokenLogprobs, ...] | None = None
 
     @property
     def mean_logprob(self) -> float:
-        """Log-probability per token drawn, its end included; needs `logprobs`."""
+        """Return the log-probability per drawn token, end of text included; needs `logprobs`."""
         assert self.logprobs is not None
-        return math.fsum(told.logprob for told in self.logprobs) / max(len(self.logprobs), 1)
+        return math.fsum(token.logprob for token in self.logprobs) / max(len(self.logprobs), 1)
 
 
 def generate(
@@ -83,14 +103,15 @@ def generate(
 ) -> Iterator[tuple[int, str | Sample]]:
     """Continue every prompt `num_samples` times.
 
-    Sample j of a prompt draws noise that the seed, the prompt and j decide: the same whatever stands beside it.
+    The noise of sample j of a prompt depends on the seed, the prompt and j alone, so its text does not depend on the
+    other samples.
 
     Yields:
-        (row, piece of text) as it is drawn, whole characters only, and once per row (row, Sample) when it ends.
-        Row is prompt index x `num_samples` + j.
+        (index, piece of text) as it is drawn, whole characters only, and once per sample (index, Sample) when it ends.
+        The index is prompt index x `num_samples` + j.
     """
     requests = (Request(prompt, config, j) for prompt in prompts for j in range(num_samples))
-    return serve(model, tokenizer, requests, batch_size=batch_size)
+    return generate_stream(model, tokenizer, requests, batch_size=batch_size)
 
 
 def sample_all(
@@ -101,14 +122,14 @@ def sample_all(
     *,
     num_samples: int = 1,
 ) -> list[Sample]:
-    """Return the finished samples of `generate`, in the order of prompts."""
+    """Return the finished samples of `generate`, in the order of the prompts."""
     events = generate(model, tokenizer, prompts, config, num_samples=num_samples)
-    ended = {row: event for row, event in events if isinstance(event, Sample)}
-    return [ended[row] for row in sorted(ended)]
+    ended = {index: event for index, event in events if isinstance(event, Sample)}
+    return [ended[index] for index in sorted(ended)]
 
 
 @torch.inference_mode()
-def serve(
+def generate_stream(
     model: LSTMLanguageModel | Decoder,
     tokenizer: Tokenizer,
     requests: Iterable[Request],
@@ -117,61 +138,69 @@ def serve(
     interrupted: Callable[[], bool] = lambda: False,
     run: Callable[[Batch], Iterator[Step]] | None = None,
 ) -> Iterator[tuple[int, str | Sample]]:
-    """Continue requests, `batch_size` of them at a time; the next ones are taken up when rows are free.
+    """Continue requests, `batch_size` of them at a time; the next requests start when rows are free.
 
     Args:
-        model: or a decoder of it.
+        model: the model, or a decoder of it.
         tokenizer: the model's.
-        requests: taken one by one, at most `AHEAD` beyond the oldest that runs.
-        batch_size: rows.
-        interrupted: asked before every token; once it says so, what runs ends as it is and nothing is begun.
-        run: draws the tokens of a batch as `Batch.run` does, the default; `GraphRunner` of `cuda_graphs` does so with
-            CUDA graphs.
+        requests: read one by one, at most `MAX_AHEAD` beyond the oldest one that runs.
+        batch_size: number of rows.
+        interrupted: called before every token. Once it returns true, running samples end as they are and no request
+            starts.
+        run: draws the tokens of a batch; default `Batch.run`. `cuda_graphs.GraphRunner` does the same with CUDA graphs.
 
     Yields:
         (index of the request, piece of text) as it is drawn, and once per request (index, Sample) when it ends.
 
     Raises:
-        ValueError: a request cannot be met, see `require_drawable`.
+        ValueError: a request is impossible, see `require_drawable`.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
-    waiting, begun, prefilled = iter(requests), 0, Prefilled()
+    waiting, num_started, prefilled = iter(requests), 0, Prefilled()
     batch: Batch | None = None
     stopped = interrupted()
     while not stopped:
-        running = batch.rows if batch is not None else []
-        room = min(batch_size - len(running), min((row.index for row in running), default=begun) + AHEAD - begun)
-        room = room if room >= batch_size // REFILL else 0
-        arrived = [Row.of(begun + i, request, tokenizer) for i, request in enumerate(islice(waiting, room))]
-        begun += len(arrived)
-        for row in arrived:
-            for event in row.begin():
-                yield row.index, event
-        if going := [row for row in arrived if not row.ended]:
-            batch = Batch.of(decoder, tokenizer, going, beside=batch, prefilled=prefilled)
+        # take requests for the free rows, unless few are free or the oldest sample is too far behind
+        running = batch.samples if batch is not None else []
+        oldest = min((sample.index for sample in running), default=num_started)
+        room = min(batch_size - len(running), oldest + MAX_AHEAD - num_started)
+        room = room if room >= batch_size // REFILL_DIVISOR else 0
+        arrived = [
+            RunningSample.of(num_started + i, request, tokenizer) for i, request in enumerate(islice(waiting, room))
+        ]
+        num_started += len(arrived)
+
+        # forced tokens come first, and may already end a sample; the others join the batch
+        for sample in arrived:
+            for event in sample.begin():
+                yield sample.index, event
+        if joining := [sample for sample in arrived if not sample.ended]:
+            batch = Batch.of(decoder, tokenizer, joining, beside=batch, prefilled=prefilled)
         if batch is None:
-            if not arrived:
+            if not arrived:  # no request is left
                 return
             stopped = interrupted()
             continue
-        for tokens, told in (run or Batch.run)(batch):
-            for place, row in enumerate(batch.rows):
-                if not row.ended:  # a graph draws some tokens more
-                    for event in row.push(tokens[place], told[place] if told is not None else None):
-                        yield row.index, event
+
+        # draw until some sample has ended, then drop the ended samples
+        for tokens, logprobs in (run or Batch.run)(batch):
+            for row, sample in enumerate(batch.samples):
+                if not sample.ended:  # a CUDA graph may draw tokens after the end
+                    for event in sample.push(tokens[row], logprobs[row] if logprobs is not None else None):
+                        yield sample.index, event
             if stopped := interrupted():
                 break
         batch = batch.without_ended()
-    for row in batch.rows if batch is not None else []:
-        for event in row.cut():
-            yield row.index, event
+    for sample in batch.samples if batch is not None else []:
+        for event in sample.cut():
+            yield sample.index, event
 
 
 def require_drawable(config: SamplingConfig, tokenizer: Tokenizer) -> None:
-    """Check a config's tokens against the tokenizer.
+    """Check the tokens of a config against the tokenizer.
 
     Raises:
-        ValueError: one is none of its tokens, or none is left to draw.
+        ValueError: a token is not in the vocabulary, or every token is banned.
     """
     for name in ("banned_tokens", "forced_tokens"):
         if wrong := [token for token in getattr(config, name) if token >= tokenizer.vocab_size]:
@@ -181,21 +210,23 @@ def require_drawable(config: SamplingConfig, tokenizer: Tokenizer) -> None:
         raise ValueError("`banned_tokens` leave nothing to draw")
 
 
-# --- rows ------------------------------------------------------------------------------------------------------------
+# --- a sample on the host --------------------------------------------------------------------------------------------
 
 
 @dataclass(kw_only=True)
-class Row:
-    """What the host knows of a running sample."""
+class RunningSample:
+    """A sample that is not finished: its request and its text so far."""
 
     index: int
+    """of the request"""
     request: Request
     tokenizer: Tokenizer
-    prompt: list[int]
-    """tokens, the end-of-text token before them; forced tokens are no part of it"""
+    prompt_ids: list[int]
+    """begin-of-text token and tokens of the prompt, without forced tokens"""
     text: str = ""
+    """the text that was yielded"""
     held: str = ""
-    """text that may turn out to begin a stop string"""
+    """text that may be the beginning of a stop string, not yielded yet"""
     num_tokens: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     ended: bool = False
@@ -204,25 +235,32 @@ class Row:
         self._stream = self.tokenizer.stream()
 
     @classmethod
-    def of(cls, index: int, request: Request, tokenizer: Tokenizer) -> Row:
+    def of(cls, index: int, request: Request, tokenizer: Tokenizer) -> RunningSample:
+        """Start a request.
+
+        Raises:
+            ValueError: the request is impossible, see `require_drawable`.
+        """
         require_drawable(request.config, tokenizer)
-        prompt = [tokenizer.bos_id, *tokenizer.encode(request.prompt)]
-        return cls(index=index, request=request, tokenizer=tokenizer, prompt=prompt)
+        prompt_ids = [tokenizer.bos_id, *tokenizer.encode(request.prompt)]
+        return cls(index=index, request=request, tokenizer=tokenizer, prompt_ids=prompt_ids)
 
     def begin(self) -> Iterator[str | Sample]:
-        """Take the forced tokens for drawn."""
+        """Push the forced tokens, as if they had been drawn."""
         for token in self.request.config.forced_tokens:
             if not self.ended:
                 yield from self.push(token, None)
 
-    def push(self, token: int, told: TokenLogprobs | None) -> Iterator[str | Sample]:
-        """Take a token that was drawn; yield the text that is certain now, and the sample if it has ended."""
+    def push(self, token: int, logprobs: TokenLogprobs | None) -> Iterator[str | Sample]:
+        """Append a drawn token; yield the text that cannot change any more, and the `Sample` if it has ended."""
         config = self.request.config
         finished = token == self.tokenizer.eos_id
-        if told is not None and config.logprobs is not None:
-            self.logprobs.append(TokenLogprobs(told.token, told.logprob, told.top[: config.logprobs]))
+        if logprobs is not None and config.logprobs is not None:
+            # the batch computes as many alternatives as its most demanding row asks for
+            self.logprobs.append(TokenLogprobs(logprobs.token, logprobs.logprob, logprobs.top[: config.logprobs]))
         self.num_tokens += not finished
         last = finished or self.num_tokens >= config.max_new_tokens
+        # the stream returns whole characters; `flush` returns U+FFFD if one is unfinished
         self.held += ("" if finished else self._stream.push(token)) + (self._stream.flush() if last else "")
         piece, self.held, stop = _cut_at_stop(self.held, config.stop)
         if last or stop is not None:
@@ -232,7 +270,7 @@ class Row:
             yield piece
 
     def cut(self) -> Iterator[str | Sample]:
-        """End the sample as it is: whole characters, and what was held back."""
+        """End the sample before its time: yield the text that was held back, whole characters only."""
         return self._end("", finished=False, stop=None)
 
     def _end(self, piece: str, finished: bool, stop: str | None) -> Iterator[str | Sample]:
@@ -241,19 +279,25 @@ class Row:
         self.text += piece
         if piece:
             yield piece
-        told = tuple(self.logprobs) if self.request.config.logprobs is not None else None
-        yield Sample(self.request.prompt, self.request.number, self.text, self.num_tokens, finished, stop, told)
+        logprobs = tuple(self.logprobs) if self.request.config.logprobs is not None else None
+        yield Sample(self.request.prompt, self.request.number, self.text, self.num_tokens, finished, stop, logprobs)
 
 
 def _cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, str | None]:
-    """Return the text that is certain, what may begin a stop string, and the stop string that the text holds.
+    """Split a text at a stop string.
 
-    Of several the one that is complete first counts, of those the longest: so it is the same wherever tokens end.
+    Of several stop strings, the one that is complete first counts; of those that are complete at the same character,
+    the longest. So the result does not depend on the borders between tokens.
+
+    Returns:
+        The text that cannot change any more, the rest that may be the beginning of a stop string, and the stop string
+        found; None if there is none.
     """
     found = [(text.index(stop) + len(stop), -len(stop), stop) for stop in stops if stop in text]
     if found:
         end, _, stop = min(found)
         return text[: end - len(stop)], "", stop
+    # hold back the longest end of the text that some stop string begins with
     for start in range(max(len(text) - max(map(len, stops), default=0) + 1, 0), len(text)):
         if any(stop.startswith(text[start:]) for stop in stops):
             return text[:start], text[start:], None
@@ -261,160 +305,200 @@ def _cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, str | None]
 
 
 def _sample_number(prompt: str, j: int) -> int:
-    """Return the number that sample j of a prompt has in the noise: other prompts draw other noise."""
+    """Return the number of sample j of a prompt in the noise: a hash of the prompt gives each prompt its own noise."""
     return int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:6], "big") + j
 
 
-# --- the batch -------------------------------------------------------------------------------------------------------
+# --- the batch on the device -----------------------------------------------------------------------------------------
 
-# A step's tokens, one per row, and what is told of them where a row wants it.
+# The tokens of a step, one per row, and their log-probabilities; None if no row asks for them.
 Step = tuple[list[int], list[TokenLogprobs] | None]
 
-# States after prompts by their tokens.
+# Decoder states after prompts, by the prompts' tokens.
 Prefilled = dict[tuple[int, ...], DecoderState]
 
 
 @dataclass
 class Batch:
-    """Rows that are decoded together: for each the token to read next, the state before it, and its controls."""
+    """Samples that are decoded together, one per row."""
 
     decoder: Decoder
     tokenizer: Tokenizer
-    rows: list[Row]
+    samples: list[RunningSample]
     tokens: Tensor
+    """the token of each row that the next step reads, (rows,) int64"""
     state: DecoderState
-    controls: Controls
+    """before that token"""
+    sampling: SamplingState
 
     @classmethod
     def of(
         cls,
         decoder: Decoder,
         tokenizer: Tokenizer,
-        rows: list[Row],
+        samples: list[RunningSample],
         *,
         beside: Batch | None = None,
         prefilled: Prefilled | None = None,
     ) -> Batch:
-        """Read the prompts of new rows and put them after those that run.
+        """Read the prompts of new samples and append them to a running batch.
 
-        `prefilled` is left with the last prompt alone: the next rows are often further samples of it.
+        Args:
+            decoder: reads the prompts.
+            tokenizer: the model's.
+            samples: the new ones.
+            beside: the running batch, if there is one.
+            prefilled: states of prompts that were read before. Changed in place: only the last prompt's state is kept,
+                as the next samples often continue the same prompt.
         """
-        parts = [] if beside is None else [beside]
         states: Prefilled = {} if prefilled is None else prefilled
-        prompts = [(*row.prompt, *row.request.config.forced_tokens) for row in rows]
+        prompts = [(*sample.prompt_ids, *sample.request.config.forced_tokens) for sample in samples]
         states |= _prefill(decoder, [ids for ids in dict.fromkeys(prompts) if ids not in states])
-        for row, ids in zip(rows, prompts, strict=True):
-            config, forced = row.request.config, row.request.config.forced_tokens
-            number = _sample_number(row.request.prompt, row.request.number)
-            controls = controls_of(
-                config, row.prompt[1:], number, vocab_size=decoder.vocab_size, device=decoder.device
-            )  # fmt: skip
-            for token in forced:
-                note(controls, torch.tensor([token], device=decoder.device))
-            tokens = torch.tensor(ids[-1:], device=decoder.device)
-            parts.append(cls(decoder, tokenizer, [row], tokens, states[ids], controls))
+        # a batch of one row for each new sample, then one batch of all
+        parts = [] if beside is None else [beside]
+        for sample, ids in zip(samples, prompts, strict=True):
+            parts.append(cls._of_one(decoder, tokenizer, sample, ids[-1], states[ids]))
         for ids in states.keys() - prompts[-1:]:
             del states[ids]
         return cls(
-            decoder, tokenizer,
-            [row for part in parts for row in part.rows],
+            decoder,
+            tokenizer,
+            [sample for part in parts for sample in part.samples],
             torch.cat([part.tokens for part in parts]),
             [torch.cat(tensors) for tensors in zip(*(part.state for part in parts), strict=True)],
-            join_controls([part.controls for part in parts], decoder.vocab_size),
-        )  # fmt: skip
+            join_sampling_states([part.sampling for part in parts], decoder.vocab_size),
+        )
+
+    @classmethod
+    def _of_one(
+        cls, decoder: Decoder, tokenizer: Tokenizer, sample: RunningSample, token: int, state: DecoderState
+    ) -> Batch:
+        """Return the batch of one sample that reads `token` next, in the given state."""
+        request, device = sample.request, decoder.device
+        sampling = new_sampling_state(
+            request.config,
+            sample.prompt_ids[1:],
+            _sample_number(request.prompt, request.number),
+            vocab_size=decoder.vocab_size,
+            device=device,
+        )
+        for forced in request.config.forced_tokens:  # they count as drawn
+            record_tokens(sampling, torch.tensor([forced], device=device))
+        return cls(decoder, tokenizer, [sample], torch.tensor([token], device=device), state, sampling)
 
     def run(self) -> Iterator[Step]:
-        """Draw tokens, step by step, until a row has ended; a step is pushed to the rows before the next is taken."""
-        while not any(row.ended for row in self.rows):
+        """Draw tokens, step by step, until a sample has ended.
+
+        The caller pushes each step's tokens to the samples before it takes the next step.
+        """
+        while not any(sample.ended for sample in self.samples):
             yield self.advance()
 
     def advance(self) -> Step:
-        """Draw the next token of every row; and tell log-probabilities where a row wants them."""
-        self.tokens, self.state, told = advance(
-            self.decoder, self.tokens, self.state, self.controls, unk_id=self.tokenizer.unk_id,
+        """Draw the next token of every row."""
+        self.tokens, self.state, logprobs = advance(
+            self.decoder,
+            self.tokens,
+            self.state,
+            self.sampling,
+            unk_id=self.tokenizer.unk_id,
             eos_id=self.tokenizer.eos_id,
-        )  # fmt: skip
+        )
         tokens = self.tokens.tolist()
-        return tokens, None if told is None else self.in_words(tokens, *told)
+        return tokens, None if logprobs is None else self.token_logprobs(tokens, *logprobs)
 
-    def in_words(self, tokens: list[int], drawn: Tensor, values: Tensor, ids: Tensor) -> list[TokenLogprobs]:
-        """Return what `advance` tells of a step's tokens, with texts for ids."""
+    def token_logprobs(self, tokens: list[int], drawn: Tensor, values: Tensor, ids: Tensor) -> list[TokenLogprobs]:
+        """Return the log-probabilities of a step as values on the host, with the texts of tokens for their ids.
 
-        def word(token: int) -> str:
+        Args:
+            tokens: the drawn tokens, one per row.
+            drawn: their log-probabilities (rows,).
+            values: the largest log-probabilities (rows, n), in falling order.
+            ids: the tokens of `values`.
+        """
+
+        def text_of(token: int) -> str:
             return self.tokenizer.token_bytes(token).decode(errors="backslashreplace")
 
         tops = [
-            tuple((word(i), v) for i, v in zip(row_ids, row_values, strict=True))
+            tuple((text_of(i), v) for i, v in zip(row_ids, row_values, strict=True))
             for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)
         ]
         return [
-            TokenLogprobs(word(token), value, top)
+            TokenLogprobs(text_of(token), value, top)
             for token, value, top in zip(tokens, drawn.tolist(), tops, strict=True)
         ]
 
     def without_ended(self) -> Batch | None:
-        """Return the batch of the rows that go on; None if none does."""
-        going = [place for place, row in enumerate(self.rows) if not row.ended]
-        if len(going) == len(self.rows):
+        """Return the batch of the samples that have not ended; None if all have."""
+        running = [row for row, sample in enumerate(self.samples) if not sample.ended]
+        if len(running) == len(self.samples):
             return self
-        if not going:
+        if not running:
             return None
-        places = torch.tensor(going, device=self.tokens.device)
+        rows = torch.tensor(running, device=self.tokens.device)
         return Batch(
-            self.decoder, self.tokenizer, [self.rows[place] for place in going], self.tokens[places],
-            [part[places] for part in self.state], select_controls(self.controls, places),
-        )  # fmt: skip
+            self.decoder,
+            self.tokenizer,
+            [self.samples[row] for row in running],
+            self.tokens[rows],
+            [part[rows] for part in self.state],
+            select_sampling_state(self.sampling, rows),
+        )
 
 
 def _prefill(decoder: Decoder, prompts: Sequence[tuple[int, ...]]) -> Prefilled:
     """Return the states (1, ...) after all tokens but the last of each prompt.
 
-    How a prompt is read depends on its length alone, not on what it arrives with: steps may round more than the model.
+    A prompt's length alone decides whether the model or decoder steps read it, not the prompts that arrive with it:
+    steps may round differently, and a sample's text must not depend on the others.
     """
-    stepped = isinstance(decoder, CellDecoder) and decoder.device.type == "cpu"
+    by_steps = isinstance(decoder, CellDecoder) and decoder.device.type == "cpu"
     longest_first = sorted(prompts, key=len, reverse=True)
-    num_alone = sum(len(ids) > SHORT_PROMPT for ids in prompts) if stepped else len(prompts)
+    num_alone = sum(len(ids) > SHORT_PROMPT for ids in prompts) if by_steps else len(prompts)
     alone = {ids: decoder.prefill(ids) for ids in longest_first[:num_alone]}
-    return alone | _side_by_side(decoder, longest_first[num_alone:])
+    return alone | _prefill_together(decoder, longest_first[num_alone:])
 
 
-def _side_by_side(decoder: Decoder, prompts: Sequence[tuple[int, ...]]) -> Prefilled:
-    """Read prompts, the longest first, by steps; each leaves the batch where it ends."""
+def _prefill_together(decoder: Decoder, prompts: Sequence[tuple[int, ...]]) -> Prefilled:
+    """Read prompts, sorted from the longest to the shortest, by decoder steps; a finished prompt leaves the batch."""
     states: Prefilled = {}
     state = [torch.cat(parts) for parts in zip(*(decoder.prefill(ids[:1]) for ids in prompts), strict=True)]
-    for place in range(len(prompts[0]) if prompts else 0):
-        going = sum(len(ids) - 1 > place for ids in prompts)
-        for row in range(going, len(prompts) - len(states)):
+    for position in range(len(prompts[0]) if prompts else 0):
+        # the first `num_running` prompts have a token to read here; the rows after them are finished
+        num_running = sum(len(ids) - 1 > position for ids in prompts)
+        for row in range(num_running, len(prompts) - len(states)):
             states[prompts[row]] = [part[row : row + 1] for part in state]
-        if going:
-            tokens = torch.tensor([ids[place] for ids in prompts[:going]])
-            _, state = decoder.step(tokens, [part[:going] for part in state])
+        if num_running:
+            tokens = torch.tensor([ids[position] for ids in prompts[:num_running]])
+            _, state = decoder.step(tokens, [part[:num_running] for part in state])
     return states
 
 
 def advance(
-    decoder: Decoder, tokens: Tensor, state: DecoderState, controls: Controls, *, unk_id: int, eos_id: int
+    decoder: Decoder, tokens: Tensor, state: DecoderState, sampling: SamplingState, *, unk_id: int, eos_id: int
 ) -> tuple[Tensor, DecoderState, tuple[Tensor, Tensor, Tensor] | None]:
-    """Read one token per row and draw the next; nothing waits for the device.
+    """Read one token per row and draw the next one. The host does not wait for the device.
 
     Args:
-        decoder: which reads.
+        decoder: reads the tokens.
         tokens: (batch,) int64.
         state: of the decoder.
-        controls: of the rows; what was drawn is noted in them, in place.
-        unk_id: never drawn: text never holds it, and it would show as U+FFFD.
+        sampling: of the rows; the drawn tokens are recorded in it, in place.
+        unk_id: the unknown token, which is never drawn: no text contains it, and it would show as U+FFFD.
         eos_id: the token that ends a text.
 
     Returns:
-        Tokens (batch,), the new state, and where a row wants them log-probabilities: of the tokens drawn (batch,), of
-        the likeliest ones (batch, n), and these.
+        Drawn tokens (batch,), the new state, and log-probabilities: of the drawn tokens (batch,), the n largest
+        (batch, n) and their tokens (batch, n). None if no row asks for log-probabilities.
     """
     logits, state = decoder.step(tokens, state)
-    told = logits.log_softmax(-1) if controls.logprobs is not None else None  # before anything is changed
+    # of the model alone, so before anything changes the logits
+    logprobs = logits.log_softmax(-1) if sampling.logprobs is not None else None
     logits.select(1, unk_id).fill_(-math.inf)
-    drawn = draw(control(logits, controls, eos_id=eos_id), controls)
-    note(controls, drawn)
-    if told is None or controls.logprobs is None:
+    drawn = draw(process_logits(logits, sampling, eos_id=eos_id), sampling)
+    record_tokens(sampling, drawn)
+    if logprobs is None or sampling.logprobs is None:
         return drawn, state, None
-    values, ids = told.topk(min(controls.logprobs, told.shape[-1]))
-    return drawn, state, (told.gather(1, drawn[:, None])[:, 0], values, ids)
+    values, ids = logprobs.topk(min(sampling.logprobs, logprobs.shape[-1]))
+    return drawn, state, (logprobs.gather(1, drawn[:, None])[:, 0], values, ids)

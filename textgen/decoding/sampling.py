@@ -1,8 +1,11 @@
-"""Pure filters on logits, then a draw.
+"""From logits to a drawn token: pure filters, then the draw.
 
-Filters take logits (batch, vocab_size) and what they go by, a number or a tensor (batch, 1) with a value for each row;
-they return new logits in which -inf marks what is not to be drawn. They work in the order that is the field's custom:
-penalties, bans, temperature, top-k, top-p, min-p, typical.
+A filter takes logits (batch, vocab_size) and its setting: a number, or a tensor (batch, 1) with one value per row. It
+returns new logits; -inf marks a token that must not be drawn.
+
+`process_logits` applies the filters in the usual order (penalties, bans, temperature, top-k, top-p, min-p, typical),
+`draw` draws a token per row, and `record_tokens` stores the drawn tokens for the penalties of later steps. The settings
+of all rows are tensors in one `SamplingState`, so that one operation serves the whole batch.
 """
 
 from __future__ import annotations
@@ -21,25 +24,32 @@ from textgen.noise import exponential, hash_bits, item_bits
 
 Number = float | Tensor
 
-# Numbers of noise that a processor makes at a time: more would leave its cache between the passes over them.
-DRAWN_AT_A_TIME = 1 << 15
+# Noise values that a CPU computes in one block. A larger block would leave the cache between the passes over it.
+NOISE_BLOCK = 1 << 15
 
-# How many of the likeliest tokens are sorted first on a CPU, where sorting them all costs more than the model.
-LIKELIEST = 256
+# Top-p on a CPU first sorts this many of the likeliest tokens: sorting the whole vocabulary costs more than the model.
+PARTIAL_SORT = 256
+
+# Tokens of prompt and text that `no_repeat_ngram` searches.
+HISTORY = 1024
+
+
+# --- filters ---------------------------------------------------------------------------------------------------------
 
 
 def keep_top_k(logits: Tensor, k: int | Tensor, *, at_most: int | None = None) -> Tensor:
-    """Set all but the k largest to -inf; equals of the k-th stay.
+    """Set all but the k largest logits to -inf; logits equal to the k-th largest are kept.
 
     Source: Fan et al., "Hierarchical neural story generation" (2018), section 5.4.
 
     Args:
         logits: (batch, vocab_size).
         k: at least 1.
-        at_most: no k is larger.
+        at_most: upper bound of the values below vocab_size in a tensor `k`, so that fewer logits are sorted.
     """
     size = logits.shape[-1]
     if isinstance(k, Tensor):
+        # one topk for all rows, then each row's threshold; a k of `size` or more keeps everything
         largest = logits.topk(min(at_most or size, size)).values
         threshold = largest.gather(-1, k.clamp(max=largest.shape[-1]) - 1)
         threshold = threshold.masked_fill(k >= size, -math.inf)
@@ -49,26 +59,30 @@ def keep_top_k(logits: Tensor, k: int | Tensor, *, at_most: int | None = None) -
 
 
 def keep_top_p(logits: Tensor, p: Number) -> Tensor:
-    """Set all but the nucleus to -inf: the fewest tokens whose probabilities reach p; equals of the last stay.
+    """Keep the nucleus, the fewest tokens whose probabilities add up to p, and set the others to -inf.
+
+    Tokens as likely as the least likely one of the nucleus are kept too.
 
     Source: Holtzman et al., "The curious case of neural text degeneration" (2020), section 3.1.
     """
     limit = torch.as_tensor(p, dtype=logits.dtype, device=logits.device)
     total = logits.logsumexp(-1, keepdim=True)
-    few = logits.device.type == "cpu" and logits.shape[-1] > LIKELIEST
-    ordered = logits.topk(LIKELIEST).values if few else logits.sort(descending=True).values
+    partial = logits.device.type == "cpu" and logits.shape[-1] > PARTIAL_SORT
+    ordered = logits.topk(PARTIAL_SORT).values if partial else logits.sort(descending=True).values
     sums = (ordered - total).exp().cumsum(-1)
-    if few and bool((sums[..., -1:] < limit).any()):
+    # in some row the likeliest tokens do not add up to p: sort everything
+    if partial and bool((sums[..., -1:] < limit).any()):
         ordered = logits.sort(descending=True).values
         sums = (ordered - total).exp().cumsum(-1)
-    last = (sums[..., :-1] < limit).sum(-1, keepdim=True)  # those whose sum does not reach p let one more in
-    # a rounded sum may reach 1 before its last tokens
+    # index of the token with which the sum reaches p: the number of sums that are below p
+    last = (sums[..., :-1] < limit).sum(-1, keepdim=True)
+    # p = 1 keeps everything: a rounded sum may reach 1 before the last tokens
     threshold = ordered.gather(-1, last).masked_fill(limit >= 1, -math.inf)
     return logits.masked_fill(logits < threshold, -math.inf)
 
 
 def keep_min_p(logits: Tensor, p: Number) -> Tensor:
-    """Set to -inf what is less likely than p times the likeliest token.
+    """Set tokens that are less likely than p times the likeliest token to -inf.
 
     Source: Nguyen et al., "Turning up the heat: min-p sampling for creative and coherent LLM outputs" (2024).
     """
@@ -77,71 +91,86 @@ def keep_min_p(logits: Tensor, p: Number) -> Tensor:
 
 
 def keep_typical(logits: Tensor, mass: Number) -> Tensor:
-    """Keep the tokens whose surprisal is nearest to the entropy, the fewest whose probabilities reach `mass`.
+    """Keep the tokens whose surprisal is nearest to the entropy: the fewest whose probabilities add up to `mass`.
 
-    Equals of the last stay. Source: Meister et al., "Locally typical sampling" (2023), section 4.
+    Tokens at the same distance as the last one are kept too.
+    Source: Meister et al., "Locally typical sampling" (2023), section 4.
     """
     limit = torch.as_tensor(mass, dtype=logits.dtype, device=logits.device)
     log_probabilities = logits.log_softmax(-1)
     probabilities = log_probabilities.exp()
     entropy = -(probabilities * log_probabilities.masked_fill(probabilities == 0, 0)).sum(-1, keepdim=True)
-    distance = (log_probabilities + entropy).abs()
+    distance = (log_probabilities + entropy).abs()  # |surprisal - entropy|, (batch, vocab_size)
     ordered, order = distance.sort()
-    share = probabilities.gather(-1, order)
-    inside = share.cumsum(-1) - share < limit
-    last = inside.sum(-1, keepdim=True).clamp(min=1) - 1
+    ordered_probabilities = probabilities.gather(-1, order)
+    # a token is kept if the sum before it is below `mass`; the first one is always kept
+    kept = ordered_probabilities.cumsum(-1) - ordered_probabilities < limit
+    last = kept.sum(-1, keepdim=True).clamp(min=1) - 1
     threshold = ordered.gather(-1, last).masked_fill(limit >= 1, math.inf)
     return logits.masked_fill(distance > threshold, -math.inf)
 
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: Number) -> Tensor:
-    """Divide positive and multiply negative logits of tokens that stand in prompt or text.
+    """Make tokens of prompt and text less likely: divide their positive logits, multiply their negative ones.
 
-    Source: Keskar et al., "CTRL" (2019), section 4.1, with the case of negative logits as users came to write it.
+    Source: Keskar et al., "CTRL" (2019), section 4.1. The paper divides all logits; that would make tokens with
+    negative logits likelier, so common implementations multiply these.
 
     Args:
         logits: (batch, vocab_size).
-        seen: bool (batch, vocab_size).
+        seen: bool (batch, vocab_size), tokens of prompt and text.
         penalty: 1 changes nothing.
     """
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
 def penalize_counts(logits: Tensor, counts: Tensor, *, presence: Number = 0.0, frequency: Number = 0.0) -> Tensor:
-    """Subtract `presence` from tokens drawn before and `frequency` for each time; counts (batch, vocab_size).
+    """Subtract `presence` from the logits of tokens drawn before, and `frequency` once per time they were drawn.
 
-    Source: the parameters of OpenAI's completions API. The prompt does not count.
+    Source: the parameters of OpenAI's completions API. Tokens of the prompt do not count.
+
+    Args:
+        logits: (batch, vocab_size).
+        counts: int (batch, vocab_size), how often each token was drawn.
+        presence: subtracted once.
+        frequency: subtracted for each time.
     """
     return logits - presence * (counts > 0) - frequency * counts
 
 
 def ban_repeated_ngrams(logits: Tensor, history: Tensor, n: int) -> Tensor:
-    """Set to -inf the tokens that would complete an n-gram a second time.
+    """Set tokens that would complete an n-gram a second time to -inf.
 
     Source: Paulus et al., "A deep reinforced model for abstractive summarization" (2018), section 2.5.
 
     Args:
         logits: (batch, vocab_size).
-        history: int64 (batch, length), prompt and text up to now, the newest last; -1 where there is nothing.
-        n: 1 bans every token that was there.
+        history: int64 (batch, length), tokens of prompt and text, the newest last; -1 marks an empty place.
+        n: length of the n-grams; 1 bans every token of the history.
     """
     if history.shape[1] < n:
         return logits
     windows = history.unfold(1, n, 1)  # (batch, length - n + 1, n)
     latest = history[:, history.shape[1] - n + 1 :]  # (batch, n - 1)
+    # n-grams of the history whose first n - 1 tokens are the latest ones, and that hold no empty place
     repeats = (windows[:, :, :-1] == latest[:, None]).all(-1) & (windows >= 0).all(-1)
+    # added up, not written: a token may end several windows, of which only some repeat the latest tokens
     banned = torch.zeros(logits.shape, dtype=torch.int32, device=logits.device)
     banned.scatter_add_(1, windows[:, :, -1].clamp(min=0), repeats.int())
     return logits.masked_fill(banned > 0, -math.inf)
 
 
 def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
-    """Divide by the temperature, from the likeliest at 0: a tiny one sends the others to -inf, not all to inf.
+    """Divide the logits by the temperature.
+
+    The largest logit of a row is subtracted first: with a tiny temperature the others become -inf, not all of them inf.
 
     Args:
         logits: (batch, vocab_size).
-        temperature: (batch, 1); 1 leaves a row's bits as they are, and 0, which `draw` knows, its differences.
+        temperature: (batch, 1). A row of 1 is returned bit for bit. A row of 0 is only shifted: `draw` takes its
+            likeliest token.
     """
+    # compiled code on a CPU; None where it cannot be used
     divided = decoding_kernels.divide_by_temperature(logits, temperature)
     if divided is not None:
         return divided
@@ -149,82 +178,91 @@ def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
     return torch.where(temperature == 1, logits, divided)
 
 
-# --- what decides the draws of a batch -------------------------------------------------------------------------------
-
-# Tokens that `no_repeat_ngram` looks back on.
-HISTORY = 1024
+# --- the settings of a batch -----------------------------------------------------------------------------------------
 
 
 @dataclass
-class Controls:
-    """What decides the draws of a batch's rows: tensors (batch, ...) by name, those that some row wants.
+class SamplingState:
+    """Settings and history of a batch's rows, by which their next tokens are drawn.
 
-    `key` is the hash of a row's seed and sample, `step` how many tokens it has drawn; the others are named as the
-    settings, or hold what these go by: `banned`, `seen`, `counts`, `history`.
+    `tensors` holds one value per row, (batch, ...), by name, and only what some row needs:
+
+    - `key`: int64, hash of the row's seed and sample number, the source of its noise
+    - `step`: int64, number of tokens drawn
+    - settings of `SamplingConfig` by their names, (batch, 1)
+    - `banned`, `seen`: bool (batch, vocab_size), banned tokens, and tokens of prompt and text
+    - `counts`: int32 (batch, vocab_size), how often each token was drawn
+    - `history`: int64 (batch, `HISTORY`), the latest tokens of prompt and text, -1 before them
     """
 
-    rows: dict[str, Tensor]
+    tensors: dict[str, Tensor]
     greedy: bool = False
-    """no row draws: the likeliest token is taken"""
+    """whether every row takes its likeliest token"""
     largest_k: int = 0
-    """no row's `top_k` is larger"""
+    """upper bound of the rows' `top_k`"""
     ngrams: tuple[int, ...] = ()
     """different values of `no_repeat_ngram`"""
     logprobs: int | None = None
-    """the largest number of alternatives that a row wants to be told"""
+    """largest number of alternatives whose log-probabilities a row asks for; None if no row asks for any"""
 
     @property
     def features(self) -> tuple[object, ...]:
-        """What a captured graph depends on, beside tensors."""
-        return (*sorted(self.rows), self.greedy, self.largest_k, self.ngrams, self.logprobs)
+        """Return everything but the tensors' values that decides which operations a step runs: a graph's key."""
+        return (*sorted(self.tensors), self.greedy, self.largest_k, self.ngrams, self.logprobs)
 
 
-def controls_of(
+def new_sampling_state(
     config: SamplingConfig, prompt: Sequence[int], sample: int, *, vocab_size: int, device: torch.device
-) -> Controls:
-    """Return the controls of one sample, a batch of one row.
+) -> SamplingState:
+    """Return the state of one new sample, a batch of one row.
 
     Args:
         config: its settings.
-        prompt: its tokens, without the one that begins a text: it is the one that ends it, which is not said yet.
+        prompt: its tokens, without the begin-of-text token. That is the same token as end-of-text, which must not count
+            as seen.
         sample: its number in the noise.
         vocab_size: number of tokens.
-        device: where the tensors lie.
+        device: of the tensors.
     """
-    neutral = _neutral(vocab_size, device)
-    rows = {"key": hash_bits(config.seed, torch.tensor([sample])).to(device), "step": neutral["step"]}
+    neutral = _neutral_tensors(vocab_size, device)
+    tensors = {"key": hash_bits(config.seed, torch.tensor([sample])).to(device), "step": neutral["step"]}
+    # settings that differ from their defaults; a number too large for its tensor has the effect of the largest one
     for setting in dataclasses.fields(SamplingConfig):
         value = getattr(config, setting.name)
         if setting.name in neutral and value is not None and value != setting.default:
             row = neutral[setting.name]
             largest = torch.finfo(row.dtype).max if row.is_floating_point() else torch.iinfo(row.dtype).max
-            rows[setting.name] = torch.full_like(row, min(value, largest))
-    if config.temperature < torch.finfo(torch.float32).tiny:  # which the division would take for 0
-        rows["temperature"] = torch.zeros_like(neutral["temperature"])
+            tensors[setting.name] = torch.full_like(row, min(value, largest))
+    # a denormal temperature: the division would take it for 0
+    if config.temperature < torch.finfo(torch.float32).tiny:
+        tensors["temperature"] = torch.zeros_like(neutral["temperature"])
+    # what penalties and bans remember
     tokens = torch.tensor(prompt, dtype=torch.int64, device=device)
-    if "repetition_penalty" in rows:
-        rows["seen"] = neutral["seen"].index_fill(1, tokens, True)
-    if "presence_penalty" in rows or "frequency_penalty" in rows:
-        rows["counts"] = neutral["counts"]
-    if "no_repeat_ngram" in rows:
-        rows["history"] = torch.cat([neutral["history"][0], tokens])[None, -HISTORY:]
+    if "repetition_penalty" in tensors:
+        tensors["seen"] = neutral["seen"].index_fill(1, tokens, True)
+    if "presence_penalty" in tensors or "frequency_penalty" in tensors:
+        tensors["counts"] = neutral["counts"]
+    if "no_repeat_ngram" in tensors:
+        tensors["history"] = torch.cat([neutral["history"][0], tokens])[None, -HISTORY:]
     if config.banned_tokens:
         banned = torch.tensor(config.banned_tokens, dtype=torch.int64, device=device)
-        rows["banned"] = neutral["banned"].index_fill(1, banned, True)
+        tensors["banned"] = neutral["banned"].index_fill(1, banned, True)
     ngrams = () if config.no_repeat_ngram is None else (config.no_repeat_ngram,)
-    return Controls(rows, config.temperature == 0, config.top_k or 0, ngrams, config.logprobs)
+    return SamplingState(tensors, config.temperature == 0, config.top_k or 0, ngrams, config.logprobs)
 
 
-def join_controls(parts: Sequence[Controls], vocab_size: int) -> Controls:
-    """Return several batches' controls as one's; a row that lacks a control gets the value that changes nothing."""
-    device = parts[0].rows["key"].device
-    neutral = _neutral(vocab_size, device)
+def join_sampling_states(parts: Sequence[SamplingState], vocab_size: int) -> SamplingState:
+    """Return one state with the rows of several; a row without a tensor gets the value that changes nothing."""
+    neutral = _neutral_tensors(vocab_size, parts[0].tensors["key"].device)
 
-    def of(part: Controls, name: str) -> Tensor:
-        return part.rows[name] if name in part.rows else neutral[name].repeat_interleave(len(part.rows["key"]), 0)
+    def rows(part: SamplingState, name: str) -> Tensor:
+        if name in part.tensors:
+            return part.tensors[name]
+        return neutral[name].repeat_interleave(len(part.tensors["key"]), 0)
 
-    return Controls(
-        {name: torch.cat([of(part, name) for part in parts]) for name in sorted({n for p in parts for n in p.rows})},
+    names = sorted({name for part in parts for name in part.tensors})
+    return SamplingState(
+        {name: torch.cat([rows(part, name) for part in parts]) for name in names},
         all(part.greedy for part in parts),
         max(part.largest_k for part in parts),
         tuple(sorted({n for part in parts for n in part.ngrams})),
@@ -232,103 +270,123 @@ def join_controls(parts: Sequence[Controls], vocab_size: int) -> Controls:
     )
 
 
-def select_controls(controls: Controls, places: Tensor) -> Controls:
-    """Return the controls of some rows only; places (rows,) int64."""
-    return dataclasses.replace(controls, rows={name: value[places] for name, value in controls.rows.items()})
+def select_sampling_state(state: SamplingState, places: Tensor) -> SamplingState:
+    """Return the state of some rows; `places` (rows,) int64 are their indices."""
+    return dataclasses.replace(state, tensors={name: value[places] for name, value in state.tensors.items()})
 
 
-def _neutral(vocab_size: int, device: torch.device) -> dict[str, Tensor]:
-    """Return one row of everything that controls may hold, with the value that changes nothing."""
+def _neutral_tensors(vocab_size: int, device: torch.device) -> dict[str, Tensor]:
+    """Return one row of every tensor that a state may hold, with the values that change nothing."""
 
     def row(value: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full((1, *shape), value, dtype=dtype, device=device)
 
     return {
         "step": row(0, dtype=torch.int64),
-        "temperature": row(1, 1), "top_k": row(vocab_size, 1, dtype=torch.int64), "top_p": row(1, 1),
-        "min_p": row(0, 1), "typical_p": row(1, 1), "repetition_penalty": row(1, 1), "presence_penalty": row(0, 1),
-        "frequency_penalty": row(0, 1), "no_repeat_ngram": row(0, 1, dtype=torch.int64),
+        "temperature": row(1, 1),
+        "top_k": row(vocab_size, 1, dtype=torch.int64),
+        "top_p": row(1, 1),
+        "min_p": row(0, 1),
+        "typical_p": row(1, 1),
+        "repetition_penalty": row(1, 1),
+        "presence_penalty": row(0, 1),
+        "frequency_penalty": row(0, 1),
+        "no_repeat_ngram": row(0, 1, dtype=torch.int64),
         "min_new_tokens": row(0, 1, dtype=torch.int64),
-        "banned": row(False, vocab_size, dtype=torch.bool), "seen": row(False, vocab_size, dtype=torch.bool),
-        "counts": row(0, vocab_size, dtype=torch.int32), "history": row(-1, HISTORY, dtype=torch.int64),
-    }  # fmt: skip
+        "banned": row(False, vocab_size, dtype=torch.bool),
+        "seen": row(False, vocab_size, dtype=torch.bool),
+        "counts": row(0, vocab_size, dtype=torch.int32),
+        "history": row(-1, HISTORY, dtype=torch.int64),
+    }
 
 
-def control(logits: Tensor, controls: Controls, *, eos_id: int) -> Tensor:
-    """Return logits (batch, vocab_size) as each row's controls want them, divided by its temperature."""
-    rows = controls.rows
-    if "seen" in rows:
-        logits = penalize_repetition(logits, rows["seen"], rows["repetition_penalty"])
-    if "counts" in rows:
-        presence, frequency = (rows.get(f"{name}_penalty", 0.0) for name in ("presence", "frequency"))
-        logits = penalize_counts(logits, rows["counts"], presence=presence, frequency=frequency)
-    if "banned" in rows:
-        logits = logits.masked_fill(rows["banned"], -math.inf)
-    if "min_new_tokens" in rows or controls.ngrams:
-        ending = torch.arange(logits.shape[-1], device=logits.device) == eos_id  # (vocab_size,)
-    if "min_new_tokens" in rows:
-        logits = logits.masked_fill((rows["step"][:, None] < rows["min_new_tokens"]) & ending, -math.inf)
-    for n in controls.ngrams:
-        logits = torch.where(rows["no_repeat_ngram"] == n, ban_repeated_ngrams(logits, rows["history"], n), logits)
-    if controls.ngrams:  # they may leave nothing to say: the text ends
-        logits = logits.masked_fill((logits.amax(-1, keepdim=True) == -math.inf) & ending, 0.0)
-    if "temperature" in rows:
-        logits = divide_by_temperature(logits, rows["temperature"])
-    if "top_k" in rows:
-        logits = keep_top_k(logits, rows["top_k"], at_most=controls.largest_k)
-    if "top_p" in rows:
-        logits = keep_top_p(logits, rows["top_p"])
-    if "min_p" in rows:
-        logits = keep_min_p(logits, rows["min_p"])
-    if "typical_p" in rows:
-        logits = keep_typical(logits, rows["typical_p"])
+# --- a step: process, draw, record -----------------------------------------------------------------------------------
+
+
+def process_logits(logits: Tensor, state: SamplingState, *, eos_id: int) -> Tensor:
+    """Return logits (batch, vocab_size) after each row's penalties, bans, temperature and filters."""
+    tensors = state.tensors
+    # penalties
+    if "seen" in tensors:
+        logits = penalize_repetition(logits, tensors["seen"], tensors["repetition_penalty"])
+    if "counts" in tensors:
+        presence, frequency = (tensors.get(f"{name}_penalty", 0.0) for name in ("presence", "frequency"))
+        logits = penalize_counts(logits, tensors["counts"], presence=presence, frequency=frequency)
+    # bans
+    if "banned" in tensors:
+        logits = logits.masked_fill(tensors["banned"], -math.inf)
+    if "min_new_tokens" in tensors or state.ngrams:
+        is_eos = torch.arange(logits.shape[-1], device=logits.device) == eos_id  # (vocab_size,)
+    if "min_new_tokens" in tensors:
+        logits = logits.masked_fill((tensors["step"][:, None] < tensors["min_new_tokens"]) & is_eos, -math.inf)
+    for n in state.ngrams:
+        unrepeated = ban_repeated_ngrams(logits, tensors["history"], n)
+        logits = torch.where(tensors["no_repeat_ngram"] == n, unrepeated, logits)
+    if state.ngrams:  # if the bans leave no token, the text ends
+        logits = logits.masked_fill((logits.amax(-1, keepdim=True) == -math.inf) & is_eos, 0.0)
+    # temperature and filters
+    if "temperature" in tensors:
+        logits = divide_by_temperature(logits, tensors["temperature"])
+    if "top_k" in tensors:
+        logits = keep_top_k(logits, tensors["top_k"], at_most=state.largest_k)
+    if "top_p" in tensors:
+        logits = keep_top_p(logits, tensors["top_p"])
+    if "min_p" in tensors:
+        logits = keep_min_p(logits, tensors["min_p"])
+    if "typical_p" in tensors:
+        logits = keep_typical(logits, tensors["typical_p"])
     return logits
 
 
-def draw(logits: Tensor, controls: Controls) -> Tensor:
-    """Draw one token per row from logits (batch, vocab_size) that `control` returned; int64 (batch,).
+def draw(logits: Tensor, state: SamplingState) -> Tensor:
+    """Draw one token per row; int64 (batch,).
 
-    The draw is the argmax of probabilities over exponential noise, in logarithms (the Gumbel-max trick). The noise is
-    a hash of (seed, sample, step, token): a row's draw depends on nothing but its own logits and numbers, not on the
-    batch, the device or a generator. On a CPU compiled code draws what is beyond the doubt of rounding.
+    The drawn token is the argmax of the probabilities divided by exponential noise, computed in logarithms (the
+    Gumbel-max trick). The noise is a hash of (seed, sample, step, token). So the draw of a row depends on its own
+    logits, seed, sample number and step alone: not on the rest of the batch, the device or a random generator's state.
+
+    Args:
+        logits: (batch, vocab_size), as `process_logits` returns them.
+        state: of the rows.
     """
-    if controls.greedy:
+    if state.greedy:
         return logits.argmax(-1)
-    rows = controls.rows
+    tensors = state.tensors
     drawn = decoding_kernels.draw(
-        logits, item_bits(logits.shape[-1], logits.device), rows["key"], rows["step"], rows.get("temperature")
+        logits, item_bits(logits.shape[-1], logits.device), tensors["key"], tensors["step"], tensors.get("temperature")
     )
-    if drawn is None:
-        return _draw(logits, rows)
+    if drawn is None:  # compiled code cannot be used
+        return _draw(logits, tensors)
+    # Compiled code marks a row with -1 if rounding could decide between its two best tokens. torch draws these rows.
     tokens, num_doubtful = drawn
     if num_doubtful:
         doubtful = (tokens < 0).nonzero()[:, 0]
-        tokens[doubtful] = _draw(logits[doubtful], select_controls(controls, doubtful).rows)
+        tokens[doubtful] = _draw(logits[doubtful], select_sampling_state(state, doubtful).tensors)
     return tokens
 
 
-def _draw(logits: Tensor, rows: dict[str, Tensor]) -> Tensor:
-    """Draw by torch's operators, which define the draw."""
-    keys = hash_bits(rows["key"], rows["step"])
-    # a processor draws as many rows at a time as its cache holds, a GPU all of them
-    height = max(DRAWN_AT_A_TIME // logits.shape[-1], 1) if logits.device.type == "cpu" else len(logits)
+def _draw(logits: Tensor, tensors: dict[str, Tensor]) -> Tensor:
+    """Draw with torch's operators, which define the correct draw."""
+    keys = hash_bits(tensors["key"], tensors["step"])
+    # on a CPU as many rows at a time as fit the cache, on a GPU all rows
+    block_rows = max(NOISE_BLOCK // logits.shape[-1], 1) if logits.device.type == "cpu" else len(logits)
     tokens = []
-    for start in range(0, len(logits), height):
-        block = slice(start, start + height)
+    for start in range(0, len(logits), block_rows):
+        block = slice(start, start + block_rows)
         noise = exponential(keys[block], logits.shape[-1]).log_()  # (rows, vocab_size)
-        if "temperature" in rows:
-            noise = noise.where(rows["temperature"][block] > 0, 0.0)
+        if "temperature" in tensors:  # at temperature 0 no noise: the argmax is the likeliest token
+            noise = noise.where(tensors["temperature"][block] > 0, 0.0)
         tokens.append(torch.sub(logits[block], noise, out=noise).argmax(-1))
     return torch.cat(tokens)
 
 
-def note(controls: Controls, tokens: Tensor) -> None:
-    """Note the tokens (batch,) that were drawn, in place, for the draws to come."""
-    rows = controls.rows
-    rows["step"] += 1
-    if "seen" in rows:
-        rows["seen"].scatter_(1, tokens[:, None], True)
-    if "counts" in rows:
-        rows["counts"].scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32))
-    if "history" in rows:
-        rows["history"].copy_(torch.cat([rows["history"][:, 1:], tokens[:, None]], 1))
+def record_tokens(state: SamplingState, tokens: Tensor) -> None:
+    """Record drawn tokens (batch,) in the state, in place, for penalties and bans of later steps."""
+    tensors = state.tensors
+    tensors["step"] += 1
+    if "seen" in tensors:
+        tensors["seen"].scatter_(1, tokens[:, None], True)
+    if "counts" in tensors:
+        tensors["counts"].scatter_add_(1, tokens[:, None], torch.ones_like(tokens[:, None], dtype=torch.int32))
+    if "history" in tensors:
+        tensors["history"].copy_(torch.cat([tensors["history"][:, 1:], tokens[:, None]], 1))

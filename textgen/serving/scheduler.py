@@ -19,7 +19,7 @@ import torch
 
 from textgen.config import SamplingConfig
 from textgen.decoding.decoders import Decoder
-from textgen.decoding.generation import Batch, Prefilled, Request, Row, Sample, TokenLogprobs
+from textgen.decoding.generation import Batch, Prefilled, Request, RunningSample, Sample, TokenLogprobs
 from textgen.tokenizer import Tokenizer
 
 log = logging.getLogger("textgen")
@@ -59,7 +59,7 @@ class Piece:
 class Stream:
     """A sample that somebody waits for."""
 
-    row: Row
+    row: RunningSample
     owner: Any
     """the caller's, to know it again"""
     cancelled: bool = False
@@ -147,7 +147,7 @@ class Scheduler:
         """Return a sample to submit; `tokens` are the prompt's."""
         request = Request(prompt, config, number)
         ids = [self.tokenizer.bos_id, *tokens]
-        row = Row(index=next(self._indices), request=request, tokenizer=self.tokenizer, prompt=ids)
+        row = RunningSample(index=next(self._indices), request=request, tokenizer=self.tokenizer, prompt_ids=ids)
         return Stream(row, owner)
 
     def submit(self, streams: Sequence[Stream]) -> None:
@@ -200,7 +200,7 @@ class Scheduler:
                 return arrived
             tokens = 0
             while self._waiting and len(self._running) + len(arrived) < self._batch_size:
-                tokens += len(self._waiting[0].row.prompt)
+                tokens += len(self._waiting[0].row.prompt_ids)
                 if arrived and tokens > PROMPT_TOKENS_PER_STEP:
                     break
                 arrived.append(self._waiting.popleft())
@@ -222,7 +222,7 @@ class Scheduler:
         batch = self._batch
         assert batch is not None
         tokens, told = batch.advance()
-        streams = [self._running[row.index] for row in batch.rows]
+        streams = [self._running[row.index] for row in batch.samples]
         urgent = []
         for place, stream in enumerate(streams):
             if stream.cancelled:
