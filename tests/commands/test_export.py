@@ -14,11 +14,12 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from textgen.commands import export
-from textgen.commands.export import decoded_nats, export_command
+from textgen.commands.export import export_command
 from textgen.config import ModelConfig
 from textgen.decoding import choose
 from textgen.decoding.choose import choose_decoder
 from textgen.decoding.decoders import CellDecoder, Decoder
+from textgen.decoding.export import decoded_nats
 from textgen.decoding.onnx import OnnxDecoder, write_onnx
 from textgen.evaluation import score
 from textgen.model.files import load_model
@@ -161,5 +162,6 @@ def test_missing_packages_are_named_before_anything_is_read(
         export_command(["nowhere", "--to", "onnx"])
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
-        "error: `--to onnx` takes the packages of `pip install textgen[export]`: no_such_package\n"
+        "error: `--to onnx` needs packages that are not installed: no_such_package; "
+        "run `pip install -e '.[export]'` in the checkout\n"
     )

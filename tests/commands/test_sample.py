@@ -19,7 +19,7 @@ from typing import Any, get_args
 import pytest
 
 from textgen.cli import main
-from textgen.commands import sample as sample_module
+from textgen.commands import model_argument
 from textgen.decoding import choose
 from textgen.model.files import CONFIG_NAME, WEIGHTS_NAME
 from textgen.runs.checkpoint import checkpoints
@@ -196,7 +196,7 @@ def test_decoders_are_chosen_by_name_and_say_so(sample: Sampler, caplog: pytest.
 
 
 def test_the_names_of_decoders_are_those_that_there_are() -> None:
-    assert get_args(sample_module.DecoderName) == get_args(choose.DecoderName)
+    assert get_args(model_argument.DecoderName) == get_args(choose.DecoderName)
 
 
 def test_prompts_and_stop_strings_are_treated_as_the_text_that_was_trained_on(

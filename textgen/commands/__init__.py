@@ -1,6 +1,7 @@
 """The commands of `textgen`, one module each: flags in, printed results out. Nothing is computed here.
 
 - `parsing`: flags and YAML to a frozen config, or to one line that says what is wrong
+- `model_argument`: the flags that choose a checkpoint, and the model that they open
 - `train`: train
 - `prepare`: encode the text of a training ahead of time
 - `evaluate`: bits per byte of a checkpoint

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 
+from textgen.commands.model_argument import add_model_arguments, open_model
 from textgen.commands.parsing import Parser
 from textgen.config import Precision
 from textgen.console import start_log
@@ -14,8 +15,7 @@ from textgen.console import start_log
 def evaluate_command(argv: Sequence[str]) -> None:
     """Score a checkpoint on whole documents and print the figures."""
     parser = Parser(prog="textgen evaluate", description="Score whole documents. Runs under `accelerate launch` too.")
-    parser.add_argument("checkpoint", help="checkpoint, run folder or hub repository")
-    parser.add_argument("--best", action="store_true", help="of a run, the best checkpoint instead of the newest")
+    add_model_arguments(parser)
     parser.add_argument(
         "--data",
         default="validation",
@@ -44,17 +44,15 @@ def evaluate_command(argv: Sequence[str]) -> None:
     from textgen.distributed import launch
     from textgen.errors import TextgenError
     from textgen.evaluation import score
-    from textgen.model.files import load_model
-    from textgen.runs.checkpoint import find_checkpoint
 
     accelerator = launch.start(args.mixed_precision)
-    directory = find_checkpoint(args.checkpoint, best=args.best)
-    launch.assert_same(accelerator, directory, "the checkpoint")  # of a run that goes on, it may be another one soon
-    model, tokenizer = load_model(directory or args.checkpoint, accelerator.device)
+    opened = open_model(args.checkpoint, best=args.best, accelerator=accelerator)
+    model, tokenizer = opened.model, opened.tokenizer
     if not tokenizer.is_lossless:
         raise TextgenError(f"`{args.checkpoint}` has a word tokenizer, which loses text: it has no bits per byte")
-    normalization = model.text.get("normalization", "none")
-    texts = texts_to_score(directory, args.data, args.text_column, limit=args.limit, normalization=normalization)
+    texts = texts_to_score(
+        opened.checkpoint, args.data, args.text_column, limit=args.limit, normalization=opened.normalization
+    )
     documents = encode_documents(tokenizer, texts)
     num_bytes, words = sum(len(text.encode()) for text in texts), sum(len(text.split()) for text in texts)
     result = score(

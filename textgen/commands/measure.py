@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from textgen.commands.model_argument import OpenModel, add_model_arguments, open_decoder
 from textgen.commands.parsing import Parser, fail
-from textgen.config import DecoderName, SamplingConfig
+from textgen.config import SamplingConfig
 from textgen.console import Progress, setup_logging
 from textgen.files import write_atomic
 from textgen.reporting.report import MEASURES_FORMAT, MEASURES_NAME, leave_report
@@ -36,7 +37,8 @@ def measure_command(argv: Sequence[str]) -> None:
     """Draw texts, measure them and human ones, and leave the figures beside the run."""
     args = _parse(argv)
     setup_logging(main=True)
-    run_dir, directory, decoder, tokenizer, normalization = _load(args)
+    opened, decoder = _open(args)
+    run_dir, directory, tokenizer = Path(args.run), opened.directory, opened.tokenizer
     started = time.monotonic()
     from textgen.data.texts import SPLITS, read_split, store_of, texts_to_score
     from textgen.reporting.measures import copied_shares, diversity, words
@@ -45,7 +47,7 @@ def measure_command(argv: Sequence[str]) -> None:
     if args.data in SPLITS:
         texts = list(read_split(store, args.data))
     else:
-        texts = texts_to_score(directory, args.data, args.text_column, limit=None, normalization=normalization)
+        texts = texts_to_score(directory, args.data, args.text_column, limit=None, normalization=opened.normalization)
     human = [words(_cut(text, tokenizer, args.max_new_tokens)) for text in texts]
     sets = [_Set("human", [len(text) for text in human], _evenly(_long(human, args.words), args.texts))]
     if len(sets[0].texts) < args.texts:
@@ -98,8 +100,9 @@ def _parse(argv: Sequence[str]) -> Any:
         prog="textgen measure",
         description="Measure generated texts beside human ones: variety, repetition, what is copied, length.",
     )
-    parser.add_argument("run", help=f"run folder, where `{MEASURES_NAME}` and the report are left")
-    parser.add_argument("--best", action="store_true", help="the best checkpoint instead of the newest")
+    add_model_arguments(
+        parser, "run", help=f"run folder, where `{MEASURES_NAME}` and the report are left", decoder=True
+    )
     parser.add_argument("--texts", type=int, default=1000, help="texts at each temperature, and human ones")
     parser.add_argument("--words", type=int, default=128, help="words of each that are measured: its first ones")
     parser.add_argument(
@@ -111,7 +114,6 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--data", default="validation", help="human texts: a file, folder or glob, or a split")
     parser.add_argument("--text_column", default="text", help="column of the text in csv, jsonl and parquet files")
     parser.add_argument("--batch_size", type=int, default=64, help="texts that are drawn at a time")
-    parser.add_argument("--decoder", type=DecoderName, default="auto", help="how the model's steps are computed")
     parser.add_argument("--seed", type=int, default=42, help="decides the draws")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(list(argv))
@@ -132,25 +134,13 @@ def _sampling(args: Any, temperature: float, parser: Parser | None = None) -> Sa
         parser.error(str(error).replace("`temperature`", "`temperatures`"))
 
 
-def _load(args: Any) -> tuple[Path, Path, Decoder, Tokenizer, str]:
-    """Return the run's folder, the checkpoint in it, its decoder and tokenizer, and how the model reads text."""
-    import torch
-
-    from textgen.decoding.choose import choose_decoder
-    from textgen.model.files import load_model
-    from textgen.runs.checkpoint import checkpoints, find_checkpoint
+def _open(args: Any) -> tuple[OpenModel, Decoder]:
+    from textgen.runs.checkpoint import checkpoints
 
     run_dir = Path(args.run)
-    directory = find_checkpoint(run_dir, best=args.best) if checkpoints(run_dir) else None
-    if directory is None:
+    if not checkpoints(run_dir):
         fail(f"`{run_dir}` is no run folder with checkpoints" if run_dir.exists() else f"`{run_dir}` does not exist")
-    model, tokenizer = load_model(directory, "cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        decoder = choose_decoder(model, args.decoder, directory=directory)
-    except ValueError as error:
-        fail(str(error))
-    log.info("%s", decoder.description)
-    return run_dir, directory, decoder, tokenizer, model.text.get("normalization", "none")
+    return open_decoder(run_dir, args.decoder, best=args.best)
 
 
 def _cut(text: str, tokenizer: Tokenizer, max_tokens: int) -> str:

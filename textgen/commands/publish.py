@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -11,16 +9,12 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from textgen.commands.model_argument import add_model_arguments
 from textgen.commands.parsing import Parser, fail
-
-if TYPE_CHECKING:
-    pass
 from textgen.reporting.card import CARD_NAME, HUB, build_card, read_record
 
-DECODER_NAME = "decoder.safetensors"
-"""Of `textgen export`."""
 REACH_SECONDS = 10.0
 """The hub's first answer may take so long; what follows is the client's affair."""
 
@@ -31,8 +25,7 @@ def publish_command(argv: Sequence[str]) -> None:
         prog="textgen publish",
         description="Publish a model with a card of its own figures. The hub's token is the one `hf auth login` keeps.",
     )
-    parser.add_argument("checkpoint", help="checkpoint, run folder or hub repository")
-    parser.add_argument("--best", action="store_true", help="of a run, the best checkpoint instead of the newest")
+    add_model_arguments(parser)
     parser.add_argument(
         "--to", required=True, metavar="DIR|hub:OWNER/NAME", help="new folder, or repository of the hub"
     )
@@ -115,38 +108,18 @@ def write_publication(args: Any, out: Path, *, name: str, where: str) -> None:
         CheckpointError, TextgenError, TokenizerError: there is no whole checkpoint.
         OSError: a file cannot be written.
     """
-    from textgen.model.files import CONFIG_NAME, WEIGHTS_NAME, load_model, resolve_model_directory
-    from textgen.runs.checkpoint import MANIFEST_NAME, find_checkpoint, verify
-    from textgen.tokenizer import MODEL_NAME
+    from textgen.decoding.export import copy_decoder
+    from textgen.model.files import MODEL_FILES, read_model_and_tokenizer, resolve_model_directory
+    from textgen.runs.checkpoint import find_checkpoint
 
-    directory = find_checkpoint(args.checkpoint, best=args.best) or resolve_model_directory(args.checkpoint)
-    if (directory / MANIFEST_NAME).exists():
-        verify(directory)
-    for file in (CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME):
+    checkpoint = find_checkpoint(args.checkpoint, best=args.best, files=None)
+    directory = checkpoint or resolve_model_directory(args.checkpoint)
+    for file in MODEL_FILES:
         shutil.copyfile(directory / file, out / file)
-    model, _ = load_model(out)  # what is published can be read
-    cost = _copy_decoder(directory, out)
+    model, _ = read_model_and_tokenizer(out)  # the copy, so that an unreadable model is not published
+    cost = copy_decoder(directory, out)
     card = build_card(
         model, read_record(directory), name=name, where=where, int8_cost=cost,
         license=args.license, languages=args.language,
     )  # fmt: skip
     (out / CARD_NAME).write_text(card, encoding="utf-8")
-
-
-def _copy_decoder(directory: Path, out: Path) -> float | None:
-    """Copy an export, if it is one of these weights; return what int8 costs, in bits per byte."""
-    from textgen.decoding.choose import FIGURES_NAME
-    from textgen.model.files import WEIGHTS_NAME
-
-    try:
-        figures = json.loads((directory / FIGURES_NAME).read_bytes())
-        cost = float(figures["bits_per_byte"]["int8"] - figures["bits_per_byte"]["plain"])
-        with (out / WEIGHTS_NAME).open("rb") as file:
-            if figures["model_sha256"] != hashlib.file_digest(file, "sha256").hexdigest():
-                return None
-        shutil.copyfile(directory / DECODER_NAME, out / DECODER_NAME)
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-    figures["data"] = Path(str(figures.get("data"))).name
-    (out / FIGURES_NAME).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    return cost

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from textgen.commands.model_argument import add_model_arguments, open_decoder
 from textgen.commands.parsing import Parser, fail
-from textgen.config import DecoderName, SamplingConfig
+from textgen.config import SamplingConfig
 from textgen.console import Progress, setup_logging
 from textgen.settings import build_settings, in_words, unknown_setting
 
@@ -67,13 +68,15 @@ def sample_command(argv: Sequence[str]) -> None:
         if prompt.text and not prompt.text.strip():
             fail(f"{prompt.where} is only spaces; an empty prompt starts a text")
 
-    directory, decoder, tokenizer, text_settings = _load(args)
+    setup_logging(main=True)
+    opened, decoder = open_decoder(args.checkpoint, args.decoder, best=args.best)
+    tokenizer = opened.tokenizer
     _require_drawable(config, tokenizer)
-    prompts = [_as_read(prompt, text_settings.get("normalization", "none"), tokenizer) for prompt in prompts]
+    prompts = [_as_read(prompt, opened.normalization, tokenizer) for prompt in prompts]
     with _first_interrupt() as interrupted:
         sampler = _Sampler(args, decoder, tokenizer, prompts, interrupted)
         if args.batch_file is not None:
-            _write_batch(sampler, Path(args.out), _origin(args, config, raw, directory))
+            _write_batch(sampler, Path(args.out), _origin(args, config, raw, opened.directory))
         elif args.json:
             for records in sampler.records():
                 print("\n".join(_json_line(record) for record in records), flush=True)
@@ -96,8 +99,7 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
         prog="textgen sample",
         description="Continue prompts with a trained model. A list is written `--stop A B` or `--stop A --stop B`.",
     )
-    parser.add_argument("checkpoint", help="checkpoint, run folder or hub repository")
-    parser.add_argument("--best", action="store_true", help="of a run, the best checkpoint instead of the newest")
+    add_model_arguments(parser, decoder=True)
     parser.add_argument(
         "--prompt",
         action="append",
@@ -125,7 +127,6 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
         help="draw so many samples of each prompt and keep the `num_samples` with the largest mean log-probability",
     )
     parser.add_argument("--batch_size", type=int, default=64, help="samples that run at a time")
-    parser.add_argument("--decoder", type=DecoderName, default="auto", help="how the model's steps are computed")
     parser.add_argument("--json", action="store_true", help="print one JSON object per sample")
     parser.add_class_arguments(SamplingConfig, None, fail_untyped=True, skip=set(LISTS))
     for name, text in LISTS.items():
@@ -247,25 +248,6 @@ def _decode(raw: bytes, where: str) -> str:
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
-
-
-def _load(args: Any) -> tuple[Path, Decoder, Tokenizer, dict[str, Any]]:
-    """Return the checkpoint's directory, its decoder and tokenizer, and how its text was treated."""
-    setup_logging(main=True)
-    import torch
-
-    from textgen.decoding.choose import choose_decoder
-    from textgen.model.files import load_model, resolve_model_directory
-    from textgen.runs.checkpoint import find_checkpoint
-
-    directory = find_checkpoint(args.checkpoint, best=args.best) or resolve_model_directory(args.checkpoint)
-    model, tokenizer = load_model(directory, "cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        decoder = choose_decoder(model, args.decoder, directory=directory)
-    except ValueError as error:
-        fail(str(error))
-    log.info("%s", decoder.description)
-    return directory, decoder, tokenizer, model.text
 
 
 class _Sampler:

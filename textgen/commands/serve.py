@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from textgen.commands.model_argument import add_model_arguments, open_decoder
 from textgen.commands.parsing import Parser, fail
-from textgen.config import DecoderName
 
 if TYPE_CHECKING:
     pass
@@ -45,28 +45,19 @@ def serve_command(argv: Sequence[str]) -> None:
     log.setLevel(logging.INFO)
     import torch
 
-    from textgen.decoding.choose import choose_decoder
-    from textgen.model.files import load_model, resolve_model_directory
-    from textgen.runs.checkpoint import find_checkpoint
     from textgen.serving.api import Api
     from textgen.serving.gate import Gate
     from textgen.serving.protocol import Limits
     from textgen.serving.scheduler import Scheduler
 
     torch.set_num_threads(args.threads or max(torch.get_num_threads() - 1, 1))
-    directory = find_checkpoint(args.checkpoint, best=args.best) or resolve_model_directory(args.checkpoint)
-    model, tokenizer = load_model(directory, "cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        decoder = choose_decoder(model, args.decoder, directory=directory)
-    except ValueError as error:
-        fail(str(error))
-    log.info("%s", decoder.description)
+    opened, decoder = open_decoder(args.checkpoint, args.decoder, best=args.best)
 
-    scheduler = Scheduler(decoder, tokenizer, batch_size=args.batch_size, max_waiting=args.max_waiting)
+    scheduler = Scheduler(decoder, opened.tokenizer, batch_size=args.batch_size, max_waiting=args.max_waiting)
     limits = Limits(max_tokens=args.max_tokens, max_prompt_tokens=args.max_prompt_tokens, timeout=args.timeout)
     server: Any = None
     api = Api(
-        args.name or Path(args.checkpoint).resolve().name, model.text.get("normalization", "none"), scheduler, limits,
+        args.name or Path(args.checkpoint).resolve().name, opened.normalization, scheduler, limits,
         lambda: len(server.server_state.connections),
     )  # fmt: skip
     hosts = [*LOOPBACK_NAMES, _in_url(args.host), *(name.lower() for name in args.allowed_hosts or ())]
@@ -81,8 +72,7 @@ def _parse(argv: Sequence[str]) -> Any:
         prog="textgen serve",
         description="Answer OpenAI's completions API, and show a page to play with, until SIGTERM or Ctrl-C.",
     )
-    parser.add_argument("checkpoint", help="checkpoint, run folder or hub repository")
-    parser.add_argument("--best", action="store_true", help="of a run, the best checkpoint instead of the newest")
+    add_model_arguments(parser, decoder=True)
     parser.add_argument("--name", help="the model's name; that of the checkpoint's or run's folder, unless given")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
@@ -94,7 +84,6 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument(
         "--allowed_hosts", nargs="+", metavar="NAME", help="more names of this server, as a proxy before it has them"
     )
-    parser.add_argument("--decoder", type=DecoderName, default="auto", help="how the model's steps are computed")
     parser.add_argument(
         "--threads", type=int | None, default=None, help="threads that decode; all but one, unless given: for HTTP"
     )

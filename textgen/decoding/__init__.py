@@ -6,5 +6,6 @@
 - `products`: matrix products on packed weights
 - `choose`: the choice of a decoder
 - `cuda_graphs`: many steps at one launch
+- `export`: decoders as files, and what a decoder costs
 - `onnx`: one step as a module that ONNX can hold
 """

@@ -16,12 +16,13 @@ from textgen.config import ModelConfig
 from textgen.errors import CheckpointError, TextgenError, first_line
 from textgen.files import JSON_BYTES, parse_json
 from textgen.model.lstm import LSTMLanguageModel
-from textgen.runs.checkpoint import find_checkpoint, verify
+from textgen.runs.checkpoint import find_checkpoint
 from textgen.runs.tensors import read_header, read_tensors, serialize
 from textgen.tokenizer import MODEL_NAME, Tokenizer
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+MODEL_FILES = (CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME)
 _FORMAT = "textgen.lstm.1"
 
 HUB_SECONDS = 3  # to wait for the hub's first answer
@@ -138,11 +139,18 @@ def load_model(
     Raises:
         CheckpointError, TextgenError, TokenizerError: it cannot be read, or the tokenizer is not the model's.
     """
-    directory = find_checkpoint(name, best=best)
-    if directory is None:
-        directory = resolve_model_directory(name)
-    else:
-        verify(directory, [CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME])
+    directory = find_checkpoint(name, best=best, files=MODEL_FILES) or resolve_model_directory(name)
+    return read_model_and_tokenizer(directory, device)
+
+
+def read_model_and_tokenizer(
+    directory: Path, device: torch.device | str = "cpu"
+) -> tuple[LSTMLanguageModel, Tokenizer]:
+    """Read model and tokenizer of a directory whose files the caller has verified.
+
+    Raises:
+        CheckpointError, TextgenError, TokenizerError: they cannot be read, or the tokenizer is not the model's.
+    """
     model = read_model(directory)
     if not (directory / MODEL_NAME).is_file():
         raise CheckpointError(f"`{directory}` has no `{MODEL_NAME}`")

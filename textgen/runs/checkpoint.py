@@ -303,7 +303,7 @@ def verify(directory: Path, names: Sequence[str] | None = None) -> Manifest:
         raise CheckpointError(f"`{directory}` holds step {manifest.step}")
     for name in manifest.files if names is None else names:
         if name not in manifest.files:
-            raise CheckpointError(f"`{directory}` has no `{name}` in its `{MANIFEST_NAME}`")
+            raise _not_listed(directory, name)
         wanted_bytes, wanted = manifest.files[name]
         path = directory / name
         try:
@@ -358,29 +358,65 @@ def read_json(path: Path) -> dict[str, Any]:
     raise CheckpointError(f"`{path.parent}` has no `{path.name}`: not a whole training checkpoint")
 
 
-def find_checkpoint(name: str | Path, *, best: bool = False) -> Path | None:
+def find_checkpoint(name: str | Path, *, best: bool = False, files: Sequence[str] | None = ()) -> Path | None:
     """Return the directory of a checkpoint: `name` itself, or the newest valid or best one of a run; None for neither.
 
+    Each file is read and hashed once: every byte of a run's newest checkpoint, `trainer.json` and `files` of others.
+
+    Args:
+        name: a checkpoint's directory, or a run's.
+        best: of a run, the checkpoint with the best validation instead of the newest one.
+        files: the caller's files, to be verified beside `trainer.json`; None for all files.
+
     Raises:
-        CheckpointError: the run has checkpoints, and none of them is valid, or the best one is not; or the
-            `trainer.json` of a checkpoint is not as it was written.
+        CheckpointError: the run has checkpoints, and none of them is valid, or the best one is not; or a file that was
+            to be verified is not as it was written.
     """
     path = Path(name)
     if not checkpoints(path):
-        if (path / TRAINER_NAME).exists():  # those who evaluate read it; what else they read, they verify
-            verify(path, [TRAINER_NAME])
-            return path
-        return path if (path / MANIFEST_NAME).exists() else None
+        return path if _verify_some(path, files) else None
     newest, problems = newest_valid(path)
     if newest is None:
         raise CheckpointError(f"`{name}` has no valid checkpoint: {'; '.join(map(str, problems))}")
     for problem in problems:
         log.warning("INVALID CHECKPOINT left aside: %s", problem)
     if not best:
+        _require_listed(newest, files)
         return newest
     progression = read_json(newest / TRAINER_NAME).get("progression")
     step = progression.get("best_step") if isinstance(progression, dict) else None
     if type(step) is not int or not 0 <= step < 10**18:
         raise CheckpointError(f"`{name}` has no best checkpoint: nothing was validated")
     found = [directory for number, directory in checkpoints(path) if number == step]  # it may be being replaced
-    return next(iter(found), checkpoint_path(path, step))
+    directory = next(iter(found), checkpoint_path(path, step))
+    if directory == newest:
+        _require_listed(newest, files)
+    elif not _verify_some(directory, files):
+        raise CheckpointError(f"`{directory}` has no `{MANIFEST_NAME}`: not a whole training checkpoint")
+    return directory
+
+
+def _verify_some(directory: Path, files: Sequence[str] | None) -> bool:
+    """Verify `trainer.json` and the caller's files; return False if the directory is not a checkpoint."""
+    trainer = _trainer_file(directory)
+    if not trainer and not (directory / MANIFEST_NAME).exists():
+        return False
+    verify(directory, None if files is None else [*trainer, *files])
+    return True
+
+
+def _require_listed(directory: Path, files: Sequence[str] | None) -> None:
+    """Raise CheckpointError unless the manifest, all of whose files are verified, lists the caller's files too."""
+    listed = _read_manifest(directory).files
+    for name in [*_trainer_file(directory), *(files or ())]:
+        if name not in listed:
+            raise _not_listed(directory, name)
+
+
+def _trainer_file(directory: Path) -> list[str]:
+    """Return the name of `trainer.json` if the directory has one; evaluation reads it, so it is verified."""
+    return [TRAINER_NAME] if (directory / TRAINER_NAME).exists() else []
+
+
+def _not_listed(directory: Path, name: str) -> CheckpointError:
+    return CheckpointError(f"`{directory}` has no `{name}` in its `{MANIFEST_NAME}`")
