@@ -4,6 +4,8 @@ BIN := .venv/bin
 # Another build of torch: make TORCH_INDEX=https://... (see pytorch.org)
 TORCH_INDEX ?=
 RUN ?= runs/quick
+# Processes that run the tests; each computes with one thread. 0: a single one, with all threads.
+WORKERS ?= 2
 # Threads that wait must not spin: on a busy machine two-thread regions are many times slower otherwise.
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
@@ -16,7 +18,7 @@ train: .venv/installed
 	@echo "loss curve: $(RUN)/loss.png, report: $(RUN)/report.html"
 
 test: .venv/installed
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow and not gpu"
+	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu"
 
 test-slow: .venv/installed
 	$(TEST_ENV) $(BIN)/python -m pytest -m "slow and not gpu"

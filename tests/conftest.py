@@ -1,21 +1,35 @@
-"""A small corpus and one tiny finished training, made once for all tests."""
+"""A small corpus and one tiny finished training, made once for all tests, and what lets tests run side by side.
+
+`make test` runs two pytest workers. What costs seconds to make is made by one of them and used by both (`share`).
+A test with the mark `serial` runs while the other worker waits.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+from hypothesis import HealthCheck, settings
 
-ROOT = Path(__file__).parents[1]
+from tests.forking import run_script
+
 # Threads that wait must not spin, and wandb and the hub must not be asked, in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# One of several workers, and every process that it starts, computes with one thread. Set before torch is imported.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+# A busy machine is no failure.
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 
 OPENINGS = (
     "I watched this",
@@ -48,6 +62,65 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     return report
 
 
+def shared_root(config: pytest.Config) -> Path | None:
+    """Return the temporary directory that holds those of all pytest workers; None if there is only one process."""
+    return Path(config.option.basetemp).parent if hasattr(config, "workerinput") else None
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the serial tests last, where no worker has anything else to do."""
+    items.sort(key=lambda item: "serial" in item.keywords)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Let a test with the mark `serial` run, fixtures included, while no other worker runs a test.
+
+    Such a test has all threads of the machine. The wait comes before pytest-timeout starts its clock.
+    """
+    if (root := shared_root(item.config)) is None:
+        return (yield)
+    alone = "serial" in item.keywords
+    with (root / "door.lock").open("w") as door, (root / "machine.lock").open("w") as machine:
+        # A serial test that waits for the machine keeps the door: else the others could pass it for ever.
+        fcntl.flock(door, fcntl.LOCK_EX)
+        fcntl.flock(machine, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        fcntl.flock(door, fcntl.LOCK_UN)
+        if not alone:
+            return (yield)
+        import torch
+
+        del os.environ["OMP_NUM_THREADS"]
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        try:
+            return (yield)
+        finally:
+            os.environ["OMP_NUM_THREADS"] = "1"
+            torch.set_num_threads(1)
+
+
+Share = Callable[[str, Callable[[Path], object]], Path]
+
+
+@pytest.fixture(scope="session")
+def share(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Share:
+    """Return a function that has an empty directory filled by the first worker that asks for it, and returns it."""
+    root = shared_root(pytestconfig) or tmp_path_factory.getbasetemp()
+
+    def once(name: str, fill: Callable[[Path], object]) -> Path:
+        directory, filled = root / f"shared-{name}", root / f"shared-{name}.filled"
+        with FileLock(root / f"shared-{name}.lock"):
+            if not filled.exists():
+                shutil.rmtree(directory, ignore_errors=True)  # a worker failed half way
+                directory.mkdir()
+                fill(directory)
+                filled.touch()
+        return directory
+
+    return once
+
+
 def write_reviews(path: Path) -> None:
     """Write 300 short, varied, made-up reviews to a jsonl file, the same ones always; no two are equal."""
     draw = random.Random(0)
@@ -63,33 +136,30 @@ def write_reviews(path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def reviews_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the file of `write_reviews`."""
-    path = tmp_path_factory.mktemp("reviews") / "reviews.jsonl"
-    write_reviews(path)
-    return path
+def reviews_file(share: Share) -> Path:
+    """Write 300 short, varied, made-up reviews to a jsonl file, the same ones always; no two are equal."""
+    return share("reviews", lambda directory: write_reviews(directory / "reviews.jsonl")) / "reviews.jsonl"
 
 
 @pytest.fixture(scope="session")
-def tiny_flags(reviews_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+def tiny_flags(reviews_file: Path, share: Share) -> list[str]:
     """Return flags of a training that takes a second; `--run_dir` is left to the test."""
     return [
         "--data.source", "files", "--data.files", str(reviews_file),
-        "--data.cache_dir", str(tmp_path_factory.mktemp("cache")), "--tokenizer.vocab_size", "340",
+        "--data.cache_dir", str(share("cache", lambda _: None)), "--tokenizer.vocab_size", "340",
         "--model.embedding_dim", "16", "--model.hidden_size", "32", "--batch_size", "8", "--seq_len", "16",
         "--max_steps", "4", "--mixed_precision", "no", "--tracking.mode", "disabled",
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="session")
-def tiny_run(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_run(tiny_flags: list[str], share: Share) -> Path:
     """Return the directory of a finished tiny training; do not change what is in it."""
-    run_dir = tmp_path_factory.mktemp("runs") / "tiny"
-    subprocess.run(
-        [sys.executable, str(ROOT / "train_distributed.py"), *tiny_flags, "--run_dir", str(run_dir)],
-        check=True, timeout=300,
-    )  # fmt: skip
-    return run_dir
+
+    def train(directory: Path) -> None:
+        run_script("train_distributed.py", *tiny_flags, "--run_dir", str(directory / "tiny"))
+
+    return share("runs", train) / "tiny"
 
 
 @pytest.fixture

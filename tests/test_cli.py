@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forking import server
 from textgen.cli import COMMANDS, main, train_main
 from textgen.data.store import TokenStore
 
@@ -96,19 +97,17 @@ def test_finished_training_says_so_and_exits_with_0(tiny_run: Path, tiny_flags: 
 
 def test_interrupt_is_one_line_and_exit_code_130(tiny_flags: list[str], tmp_path: Path) -> None:
     flags = [*tiny_flags, "--run_dir", str(tmp_path / "run"), "--max_steps", "1000000", "--max_epochs", "1000000"]
-    with subprocess.Popen(
-        [sys.executable, str(ROOT / "train_distributed.py"), *flags, "--evaluate_every", "50"],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    ) as process:  # fmt: skip
-        assert process.stdout
-        assert process.stderr
-        assert "step 50: valid loss" in process.stdout.readline() + process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.splitlines()[-1] == "interrupted"
-    assert "Traceback" not in err
+    out, err = tmp_path / "out", tmp_path / "err"
+    process = server().start(["train_distributed.py", *flags, "--evaluate_every", "50"], output=out, error=err)
+    deadline = time.monotonic() + 60
+    while not (out.exists() and "step 50: valid loss" in out.read_text()):
+        assert time.monotonic() < deadline, err.read_text()
+        assert process.poll() is None, err.read_text()
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert err.read_text().splitlines()[-1] == "interrupted"
+    assert "Traceback" not in err.read_text()
 
 
 # --- help and speed --------------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
@@ -120,82 +119,79 @@ def test_nothing_in_the_source_reads_or_writes_a_pickle_or_runs_text() -> None:
     assert found == []
 
 
-@pytest.mark.parametrize(
-    "snippet",
-    [
-        "import pickle",
-        "import pickle as p",
-        "from pickle import loads",
-        "def f():\n    import pickle\n",
-        "import torch\ntorch.load(x)",
-        "import torch\ntorch.save(x, y)",
-        "import torch as t\nt.load(x)",
-        "import torch as t\nf = t.load\nf(x)",
-        "from torch import load",
-        "from torch import load as read\nread(x)",
-        "from torch import save as s",
-        "import torch.serialization",
-        "from torch import serialization",
-        "import torch\ntorch.serialization.load(x)",
-        "import torch\ntorch.load(x, weights_only=True)",
-        "getattr(accelerator, 'save_state')(x)",
-        "import torch as t\ngetattr(t, 'load')(x)",
-        "from torch import *",
-        "prepare(x).load_state(d)",
-        "import importlib\nimportlib.import_module('pickle')",
-        "__import__('pickle')",
-        "accelerator.save_state(d)",
-        "self.training.accelerator.load_state(d)",
-        "accelerator.register_for_checkpointing(x)",
-        "from accelerate.utils import gather_object",
-        "from accelerate.utils import gather_object as g\ng(x)",
-        "import accelerate\naccelerate.utils.gather_object(x)",
-        "import torch.distributed as dist\ndist.broadcast_object_list(x)",
-        "from torch.distributed import all_gather_object",
-        "import torch\ntorch.distributed.scatter_object_list(a, b)",
-        "import torch.distributed.checkpoint as dcp\ndcp.load(x)",
-        "from torch.distributed.checkpoint import load",
-        "import marshal",
-        "import shelve",
-        "import joblib",
-        "from joblib import load",
-        "import dill",
-        "import numpy as np\nnp.load(x, allow_pickle=True)",
-        "import numpy as np\nnp.load(x, allow_pickle=flag)",
-        "import numpy as np\nnp.save(x, y)",
-        "import pandas as pd\npd.read_pickle(x)",
-        "frame.to_pickle(x)",
-        "eval('1')",
-        "exec(code)",
-        "f = eval",
-        "import builtins\nbuiltins.exec(code)",
-        "import yaml\nyaml.load(x)",
-        "import yaml\nyaml.unsafe_load(x)",
-        "load_dataset(x, trust_remote_code=True)",
-        "model.save_pretrained(x, safe_serialization=False)",
-    ],
-)
-def test_the_search_of_the_source_finds_each_way_to_a_pickle(snippet: str) -> None:
-    assert list(findings(snippet))
+WAYS = [
+    "import pickle",
+    "import pickle as p",
+    "from pickle import loads",
+    "def f():\n    import pickle\n",
+    "import torch\ntorch.load(x)",
+    "import torch\ntorch.save(x, y)",
+    "import torch as t\nt.load(x)",
+    "import torch as t\nf = t.load\nf(x)",
+    "from torch import load",
+    "from torch import load as read\nread(x)",
+    "from torch import save as s",
+    "import torch.serialization",
+    "from torch import serialization",
+    "import torch\ntorch.serialization.load(x)",
+    "import torch\ntorch.load(x, weights_only=True)",
+    "getattr(accelerator, 'save_state')(x)",
+    "import torch as t\ngetattr(t, 'load')(x)",
+    "from torch import *",
+    "prepare(x).load_state(d)",
+    "import importlib\nimportlib.import_module('pickle')",
+    "__import__('pickle')",
+    "accelerator.save_state(d)",
+    "self.training.accelerator.load_state(d)",
+    "accelerator.register_for_checkpointing(x)",
+    "from accelerate.utils import gather_object",
+    "from accelerate.utils import gather_object as g\ng(x)",
+    "import accelerate\naccelerate.utils.gather_object(x)",
+    "import torch.distributed as dist\ndist.broadcast_object_list(x)",
+    "from torch.distributed import all_gather_object",
+    "import torch\ntorch.distributed.scatter_object_list(a, b)",
+    "import torch.distributed.checkpoint as dcp\ndcp.load(x)",
+    "from torch.distributed.checkpoint import load",
+    "import marshal",
+    "import shelve",
+    "import joblib",
+    "from joblib import load",
+    "import dill",
+    "import numpy as np\nnp.load(x, allow_pickle=True)",
+    "import numpy as np\nnp.load(x, allow_pickle=flag)",
+    "import numpy as np\nnp.save(x, y)",
+    "import pandas as pd\npd.read_pickle(x)",
+    "frame.to_pickle(x)",
+    "eval('1')",
+    "exec(code)",
+    "f = eval",
+    "import builtins\nbuiltins.exec(code)",
+    "import yaml\nyaml.load(x)",
+    "import yaml\nyaml.unsafe_load(x)",
+    "load_dataset(x, trust_remote_code=True)",
+    "model.save_pretrained(x, safe_serialization=False)",
+]
+
+NO_WAYS = [
+    "model.eval()\nmodel.to(device).eval()\nf(x).compile()",
+    "import re\nre.compile('a')",
+    "import json\njson.load(file)\njson.loads(x)",
+    "from safetensors.torch import load\nload(x)",
+    "import yaml\nyaml.safe_load(x)",
+    "import numpy as np\nnp.load(x, allow_pickle=False)\nnp.fromfile(x)",
+    "tokenizer.save(path)\nself.save(x)",
+    "optimizer.load_state_dict(x)\nmodel.state_dict()",
+    "'pickle in a text'",
+    "# torch.load",
+]
 
 
-@pytest.mark.parametrize(
-    "snippet",
-    [
-        "model.eval()\nmodel.to(device).eval()\nf(x).compile()",
-        "import re\nre.compile('a')",
-        "import json\njson.load(file)\njson.loads(x)",
-        "from safetensors.torch import load\nload(x)",
-        "import yaml\nyaml.safe_load(x)",
-        "import numpy as np\nnp.load(x, allow_pickle=False)\nnp.fromfile(x)",
-        "tokenizer.save(path)\nself.save(x)",
-        "optimizer.load_state_dict(x)\nmodel.state_dict()",
-        "'pickle in a text'",
-        "# torch.load",
-    ],
-)
-def test_the_search_of_the_source_passes_over_what_is_no_pickle(snippet: str) -> None:
-    assert list(findings(snippet)) == []
+def test_the_search_of_the_source_finds_each_way_to_a_pickle() -> None:
+    assert [snippet for snippet in WAYS if not list(findings(snippet))] == []
+
+
+def test_the_search_of_the_source_passes_over_what_is_no_pickle() -> None:
+    assert {snippet: found for snippet in NO_WAYS if (found := list(findings(snippet)))} == {}
 
 
 # --- the files of a run ----------------------------------------------------------------------------------------------
@@ -273,9 +269,9 @@ def test_no_file_of_a_finished_run_hides_a_pickle_further_in(tiny_run: Path) -> 
                 assert len(opcodes) <= 3, f"{path} at byte {start}: {opcodes[:10]}"
 
 
-@pytest.mark.parametrize("protocol", range(6))
-def test_the_search_of_files_finds_a_pickle_of_every_protocol(protocol: int) -> None:
-    assert is_pickle_or_zip(pickle.dumps({"a": [1, 2, "b"]}, protocol=protocol))
+def test_the_search_of_files_finds_a_pickle_of_every_protocol() -> None:
+    pickles = [pickle.dumps({"a": [1, 2, "b"]}, protocol=protocol) for protocol in range(6)]
+    assert [is_pickle_or_zip(data) for data in pickles] == [True] * 6
 
 
 def test_the_search_of_files_finds_an_archive_of_torch_and_a_plain_one(tmp_path: Path) -> None:

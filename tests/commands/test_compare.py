@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.forking import run_script
 from textgen.cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -21,15 +22,14 @@ Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="session")
-def worse_run(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def worse_run(tiny_flags: list[str], share: Callable[..., Path]) -> Path:
     """Return the directory of a tiny training that four steps at a high learning rate have spoilt."""
-    run_dir = tmp_path_factory.mktemp("runs") / "worse"
     flags = [*tiny_flags, "--learning_rate", "0.02", "--model.dropout", "0.1", "--log_every", "1"]
-    subprocess.run(
-        [sys.executable, str(ROOT / "train_distributed.py"), *flags, "--run_dir", str(run_dir)],
-        check=True, timeout=300,
-    )  # fmt: skip
-    return run_dir
+
+    def train(directory: Path) -> None:
+        run_script("train_distributed.py", *flags, "--run_dir", str(directory / "worse"))
+
+    return share("worse-run", train) / "worse"
 
 
 @pytest.fixture

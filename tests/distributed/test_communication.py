@@ -7,17 +7,16 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from tests.forking import Server
 from textgen.runs.metrics import read_metrics
 
-ROOT = Path(__file__).parents[2]
 STEPS = 40
 
 
@@ -36,40 +35,38 @@ BF16 = ("--gradient_compression", "bf16")
 
 
 @pytest.fixture(scope="module")
-def train(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Train:
-    """Return a function that trains in a network of its own, where nobody else sends anything, once per case."""
+def train(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Train]:
+    """Yield a function that trains in a network of its own, where nobody else sends anything, once per case."""
     if shutil.which("unshare") is None or subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
         pytest.skip("a network namespace takes root and `unshare`")
     home = tmp_path_factory.mktemp("communication")
+    server = Server("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
+
+    def received() -> int:
+        counted = Path(f"/proc/{server.pid}/net/dev").read_text()
+        return int(counted.split("lo:")[1].split()[0])
 
     @functools.cache
     def run(processes: int, *compression: str) -> Trained:
         run_dir = Path(tempfile.mkdtemp(dir=home))
-        gang = ["--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0"]
-        launcher = [sys.executable, "-m", "accelerate.commands.launch", *gang] if processes > 1 else [sys.executable]
         command = [
-            *launcher, "train_distributed.py", *tiny_flags, "--run_dir", str(run_dir), "--max_steps", str(STEPS),
+            "train_distributed.py", *tiny_flags, "--run_dir", str(run_dir), "--max_steps", str(STEPS),
             "--log_every", "1", "--sample_tokens", "1", *compression,
         ]  # fmt: skip
-        counted = 'ip link set lo up && "$@" && grep lo: /proc/net/dev'
-        own = {
-            "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1",
-            "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1",
-        }  # fmt: skip
-        result = subprocess.run(
-            ["unshare", "--net", "sh", "-c", counted, "sh", *command], cwd=ROOT, env=os.environ | own,
-            capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        assert f"{processes} process" in result.stderr, result.stderr
-        parameters = re.search(r"([\d,]+) parameters", result.stderr)
+        own = {"ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+        before = received()
+        ended = server.run(command, env=os.environ | own, processes=processes)
+        sent = received() - before
+        assert [one.returncode for one in ended] == [0] * processes, ended
+        assert f"{processes} process" in ended[0].stderr, ended
+        parameters = re.search(r"([\d,]+) parameters", ended[0].stderr)
         assert parameters is not None
-        received = int(result.stdout.split("lo:")[1].split()[0])
         losses = [row["train/loss"] for row in read_metrics(run_dir) if "train/loss" in row]
         assert len(losses) == STEPS
-        return Trained(losses, received / STEPS, int(parameters[1].replace(",", "")))
+        return Trained(losses, sent / STEPS, int(parameters[1].replace(",", "")))
 
-    return run
+    yield run
+    server.close()
 
 
 def largest_difference(ours: Trained, theirs: Trained) -> float:

@@ -21,6 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.forking import free_port, run_script, server
 from textgen.commands import doctor
 from textgen.commands.parsing import parse_train_config
 
@@ -88,14 +89,8 @@ def die_in_the_all_reduce(flags: list[str]) -> None:
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Report]]:
     """Return what two processes found of each other, by process."""
     place = tmp_path_factory.mktemp("place")
-    done = subprocess.run(
-        [*LAUNCH, __file__, "each_other", str(place)],
-        env=os.environ | CPUS,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
+    ended = server().run([__file__, "each_other", str(place)], processes=2)
+    assert [one.returncode for one in ended] == [0, 0], ended
     report: dict[str, list[Report]] = json.loads((place / "found.json").read_text())
     (place / "found.json").unlink()
     assert sorted(path.name for path in place.iterdir()) == ["process-0", "process-1"]
@@ -178,20 +173,12 @@ def as_process(rank: int, port: int) -> dict[str, str]:
     return os.environ | CPUS | world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
 def test_process_that_dies_fails_the_world_and_is_not_waited_for(tiny_flags: list[str], tmp_path: Path) -> None:
     port, flags = free_port(), [*tiny_flags, "--run_dir", str(tmp_path / "run")]
-    dying = [sys.executable, __file__, "die", *flags]
-    with subprocess.Popen(dying, cwd=ROOT, env=as_process(1, port), stderr=subprocess.DEVNULL) as other:
-        command = [sys.executable, "-m", "textgen", "doctor", *flags, "--json"]
-        done = subprocess.run(command, cwd=ROOT, env=as_process(0, port), capture_output=True, text=True, timeout=100)
-        assert other.wait(60) == 9
-    assert done.returncode == 1, done.stderr
+    nowhere = Path(os.devnull)
+    other = server().start([__file__, "die", *flags], output=nowhere, error=nowhere, env=as_process(1, port))
+    done = run_script("-m", "textgen", "doctor", *flags, "--json", env=as_process(0, port), expect=1)
+    assert other.wait(60) == 9
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert {name for name, check in checks.items() if check["status"] == "fail"} == {"world", "all_reduce"}
     assert "another process has ended, or did not answer" in checks["world"]["advice"]
@@ -199,12 +186,8 @@ def test_process_that_dies_fails_the_world_and_is_not_waited_for(tiny_flags: lis
 
 
 def test_process_that_never_comes_is_waited_for_no_longer_than_is_said(tiny_flags: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "textgen", "doctor", *tiny_flags, "--run_dir", str(tmp_path / "run"), "--json"]
-    done = subprocess.run(
-        [*command, "--distributed_timeout", "3"], cwd=ROOT, env=as_process(0, free_port()),
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 1, done.stderr
+    flags = [*tiny_flags, "--run_dir", str(tmp_path / "run"), "--json", "--distributed_timeout", "3"]
+    done = run_script("-m", "textgen", "doctor", *flags, env=as_process(0, free_port()), expect=1)
     checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
     assert {name for name, check in checks.items() if check["status"] == "fail"} == {"world"}
 

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.forking import run_script
+
 ROOT = Path(__file__).parents[2]
 PYTHON = (sys.executable,)
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.launch")
@@ -162,8 +164,7 @@ def matrix_flags(tiny_flags: list[str]) -> list[str]:
 def losses_of_one(matrix_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Train with one process and no launcher, which also leaves a token store for all lines."""
     run_dir = tmp_path_factory.mktemp("matrix") / "run"
-    command = [sys.executable, "train_distributed.py", *matrix_flags, "--run_dir", str(run_dir)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
+    run_script("train_distributed.py", *matrix_flags, "--run_dir", str(run_dir))
     return losses(run_dir)
 
 

@@ -13,7 +13,6 @@ import logging
 import os
 import random
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tests.faults.report import write_result
+from tests.forking import run_script
 from textgen.commands.parsing import parse_train_config
 from textgen.data.store import prepare_store
 from textgen.distributed import launch
@@ -385,11 +385,8 @@ def try_damages(
 
 def train(folder: Path, flags: Sequence[str]) -> Checkpoints:
     """Train twice, with another seed the second time."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1"}
     for name, seed in (("run", "42"), ("foreign", "7")):
-        command = [sys.executable, str(ROOT / "train_distributed.py"), *flags]
-        command += ["--seed", seed, "--run_dir", str(folder / name)]
-        subprocess.run(command, check=True, timeout=300, env=environment, capture_output=True)
+        run_script("train_distributed.py", *flags, "--seed", seed, "--run_dir", str(folder / name))
     newest, foreign = find_checkpoint(folder / "run"), find_checkpoint(folder / "foreign")
     assert newest == checkpoint_path(folder / "run", NEWER)
     assert foreign == checkpoint_path(folder / "foreign", NEWER)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from tests.forking import Forked, server
 from textgen.runs.checkpoint import newest_valid
 from textgen.runs.directory import read_status
 from textgen.runs.metrics import read_metrics, tells_of_the_machine
@@ -51,20 +52,23 @@ class Job:
         launcher: bool = False,
     ) -> None:
         self.run_dir, self.mark = run_dir, uuid.uuid4().hex
-        command = [sys.executable, str(FAULTY)]
-        if processes > 1 or launcher:
-            gang = ["--multi_gpu"] if processes > 1 else ["--cpu"]
-            options = [*gang, "--num_processes", str(processes), "--main_process_port", "0"]
-            command = [sys.executable, "-m", "accelerate.commands.launch", *options, str(FAULTY)]
+        script = [str(FAULTY), *flags, "--run_dir", str(run_dir)]
         own = {
             "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", MARK: self.mark,
             "TEXTGEN_FAULTS": json.dumps(faults),
         }  # fmt: skip
         self._out = os.memfd_create("output")  # not beside the run, whose disk may be full
-        self.process = subprocess.Popen(
-            [*command, *flags, "--run_dir", str(run_dir)], cwd=ROOT, env=os.environ | own,
-            stdin=subprocess.DEVNULL, stdout=self._out, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        self.process: subprocess.Popen[bytes] | Forked
+        if processes > 1 or launcher:
+            gang = ["--multi_gpu"] if processes > 1 else ["--cpu"]
+            options = [*gang, "--num_processes", str(processes), "--main_process_port", "0"]
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "accelerate.commands.launch", *options, *script], cwd=ROOT, env=os.environ | own,
+                stdin=subprocess.DEVNULL, stdout=self._out, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+        else:
+            output = Path(f"/proc/{os.getpid()}/fd/{self._out}")
+            self.process = server().start(script, output=output, error=output, env=os.environ | own)
         self.started = time.monotonic()
 
     @property
@@ -91,11 +95,12 @@ class Job:
     def left(self) -> list[int]:
         """Return the pids of its processes, the launcher and all that was started by them."""
         wanted = f"{MARK}={self.mark}".encode()
-        found = []
+        found = [self.process.pid] if self.process.poll() is None else []
         for environment in Path("/proc").glob("[0-9]*/environ"):
             try:
-                if wanted in environment.read_bytes().split(b"\0"):
-                    found.append(int(environment.parent.name))
+                pid = int(environment.parent.name)
+                if pid not in found and wanted in environment.read_bytes().split(b"\0"):
+                    found.append(pid)
             except OSError:  # it has ended
                 continue
         return found

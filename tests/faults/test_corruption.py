@@ -19,7 +19,7 @@ from tests.faults.corruption import (
     try_damages,
 )
 
-COUNT = 300
+COUNT = 150
 
 
 @pytest.fixture(scope="module")

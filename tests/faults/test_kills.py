@@ -9,6 +9,7 @@ import pytest
 from tests.faults.kills import IN_A_SAVE, Kill, Outcome, Trial
 
 KILLS = {1: 10, 2: 6, 4: 4}
+pytestmark = pytest.mark.serial
 MEDIUM = ["--model.embedding_dim", "256", "--model.hidden_size", "640"]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from tests.forking import run_script
 from textgen.cli import main
 from textgen.commands.parsing import parse_train_config
 from textgen.config import TrainConfig
@@ -120,11 +121,7 @@ def test_training_leaves_a_report_of_its_end(tiny_run: Path) -> None:
 def test_training_that_fails_leaves_a_report_too(tiny_flags: list[str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     flags = ["--learning_rate", "1e30", "--max_steps", "40", "--log_every", "1"]
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / "train_distributed.py"), *tiny_flags, *flags, "--run_dir", str(run)],
-        capture_output=True, timeout=300,
-    )  # fmt: skip
-    assert ended.returncode != 0
+    run_script("train_distributed.py", *tiny_flags, *flags, "--run_dir", str(run), expect=2)
     text = Page(run / "report.html").text
     assert "failed, at step" in text
     assert "because: the " in text

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import re
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.forking import Forked, server
+
 
 @dataclass
 class Running:
     """A server under test."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Forked
     port: int
     log: Path
 
@@ -62,12 +64,17 @@ class Running:
 
 @contextmanager
 def running(
-    checkpoint: Path, log: Path, *flags: str, python: str = sys.executable, cwd: Path | None = None
+    checkpoint: Path, log: Path, *flags: str, python: str | None = None, cwd: Path | None = None
 ) -> Iterator[Running]:
-    """Start a server and end it."""
-    argv = [python, "-m", "textgen", "serve", str(checkpoint), "--port", "0", "--decoder", "int8", *flags]
-    with log.open("wb") as file:
-        process = subprocess.Popen(argv, stderr=file, cwd=cwd)
+    """Start a server and end it; with another Python than that of the tests, if one is named."""
+    argv = ["-m", "textgen", "serve", str(checkpoint), "--port", "0", "--decoder", "int8", *flags]
+    log.write_bytes(b"")
+    process: subprocess.Popen[bytes] | Forked
+    if python is None:
+        process = server().start(argv, output=Path(os.devnull), error=log)
+    else:
+        with log.open("wb") as file:
+            process = subprocess.Popen([python, *argv], stderr=file, cwd=cwd)
     try:
         last = time.monotonic() + 120
         while not (said := re.search(r"serving on http://\S+:(\d+)\n", log.read_text())):

@@ -35,6 +35,7 @@ def descendants(pid: int) -> dict[int, str]:
     return found
 
 
+@pytest.mark.serial  # other tests mount file systems
 def test_nothing_is_left_when_the_tests_are_killed(cluster: Slurm) -> None:
     """`cluster` is here for its reasons to skip."""
     mounts = Path("/proc/mounts").read_text()

@@ -38,7 +38,9 @@ TRAPS = [
     "\u200b\u202e\u2028\x85",
 ]
 MIXED = st.lists(st.one_of(SCALARS, st.sampled_from(TRAPS), st.sampled_from(["good ", " film", "\u2581"]))).map("".join)
-MANY = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+MANY = settings(
+    max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)  # fmt: skip
 
 
 @MANY

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from tests.faults.jobs import Job, fault
+from tests.forking import server
 from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics import read_metrics
 
@@ -87,15 +88,14 @@ def recorded(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> tupl
     subprocess.run(["git", "-C", str(repository), "remote", "add", "origin", remote], check=True)
     environment = os.environ | SLURM | {
         "WANDB_API_KEY": f"{SECRET}{'0' * 27}", "WANDB_BASE_URL": f"http://user:{SECRET}@127.0.0.1:9",
-        "OMP_NUM_THREADS": "1", "HF_TOKEN": SECRET, "AWS_SECRET_ACCESS_KEY": SECRET, "PYTHONPATH": str(ROOT),
+        "HF_TOKEN": SECRET, "AWS_SECRET_ACCESS_KEY": SECRET, "PYTHONPATH": str(ROOT),
         "ALL_PROXY": f"http://user:{SECRET}@127.0.0.1:9", "no_proxy": "*",
     }  # fmt: skip
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train_distributed.py"), *flags, "--run_dir", str(home / "run")],
-        cwd=repository, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return home / "run", inspect(home / "run"), result.stdout + result.stderr
+    command = [str(ROOT / "train_distributed.py"), *flags, "--run_dir", str(home / "run")]
+    said = home / "said"
+    process = server().start(command, output=said, error=said, env=environment, cwd=repository)
+    assert process.wait() == 0, said.read_text()
+    return home / "run", inspect(home / "run"), said.read_text()
 
 
 def test_wandb_has_every_row_of_metrics_jsonl_once(recorded: tuple[Path, Records, str]) -> None:

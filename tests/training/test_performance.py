@@ -29,6 +29,8 @@ FAST = has_bfloat16(use_cpu=True)
 PRECISION = "bf16" if COMPILED or FAST else "no"
 """in which compiled kernels do all they can"""
 
+pytestmark = pytest.mark.serial
+
 
 @pytest.fixture(autouse=True)
 def forget_accelerator() -> Iterator[None]:

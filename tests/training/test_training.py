@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.forking import run_script, server
 from textgen.cli import train_main
 from textgen.commands.parsing import parse_train_config
 from textgen.config import TrainConfig
@@ -76,22 +74,17 @@ def test_resume_equals_uninterrupted_run(tiny_flags: list[str], tmp_path: Path) 
 def test_killed_run_resumes_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> None:
     """SIGKILL of a real process somewhere after its first checkpoint."""
     flags = [*RESUMABLE, "--max_steps", "200"]
-    command = [sys.executable, "train_distributed.py"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [*command, *flags_for(tiny_flags, tmp_path / "killed", *flags)], cwd=ROOT, env=environment,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    said = tmp_path / "said"
+    process = server().start(
+        ["train_distributed.py", *flags_for(tiny_flags, tmp_path / "killed", *flags)], output=said, error=said
+    )
     deadline = time.monotonic() + 120
     while len(read_metrics(tmp_path / "killed")) < 20 and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it should have been running when it was killed"
     for name in ("killed", "whole"):
-        subprocess.run(
-            [*command, *flags_for(tiny_flags, tmp_path / name, *flags)], cwd=ROOT, env=environment, check=True,
-            capture_output=True,
-        )  # fmt: skip
+        run_script("train_distributed.py", *flags_for(tiny_flags, tmp_path / name, *flags))
     assert_same_bits(tmp_path / "killed", tmp_path / "whole")
     assert steps_and_losses(tmp_path / "killed") == steps_and_losses(tmp_path / "whole")
 

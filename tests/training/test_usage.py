@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from tests.forking import free_port, server
 from textgen.config import ModelConfig
 from textgen.hardware import known_peak, peak_flops
 from textgen.model.lstm import LSTMLanguageModel
@@ -89,16 +89,15 @@ def test_nothing_is_guessed_of_a_processors_peak() -> None:
 
 def test_every_machine_is_told_of(tiny_flags: list[str], tmp_path: Path) -> None:
     """Two processes, started as those of two machines."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = str(free.getsockname()[1])
-    processes = []
+    port, processes = str(free_port()), []
     for rank in ("0", "1"):
         told = {
             "RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GROUP_RANK": rank,
-            "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1",
+            "GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
         }  # fmt: skip
-        command = [sys.executable, str(ROOT / "train_distributed.py"), *tiny_flags, "--run_dir", str(tmp_path / "run")]
-        processes.append(subprocess.Popen([*command, "--log_every", "2"], env=os.environ | told))
+        command = ["train_distributed.py", *tiny_flags, "--run_dir", str(tmp_path / "run"), "--log_every", "2"]
+        said = tmp_path / f"{rank}.txt"
+        processes.append(server().start(command, output=said, error=said, env=os.environ | told))
     assert [process.wait() for process in processes] == [0, 0]
     (first, *_) = read_metrics(tmp_path / "run")
     assert {"machine/0/cpu_share", "machine/1/cpu_share", "machine/1/memory_share"} <= first.keys()
