@@ -157,7 +157,7 @@ def textgen_steps(shape: Shape, precision: str, *, cuda_graph: bool = False, num
     prepared, optimizer = accelerator.prepare(unwrapped_model, build_optimizer(unwrapped_model, config))
     device = accelerator.device
     training = Training(
-        config=config, accelerator=accelerator, store=cast(Any, None),
+        config=config, accelerator=accelerator, store=cast(Any, None), loader=cast(Any, None),
         unwrapped_model=unwrapped_model, model=prepared, optimizer=optimizer,
         progression=Progression(total_steps=1), stop=cast(Any, None),
         nats=torch.zeros((), dtype=torch.float64, device=device),

@@ -25,7 +25,7 @@ import torch
 import textgen.data.store
 from textgen.config import DataConfig, TokenizerConfig
 from textgen.data.corpus import CleanCorpus, clean_corpus
-from textgen.data.lanes import STRIDE, Epoch, build_loader, windows_per_epoch
+from textgen.data.lanes import STRIDE, Epoch, LaneSampler, build_loader, windows_per_epoch
 from textgen.data.store import Split, TokenStore, encode_batches, encode_documents, prepare_store
 from textgen.errors import TextgenError
 from textgen.noise import permutation
@@ -48,6 +48,18 @@ def stream_of(split: Split, *, seed: int, epoch: int) -> np.ndarray[Any, Any]:
     return np.concatenate([split.document(int(i)) for i in permutation(seed, epoch, split.num_documents)])
 
 
+def batches_of(
+    split: Split, *, batch_size: int, seq_len: int, seed: int, steps: range | None = None, micro_batches: int = 1
+) -> list[dict[str, torch.Tensor]]:
+    """Return the micro-batches of some steps; of the first epoch's where none are named."""
+    steps = range(windows_per_epoch(split, batch_size=batch_size, seq_len=seq_len)) if steps is None else steps
+    sampler = LaneSampler(batch_size=batch_size, micro_batches=micro_batches, steps=steps)
+    loader = build_loader(split, sampler, seq_len=seq_len, seed=seed)
+    batches = list(loader)
+    assert len(loader) == len(batches) == len(steps) * micro_batches
+    return batches
+
+
 def random_lengths(count: int, *, longest: int = 2000, seed: int = 0) -> list[int]:
     draw = random.Random(seed)
     return [draw.choice([1, 2, draw.randint(1, 20), draw.randint(1, longest)]) for _ in range(count)]
@@ -61,7 +73,8 @@ def test_lanes_partition_the_corpus(batch_size: int, seq_len: int) -> None:
     place = np.empty(split.num_tokens, dtype=np.int64)
     place[stream] = np.arange(len(stream))
     seen = np.zeros(split.num_tokens, dtype=np.int64)
-    for batch in build_loader(epoch, micro_batches=1):
+    steps = range(2 * epoch.num_windows, 3 * epoch.num_windows)
+    for batch in batches_of(split, batch_size=batch_size, seq_len=seq_len, seed=3, steps=steps):
         assert torch.equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
         places = place[batch["tokens"].numpy()]
         assert (place[batch["targets"].numpy()] == places + 1).all(), "a target is not the next token"
@@ -104,12 +117,15 @@ def test_read_finds_every_position_across_a_block_boundary() -> None:
 def test_the_loader_goes_on_exactly_at_a_window(first: int, micro_batches: int) -> None:
     split = split_of(random_lengths(50, longest=100))
 
-    def loader(first_window: int) -> list[dict[str, torch.Tensor]]:
-        epoch = Epoch(split, batch_size=8, seq_len=5, seed=2, epoch=4)
-        assert epoch.num_windows > 10
-        return list(build_loader(epoch, micro_batches=micro_batches, first_window=first_window))
+    per_epoch = windows_per_epoch(split, batch_size=8, seq_len=5)
+    assert per_epoch > 10
 
-    tail, whole = loader(first), loader(0)[first * micro_batches :]
+    def read(first_step: int) -> list[dict[str, torch.Tensor]]:
+        steps = range(first_step, 6 * per_epoch + 2)
+        return batches_of(split, batch_size=8, seq_len=5, seed=2, steps=steps, micro_batches=micro_batches)
+
+    start = 4 * per_epoch
+    tail, whole = read(start + first), read(start)[first * micro_batches :]
     assert len(tail) == len(whole)
     for a, b in zip(tail, whole, strict=True):
         assert a.keys() == b.keys() == {"tokens", "targets", "lanes", "windows"}
@@ -118,11 +134,9 @@ def test_the_loader_goes_on_exactly_at_a_window(first: int, micro_batches: int) 
 
 def test_the_loader_deals_windows_lane_by_lane_micro_batch_by_micro_batch() -> None:
     epoch = Epoch(split_of(random_lengths(50, longest=100)), batch_size=6, seq_len=5, seed=2, epoch=0)
-    loader = build_loader(epoch, micro_batches=3, first_window=2, last_window=5)
-    batches = list(loader)
+    batches = batches_of(epoch.split, batch_size=6, seq_len=5, seed=2, steps=range(2, 5), micro_batches=3)
     dealt = [(window, lanes) for window in (2, 3, 4) for lanes in ([0, 1], [2, 3], [4, 5])]
     assert [(batch["windows"].unique().item(), batch["lanes"].tolist()) for batch in batches] == dealt
-    assert len(loader) == len(batches) == 9
     for batch in batches:
         for row, (lane, window) in enumerate(zip(batch["lanes"].tolist(), batch["windows"].tolist(), strict=True)):
             wanted = epoch.window(lane, window)
@@ -132,15 +146,37 @@ def test_the_loader_deals_windows_lane_by_lane_micro_batch_by_micro_batch() -> N
 
 
 def test_micro_batches_cut_the_same_windows() -> None:
-    epoch = Epoch(split_of(random_lengths(50, longest=100)), batch_size=8, seq_len=5, seed=2, epoch=0)
-    whole = [batch["tokens"] for batch in build_loader(epoch, micro_batches=1)]
-    cut = [batch["tokens"] for batch in build_loader(epoch, micro_batches=4)]
+    split = split_of(random_lengths(50, longest=100))
+    whole, cut = (
+        [batch["tokens"] for batch in batches_of(split, batch_size=8, seq_len=5, seed=2, micro_batches=micro_batches)]
+        for micro_batches in (1, 4)
+    )
     assert torch.equal(torch.cat(whole), torch.cat(cut))
 
 
-def test_a_loader_up_to_window_zero_is_empty() -> None:
-    epoch = Epoch(split_of([200]), batch_size=2, seq_len=5, seed=2, epoch=0)
-    assert list(build_loader(epoch, micro_batches=1, last_window=0)) == []
+def test_a_loader_of_no_steps_is_empty() -> None:
+    assert batches_of(split_of([200]), batch_size=2, seq_len=5, seed=2, steps=range(0)) == []
+
+
+def test_a_loader_goes_on_into_the_next_epochs_order() -> None:
+    split = split_of(random_lengths(50, longest=100))
+    per_epoch = windows_per_epoch(split, batch_size=6, seq_len=5)
+    batches = batches_of(split, batch_size=6, seq_len=5, seed=2, steps=range(per_epoch - 2, 2 * per_epoch + 1))
+    wanted = [(0, per_epoch - 2), (0, per_epoch - 1), *((1, window) for window in range(per_epoch)), (2, 0)]
+    epochs = [Epoch(split, batch_size=6, seq_len=5, seed=2, epoch=number) for number in range(3)]
+    for batch, (number, window) in zip(batches, wanted, strict=True):
+        rows = np.stack([epochs[number].window(lane, window) for lane in range(6)])
+        assert np.array_equal(batch["tokens"], rows[:, :-1]), (number, window)
+        assert batch["windows"].tolist() == [window] * 6
+
+
+def test_a_sampler_lists_other_steps_at_its_next_iteration() -> None:
+    sampler = LaneSampler(batch_size=2, micro_batches=1, steps=range(5))
+    begun = iter(sampler)
+    assert next(begun) == [(0, 0), (0, 1)]
+    sampler.steps = range(7, 8)
+    assert list(sampler) == [[(7, 0), (7, 1)]]
+    assert next(begun) == [(1, 0), (1, 1)], "an iteration that has begun keeps its steps"
 
 
 def test_epochs_and_seeds_order_documents_differently() -> None:
@@ -173,7 +209,7 @@ def test_too_few_tokens_name_sizes_that_fit(tokens: int, batch_size: int, seq_le
     assert fits["batch_size"] <= batch_size
     assert fits["seq_len"] <= seq_len
     epoch = Epoch(split, **fits, seed=0, epoch=0)
-    assert sum(1 for _ in build_loader(epoch, micro_batches=1)) == epoch.num_windows >= 1
+    assert len(batches_of(split, **fits, seed=0)) == epoch.num_windows >= 1
 
 
 # --- the store -------------------------------------------------------------------------------------------------------

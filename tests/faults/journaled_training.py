@@ -22,17 +22,20 @@ def journal() -> None:
     """Wrap `textgen.training.loop.train_step`."""
     import torch
 
+    from textgen.data import lanes
     from textgen.training import loop as training
     from textgen.training import step as steps
 
     path = Path(os.environ["TEXTGEN_JOURNAL"]) / f"{os.environ['TEXTGEN_LAUNCH']}-{os.environ.get('RANK', '0')}"
     file = path.open("a", buffering=1)
-    epochs = [-1]
+    epochs: dict[int, int] = {}  # epoch of a micro-batch, by the address of its tokens
 
-    class NotedEpoch(steps.Epoch):
-        def __init__(self, *args: Any, epoch: int, **options: Any) -> None:
-            super().__init__(*args, epoch=epoch, **options)
-            epochs[0] = epoch
+    class NotedWindows(lanes._Windows):
+        def __getitems__(self, rows: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
+            batch = super().__getitems__(rows)
+            assert self._epoch is not None
+            epochs[batch["tokens"].data_ptr()] = self._epoch.number
+            return batch
 
     original = steps.train_step
 
@@ -41,16 +44,17 @@ def journal() -> None:
         nats = original(job, micro_batches, **options)
         record = job.recent[-1]
         lines = []
-        for micro, (batch, (lanes, part)) in enumerate(zip(micro_batches, record.parts, strict=True)):
+        for micro, (batch, (rows, part)) in enumerate(zip(micro_batches, record.parts, strict=True)):
             read = zlib.crc32(batch["tokens"].contiguous().numpy().tobytes())
             windows = batch["windows"].tolist()
-            entry = [record.step, micro, epochs[0], windows, lanes.tolist(), read, float(part).hex()]
+            epoch = epochs[batch["tokens"].data_ptr()]
+            entry = [record.step, micro, epoch, windows, rows.tolist(), read, float(part).hex()]
             lines.append(json.dumps(entry) + "\n")
         file.write("".join(lines))
         file.flush()
         return nats
 
-    steps.Epoch = NotedEpoch  # type: ignore[misc]
+    lanes._Windows = NotedWindows  # type: ignore[misc]
     training.train_step = train_step
 
 

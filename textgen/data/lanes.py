@@ -1,7 +1,11 @@
-"""Lanes and windows: the way of a token from the store to a batch.
+"""Lanes and windows: how the token store becomes batches.
 
-An epoch is a permutation of a split's documents. The permuted stream is cut into `batch_size` lanes, each read left to
-right in windows of `seq_len` tokens. The position in the data is (epoch, window), two integers.
+An epoch is a permutation of a split's documents. The permuted documents form one stream of tokens. The stream is cut
+into `batch_size` lanes of equal length. Each step reads one window of `seq_len` tokens from every lane, from left to
+right. The position in the data is therefore one integer, the step: `divmod(step, windows_per_epoch)` gives the epoch
+and the window.
+
+A batch goes from here to training/step.py.
 """
 
 from __future__ import annotations
@@ -20,18 +24,18 @@ from textgen.data.store import Split
 from textgen.errors import TextgenError
 from textgen.noise import permutation
 
-# Documents between two entries of an epoch's table of stream positions. Positions in between are found by walking
-# over at most this many lengths, so that the table is small beside the permutation.
+# Documents between two entries of an epoch's table of stream positions. `Epoch.read` walks over at most this many
+# lengths to find a document. A table entry for every document would be twice as large as the permutation itself.
 STRIDE = 64
 
 
 class Epoch:
     """One pass over a split: the permuted documents as a stream, cut into lanes and windows.
 
-    The stream has `split.num_tokens` tokens. Lane i starts at token i * lane_length; window w of it reads `seq_len`
-    tokens from w * seq_len on, and its targets are the tokens one further. What is left at a lane's end and does not
-    fill a window, less than `batch_size` x (`seq_len` + 1) tokens in all, is left out of this epoch; the next epoch's
-    order leaves out another part.
+    The stream has `split.num_tokens` tokens. Lane i starts at token i * lane_length. Window w of a lane reads `seq_len`
+    tokens from w * seq_len on; its targets are the tokens one position later. Fewer than `batch_size` x (`seq_len` + 1)
+    tokens at the ends of the lanes do not fill a window. This epoch leaves them out; the next epoch has another order
+    and leaves out others.
 
     Args:
         split: the documents.
@@ -44,18 +48,19 @@ class Epoch:
     """
 
     def __init__(self, split: Split, *, batch_size: int, seq_len: int, seed: int, epoch: int) -> None:
-        self.split, self.batch_size, self.seq_len = split, batch_size, seq_len
+        self.split, self.batch_size, self.seq_len, self.number = split, batch_size, seq_len, epoch
         self.num_windows = windows_per_epoch(split, batch_size=batch_size, seq_len=seq_len)
-        self.lane_length = (split.num_tokens - 1) // batch_size
+        self.lane_length = (split.num_tokens - 1) // batch_size  # the last lane's last target is one token further
         self._order = _document_order(seed, epoch, split.num_documents)
-        # stream position at every STRIDE-th document of the order, summed up block by block
+        # The stream position of every STRIDE-th document. The lengths are summed block by block: all of them at once
+        # would take 8 bytes a document.
         starts = np.zeros(math.ceil(len(self._order) / STRIDE) + 1, dtype=np.int64)
         for block in range(len(starts) - 1):
             starts[block + 1] = self._lengths(block).sum()
         self._starts = np.cumsum(starts)
 
     def _lengths(self, block: int) -> NDArray[np.int64]:
-        """Return the lengths of the documents of a block of the order: (at most STRIDE,)."""
+        """Return the lengths of the documents in a block of the order: (at most STRIDE,)."""
         documents = self._order[block * STRIDE : (block + 1) * STRIDE]
         lengths: NDArray[np.int64] = self.split.offsets[documents + 1] - self.split.offsets[documents]
         return lengths
@@ -63,19 +68,21 @@ class Epoch:
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Read `count` tokens of the stream from position `start` on: (count,)."""
         out = np.empty(count, dtype=np.int64)
+        # Find the document that holds `start`: first its block in the table, then its place in the block.
         block = int(self._starts.searchsorted(start, side="right")) - 1
-        ends = self._starts[block] + self._lengths(block).cumsum()
-        place = int(ends.searchsorted(start, side="right"))  # of the document in its block
+        ends = self._starts[block] + self._lengths(block).cumsum()  # stream position after each document of the block
+        place = int(ends.searchsorted(start, side="right"))
         filled = 0
         while filled < count:
-            if place == len(ends):
+            if place == len(ends):  # continue with the next block
                 block, place = block + 1, 0
                 ends = self._starts[block] + self._lengths(block).cumsum()
+            # Copy the rest of this document, or as much of it as is still missing.
             document_end = int(self.split.offsets[int(self._order[block * STRIDE + place]) + 1])
             left = int(ends[place]) - (start + filled)  # tokens of this document from here on
-            taken = min(left, count - filled)
-            out[filled : filled + taken] = self.split.tokens[document_end - left : document_end - left + taken]
-            filled, place = filled + taken, place + 1
+            copied = min(left, count - filled)
+            out[filled : filled + copied] = self.split.tokens[document_end - left : document_end - left + copied]
+            filled, place = filled + copied, place + 1
         return out
 
     def window(self, lane: int, window: int) -> NDArray[np.int64]:
@@ -84,7 +91,7 @@ class Epoch:
 
 
 def _document_order(seed: int, epoch: int, count: int) -> NDArray[np.unsignedinteger[Any]]:
-    """Return an epoch's permutation in 4 bytes a document where they suffice; while it is made, in 12."""
+    """Return an epoch's permutation. It takes 4 bytes a document (8 above 2^32 documents), 12 while it is computed."""
     order = permutation(seed, epoch, count).numpy()
     return order.astype(np.uint32 if count < 1 << 32 else np.uint64)
 
@@ -93,7 +100,7 @@ def windows_per_epoch(split: Split, *, batch_size: int, seq_len: int) -> int:
     """Return the number of optimizer steps in an epoch.
 
     Raises:
-        TextgenError: not one window fits; the message says which sizes would.
+        TextgenError: the split has too few tokens for one window of every lane; the message names sizes that fit.
     """
     windows = (split.num_tokens - 1) // batch_size // seq_len
     if windows < 1:
@@ -111,51 +118,71 @@ def windows_per_epoch(split: Split, *, batch_size: int, seq_len: int) -> int:
     return windows
 
 
-class _Windows(Dataset[dict[str, Tensor]]):
-    """Windows of an epoch by index lane * num_windows + window, a whole micro-batch in one call."""
-
-    def __init__(self, epoch: Epoch) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.epoch.batch_size * self.epoch.num_windows
-
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        pairs = [divmod(index, self.epoch.num_windows) for index in indices]
-        rows = torch.from_numpy(np.stack([self.epoch.window(lane, window) for lane, window in pairs]))
-        lanes, windows = torch.tensor(pairs).T
-        return {"tokens": rows[:, :-1], "targets": rows[:, 1:], "lanes": lanes, "windows": windows}
-
-
 class LaneSampler:
-    """Yields the indices of a micro-batch: window by window, in each the lanes micro-batch by micro-batch.
+    """Lists the rows of each micro-batch as (step, lane) pairs: step by step, in each the lanes in order.
 
-    Accelerate (`split_batches`) gives every process its share of each; it asks for the attributes.
+    Accelerate reads the attributes `batch_size` and `drop_last`. With `split_batches` it gives each process an equal
+    slice of every list and does not look into the pairs. A lane therefore stays on its process.
+
+    Args:
+        batch_size: number of lanes.
+        micro_batches: lists per step.
+        steps: the steps to list. It may be replaced between two iterations.
     """
 
     drop_last = True
 
-    def __init__(self, epoch: Epoch, *, micro_batches: int, first_window: int, last_window: int) -> None:
-        self.batch_size = epoch.batch_size // micro_batches
-        self._epoch, self._micro_batches = epoch, micro_batches
-        self._windows = range(first_window, last_window)
+    def __init__(self, *, batch_size: int, micro_batches: int, steps: range = range(0)) -> None:
+        self.num_lanes, self.batch_size, self.steps = batch_size, batch_size // micro_batches, steps
 
     def __len__(self) -> int:
-        return len(self._windows) * self._micro_batches
+        return len(self.steps) * (self.num_lanes // self.batch_size)
 
-    def __iter__(self) -> Iterator[list[int]]:
-        for window in self._windows:
-            for first in range(0, self._epoch.batch_size, self.batch_size):
-                yield [lane * self._epoch.num_windows + window for lane in range(first, first + self.batch_size)]
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in self.steps:
+            for first in range(0, self.num_lanes, self.batch_size):
+                yield [(step, lane) for lane in range(first, first + self.batch_size)]
 
 
-def build_loader(
-    epoch: Epoch, *, micro_batches: int, first_window: int = 0, last_window: int | None = None
-) -> DataLoader[dict[str, Tensor]]:
-    """Build the loader of windows `first_window` up to `last_window`, for Accelerate to prepare.
+class _Windows(Dataset[dict[str, Tensor]]):
+    """Reads windows by (step, lane), a whole micro-batch in one call.
 
-    Each item is a micro-batch: `tokens` and `targets` (batch, seq_len), `lanes` and `windows` (batch,), all int64.
+    Only the epoch read last is kept: its order of documents may be the largest array of a training's memory.
     """
-    last_window = epoch.num_windows if last_window is None else last_window
-    sampler = LaneSampler(epoch, micro_batches=micro_batches, first_window=first_window, last_window=last_window)
-    return DataLoader(_Windows(epoch), batch_sampler=sampler, collate_fn=lambda batch: batch)
+
+    def __init__(self, split: Split, *, batch_size: int, seq_len: int, seed: int) -> None:
+        self._split, self._batch_size, self._seq_len, self._seed = split, batch_size, seq_len, seed
+        self._per_epoch = windows_per_epoch(split, batch_size=batch_size, seq_len=seq_len)
+        self._epoch: Epoch | None = None
+
+    def _open_epoch(self, number: int) -> Epoch:
+        if self._epoch is None or self._epoch.number != number:
+            self._epoch = None  # free the old order before the new one is computed
+            self._epoch = Epoch(
+                self._split, batch_size=self._batch_size, seq_len=self._seq_len, seed=self._seed, epoch=number
+            )
+        return self._epoch
+
+    def __getitems__(self, rows: Sequence[tuple[int, int]]) -> dict[str, Tensor]:
+        step, lanes = rows[0][0], [lane for _, lane in rows]  # a micro-batch is of one step
+        number, window = divmod(step, self._per_epoch)
+        epoch = self._open_epoch(number)
+        tokens = torch.from_numpy(np.stack([epoch.window(lane, window) for lane in lanes]))  # (rows, seq_len + 1)
+        return {
+            "tokens": tokens[:, :-1],
+            "targets": tokens[:, 1:],
+            "lanes": torch.tensor(lanes),
+            "windows": torch.full((len(lanes),), window),
+        }
+
+
+def build_loader(split: Split, sampler: LaneSampler, *, seq_len: int, seed: int) -> DataLoader[dict[str, Tensor]]:
+    """Build the loader of a training, for Accelerate to prepare. It reads the steps that `sampler` lists.
+
+    Each item is a micro-batch: `tokens` and `targets` (rows, seq_len), `lanes` and `windows` (rows,), all int64.
+
+    Raises:
+        TextgenError: the split has too few tokens for one window of every lane.
+    """
+    windows = _Windows(split, batch_size=sampler.num_lanes, seq_len=seq_len, seed=seed)
+    return DataLoader(windows, batch_sampler=sampler, collate_fn=lambda batch: batch)

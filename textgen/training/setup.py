@@ -21,7 +21,7 @@ from textgen.kernels.capture import CudaCapture, Replay
 from textgen.model.lstm import LSTMLanguageModel, State
 from textgen.training.cuda_graph import Capture, StepGraph
 from textgen.training.optim import build_optimizer
-from textgen.training.step import Progression, Training, steps_per_epoch
+from textgen.training.step import Progression, StepLoader, Training, steps_per_epoch
 
 
 def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop: StopSignals) -> Training:
@@ -51,6 +51,7 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop
         config=config,
         accelerator=accelerator,
         store=store,
+        loader=StepLoader(config, accelerator, store.split("train")),
         unwrapped_model=unwrapped_model,
         model=model,
         optimizer=prepared,

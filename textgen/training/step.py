@@ -17,8 +17,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 
 from textgen.config import TrainConfig
-from textgen.data.lanes import Epoch, build_loader, windows_per_epoch
-from textgen.data.store import TokenStore
+from textgen.data.lanes import LaneSampler, build_loader, windows_per_epoch
+from textgen.data.store import Split, TokenStore
 from textgen.distributed.signals import StopSignals
 from textgen.model.lstm import DropoutMasks, LSTMLanguageModel, State
 from textgen.runs.checkpoint import Saver
@@ -121,6 +121,27 @@ class GraphedSteps(Protocol):
         """Drop the graph: weights, optimizer or batches will be at other addresses."""
 
 
+class StepLoader:
+    """Reads the micro-batches of each step, through one loader that Accelerate prepared.
+
+    Accelerate gives this process its rows of every micro-batch. It reads one micro-batch ahead.
+    """
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, split: Split) -> None:
+        self._micro_batches = config.gradient_accumulation_steps
+        self._sampler = LaneSampler(batch_size=config.batch_size, micro_batches=self._micro_batches)
+        self._loader = accelerator.prepare(build_loader(split, self._sampler, seq_len=config.seq_len, seed=config.seed))
+
+    def read(self, first_step: int, last_step: int) -> Iterator[tuple[list[dict[str, Tensor]], float]]:
+        """Yield the micro-batches of each step from `first_step` up to `last_step`, and the seconds waited for them."""
+        self._sampler.steps = range(first_step, last_step)
+        batches = iter(self._loader)
+        for _ in range(first_step, last_step):
+            started = time.perf_counter()
+            micro_batches = list(islice(batches, self._micro_batches))
+            yield micro_batches, time.perf_counter() - started
+
+
 @dataclass(kw_only=True)
 class Training:
     """What outlives a step."""
@@ -128,6 +149,7 @@ class Training:
     config: TrainConfig
     accelerator: Accelerator
     store: TokenStore
+    loader: StepLoader
     unwrapped_model: LSTMLanguageModel
     model: nn.Module
     """`unwrapped_model` as Accelerate prepared it"""
@@ -166,33 +188,16 @@ def steps_per_epoch(config: TrainConfig, store: TokenStore) -> int:
 
 
 def step_batches(training: Training, until: int) -> Iterator[tuple[list[dict[str, Tensor]], float]]:
-    """Yield each remaining step's micro-batches, dealt to this process by Accelerate, and the seconds waited for them.
+    """Yield the micro-batches of each step up to `until`, and the seconds waited for them.
 
-    Sets the lanes' states to zero at the start of an epoch.
+    Sets the LSTM states of the lanes to zero at the start of an epoch.
     """
-    config, progress = training.config, training.progression
-    split = training.store.split("train")
-    per_epoch = steps_per_epoch(config, training.store)
-    micro = config.gradient_accumulation_steps
-    while progress.step < until:
-        started = time.perf_counter()
-        number, window = divmod(progress.step, per_epoch)
-        epoch = Epoch(split, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed, epoch=number)
-        last = min(per_epoch, window + until - progress.step)
-        loader = training.accelerator.prepare(
-            build_loader(epoch, micro_batches=micro, first_window=window, last_window=last)
-        )
-        if window == 0 or not training.lane_states:
+    first = training.progression.step
+    per_epoch = steps_per_epoch(training.config, training.store)
+    for step, batches in enumerate(training.loader.read(first, until), start=first):
+        if step % per_epoch == 0 or not training.lane_states:
             training.lane_states = zero_lanes(training)
-        batches = iter(loader)
-        try:
-            for _ in range(window, last):
-                micro_batches = list(islice(batches, micro))
-                yield micro_batches, time.perf_counter() - started
-                started = time.perf_counter()
-        finally:
-            # Accelerate keeps every loader it has prepared, and with it the epoch's order of documents
-            training.accelerator._dataloaders.remove(loader)
+        yield batches
 
 
 def zero_lanes(training: Training) -> list[State]:
