@@ -1,4 +1,4 @@
-"""CUDA graphs: capture work on the device once, then replay it with one launch."""
+"""CUDA graphs: capture work on a GPU once, then replay all its kernels with one launch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from textgen.errors import first_line
 
 Replay = Callable[[], None]
-"""repeats captured work on the current stream"""
+"""Repeats captured work on the current stream."""
 
 
 def reason_of(error: BaseException) -> str:
@@ -22,10 +22,13 @@ def reason_of(error: BaseException) -> str:
 
 
 class CudaCapture:
-    """Captures steps in CUDA graphs. They share one memory pool: they run one after the other and keep nothing in it.
+    """Captures steps in CUDA graphs that share one memory pool.
 
-    `torch.cuda.graph` is not used: it hands all cached memory back to the device first, which a training that samples
-    in between would have to ask for again; and its captures forbid much to the threads that save and track.
+    Sharing is safe because graphs run one after the other and no result stays in the pool.
+
+    `torch.cuda.graph` is not used, for two reasons. It returns all cached memory to the device first; a training that
+    samples between steps would have to allocate it again. And its captures forbid CUDA calls of other threads, which
+    save and track.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,10 +39,12 @@ class CudaCapture:
         self._first: torch.cuda.CUDAGraph | None = None  # kept alive: torch refuses a pool without graphs
 
     def record(self, work: Callable[[], None]) -> Replay:
-        """Return what replays some work on the current stream, which must have run before; nothing is computed here.
+        """Capture work and return a function that replays it on the current stream. Nothing is computed here.
+
+        The work must have run before, see `warm_up`.
 
         Raises:
-            RuntimeError: the work waits for the device, or does something else that no graph can hold.
+            RuntimeError: the work waits for the device, or does something else that a graph cannot hold.
         """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
@@ -50,8 +55,8 @@ class CudaCapture:
                 finally:
                     graph.capture_end()
             except RuntimeError:
-                # torch's allocator would take such a capture for one that goes on, and refuse to free memory for good
-                self._failed.append(graph)  # which it may still ask
+                # torch's allocator would treat the failed capture as unfinished, and never free memory again
+                self._failed.append(graph)  # kept alive: the allocator may still use it
                 with suppress(RuntimeError):
                     torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
                 # torch 2.11's allocator of pinned memory still records into this pool, and would refuse it
@@ -61,7 +66,7 @@ class CudaCapture:
         return graph.replay
 
     def warm_up(self, work: Callable[[], None]) -> None:
-        """Run work on the stream of captures: this loads kernels and gives cuBLAS its memory for this stream.
+        """Run work on the stream of captures. This loads its kernels and allocates cuBLAS's workspace for the stream.
 
         Raises:
             RuntimeError: the work waits for the device.
@@ -70,7 +75,7 @@ class CudaCapture:
         self._stream.wait_stream(current)
         try:
             with torch.cuda.stream(self._stream), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch says once that this mode does not see everything
+                warnings.simplefilter("ignore")  # torch warns once that this mode misses some waits
                 torch.cuda.set_sync_debug_mode("error")
                 work()
         finally:

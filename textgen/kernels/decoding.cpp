@@ -1,4 +1,4 @@
-// One step of an int8 decoder, and the draw, each in a single call: see decoding.py.
+// One step of an int8 decoder, and the draw, each in a single call: see decoding.py. Arrays are row-major.
 
 #include <cmath>
 #include <cstdint>
@@ -12,14 +12,15 @@
 
 // --- the draw --------------------------------------------------------------------------------------------------------
 
-static uint64_t mix(uint64_t bits) {  // noise._mix
+static uint64_t mix(uint64_t bits) {  // noise._mix: SplitMix64's finaliser
     bits += 0x9E3779B97F4A7C15;
     bits = (bits ^ bits >> 30) * 0xBF58476D1CE4E5B9;
     bits = (bits ^ bits >> 27) * 0x94D049BB133111EB;
     return bits ^ bits >> 31;
 }
 
-static inline float uniform(uint32_t key, uint32_t item) {  // what noise.exponential takes the logarithm of: 1 minus it
+// The u in (0, 1) of noise.exponential, which returns -log(1 - u).
+static inline float uniform(uint32_t key, uint32_t item) {
     uint32_t bits = (key ^ item) * 0x7FEB352D;
     bits = (bits ^ bits >> 15) * 0x846CA68B;
     bits = (bits ^ bits >> 16) & 0x7FFFFFFF;
@@ -27,18 +28,23 @@ static inline float uniform(uint32_t key, uint32_t item) {  // what noise.expone
     return value < 1 - 0x1p-24f ? value : 1 - 0x1p-24f;
 }
 
-static const int64_t BLOCK = 64;
+static const int64_t BLOCK = 64;  // tokens of a row that share one upper bound
 
-// Return the token of the largest logit - log(noise), or -1 where torch's rounding may make another one the largest.
-// log(noise) > log(uniform), which in turn is above the straight line between powers of two that the bits of a float
-// are: so few tokens are worth an exact look.
+// Return the token with the largest logit - log(noise), or -1 if torch's rounding may make another token the largest.
+// Logarithms of a whole vocabulary would take most of the time. So the first pass computes an upper bound without one:
+// noise = -log(1 - u) > u, hence log(noise) > log(u). The bits of a float, read as an integer, are linear in it between
+// powers of two, where they meet the logarithm from below: log2(u) >= bits(u) / 2^23 - 127. Hence
+//   logit - log(noise) < logit + ln(2) * (127 - bits(u) / 2^23)
+// The second pass computes only tokens whose bound reaches the best value so far, in double precision: few of them.
+// bounds: scratch memory; (blocks, BLOCK) bounds of tokens, then the largest bound of each block.
 static int64_t draw_row(const float* logits, int64_t size, const int32_t* items, uint32_t key, bool noisy,
                         std::vector<float>& bounds) {
     const int64_t blocks = (size + BLOCK - 1) / BLOCK;
     bounds.resize(blocks * (BLOCK + 1));
     float* largest = bounds.data() + blocks * BLOCK;
     const float slope = noisy ? static_cast<float>(M_LN2) * 0x1p-23f : 0.0f, start = noisy ? 127 * M_LN2 : 0.0;
-    int strange = 0;
+    int strange = 0;  // some logit is infinite or nan
+    // First pass: bounds of all tokens. Branch-free, so that it runs in SIMD registers.
     for (int64_t block = 0; block < blocks; block++) {
         const int64_t first = block * BLOCK, count = first + BLOCK < size ? BLOCK : size - first;
         const float* from = logits + first;
@@ -53,19 +59,23 @@ static int64_t draw_row(const float* logits, int64_t size, const int32_t* items,
             const float bound = from[i] + (start - slope * static_cast<float>(bits));
             to[i] = bound;
             most = bound > most ? bound : most;
-            strange |= !(from[i] <= std::numeric_limits<float>::max());  // infinity, or no number
+            strange |= !(from[i] <= std::numeric_limits<float>::max());  // +infinity or nan
         }
         largest[block] = most;
     }
     if (strange) return -1;
     double best = -std::numeric_limits<double>::infinity(), second = best;
     int64_t token = -1;
-    // Both logarithms may be 4 units off in torch, of values to 16.6 and 22.2, and the difference half a unit.
+    // The error of torch's value: both its logarithms, of values to 16.6 and 22.2, may be off by 4 units in the last
+    // place, and the difference by half a unit.
     const auto unsure = [&] { return 0x1p-13 + std::fabs(best) * 0x1p-21; };
+    // Second pass: blocks, then tokens, whose bound is not clearly below the best value so far.
     for (int64_t block = 0; block < blocks; block++) {
         if (token >= 0 && largest[block] < best - 2 * unsure()) continue;
         for (int64_t i = block * BLOCK; i < size && i < (block + 1) * BLOCK; i++) {
-            if (token >= 0 ? bounds[i] < best - 2 * unsure() : bounds[i] == -std::numeric_limits<float>::infinity()) continue;
+            const bool below = token >= 0 ? bounds[i] < best - 2 * unsure()
+                                          : bounds[i] == -std::numeric_limits<float>::infinity();
+            if (below) continue;
             const double noise = noisy ? std::log(-std::log1p(-static_cast<double>(uniform(key, items[i])))) : 0.0;
             const double value = logits[i] - noise;
             if (value > best) {
@@ -78,13 +88,14 @@ static int64_t draw_row(const float* logits, int64_t size, const int32_t* items,
     return token >= 0 && best - second > unsure() ? token : -1;
 }
 
-// Draw a token for each row of logits (rows, size); rows begin `stride` apart. Return how many tokens are -1: these are
-// to be drawn by torch.
+// Draw a token for each row of logits (rows, size), whose rows begin `stride` apart. Rows are shared among threads.
+// items: (size). keys, steps, tokens: (rows). temperature: (rows), 0 for rows without noise; null if all have noise.
+// Return the number of tokens that are -1; the caller lets torch draw them.
 extern "C" int64_t textgen_draw(const float* logits, int64_t rows, int64_t size, int64_t stride, const int32_t* items,
                                 const int64_t* keys, const int64_t* steps, const float* temperature, int64_t* tokens,
                                 int threads) {
     int64_t left = 0;
-    if (rows * size < 1 << 16) threads = 1;
+    if (rows * size < 1 << 16) threads = 1;  // little work: waking threads would take longer
 #pragma omp parallel num_threads(threads) if (threads > 1) reduction(+ : left)
     {
         std::vector<float> bounds;
@@ -99,7 +110,9 @@ extern "C" int64_t textgen_draw(const float* logits, int64_t rows, int64_t size,
     return left;
 }
 
-// Write (logits - their largest) / temperature, or the logits as they are at 1; rows as above.
+// Write (logits - their largest) / temperature to divided (rows, size), or the logits as they are if it is 1 (a
+// temperature of 0 counts as 1 in the quotient). Rows are shared among threads; the first inner loop finds the largest
+// logit of a row, the second one divides.
 extern "C" void textgen_divide(const float* logits, int64_t rows, int64_t size, int64_t stride,
                                const float* temperature, float* divided, int threads) {
     if (rows * size < 1 << 16) threads = 1;
@@ -119,50 +132,56 @@ extern "C" void textgen_divide(const float* logits, int64_t rows, int64_t size, 
 
 // --- the step --------------------------------------------------------------------------------------------------------
 
-// x @ weight.T: weights (outputs / 64, inputs / 4, 64, 4), the rest per output, in the order of weights.
+// y = x @ weight.T * scale + offset, for x in 8 bits. Outputs are in panels of 64: of a layer, the four gates (input,
+// forget, output, cell) of 16 units; else 64 outputs in a row, filled up with zeros.
 struct Product {
-    const int8_t* weight;
-    const float *scale, *offset;
-    const float* bias;  // of what is scaled per row, else it is in the offset
+    const int8_t* weight;  // (panels, inputs / 4, 64, 4)
+    const float* scale;    // (panels, 64), of weights and inputs together
+    const float* offset;   // (panels, 64): bias, and correction for inputs that are stored as 128 more than they are
+    const float* bias;     // (panels, 64) if inputs are scaled per row; else null, and the bias is in the offset
     int64_t inputs, outputs;
 };
 
 struct Model {
-    const Product* products;  // of each layer, perhaps a projection, output
-    const uint16_t* table;    // bfloat16 (vocab_size, 4, hidden_size)
+    const Product* products;  // num_layers, then a projection if `projected`, then the output layer
+    const uint16_t* table;    // bfloat16 (vocab_size, 4, hidden_size): part of the first layer's gates for each token
     int64_t num_layers, hidden_size, vocab_size;
-    int64_t projected;  // there is a projection
-    void* exp;          // of 16 floats
+    int64_t projected;  // 1 if there is a projection, else 0
+    void* exp;          // torch's exp of 16 floats
 };
 
 #ifdef __AVX512VNNI__
 
 typedef __m512 (*Exp)(__m512);
 
-static const int64_t ROWS = 6;  // at a time: 24 sums, 4 weights and what they are multiplied by fill the 32 registers
+static const int64_t ROWS = 6;  // of a tile: 24 sums, 4 weights and an input fill 29 of the 32 registers
 
-static inline __m512 sigmoid(Exp exp, __m512 x) {  // as torch's
-    return _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(_mm512_set1_ps(1), exp(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+static inline __m512 sigmoid(Exp exp, __m512 x) {  // 1 / (1 + exp(-x)), in torch's order of operations
+    const __m512 power = exp(_mm512_sub_ps(_mm512_setzero_ps(), x));
+    return _mm512_div_ps(_mm512_set1_ps(1), _mm512_add_ps(_mm512_set1_ps(1), power));
 }
 
-static inline __m512 tanh(Exp exp, __m512 x) {  // as decoding._tanh
-    const __m512 twice = _mm512_add_ps(x, x), opened = sigmoid(exp, twice);
-    return _mm512_sub_ps(_mm512_add_ps(opened, opened), _mm512_set1_ps(1));
+static inline __m512 tanh(Exp exp, __m512 x) {  // 2 sigmoid(2x) - 1, as the plain decoder computes it
+    const __m512 half = sigmoid(exp, _mm512_add_ps(x, x));
+    return _mm512_sub_ps(_mm512_add_ps(half, half), _mm512_set1_ps(1));
 }
 
-static inline __m128i bytes(__m512 x) {  // whole numbers -127..127, and 128 more
+// Round to integers from -127 to 127 and add 128: vpdpbusd multiplies unsigned bytes with signed ones.
+static inline __m128i bytes(__m512 x) {
     return _mm512_cvtepi32_epi8(_mm512_add_epi32(_mm512_cvtps_epi32(x), _mm512_set1_epi32(128)));
 }
 
-static inline void store_hidden(uint8_t* to, __m512 x) {
+static inline void store_hidden(uint8_t* to, __m512 x) {  // hidden states are in -1..1, hence the scale 127
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes(_mm512_mul_ps(x, _mm512_set1_ps(127))));
 }
 
-// Multiply R rows with 64 outputs; what comes out is scaled.
+// Write to y (R, 64) the product of R rows with a panel of 64 outputs, scaled and offset.
+// x: unsigned bytes, rows `stride` apart. Four inputs are outermost: their 64 x 4 weights (4 registers) are loaded once
+// and used for all R rows. vpdpbusd adds the products of 4 inputs and 4 weights to each of 16 sums.
 template <int R>
 static inline void multiply(const Product& product, int64_t panel, const uint8_t* x, int64_t stride, float* y) {
     const int8_t* weight = product.weight + panel * 64 * product.inputs;
-    __m512i sums[R][4];  // in registers, which takes loops that are unrolled, all of them
+    __m512i sums[R][4];  // stays in registers only if all loops over it are unrolled
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
@@ -177,7 +196,7 @@ static inline void multiply(const Product& product, int64_t panel, const uint8_t
             std::memcpy(&four, x + r * stride + k, 4);
             const __m512i same = _mm512_set1_epi32(four);
 #pragma GCC unroll 4
-            for (int j = 0; j < 4; j++)  // GCC 12 keeps half of the sums in memory if it is told by the intrinsic
+            for (int j = 0; j < 4; j++)  // with the intrinsic GCC 12 keeps half of the sums in memory
                 asm("vpdpbusd %2, %1, %0" : "+v"(sums[r][j]) : "v"(same), "v"(w[j]));
         }
     }
@@ -193,6 +212,7 @@ static inline void multiply(const Product& product, int64_t panel, const uint8_t
     }
 }
 
+// The number of rows as a template argument.
 static void multiply(int64_t rows, const Product& product, int64_t panel, const uint8_t* x, int64_t stride, float* y) {
     switch (rows) {
         case 1: return multiply<1>(product, panel, x, stride, y);
@@ -204,19 +224,22 @@ static void multiply(int64_t rows, const Product& product, int64_t panel, const 
     }
 }
 
-// Read a token per row: state (layers, hidden and cell) in separate arrays (rows, hidden_size) to one array of all,
-// logits (rows, vocab_size). Return whether all tokens are in the vocabulary; else nothing is done.
+// Read a token per row. before: for each layer hidden and cell, separate arrays (rows, hidden_size). after: the new
+// state, one array (num_layers, 2, rows, hidden_size). logits: (rows, vocab_size). Return 1; or 0 if some token is not
+// in the vocabulary, and nothing is written.
 extern "C" int textgen_step(const Model* model, int64_t rows, const int64_t* tokens, const float* const* before,
                             float* after, float* logits, int threads) {
     const int64_t size = model->hidden_size, layers = model->num_layers, part = rows * size;
     for (int64_t row = 0; row < rows; row++)
         if (tokens[row] < 0 || tokens[row] >= model->vocab_size) return 0;
     if (rows == 0) return 1;
-    const int64_t chunks = (rows + ROWS - 1) / ROWS, height = (rows + chunks - 1) / chunks;  // as even as can be
+    const int64_t chunks = (rows + ROWS - 1) / ROWS, height = (rows + chunks - 1) / chunks;  // even tiles
     const Exp exp = reinterpret_cast<Exp>(model->exp);
     const Product* products = model->products;
     const Product& output = products[layers + model->projected];
-    // in bytes: what each layer multiplies, (rows, inputs), then what comes out of the last one
+    // Inputs of the products, in bytes. Of layer 0: hidden (rows, hidden_size), as its token's part is in the table. Of
+    // each further layer: (rows, 2, hidden_size), the new hidden state of the layer below and its own old one. Then the
+    // new hidden state of the last layer (rows, hidden_size), and after a projection its result (rows, inputs).
     thread_local std::vector<uint8_t> whole_memory;
     thread_local std::vector<float> projected_memory;
     whole_memory.resize(part * 2 * layers + rows * output.inputs);
@@ -227,7 +250,8 @@ extern "C" int textgen_step(const Model* model, int64_t rows, const int64_t* tok
 
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        float y[ROWS * 64];
+        float y[ROWS * 64];  // a tile's product
+        // Old hidden states to bytes, into the second half of each layer's inputs (layer 0 has no first half).
 #pragma omp for collapse(2)
         for (int64_t layer = 0; layer < layers; layer++)
             for (int64_t row = 0; row < rows; row++) {
@@ -237,17 +261,21 @@ extern "C" int textgen_step(const Model* model, int64_t rows, const int64_t* tok
             }
         for (int64_t layer = 0; layer < layers; layer++) {
             const int64_t stride = products[layer].inputs, next_stride = layer + 1 < layers ? 2 * size : size;
+            // A layer: panels of 16 units are shared among threads. All rows are multiplied with a panel, tile by tile,
+            // while its weights are in the cache. The barrier after the loop completes the inputs of the next layer.
 #pragma omp for
             for (int64_t panel = 0; panel < size / 16; panel++)
                 for (int64_t first = 0; first < rows; first += height) {
                     const int64_t count = rows - first < height ? rows - first : height;
                     multiply(count, products[layer], panel, inputs_of(layer) + first * stride, stride, y);
+                    // gates to cell and hidden state, 16 units of a row at a time
                     for (int64_t r = 0; r < count; r++) {
                         const int64_t row = first + r, place = row * size + panel * 16;
                         __m512 gates[4];  // input, forget, output, cell
                         for (int j = 0; j < 4; j++) {
                             gates[j] = _mm512_loadu_ps(y + r * 64 + 16 * j);
                             if (layer > 0) continue;
+                            // the token's part of the gates: bfloat16, the upper half of a float32
                             const uint16_t* entry = model->table + (tokens[row] * 4 + j) * size + panel * 16;
                             const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(entry));
                             const __m512i wide = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
@@ -267,6 +295,7 @@ extern "C" int textgen_step(const Model* model, int64_t rows, const int64_t* tok
         uint8_t* last = inputs_of(layers);
         if (model->projected) {
             const Product& product = products[layers];
+            // The projection, to `projected` (rows, outputs), as above. The last panel may be narrower than 64 outputs.
 #pragma omp for
             for (int64_t panel = 0; panel < (product.outputs + 63) / 64; panel++)
                 for (int64_t first = 0; first < rows; first += height) {
@@ -277,6 +306,7 @@ extern "C" int textgen_step(const Model* model, int64_t rows, const int64_t* tok
                         std::memcpy(projected + (first + r) * product.outputs + panel * 64, y + r * 64, width * 4);
                 }
             last += part;
+            // Its result has no fixed range: each row is scaled by its own largest value, then rounded to bytes.
 #pragma omp for
             for (int64_t row = 0; row < rows; row++) {
                 const float* from = projected + row * output.inputs;
@@ -291,6 +321,7 @@ extern "C" int textgen_step(const Model* model, int64_t rows, const int64_t* tok
                 }
             }
         }
+        // The output layer, to logits (rows, vocab_size), as above; rows with a scale get it here, and then the bias.
 #pragma omp for
         for (int64_t panel = 0; panel < (output.outputs + 63) / 64; panel++)
             for (int64_t first = 0; first < rows; first += height) {
@@ -300,7 +331,8 @@ extern "C" int textgen_step(const Model* model, int64_t rows, const int64_t* tok
                 for (int64_t r = 0; r < count; r++) {
                     float* to = logits + (first + r) * output.outputs + panel * 64;
                     for (int64_t i = 0; i < width; i++)
-                        to[i] = model->projected ? y[r * 64 + i] * row_scales[first + r] + output.bias[panel * 64 + i] : y[r * 64 + i];
+                        to[i] = model->projected ? y[r * 64 + i] * row_scales[first + r] + output.bias[panel * 64 + i]
+                                                 : y[r * 64 + i];
                 }
             }
     }

@@ -1,7 +1,7 @@
-"""C++ for decoding on a CPU: one step of an int8 decoder, and the draw, each in a single call (decoding.cpp).
+"""Compiled code for decoding on a CPU: one step of an int8 decoder, and the draw, each in one call (decoding.cpp).
 
-What a step does takes less time than torch's operators take to be called. What is returned is what they return, bit for
-bit; the same `exp` is called. Where there is no compiler they are used.
+For a few rows, calling torch's operators takes longer than their work. The compiled code returns the same values bit
+for bit, and calls the same `exp`. Functions return None without a compiler; the caller then uses torch's operators.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from textgen.kernels.compile import library
 
 
 @functools.cache
-def _code() -> ctypes.CDLL | None:
+def compiled_code() -> ctypes.CDLL | None:
+    """Return the compiled code; None if it cannot be compiled."""
     code = library("decoding.cpp")
     if code is not None:
         code.textgen_draw.restype = ctypes.c_int64
@@ -31,18 +32,21 @@ def _code() -> ctypes.CDLL | None:
 def draw(
     logits: Tensor, items: Tensor, keys: Tensor, steps: Tensor, temperature: Tensor | None
 ) -> tuple[Tensor, int] | None:
-    """Draw as `sampling.draw` does where the rounding of logarithms cannot matter.
+    """Draw the tokens that `sampling.draw` draws, except those that the rounding of a logarithm could change.
+
+    A draw is a Gumbel-max: the token with the largest logit - log(noise), where noise is `noise.exponential`.
 
     Args:
         logits: float32 (batch, vocab_size).
-        items: hash of each token, int32 (vocab_size,), see `noise.exponential`.
-        keys: int64 (batch,), of each row's seed and sample.
-        steps: int64 (batch,), tokens drawn.
-        temperature: float32 (batch, 1); a row of 0 has no noise.
+        items: int32 (vocab_size,), hash of each token, as `noise.item_bits` returns them.
+        keys: int64 (batch,), hash of each row's seed and sample number.
+        steps: int64 (batch,), number of tokens that each row has drawn.
+        temperature: float32 (batch, 1), by which logits are divided already; a row of 0 gets no noise. None: all noisy.
 
     Returns:
-        Tokens int64 (batch,), -1 for rows whose two best are too close to tell which one torch takes, about one in
-        20,000, and for infinities and what is no number; and how many these are. None where this is not to be had.
+        Tokens, int64 (batch,), and the number of rows that got -1 and have to be drawn by torch: rows whose two best
+        tokens are so close that rounding decides, about one in 20,000, and rows with infinite or nan logits. None if
+        there is no compiled code for these tensors.
     """
     code = _code_for(logits, temperature)
     if code is None or any(t.dtype != torch.int64 or t.shape != (len(logits),) for t in (keys, steps)):
@@ -51,84 +55,113 @@ def draw(
     temperature = None if temperature is None else temperature.contiguous()
     tokens = torch.empty_like(keys)
     num_doubtful = code.textgen_draw(
-        _at(logits), _whole(len(logits)), _whole(logits.shape[1]), _whole(logits.stride(0)), _at(items), _at(keys),
-        _at(steps), None if temperature is None else _at(temperature), _at(tokens), torch.get_num_threads(),
-    )  # fmt: skip
+        _pointer(logits),
+        _int64(len(logits)),
+        _int64(logits.shape[1]),
+        _int64(logits.stride(0)),
+        _pointer(items),
+        _pointer(keys),
+        _pointer(steps),
+        _pointer(temperature),
+        _pointer(tokens),
+        torch.get_num_threads(),
+    )
     return tokens, num_doubtful
 
 
 def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor | None:
-    """Return what `sampling.divide_by_temperature` does, bit for bit where no logit is nan; None if not to be had."""
+    """Return the result of `sampling.divide_by_temperature`, bit for bit if no logit is nan.
+
+    Args:
+        logits: float32 (batch, vocab_size).
+        temperature: float32 (batch, 1).
+
+    Returns:
+        float32 (batch, vocab_size); None if there is no compiled code for these tensors.
+    """
     code = _code_for(logits, temperature)
     if code is None:
         return None
     temperature, divided = temperature.contiguous(), torch.empty_like(logits, memory_format=torch.contiguous_format)
     code.textgen_divide(
-        _at(logits), _whole(len(logits)), _whole(logits.shape[1]), _whole(logits.stride(0)), _at(temperature),
-        _at(divided), torch.get_num_threads(),
-    )  # fmt: skip
+        _pointer(logits),
+        _int64(len(logits)),
+        _int64(logits.shape[1]),
+        _int64(logits.stride(0)),
+        _pointer(temperature),
+        _pointer(divided),
+        torch.get_num_threads(),
+    )
     return divided
 
 
 def _code_for(logits: Tensor, temperature: Tensor | None) -> ctypes.CDLL | None:
-    """Return the compiled code if it can read these logits and temperatures."""
+    """Return the compiled code if it can read these logits and temperatures; None otherwise."""
     if logits.device.type != "cpu" or logits.dtype != torch.float32 or logits.dim() != 2 or logits.stride(1) != 1:
         return None
     if temperature is not None and (temperature.dtype != torch.float32 or temperature.shape != (len(logits), 1)):
         return None
-    return _code()
+    return compiled_code()
 
 
-_whole = ctypes.c_int64
+_int64 = ctypes.c_int64
 
 
-def _at(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
 
 
 class _Product(ctypes.Structure):
-    _fields_ = [
+    """The C++ structure `Product`; fields must be in the same order."""
+
+    _fields_ = (
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "offset", "bias")),
-        ("inputs", ctypes.c_int64), ("outputs", ctypes.c_int64),
-    ]  # fmt: skip
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs")),
+    )
 
 
 class _Model(ctypes.Structure):
-    _fields_ = [
-        ("products", ctypes.POINTER(_Product)), ("table", ctypes.c_void_p),
+    """The C++ structure `Model`; fields must be in the same order."""
+
+    _fields_ = (
+        ("products", ctypes.POINTER(_Product)),
+        ("table", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("num_layers", "hidden_size", "vocab_size", "projected")),
         ("exp", ctypes.c_void_p),
-    ]  # fmt: skip
+    )
 
 
 class Int8Step:
     """A step of stacked LSTM layers, without norms or residual sums, in 8-bit integers.
 
     Args:
-        table: what the first layer sees in each token, bfloat16 (vocab_size, 4 x hidden_size), gates in the order
-            input, forget, output, cell.
-        products: weight int8 (outputs, inputs), scale and offset (outputs,) and perhaps bias, of each layer (outputs in
-            the same order), perhaps a projection, and the output, in turn. What the output reads after a projection is
-            scaled per row and its bias added last; everything else reads values from -1 to 1.
-        num_layers: how many of the products are layers.
+        table: bfloat16 (vocab_size, 4 * hidden_size), the first layer's input weights times each token's embedding,
+            plus its bias; gates in the order input, forget, output, cell.
+        products: matrix products in order: one of each layer (outputs are gates, in the same order), a projection if
+            the model has one, and the output layer. Each is weight int8 (outputs, inputs), scale and offset
+            (outputs,), and bias (outputs,) or None. Inputs are hidden states from -1 to 1. Only the input of an output
+            layer after a projection has another range: it is scaled per row, and the bias is added last.
+        num_layers: number of layers among the products.
     """
 
     def __init__(
         self, table: Tensor, products: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]], num_layers: int
     ) -> None:
-        code = _code()
-        assert code is not None
+        code = compiled_code()
+        assert code is not None  # see has_int8_step
         self._step, self._num_layers = code.textgen_step, num_layers
         self._vocab_size, self._size = len(table), table.shape[1] // 4
-        self._products, self._kept = (_Product * len(products))(), [table]
+        self._products = (_Product * len(products))()
+        self._kept = [table]  # tensors that the structures point into
         for i, (product, parts) in enumerate(zip(self._products, products, strict=True)):
             product.outputs, product.inputs = parts[0].shape
             weight, *others = (part if part is None else _in_panels(part, gates=i < num_layers) for part in parts)
             assert weight is not None
-            weight = weight.view(len(weight), 64, -1, 4).transpose(1, 2).contiguous()  # 4 inputs of each output
+            # vpdpbusd multiplies 4 inputs with 4 weights of each output: (panels, inputs / 4, 64 outputs, 4 inputs)
+            weight = weight.view(len(weight), 64, -1, 4).transpose(1, 2).contiguous()
             for name, tensor in zip(("weight", "scale", "offset", "bias"), (weight, *others), strict=True):
                 if tensor is not None:
                     setattr(product, name, tensor.data_ptr())
@@ -139,30 +172,46 @@ class Int8Step:
         )
 
     def __call__(self, tokens: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Read one token per row, as `Decoder.step` says.
+        """Read one token per row; see `Decoder.step`.
+
+        Args:
+            tokens: int64 (batch,).
+            state: hidden and cell of each layer in turn, each float32 (batch, hidden_size).
+
+        Returns:
+            Logits, float32 (batch, vocab_size), and the new state.
 
         Raises:
             IndexError: a token is not in the vocabulary.
-            ValueError: tokens are not int64 (batch,), or the state is not of as many rows.
+            ValueError: tokens are not int64 (batch,), or the state has another shape or dtype.
         """
-        rows, make = len(tokens), functools.partial(torch.empty, dtype=torch.float32, device="cpu")
+        rows, empty = len(tokens), functools.partial(torch.empty, dtype=torch.float32, device="cpu")
         if tokens.dtype != torch.int64 or any(p.shape != (rows, self._size) or p.dtype != torch.float32 for p in state):
             raise ValueError(f"{rows} tokens of {tokens.dtype} do not fit a state of {[tuple(p.shape) for p in state]}")
         tokens, state = tokens.contiguous(), [part.contiguous() for part in state]
-        logits, after = make(rows, self._vocab_size), make(2 * self._num_layers, rows, self._size)
+        logits, after = empty(rows, self._vocab_size), empty(2 * self._num_layers, rows, self._size)
         before = (ctypes.c_void_p * len(state))(*(part.data_ptr() for part in state))
-        known = self._step(
-            ctypes.byref(self._model), _whole(rows), _at(tokens), before, _at(after), _at(logits),
+        in_vocabulary = self._step(
+            ctypes.byref(self._model),
+            _int64(rows),
+            _pointer(tokens),
+            before,
+            _pointer(after),
+            _pointer(logits),
             torch.get_num_threads(),
-        )  # fmt: skip
-        if not known:
+        )
+        if not in_vocabulary:
             raise IndexError(f"tokens must be below the vocabulary's size {self._vocab_size}: {tokens.tolist()[:10]}")
         return logits, list(after.unbind(0))
 
 
 def _in_panels(x: Tensor, *, gates: bool) -> Tensor:
-    """Return x (outputs, ...) in panels of 64 outputs, (panels, 64, ...): of gates the four of each 16 units."""
-    if gates:
+    """Return x (outputs, ...) in panels of 64 outputs, (panels, 64, ...).
+
+    A panel of gates holds the four gates of 16 units, so that the units' cells can be computed from one panel. Other
+    outputs are filled up with zeros to a multiple of 64.
+    """
+    if gates:  # (4, units, ...) to (units / 16, 4, 16, ...)
         groups = x.reshape(4, -1, 16, *x.shape[1:]).transpose(0, 1)
     else:
         groups = torch.cat([x, x.new_zeros(-len(x) % 64, *x.shape[1:])])
@@ -171,14 +220,14 @@ def _in_panels(x: Tensor, *, gates: bool) -> Tensor:
 
 @functools.cache
 def _exp() -> int | None:
-    """Return the address of torch's `exp` of 16 floats, Sleef's (https://sleef.org), if torch has it."""
+    """Return the address of the `exp` of 16 floats that torch calls, Sleef's (https://sleef.org); None without it."""
     try:
-        torchs = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return ctypes.cast(torchs.Sleef_expf16_u10, ctypes.c_void_p).value
+        libtorch = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        return ctypes.cast(libtorch.Sleef_expf16_u10, ctypes.c_void_p).value
     except (AttributeError, OSError):
         return None
 
 
 def has_int8_step() -> bool:
-    """Tell whether there is an `Int8Step` here: on processors with AVX512-VNNI, and where torch has what it takes."""
-    return hasattr(_code(), "textgen_step") and _exp() is not None
+    """Return whether `Int8Step` works here: the processor has AVX512-VNNI, and torch's library exports its `exp`."""
+    return hasattr(compiled_code(), "textgen_step") and _exp() is not None

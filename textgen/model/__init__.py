@@ -1,5 +1,5 @@
 """The LSTM language model.
 
 - `lstm`: the layers, the model and its loss
-- `files`: reading and writing it, and the hub
+- `files`: reads and writes models, fetches them from the hub
 """

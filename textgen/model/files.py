@@ -1,4 +1,4 @@
-"""A model on disk: read, written, fetched from the Hugging Face hub."""
+"""A model's files: reads them, writes them, fetches them from the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ WEIGHTS_NAME = "model.safetensors"
 MODEL_FILES = (CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME)
 _FORMAT = "textgen.lstm.1"
 
-HUB_SECONDS = 3  # to wait for the hub's first answer
+HUB_SECONDS = 3  # limit for the hub's first answer
 
 
 def model_files(model: LSTMLanguageModel) -> dict[str, bytes]:
-    """Return the files beside the weights in a model's directory: contents by name."""
+    """Return the files beside the weights in a model's directory: content by name."""
     config = {"format": _FORMAT, "vocab_size": model.vocab_size, "text": model.text, **asdict(model.config)}
     return {CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}
 
 
 def save_model(model: LSTMLanguageModel, directory: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` into a directory, as `read_model` reads them."""
+    """Write `config.json` and `model.safetensors` into a directory, which is made if it is missing."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in model_files(model).items():
@@ -49,7 +49,7 @@ def read_model(name: str | Path) -> LSTMLanguageModel:
     """Read a model from a directory, or from a repository of the Hugging Face hub.
 
     Raises:
-        TextgenError: there is no such model, or its files do not fit.
+        TextgenError: the model is not found, or its files do not fit together.
     """
     directory = resolve_model_directory(name)
     try:
@@ -58,13 +58,13 @@ def read_model(name: str | Path) -> LSTMLanguageModel:
         if values.pop("format", None) != _FORMAT:
             raise TextgenError(f"`{directory / CONFIG_NAME}` is not a textgen model: `format` is not {_FORMAT}")
         vocab_size, text = values.pop("vocab_size"), values.pop("text", {})
-        # models older than the setting
+        # Models from before the setting `projection` had a projection if the sizes differ.
         values.setdefault("projection", values["embedding_dim"] != values["hidden_size"])
         _check_types(values, vocab_size, text)
         config = ModelConfig(**values)
         if 3 * config.num_layers > len(read_header(directory / WEIGHTS_NAME)):
             raise TextgenError(f"`{directory / WEIGHTS_NAME}` has too few tensors for {config.num_layers} layers")
-        with torch.device("meta"):  # no memory is taken on the word of config.json alone
+        with torch.device("meta"):  # config.json alone, which may be wrong, must not allocate memory
             model = LSTMLanguageModel(config, vocab_size, text=text)
         tensors = read_tensors(directory / WEIGHTS_NAME, model.state_shapes())
         model.load_state_dict(tensors, strict=False, assign=True)
@@ -78,7 +78,7 @@ def read_model(name: str | Path) -> LSTMLanguageModel:
 
 
 def _check_types(settings: Mapping[str, Any], vocab_size: object, text: object) -> None:
-    """Raise ValueError where a value of config.json is not of its type: Python would take true for a 1."""
+    """Raise ValueError if a value of config.json has another type than its setting. To Python, true would be a 1."""
     kinds = typing.get_type_hints(ModelConfig)
     for name, value in {**settings, "vocab_size": vocab_size}.items():
         kind = kinds.get(name, int if name == "vocab_size" else type(value))  # ModelConfig refuses other names
@@ -89,13 +89,13 @@ def _check_types(settings: Mapping[str, Any], vocab_size: object, text: object) 
 
 
 def resolve_model_directory(name: str | Path) -> Path:
-    """Return the directory of a model: `name` itself where it is one, else a snapshot fetched from the hub.
+    """Return the directory of a model: `name` if it is one, else a snapshot fetched from the hub.
 
     Args:
         name: a directory, or a repository `OWNER/NAME`; `hub:OWNER/NAME` is never a directory.
 
     Raises:
-        TextgenError: neither a directory with a config nor a repository that can be reached.
+        TextgenError: `name` is neither a directory with a config nor a repository that can be reached.
     """
     path, repository = Path(name), str(name).removeprefix("hub:")
     if repository == str(name):
@@ -107,12 +107,14 @@ def resolve_model_directory(name: str | Path) -> Path:
 
     draw_bars_in_terminals_only()
     unreached = None
-    try:  # for a hub that is silent `snapshot_download` waits without end; what it fetched before is taken then
+    # `snapshot_download` waits forever for a hub that does not answer, so the hub is asked with a time limit first. If
+    # it does not answer, a snapshot that was fetched before is used.
+    try:
         HfApi().model_info(repository, timeout=HUB_SECONDS)
     except Exception as error:
         unreached = error
     try:
-        files = [CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME, "decoder.json"]  # by the last one a decoder is chosen
+        files = [CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME, "decoder.json"]  # the last one tells which decoder to choose
         offline = unreached is not None
         return Path(
             snapshot_download(repository, allow_patterns=files, etag_timeout=HUB_SECONDS, local_files_only=offline)
@@ -124,7 +126,7 @@ def resolve_model_directory(name: str | Path) -> Path:
 
 
 def draw_bars_in_terminals_only() -> None:
-    """Have the hub's client draw no progress bars into files and pipes."""
+    """Turn off the progress bars of the hub's client if stderr is a file or a pipe."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if sys.stderr is None or not sys.stderr.isatty():
