@@ -1,7 +1,10 @@
 """The command line: a table of commands, and the exit codes they end with.
 
-Heavy packages (torch, accelerate, datasets) are imported once the flags are known to be right: `--help` and a wrong
-flag are answered in 0.3 s, not in 1.7 s.
+torch, accelerate and datasets are imported after the flags have been checked: `--help` and a wrong flag are answered in
+0.3 s instead of 1.7 s.
+
+Exit codes: 0 done, 1 a fault of the program, 2 wrong input, 130 Ctrl-C, 141 the reader of the output has closed it;
+128 + N after signal N.
 """
 
 from __future__ import annotations
@@ -15,41 +18,49 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
-from textgen.commands.parsing import PATIENCE_SECONDS, fail
+from textgen.commands.parsing import PEER_WAIT_SECONDS, fail
 from textgen.commands.train import train_command
 from textgen.distributed.signals import Interrupted, end_siblings, end_with_launcher
 from textgen.distributed.world import slurm_variables
 from textgen.errors import TextgenError
 
+# Errors of the disk and of permissions: the user can correct them.
 DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
     errno.EIO, errno.ESTALE,
 )  # fmt: skip
 
-COMMANDS = {
-    "train": "train; the same as train_distributed.py",
-    "prepare": "encode the training text ahead of time; takes the flags of train_distributed.py",
-    "evaluate": "bits per byte of a checkpoint on a file or a split",
-    "sample": "continue prompts",
-    "serve": "continue prompts over HTTP, as OpenAI's API does, with a page to play with",
-    "export": "a checkpoint as a quantised or ONNX decoder, with what that costs",
-    "publish": "a model and its card as a folder, or on the Hugging Face hub",
-    "verify": "check every byte of a checkpoint and say what it holds",
-    "compare": "a table of runs: bits per byte, tokens per second, the settings that differ",
-    "report": "a page of a run, or of several over each other: curves, samples, settings, how to make it again",
-    "measure": "texts of a run at several temperatures beside human ones: variety, repetition, what is copied",
-    "dashboard": "a W&B workspace for the runs of a project",
-    "doctor": "check a machine, or all machines of an allocation, before hours are spent",
-    "submit": "hand a training to Slurm",
+# Command NAME is the function NAME_command of textgen/commands/NAME.py.
+COMMAND_GROUPS = {
+    "train a model": {
+        "train": "train; the same as train_distributed.py",
+        "prepare": "encode the training text ahead of time; takes the flags of `train`",
+        "submit": "submit a training, or a sweep of trainings, to Slurm",
+        "doctor": "check this machine, or all machines of an allocation, before a training",
+    },
+    "use a model": {
+        "sample": "continue prompts",
+        "serve": "continue prompts over HTTP, with OpenAI's API and a page for a browser",
+        "export": "write a checkpoint as a quantised or ONNX decoder, with its cost",
+        "publish": "write a model and its card to a folder, or to the Hugging Face hub",
+    },
+    "judge a run": {
+        "evaluate": "print the bits per byte of a checkpoint on a file or a split",
+        "measure": "compare generated texts with human ones: variety, repetition, copied text",
+        "compare": "print a table of runs: bits per byte, tokens per second, different settings",
+        "report": "write a page of one run or several: curves, samples, settings",
+        "dashboard": "create a W&B workspace for the runs of a project",
+        "verify": "check every byte of a checkpoint and print its content",
+    },
 }
-"""of `textgen`, each in the module of its name in textgen/commands/, as the function NAME_command"""
+COMMANDS = {name: text for group in COMMAND_GROUPS.values() for name, text in group.items()}
 
 
 def run(action: Callable[[], None]) -> None:
-    """Run a verb and end with the exit code that says how it went.
+    """Run a command and end with its exit code.
 
-    One of several processes ends without tearing its process group down, which may wait for a lost peer; and gloo's
-    threads abort a process now and then that the interpreter takes apart around them.
+    One of several processes ends by `os._exit`. A normal exit would close the process group, which may wait for a lost
+    peer, and gloo's threads sometimes abort a process during the interpreter's shutdown.
     """
     code: object = 0
     try:
@@ -65,7 +76,7 @@ def run(action: Callable[[], None]) -> None:
 
 
 def _try(action: Callable[[], None]) -> None:
-    """Run a verb; turn what is the user's to mend into one line and exit code 2."""
+    """Run a command; an error that the user can correct becomes one line and exit code 2."""
     try:
         os.environ.update(slurm_variables(os.environ))
         action()
@@ -73,15 +84,15 @@ def _try(action: Callable[[], None]) -> None:
         if os.environ.get("RANK", "0") == "0":
             print("interrupted", file=sys.stderr)
         raise SystemExit(interrupted.exit_code if isinstance(interrupted, Interrupted) else 130) from None
-    except BrokenPipeError:  # who reads has had enough, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(141) from None  # 128 + SIGPIPE, as of a program that knows nothing of it
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
+        raise SystemExit(141) from None  # 128 + SIGPIPE: the code of a program that does not catch the signal
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             _crash()
         fail(f"{error.strerror or error}" + (f": `{error.filename}`" if error.filename else ""))
     except Exception as error:
-        from textgen.tokenizer import TokenizerError  # which knows nothing of textgen's errors
+        from textgen.tokenizer import TokenizerError  # not a TextgenError: the tokenizer does not import textgen
 
         if not isinstance(error, TextgenError | TokenizerError):
             _crash()
@@ -89,10 +100,10 @@ def _try(action: Callable[[], None]) -> None:
 
 
 def _crash() -> NoReturn:
-    """End with the traceback of a fault that is not the user's, and the other processes with it."""
+    """Print the traceback of a fault of the program; end this process and its siblings."""
     if os.environ.get("RANK", "0") != "0":
-        # When the first process ends, the others fail in their next collective: leave the word to it.
-        time.sleep(PATIENCE_SECONDS)
+        # When process 0 ends, the others fail in their next collective. Wait, so that its traceback is the only one.
+        time.sleep(PEER_WAIT_SECONDS)
     traceback.print_exc()
     sys.stderr.flush()
     end_siblings()
@@ -100,7 +111,11 @@ def _crash() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run a command of the console script `textgen`."""
+    """Run the console script `textgen`.
+
+    Args:
+        argv: the command and its flags; None for those of this process.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
     if name == "train":
@@ -110,19 +125,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif argv in (["--help"], ["-h"]):
         print(_usage(), end="")
     else:
-        fail(f"`textgen` wants one of {', '.join(f'`{known}`' for known in COMMANDS)}" + (f": {name}" if argv else ""))
+        known = ", ".join(f"`{command}`" for command in COMMANDS)
+        fail(f"`textgen` wants one of {known}" + (f": {name}" if argv else ""))
 
 
 def _usage() -> str:
-    rows = "".join(f"  {name:9}  {what}\n" for name, what in COMMANDS.items())
+    groups = (
+        f"{title}:\n" + "".join(f"  {name:9}  {text}\n" for name, text in commands.items())
+        for title, commands in COMMAND_GROUPS.items()
+    )
     return (
-        f"usage: textgen VERB ... (each with --help)\n\n{rows}\n"
-        "Several processes train under `accelerate launch --module textgen train`, or with train_distributed.py in its "
-        "place.\n"
+        "usage: textgen COMMAND ... (`textgen COMMAND --help` lists its flags)\n\n"
+        + "\n".join(groups)
+        + "\nTo train with several processes, run `accelerate launch --module textgen train` or\n"
+        "`accelerate launch train_distributed.py`.\n"
     )
 
 
 def train_main(argv: Sequence[str] | None = None, *, prog: str | None = None) -> None:
-    """Train as the command line says."""
+    """Run the command `train`, and end with its launcher.
+
+    Args:
+        argv: the flags; None for those of this process.
+        prog: the name of the program in `--help`.
+    """
     end_with_launcher()
     run(lambda: train_command(argv, prog=prog))

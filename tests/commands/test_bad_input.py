@@ -116,11 +116,15 @@ def test_unknown_key_of_a_file_is_refused_with_the_nearest_name(refuse_training:
 
 
 def test_flag_without_a_value_and_stray_words_are_refused(refuse_training: Refuse, capsys: Capture) -> None:
-    assert refuse_training("--batch_size").startswith("`--batch_size` wants a value")
+    line = "`--batch_size` wants a value; one that begins with a dash is written `--batch_size=-...`"
+    assert refuse_training("--batch_size") == line
+    line = "`--stop` wants a value; one that begins with a dash is written `--stop=-...`"
+    assert refusal(lambda: main(["sample", "runs/x", "--stop"]), capsys) == line
+    assert refuse_training("--model", "3") == "`model` must be a YAML file of settings: 3"
     assert refuse_training("--seed", "1", "2") == "unexpected argument `2`"
     assert refusal(lambda: main(["sample"]), capsys) == "an argument is missing: `checkpoint`"
     wanted = refusal(lambda: main([]), capsys)
-    assert wanted.startswith("`textgen` wants one of `train`, `prepare`, `evaluate`, `sample`, ")
+    assert wanted.startswith("`textgen` wants one of `train`, `prepare`, `submit`, `doctor`, ")
     assert refusal(lambda: main(["sampel"]), capsys) == f"{wanted}: sampel"
 
 
@@ -437,5 +441,5 @@ def test_error_that_only_a_later_process_meets_is_not_lost(
     monkeypatch: pytest.MonkeyPatch, refuse_training: Refuse
 ) -> None:
     monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(parsing, "PATIENCE_SECONDS", 0)
+    monkeypatch.setattr(parsing, "PEER_WAIT_SECONDS", 0)
     assert refuse_training("--batch_size", "0").startswith("process 1: `batch_size` must be")

@@ -75,7 +75,7 @@ def test_without_a_key_a_line_says_so(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit, match="2"):
         main(["dashboard"])
     assert capsys.readouterr().err == (
-        "error: there is no W&B key, by `wandb login` or in WANDB_API_KEY; `--print` takes none\n"
+        "error: no W&B key, neither of `wandb login` nor in WANDB_API_KEY; `--print` needs none\n"
     )
 
 
@@ -98,5 +98,5 @@ def test_a_missing_package_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     with pytest.raises(SystemExit, match="2"):
         main(["dashboard", "--print"])
     assert capsys.readouterr().err == (
-        "error: the package wandb-workspaces is not installed: `pip install 'textgen[dashboard]'`\n"
+        "error: the package wandb-workspaces is not installed: run `pip install -e '.[dashboard]'` in the checkout\n"
     )

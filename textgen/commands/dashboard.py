@@ -1,4 +1,4 @@
-"""The verb `dashboard`: a W&B workspace as code, its panels in the order in which a person asks."""
+"""The command `dashboard`: a W&B workspace with panels in the order of a reader's questions."""
 
 from __future__ import annotations
 
@@ -9,24 +9,27 @@ from typing import TYPE_CHECKING, Any
 
 from textgen.commands.parsing import Parser, fail
 from textgen.config import TrackingConfig
+from textgen.errors import first_line
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
 
 
 NAME = "textgen"
-
+"""name of the workspace"""
 GOAL = "valid/bits_per_byte"
+"""metric whose dependence on the settings is shown"""
 SAMPLES_TABLE = "samples"
+"""W&B table that the tracker fills"""
 
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves of metrics in one picture."""
+    """One picture with a curve for each metric."""
 
     title: str
     metrics: tuple[str, ...]
-    """names, or one regular expression where `pattern` is set"""
+    """names of metrics; one regular expression if `pattern` is set"""
     x: str = "step"
     pattern: bool = False
 
@@ -55,23 +58,23 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Steps skipped: float16 overflowed", ("train/skipped_steps",)),
     ),
 }  # fmt: skip
-"""panels of each section; W&B makes others for what it measures itself"""
+"""panels by section; W&B adds panels for its own measurements of the machine"""
 
 
 def dashboard_command(argv: Sequence[str]) -> None:
-    """Create the dashboard in a project, or print what would be sent."""
+    """Create the dashboard in a project and print its address; with `--print`, print its specification instead."""
     parser = Parser(
         prog="textgen dashboard",
-        description="Create a W&B workspace for the runs of a project, beside those that it has.",
+        description="Create a W&B workspace for the runs of a project. Its other workspaces stay as they are.",
     )
-    parser.add_argument("--project", default=TrackingConfig.project, help="project of W&B")
-    parser.add_argument("--entity", type=str | None, default=None, help="user or team; default: that of the key")
-    parser.add_argument("--print", action="store_true", help="print the specification as JSON, and send nothing")
+    parser.add_argument("--project", default=TrackingConfig.project, help="W&B project")
+    parser.add_argument("--entity", type=str | None, default=None, help="W&B user or team; default: the key's")
+    parser.add_argument("--print", action="store_true", help="print the specification as JSON and send nothing")
     args = parser.parse_args(list(argv))
     try:
         import wandb_workspaces  # noqa: F401
     except ImportError:
-        fail("the package wandb-workspaces is not installed: `pip install 'textgen[dashboard]'`")
+        fail("the package wandb-workspaces is not installed: run `pip install -e '.[dashboard]'` in the checkout")
     if args.print:
         print(json.dumps(specification(build_workspace(args.project, args.entity or "")), indent=2))
         return
@@ -81,42 +84,47 @@ def dashboard_command(argv: Sequence[str]) -> None:
     from textgen.tracking.wandb import has_wandb_key
 
     if not has_wandb_key():
-        fail("there is no W&B key, by `wandb login` or in WANDB_API_KEY; `--print` takes none")
+        fail("no W&B key, neither of `wandb login` nor in WANDB_API_KEY; `--print` needs none")
     try:
         workspace = build_workspace(args.project, args.entity or wandb.Api().default_entity)
-        workspace.save()  # as a new one
-    except Exception as error:  # some kinds of W&B's are private
-        fail(f"W&B did not take the dashboard: {str(error).partition(chr(10))[0]}")
+        workspace.save()  # creates a new workspace
+    except Exception as error:  # some of W&B's exception classes are private
+        fail(f"W&B did not take the dashboard: {first_line(error)}")
     print(workspace.url)
 
 
 def build_workspace(project: str, entity: str) -> Workspace:
-    """Return the dashboard; needs no network."""
+    """Return the dashboard of a project; needs no network.
+
+    Args:
+        project: the W&B project.
+        entity: the user or team that owns it.
+    """
     from wandb_workspaces.reports import v2 as reports
     from wandb_workspaces.workspaces import Section, SectionLayoutSettings, Workspace
 
+    def line_plot(panel: Panel) -> reports.LinePlot:
+        if panel.pattern:
+            return reports.LinePlot(title=panel.title, x=panel.x, metric_regex=panel.metrics[0])
+        return reports.LinePlot(title=panel.title, x=panel.x, y=list(panel.metrics))
+
     sections = [
-        Section(
-            name=name, is_open=True,
-            panels=[
-                reports.LinePlot(title=panel.title, x=panel.x, metric_regex=panel.metrics[0]) if panel.pattern
-                else reports.LinePlot(title=panel.title, x=panel.x, y=list(panel.metrics))
-                for panel in panels
-            ],
-        )
+        Section(name=name, is_open=True, panels=[line_plot(panel) for panel in panels])
         for name, panels in SECTIONS.items()
-    ]  # fmt: skip
+    ]
     sections += [
         Section(
-            name="What does it write?", is_open=True, layout_settings=SectionLayoutSettings(columns=1, rows=1),
+            name="What does it write?",
+            is_open=True,
+            layout_settings=SectionLayoutSettings(columns=1, rows=1),
             panels=[reports.WeavePanelSummaryTable(table_name=SAMPLES_TABLE)],
         ),
         Section(name="Which settings matter?", panels=[reports.ParameterImportancePlot(with_respect_to=GOAL)]),
-    ]  # fmt: skip
+    ]
     return Workspace(entity=entity, project=project, name=NAME, sections=sections, auto_generate_panels=True)
 
 
 def specification(workspace: Workspace) -> dict[str, Any]:
-    """Return what W&B is sent."""
-    sent: dict[str, Any] = json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True))
-    return sent
+    """Return the JSON object that `Workspace.save` sends to W&B."""
+    content: dict[str, Any] = json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True))
+    return content

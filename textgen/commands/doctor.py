@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from textgen.commands.parsing import PATIENCE_SECONDS, parse_train_config
+from textgen.commands.parsing import PEER_WAIT_SECONDS, parse_train_config
 from textgen.config import ModelConfig, TrainConfig
 from textgen.distributed.signals import StopSignals, end_with_launcher
 from textgen.distributed.world import env_flag
@@ -199,7 +199,7 @@ def doctor_command(argv: Sequence[str]) -> None:
         elif peers.problem:
             # The main process has the word; where it lives, it needs about as long as this one, and launchers end it
             # once another one has ended.
-            time.sleep(PATIENCE_SECONDS)
+            time.sleep(PEER_WAIT_SECONDS)
             print(f"process {peers.rank}: {peers.problem}", file=sys.stderr)
         peers.gather(None)  # no process ends before the main one has spoken
     if failed or several:  # of several processes none tears the group down before another (`cli.run`): that one aborts

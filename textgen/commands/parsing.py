@@ -1,10 +1,11 @@
-"""From flags and YAML to a frozen config, or to one line that says what is wrong.
+"""Flags and YAML to a frozen config, or to one line that says what is wrong.
 
-Nothing heavy (torch, accelerate, datasets) is imported here: `--help` and a wrong flag are answered without it.
+No heavy package (torch, accelerate, datasets) is imported here, so that `--help` and a wrong flag are answered at once.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -21,72 +22,83 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from textgen.config import REMOVED_VALUES, TrainConfig
 from textgen.settings import build_settings, in_words, settings_of, unknown_setting
 
-# A launcher ends all processes once one has ended. The first process says what is wrong with all of them; another one
-# waits this long to be ended, and speaks only if nobody did.
-PATIENCE_SECONDS = 3
+# A launcher ends all processes once one has ended. Process 0 prints an error that all processes share. Another process
+# waits this long for the launcher to end it; then its error is its own, and it prints it.
+PEER_WAIT_SECONDS = 3
 
-# Settings of whole trainings: launch/presets in a checkout.
+# Presets for `--config NAME`. In a checkout this is a link to launch/presets.
 PRESETS = Path(__file__).parents[1] / "presets"
 
 TRAINING = """Train an LSTM language model, alone or under `accelerate launch`.
-Flags override the file of `--config`, which overrides the defaults; of a flag given twice the last counts.
+Flags override the file of `--config`, which overrides the defaults. If a flag is given twice, the last one counts.
 A list is written `--data.files a.txt b.txt`, a switch `--dry_run`."""
 
 
 def fail(message: str) -> NoReturn:
-    """End this process with exit code 2; the first one says why."""
+    """Print an error and end with exit code 2; processes other than 0 wait first, to be ended in silence."""
     rank = os.environ.get("RANK", "0")
     if rank != "0":
-        time.sleep(PATIENCE_SECONDS)
+        time.sleep(PEER_WAIT_SECONDS)
         message = f"process {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
 class Parser(ArgumentParser):
-    """jsonargparse's parser with one-line errors that say what is wanted."""
+    """jsonargparse's parser, with errors of one line that name the flag, the wanted value and the given one."""
 
     def __init__(self, **kwargs: Any) -> None:
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print one line from the first process and end with exit code 2."""
-        fail(self._in_one_line(message))
+        """Print one line and end with exit code 2."""
+        fail(self._explain(message, ex))
 
-    def _in_one_line(self, message: str) -> str:
+    def _explain(self, message: str, error: Exception | None) -> str:
+        """Return a parsing error in one line, in the words of this project.
+
+        argparse's ArgumentError has the flag as an attribute. jsonargparse's errors have flag and value in their text
+        alone, so pyproject.toml pins jsonargparse's minor version.
+        """
         options = {name.removeprefix("--"): action for action in self._actions for name in action.option_strings}
-        if wrong := re.match(r"unrecognized arguments: (\S+)", message):
-            if not wrong[1].startswith("-"):
-                return f"unexpected argument `{wrong[1]}`"
-            return unknown_setting(wrong[1].split("=")[0].lstrip("-"), options)
-        if wrong := re.match(r"argument (--\S+): expected (?:at least )?one argument", message):
-            return f"`{wrong[1]}` wants a value; one that begins with a dash is written `{wrong[1]}=-...`"
-        if wrong := re.match(r"the following arguments are required: (.+)", message):
-            return f"an argument is missing: `{wrong[1]}`"
-        if wrong := re.match(r'Parser key "([^"]+)":.*?(?:Got value|Given value): (.*)', message, re.DOTALL):
-            key, value = wrong.groups()
-            if (removed := REMOVED_VALUES.get((key, value.strip()))) is not None:
+        if isinstance(error, argparse.ArgumentError) and error.message.startswith("expected "):
+            flag = error.argument_name
+            return f"`{flag}` wants a value; one that begins with a dash is written `{flag}=-...`"
+        if found := re.match(r"unrecognized arguments: (\S+)", message):
+            if not found[1].startswith("-"):
+                return f"unexpected argument `{found[1]}`"
+            return unknown_setting(found[1].split("=")[0].lstrip("-"), options)
+        if found := re.match(r"the following arguments are required: (.+)", message):
+            return f"an argument is missing: `{found[1]}`"
+        if found := re.match(r'Parser key "([^"]+)":.*?(?:Got value|Given value): (.*)', message, re.DOTALL):
+            name, value = found.groups()
+            if (removed := REMOVED_VALUES.get((name, value.strip()))) is not None:
                 return removed
-            kind = getattr(options.get(key), "_typehint", getattr(options.get(key), "type", None))
-            quote = (
-                " (YAML reads a bare `no` as false: put it in quotes)"
-                if value == "False" and "`no`" in in_words(kind)
-                else ""
-            )
-            return f"`{key}` must be {in_words(kind)}: {' '.join(value.split())}{quote}"
-        if wrong := re.match(r'Parser key "([^"]+)":\s+Unable to load config \'(.*?)\'', message):
-            return f"`{wrong[1]}` must be a YAML file of settings: {wrong[2]}"
+            kind = getattr(options.get(name), "_typehint", getattr(options.get(name), "type", None))
+            wanted = in_words(kind)
+            is_bare_no = value == "False" and "`no`" in wanted
+            hint = " (YAML reads a bare `no` as false: put it in quotes)" if is_bare_no else ""
+            return f"`{name}` must be {wanted}: {' '.join(value.split())}{hint}"
+        if found := re.match(r'Parser key "([^"]+)":\s+Unable to load config \'(.*?)\'', message):
+            return f"`{found[1]}` must be a YAML file of settings: {found[2]}"
         return " ".join(message.split())
 
 
 def parse_train_config(argv: Sequence[str] | None = None, *, prog: str | None = None) -> TrainConfig:
-    """Parse defaults < `--config FILE` < flags; end with one line and exit code 2 where something is wrong."""
+    """Parse the settings of a training; end with exit code 2 if one is wrong.
+
+    Flags override files of `--config`, which override the defaults.
+
+    Args:
+        argv: the flags; None for those of this process.
+        prog: the name of the program in `--help`.
+    """
     parser = build_train_parser(prog)
     flags = _plain_flags(sys.argv[1:] if argv is None else argv, settings_of(TrainConfig))
     files = [_preset_or_file(flag.partition("=")[2]) for flag in flags if flag.startswith("--config=")]
     files = [f"--config={path}" for path in files if _check_config_file(path)]
-    # a file stands before all flags, wherever it was named
+    # Files come first, so that every flag overrides them, also a flag that was given before `--config`.
     parsed = parser.parse_args(files + [flag for flag in flags if not flag.startswith("--config=")])
     try:
         return build_settings(TrainConfig, parsed.as_dict())
@@ -95,13 +107,13 @@ def parse_train_config(argv: Sequence[str] | None = None, *, prog: str | None = 
 
 
 def config_file(argv: Sequence[str] | None = None) -> str | None:
-    """Return the file of the last `--config`, as it was named."""
+    """Return the argument of the last `--config`; None if there is no `--config`."""
     flags = _plain_flags(sys.argv[1:] if argv is None else argv, settings_of(TrainConfig))
     return next((flag.partition("=")[2] for flag in reversed(flags) if flag.startswith("--config=")), None)
 
 
 def build_train_parser(prog: str | None = None) -> Parser:
-    """Return the parser of a training's settings."""
+    """Return a parser with a flag for every setting of a training."""
     parser = Parser(prog=prog, description=TRAINING, usage="%(prog)s [--config FILE] [--SETTING VALUE] ...")
     parser.add_argument(
         "--config", action="config", metavar="FILE", help="YAML file of settings, or a preset's name, such as quick"
@@ -118,21 +130,28 @@ def build_train_parser(prog: str | None = None) -> Parser:
 
 
 def _plain_flags(argv: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
-    """Spell flags as jsonargparse wants them: `--files a b` as `--files=["a", "b"]`, a bare `--dry_run` as true."""
+    """Return flags in jsonargparse's spelling.
+
+    A list `--files a b` becomes `--files=["a", "b"]`, and a switch `--dry_run` becomes `--dry_run=true`.
+
+    Args:
+        argv: the flags as a user writes them.
+        kinds: the types of all settings by dotted name.
+    """
     out: list[str] = []
     rest = list(argv)
     while rest:
         flag, equals, first = rest.pop(0).partition("=")
         kind = kinds.get(flag.removeprefix("--"))
         values = [first] if equals else []
-        several = typing.get_origin(kind) is tuple
-        while not equals and rest and not rest[0].startswith("--") and (several or (kind is bool and not values)):
+        is_list = typing.get_origin(kind) is tuple
+        # A list takes all words up to the next flag; a switch and `--config` take one.
+        takes_one = kind is bool or flag == "--config"
+        while not equals and rest and not rest[0].startswith("--") and (is_list or (takes_one and not values)):
             values.append(rest.pop(0))
-        if flag == "--config" and not equals and rest and not rest[0].startswith("--"):
-            values = [rest.pop(0)]
         if kind is bool and not values:
             values = ["true"]
-        if several and not (len(values) == 1 and re.fullmatch(r"\[.*\]", values[0])):
+        if is_list and not (len(values) == 1 and re.fullmatch(r"\[.*\]", values[0])):  # one word may be a YAML list
             values = [json.dumps([_number(v) for v in values] if typing.get_args(kind)[0] is float else values)]
         out.append(f"{flag}={values[0]}" if values else flag)
     return out
@@ -146,15 +165,15 @@ def _number(text: str) -> float | str:
 
 
 def _preset_or_file(name: str) -> str:
-    """Return the file that `--config` means: a preset, by its bare name, unless there is a file of that name."""
+    """Return the path for a `--config` argument: a file of that name if there is one, else the preset's file."""
     preset = PRESETS / f"{name}.yaml"
     return str(preset) if re.fullmatch(r"[\w-]+", name) and preset.is_file() and not Path(name).is_file() else name
 
 
 def _check_config_file(path: str) -> bool:
-    """Tell whether a YAML file holds settings; fail where it is not to be read or a name in it is unknown."""
+    """Return whether a YAML file holds any settings; fail if it cannot be read or a name in it is unknown."""
     try:
-        # for its names only: PyYAML reads 1e-4 as text, jsonargparse as a number
+        # Only the names are checked here. jsonargparse reads the values: PyYAML reads 1e-4 as text.
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         fail(f"`{path}` cannot be read: {error.strerror}")
