@@ -80,8 +80,8 @@ def score(
 ) -> Score:
     """Score documents, each from a zero state and `bos_id` on to its own end-of-text token. Collective.
 
-    Documents of like length share a batch; what stands beside a document, and how many processes share the work,
-    changes its score by rounding only.
+    Documents of similar length share a batch. The other documents of a batch and the number of processes change a
+    score by rounding only.
 
     Args:
         accelerator: the processes; precision is that of its autocast.

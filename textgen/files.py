@@ -39,7 +39,7 @@ def make_directory(path: Path) -> None:
 
 
 def fsync_directory(path: Path) -> None:
-    """Wait until a directory's entries are on disk; some file systems know no such thing."""
+    """Wait until a directory's entries are on disk; some file systems do not support it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -65,14 +65,14 @@ def parse_json(data: bytes) -> dict[str, Any]:
     """Parse a JSON object of UTF-8 strictly.
 
     Raises:
-        ValueError: it is none, gives a key twice, holds nan or infinity, is longer than `JSON_BYTES`, or nested deeper
-            than `JSON_DEPTH`.
+        ValueError: it is not a JSON object, gives a key twice, holds nan or infinity, is longer than `JSON_BYTES`, or
+            is nested deeper than `JSON_DEPTH`.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         values = dict(pairs)
         if len(values) < len(pairs):
-            raise ValueError("a key stands twice")
+            raise ValueError("a key is given twice")
         return values
 
     def finite(text: str) -> float:

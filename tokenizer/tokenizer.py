@@ -33,7 +33,7 @@ class TokenizerError(ValueError):
 class Tokenizer:
     """A SentencePiece model whose `decode(encode(text)) == text` for every string of Unicode scalars.
 
-    One token, `</s>`, stands between documents: it ends one and, as the first input, starts the next.
+    One token, `</s>`, separates documents: it ends one and, as the first input, starts the next.
     Word models are the exception: they cannot spell what they do not know, and say so by `is_lossless`.
 
     Attributes:
@@ -42,7 +42,7 @@ class Tokenizer:
         vocab_size: Number of token ids, all in `range(vocab_size)`.
         eos_id: Id of the document boundary.
         bos_id: The same id.
-        unk_id: Id that stands for what a model cannot spell; it decodes to U+FFFD.
+        unk_id: Id of text that a model cannot spell; it decodes to U+FFFD.
         is_lossless: False for word models only.
     """
 
@@ -146,7 +146,7 @@ class Tokenizer:
         return b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
 
     def utf8_of(self, ids: NDArray[np.integer[Any]]) -> tuple[bytes, NDArray[np.int64]]:
-        """Return the bytes that the ids of many texts stand for, sooner than `decode`, and where each token's end.
+        """Return the bytes of the ids of many texts, faster than `decode`, and where each token's end.
 
         Args:
             ids: (tokens,), all in `range(vocab_size)`.
@@ -160,7 +160,7 @@ class Tokenizer:
         return self._all_pieces[starts.repeat(lengths) + np.arange(lengths.sum())].tobytes(), ends
 
     def token_bytes(self, token_id: int) -> bytes:
-        """Return the UTF-8 bytes that a token stands for, possibly a part of a character.
+        """Return the UTF-8 bytes of a token, possibly a part of a character.
 
         Raises:
             TokenizerError: An id outside `range(vocab_size)`.
@@ -194,7 +194,7 @@ class StreamDecoder:
         return self._decoder.decode(self._tokenizer.token_bytes(token_id))
 
     def flush(self) -> str:
-        """Return U+FFFD for bytes held back, if any, and start anew."""
+        """Return U+FFFD for bytes held back, if any, and reset."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         return rest

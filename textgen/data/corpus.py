@@ -1,7 +1,7 @@
 """Where documents come from, what is dropped from them, and how they are split.
 
 Everything streams: of each document only 8 bytes of hash are kept, so a corpus may be larger than memory. Texts are
-read once to decide what is kept (`clean_corpus`), and again by whoever needs them (`CleanCorpus.documents`).
+read once to decide which documents are kept (`clean_corpus`), and again when they are used (`CleanCorpus.documents`).
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ Mask = NDArray[np.bool_]
 
 PROBE_SECONDS = 3.0  # an unguarded load_dataset retries for 24 s before it gives up
 IMDB = "stanfordnlp/imdb"
-EMPTY = np.uint64(0)  # stands for the hash of a document without text; no real text is expected to have it (2**-64)
+EMPTY = np.uint64(0)  # in place of the hash of a document without text; a real text has it with probability 2**-64
 
 logger = logging.getLogger("textgen")
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """An opened source: no text has been read yet."""
+    """An opened source. No text has been read yet."""
 
     description: str
     """one line for the log and the record of the run"""
@@ -64,7 +64,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class CleanCorpus:
-    """What is kept of a corpus."""
+    """The documents of a corpus that are kept, by split."""
 
     description: str
     counts: Mapping[str, int]
@@ -236,7 +236,7 @@ def _hub_answers(name: str) -> bool:
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(PROBE_SECONDS)
-    # 401 and 404 are the hub's words on a dataset, which load_dataset puts better; 403 and 5xx come from proxies too.
+    # 401 and 404 are answers about the dataset, which load_dataset explains better. Proxies send 403 and 5xx too.
     return any(status < 400 or status in (401, 404) for status in answers)
 
 
@@ -246,9 +246,9 @@ def _hub_answers(name: str) -> bool:
 def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
     """Decide which documents are kept, in one pass over the source.
 
-    Validation is the source's own split, else contiguous blocks of train. From training are dropped: documents without
-    text, documents that stand in IMDB's test split (by the hashes shipped here), in the source's own test split or in
-    validation, and repetitions. Validation and test lose only documents without text.
+    Validation is the source's own split, else contiguous blocks of train. Training drops documents without text,
+    documents that are also in IMDB's test split (by the hashes shipped here), in the source's test split or in
+    validation, and repetitions. Validation and test drop only documents without text.
 
     Raises:
         TextgenError: the source cannot be read, or nothing is left to train on.
@@ -266,7 +266,7 @@ def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
     test = np.append(_imdb_test_hashes(), hashes.get("test", pool[:0]))
     kept, dropped = _keep(pool, ~held_out, test=test, validation=validation)
 
-    # What makes up each split: documents of the source's splits, by a mask.
+    # Each split is made of documents of the source's splits, selected by a mask.
     parts = {"train": list(zip(sources, np.split(kept, [num_train]), strict=False))}
     parts |= {split: [(split, hashes[split] != EMPTY)] for split in held_out_splits}
     if held_out.any():
@@ -312,7 +312,7 @@ def held_out_blocks(num_documents: int, fraction: float, blocks: int) -> list[ra
 
 
 def _keep(pool: Hashes, kept: Mask, **elsewhere: Hashes) -> tuple[Mask, dict[str, int]]:
-    """Drop from `kept` what stands elsewhere or earlier; count what each reason dropped."""
+    """Drop from `kept` the documents that are also in `elsewhere` or earlier in `pool`; count them by reason."""
     kept = kept & (pool != EMPTY)
     dropped = dict.fromkeys([*(f"dropped_in_{name}" for name in elsewhere), "dropped_duplicates"], 0)
     for bucket in range(16):  # by the first four bits: sorting and np.isin take some 60 bytes for each hash

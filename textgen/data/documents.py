@@ -1,6 +1,6 @@
-"""From files to documents: folders and globs to files, and txt, jsonl, csv and parquet to checked texts.
+"""Documents of txt, jsonl, csv and parquet files, and of folders and globs of them; every text is checked.
 
-Nothing is held but the document at hand, and none may be longer than MAX_DOCUMENT_BYTES.
+Memory holds one document at a time. No document may be longer than MAX_DOCUMENT_BYTES.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EXTENSIONS = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet")
 def read_documents(
     paths: Sequence[str], *, text_column: str = "text", txt_documents: TxtDocuments = "file"
 ) -> Iterator[str]:
-    """Yield the documents of files, folders and globs in order, whatever their split, but for those without text.
+    """Yield the documents of files, folders and globs in order, of all splits; skip documents without text.
 
     Raises:
         TextgenError: a path, a file or a text is not what it should be, or there are no documents.
@@ -47,9 +47,9 @@ def has_text(document: str) -> bool:
 
 
 def list_files(paths: Sequence[str]) -> dict[str, str]:
-    """Map each file that `paths` stand for, once and in order, to its split.
+    """Map each file that `paths` name, once and in order, to its split.
 
-    The parts of its path that name a split are those from the given folder on; of a file given itself, its name.
+    A split is found in the parts of a path below the given folder. Of a given file only its name counts.
     """
     found: dict[str, tuple[str, str]] = {}  # absolute path -> path, split
     for given in paths:

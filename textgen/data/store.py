@@ -82,7 +82,7 @@ class TokenStore:
     """An encoded corpus in a directory.
 
     Attributes:
-        directory: where it lies.
+        directory: the folder of the store.
         record: what `store.json` holds: source, counts, digests, sizes of the splits.
     """
 
@@ -214,7 +214,7 @@ def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: boo
 
 
 def find_prepared(data: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus) -> TokenStore | None:
-    """Return the token store that `prepare_store` has made of a corpus; None if there is none, or a damaged one."""
+    """Return the token store that `prepare_store` has made of a corpus; None if it is missing or damaged."""
     index = _index_path(data, corpus, _wanted(tokenizer)[1])
     return _open_prepared(Path(data.cache_dir).expanduser(), index)
 
@@ -347,7 +347,7 @@ def encode_batches(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple
 def encode_documents(
     tokenizer: Tokenizer, texts: Sequence[str], *, num_threads: int | None = None
 ) -> list[NDArray[np.int64]]:
-    """Encode texts, on all cores unless told otherwise, each with the end-of-text token after it.
+    """Encode texts, on all cores unless `num_threads` says otherwise, each with the end-of-text token after it.
 
     Raises:
         TextgenError: a text does not come back from its tokens; with a lossless tokenizer that cannot be.

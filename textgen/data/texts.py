@@ -56,10 +56,10 @@ def read_split(store: TokenStore, name: str) -> Iterator[str]:
 
 
 def store_of(checkpoint: Path) -> TokenStore:
-    """Return the tokens that a checkpoint was trained on; they are made anew where they are gone.
+    """Return the tokens that a checkpoint was trained on; they are encoded again if they are gone.
 
     Raises:
-        CheckpointError, TextgenError: it does not say which, or they are not to be had.
+        CheckpointError, TextgenError: it does not name its data, or the data cannot be read.
     """
     path = checkpoint / TRAINER_NAME
     try:
