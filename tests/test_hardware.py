@@ -144,3 +144,40 @@ def test_bfloat16_is_taken_where_it_is_faster(
     monkeypatch.setattr(hardware, "processor_flags", lambda: frozenset(flags))
     monkeypatch.setattr(hardware, "processor_vendor", lambda: vendor)
     assert hardware.has_bfloat16(use_cpu=True) == wanted
+
+
+CPUINFO = """\
+processor\t: 0
+vendor_id\t: GenuineIntel
+model name\t: Intel(R) Xeon(R): a model with a colon
+flags\t\t: fpu avx2 avx512f
+power management:
+
+processor\t: 1
+vendor_id\t: GenuineIntel
+model name\t: Intel(R) Xeon(R): a model with a colon
+flags\t\t: fpu avx2
+power management:
+"""
+
+
+def test_a_field_has_each_of_its_values_once_in_the_order_of_the_processors(tmp_path: Path) -> None:
+    path = tmp_path / "cpuinfo"
+    path.write_text(CPUINFO)
+    fields = hardware.read_cpuinfo(path)
+    assert fields["processor"] == ["0", "1"]
+    assert fields["model name"] == ["Intel(R) Xeon(R): a model with a colon"]
+    assert fields["flags"] == ["fpu avx2 avx512f", "fpu avx2"]
+    assert fields["power management"] == [""]
+    assert hardware.read_cpuinfo(tmp_path / "missing") == {}
+
+
+def test_flags_vendor_and_model_are_those_of_the_first_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {"vendor_id": ["GenuineIntel"], "model name": ["Xeon"], "flags": ["fpu avx2 avx512f", "fpu avx2"]}
+    monkeypatch.setattr(hardware, "read_cpuinfo", lambda: fields)
+    assert hardware.processor_flags() == {"fpu", "avx2", "avx512f"}
+    assert (hardware.processor_vendor(), hardware.processor_model()) == ("GenuineIntel", "Xeon")
+    # code that is compiled for one processor must not be taken for that of another one
+    before = hardware.processor_identity()
+    fields["flags"] = ["fpu avx2", "fpu avx2"]
+    assert hardware.processor_identity() != before

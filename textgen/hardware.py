@@ -20,15 +20,14 @@ if TYPE_CHECKING:
 
 
 @functools.cache
-def _read_cpuinfo() -> dict[str, list[str]]:
-    """Return the different values of each field in /proc/cpuinfo, in the file's order; {} on other systems than Linux.
+def read_cpuinfo(path: Path = Path("/proc/cpuinfo")) -> dict[str, list[str]]:
+    """Return the different values of each field, in the file's order; {} if there is no file, as outside Linux.
 
     Every logical processor repeats all fields. A field has several values if processors differ, as on ARM machines
     with large and small cores.
     """
-    cpuinfo = Path("/proc/cpuinfo")
     fields: dict[str, list[str]] = {}
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+    for line in path.read_text().splitlines() if path.exists() else ():
         name, value = (part.strip() for part in (*line.split(":", 1), "")[:2])
         if value not in (values := fields.setdefault(name, [])):
             values.append(value)
@@ -37,7 +36,7 @@ def _read_cpuinfo() -> dict[str, list[str]]:
 
 def _read_first(field: str) -> str:
     """Return a field of the first processor in /proc/cpuinfo; "" if it has no field of this name."""
-    return next(iter(_read_cpuinfo().get(field, ())), "")
+    return next(iter(read_cpuinfo().get(field, ())), "")
 
 
 def processor_flags() -> frozenset[str]:
@@ -59,7 +58,7 @@ def processor_identity() -> list[tuple[str, list[str]]]:
     """Return the fields that differ between processors whose machine code differs."""
     # ARM has `Features` and `CPU ...` in place of `model name` and `flags`
     names = ("model name", "flags", "Features", "CPU implementer", "CPU part")
-    return [(name, sorted(_read_cpuinfo().get(name, []))) for name in names]
+    return [(name, sorted(read_cpuinfo().get(name, []))) for name in names]
 
 
 def keep_freed_memory() -> None:
