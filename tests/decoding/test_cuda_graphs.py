@@ -135,7 +135,9 @@ def test_steps_in_place_are_those_of_a_batch(
     for i in range(count):
         tokens, told = plain.advance()
         drawn = buffers.drawn[i].tolist()
-        seen = batch.token_logprobs(drawn[:num_rows], *(part[i, :num_rows] for part in buffers.told)) if told else None
+        seen = (
+            batch.token_logprobs(drawn[:num_rows], *(part[i, :num_rows] for part in buffers.logprobs)) if told else None
+        )
         for place in range(num_rows):
             if running[place]:
                 assert drawn[place] == tokens[place]
@@ -188,7 +190,7 @@ def test_samples_are_those_of_single_steps(
     batch_size: int,
 ) -> None:
     """Rows that end by themselves, by length or by a stop string in the midst of a replay, and rows that come."""
-    monkeypatch.setattr(graphs, "PATIENCE", patience)
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", patience)
     requests = requests_for(MIXED, 24, [1, 7, 30, 100, 64])
     wanted = samples(Batch.run, decoder, tokenizer, requests, batch_size=batch_size)
     runner = GraphRunner(decoder, capture=captures)
@@ -204,7 +206,7 @@ def test_samples_are_those_of_single_steps(
 def test_many_rows_may_end_in_the_middle_of_eight_steps(
     decoder: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "PATIENCE", {8: 0, 1: 0})
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0, 1: 0})
     monkeypatch.setattr(graphs, "MANY_ROWS", 8)
     requests = requests_for(MIXED, 20, list(range(1, 21)))
     wanted = samples(Batch.run, decoder, tokenizer, requests)
@@ -227,7 +229,7 @@ def test_short_texts_wait_for_no_capture(endless: CellDecoder, tokenizer: Tokeni
 def test_texts_that_end_by_length_are_not_overrun(
     endless: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "PATIENCE", {32: 0, 8: 0, 1: 0})
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {32: 0, 8: 0, 1: 0})
     samples(
         GraphRunner(endless, capture=captures), endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=75))]
     )
@@ -238,7 +240,7 @@ def test_texts_that_end_by_length_are_not_overrun(
 def test_a_replay_is_read_while_the_next_one_runs(
     endless: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "PATIENCE", {8: 0})
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0})
     batch = batch_of(endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=80))])
     launched = []
     for tokens, _ in GraphRunner(endless, capture=captures)(batch):
@@ -271,7 +273,7 @@ def test_a_token_is_told_before_the_next_one_is_drawn_without_a_graph(
 def test_the_kinds_of_batches_used_longest_ago_are_dropped(
     endless: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "PATIENCE", {8: 0})
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0})
     runner = GraphRunner(endless, capture=captures, max_slots=2)
 
     def run(count: int) -> None:
@@ -288,7 +290,7 @@ def test_what_cannot_be_captured_runs_step_by_step(
     decoder: CellDecoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With one warning, and no capture of that kind is tried again, not even after its buffers were dropped."""
-    monkeypatch.setattr(graphs, "PATIENCE", {8: 0, 1: 0})
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0, 1: 0})
     tried = []
 
     def capture(buffers: Buffers, count: int) -> Replay:
@@ -310,7 +312,7 @@ def test_what_cannot_be_captured_runs_step_by_step(
 def test_batches_too_large_run_without_graphs(
     decoder: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "PATIENCE", {8: 0, 1: 0})
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0, 1: 0})
     monkeypatch.setattr(graphs, "MAX_ROWS", 4)
     requests = requests_for(MIXED, 6, [20, 40])
     wanted = samples(Batch.run, decoder, tokenizer, requests)

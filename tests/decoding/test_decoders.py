@@ -100,7 +100,7 @@ def test_int8_without_fast_instructions_is_the_same_bit_for_bit(
 def test_without_torchs_inner_operators_logits_are_the_same(dtype: CellDtype, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(6))
     packed = logits_of(CellDecoder(build(SHAPES[0]), dtype), ids)
-    monkeypatch.setattr(decoders, "_packs", lambda dtype: False)
+    monkeypatch.setattr(decoders, "has_packed_product", lambda dtype: False)
     tolerance = 2e-6 if dtype == "float32" else 1e-2
     assert (logits_of(CellDecoder(build(SHAPES[0]), dtype), ids) - packed).norm() <= tolerance * packed.norm()
 
@@ -199,7 +199,7 @@ def test_a_forced_decoder_is_that_or_an_error_of_one_line() -> None:
         choose_decoder(model, "graph")
     with pytest.raises(TextgenError, match=r"^`decoder` must be one of `auto`, `plain`.*: fast$"):
         choose_decoder(model, "fast")
-    with pytest.raises(TextgenError, match=r"^the decoder `int8` is one of CPUs, the model is on meta$"):
+    with pytest.raises(TextgenError, match=r"^the decoder `int8` needs a CPU, the model is on meta$"):
         choose_decoder(model.to("meta"), "int8")
 
 

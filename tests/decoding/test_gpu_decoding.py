@@ -90,9 +90,9 @@ def test_graphs_and_the_steps_before_them_draw_the_same(
     """With every control, rows that end and rows that come; log-probabilities bit for bit."""
     decoder = CellDecoder(decoder.model, dtype)  # type: ignore[arg-type]
     requests = requests_for(MIXED, 24, [9, 30, 100, 64])
-    monkeypatch.setattr(graphs, "PATIENCE", {32: 10**9})
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {32: 10**9})
     wanted = samples(GraphRunner(decoder), decoder, tokenizer, requests, batch_size=5)
-    monkeypatch.setattr(graphs, "PATIENCE", {32: 0, 8: 0, 1: 0})
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {32: 0, 8: 0, 1: 0})
     capture = Counted()
     assert samples(GraphRunner(decoder, capture=capture), decoder, tokenizer, requests, batch_size=5) == wanted
     assert {steps for _, steps in capture.made} == {32, 8, 1}
@@ -102,7 +102,7 @@ def test_graphs_and_the_steps_before_them_draw_the_same(
 def test_nothing_waits_for_the_device_but_the_reading_of_what_was_drawn(
     endless: CellDecoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "PATIENCE", {32: 0, 8: 0, 1: 0})
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {32: 0, 8: 0, 1: 0})
     capture = Counted()
     runner = GraphRunner(endless, capture=capture)
     for attempt in range(2):  # the second one replays alone
@@ -120,7 +120,7 @@ def test_nothing_waits_for_the_device_but_the_reading_of_what_was_drawn(
 def test_memory_does_not_grow_with_the_kinds_of_batches(
     endless: CellDecoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "PATIENCE", {8: 0})
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0})
     capture = Counted()
     runner = GraphRunner(endless, capture=capture, max_slots=3)
     reserved = []
@@ -156,9 +156,9 @@ def test_a_decoder_that_waits_runs_step_by_step_and_harms_no_other(
     kind: type[Counted],
 ) -> None:
     requests = requests_for(MIXED, 8, [30])
-    monkeypatch.setattr(graphs, "PATIENCE", {8: 10**9})
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 10**9})
     wanted = samples(GraphRunner(endless), endless, tokenizer, requests)
-    monkeypatch.setattr(graphs, "PATIENCE", {8: 0, 1: 0})
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0, 1: 0})
     decoder, capture = Waiting(endless.model), kind()
     with caplog.at_level(logging.WARNING, "textgen"):
         assert samples(GraphRunner(decoder, capture=capture), decoder, tokenizer, requests) == wanted
@@ -174,7 +174,7 @@ def test_a_decoder_that_waits_runs_step_by_step_and_harms_no_other(
 def test_a_seed_draws_the_same_text_in_every_batch_size_and_on_a_cpu(
     decoder: CellDecoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(graphs, "PATIENCE", {8: 0, 1: 0})
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0, 1: 0})
     requests = requests_for(MIXED[:3], 9, [60])
     on_cpu = build(tokenizer, ending=2.5)
     wanted = {i: sample.text for i, sample in samples(Batch.run, on_cpu, tokenizer, requests).items()}

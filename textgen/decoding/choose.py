@@ -1,4 +1,4 @@
-"""The choice of a decoder: the fastest on this device that costs nothing worth knowing."""
+"""The choice of a decoder: the fastest one on this device whose loss of quality is negligible."""
 
 from __future__ import annotations
 
@@ -15,46 +15,48 @@ from textgen.hardware import has_bfloat16
 from textgen.model.files import WEIGHTS_NAME
 from textgen.model.lstm import LSTMLanguageModel
 
-# Figures of an export, in the checkpoint's directory, and what int8 may cost to be taken unasked.
+# Figures that `textgen export` leaves in a checkpoint's directory.
 FIGURES_NAME = "decoder.json"
 FIGURES_FORMAT = "textgen.decoder.1"
+
+# `auto` takes int8 if it costs at most this many bits per byte.
 MOST_BITS_PER_BYTE = 0.002
 
 
 def choose_decoder(model: LSTMLanguageModel, name: str = "auto", *, directory: Path | None = None) -> Decoder:
-    """Return the decoder of a name; `auto` takes the fastest that costs nothing worth knowing.
+    """Return the decoder of a name. `auto` takes the fastest one whose loss of quality is negligible.
 
     Args:
-        model: on the device where it is to decode.
+        model: on the device on which it is to decode.
         name: one of `DecoderName`.
-        directory: the checkpoint's, whose `decoder.json` says what int8 costs.
+        directory: of the checkpoint; its `decoder.json`, if there is one, holds the measured cost of int8.
 
     Raises:
-        TextgenError: there is no such decoder, or not here.
+        TextgenError: there is no decoder of this name, or it does not run on this device.
     """
     names, device = get_args(DecoderName), model.embedding.weight.device.type
     if (removed := REMOVED_VALUES.get(("decoder", name))) is not None:
         raise TextgenError(removed)
     if name not in names:
         raise TextgenError(f"`decoder` must be one of {', '.join(f'`{known}`' for known in names)}: {name}")
-    if name == "plain":
-        return Decoder(model, why="as asked")
     if name == "graph" and device != "cuda":
         raise TextgenError(f"the decoder `graph` needs a CUDA device, the model is on {device}")
     if name == "int8" and device != "cpu":
-        raise TextgenError(f"the decoder `int8` is one of CPUs, the model is on {device}")
-    if name not in ("auto", "graph"):
-        slow = name == "int8" and not multiplies_int8()
-        why = "as asked" + (", though this processor has no VNNI: slow" if slow else "")
-        return CellDecoder(model, cast(CellDtype, name), why=why)
-    dtype, why = _fastest(device, directory)
-    decoder = CellDecoder(model, dtype, why=why)
-    decoder.in_graphs = device == "cuda"
-    return decoder
+        raise TextgenError(f"the decoder `int8` needs a CPU, the model is on {device}")
+    if name == "plain":
+        return Decoder(model, why="as asked")
+    if name in ("auto", "graph"):
+        dtype, why = _fastest(device, directory)
+        decoder = CellDecoder(model, dtype, why=why)
+        decoder.in_graphs = device == "cuda"
+        return decoder
+    is_slow = name == "int8" and not multiplies_int8()
+    why = "as asked" + (", though this processor has no VNNI: slow" if is_slow else "")
+    return CellDecoder(model, cast(CellDtype, name), why=why)
 
 
 def _fastest(device: str, directory: Path | None) -> tuple[CellDtype, str]:
-    """Return what products of cells best read on a device, and why."""
+    """Return the fastest dtype of a cell decoder on a device, and the reason."""
     if device == "cuda":
         if has_bfloat16(use_cpu=False):
             return "bfloat16", "the GPU has it"
@@ -73,7 +75,10 @@ def _fastest(device: str, directory: Path | None) -> tuple[CellDtype, str]:
 
 
 def _int8_cost(directory: Path | None) -> tuple[float | None, str]:
-    """Return what an export has found int8 to cost, if it did, and why int8 is not taken."""
+    """Return the bits per byte that int8 costs a checkpoint, and a reason against int8 for the log.
+
+    The cost is None if it was not measured for these very weights.
+    """
     path = directory and directory / FIGURES_NAME
     if path is None or not path.is_file():
         return None, "int8 is not measured (`textgen export --to decoder`)"

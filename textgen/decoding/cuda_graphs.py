@@ -1,8 +1,9 @@
-"""Many steps of a batch at one launch: on a GPU, CUDA graphs of `generation.advance`.
+"""Many steps of a batch with one launch: on a GPU, CUDA graphs of `generation.advance`.
 
-A step of an LSTM is so short that launching its kernels one by one takes longer than running them. So a batch is laid
-into buffers at fixed addresses, whole steps on them are captured once, and the host only replays: up to 32 steps at a
-time, reading what one replay drew while the next one runs (docs/decisions/0012-graphs-of-whole-steps.md).
+A step of an LSTM is so short that launching its kernels one by one takes longer than running them. So `Buffers` keeps a
+batch at fixed addresses, whole steps on these buffers are captured once as a graph, and the host only replays graphs of
+up to 32 steps. It reads the tokens of one replay while the next one runs
+(docs/decisions/0012-graphs-of-whole-steps.md).
 
 Nothing here was measured on a GPU so far: the constants are guesses.
 """
@@ -26,114 +27,130 @@ from textgen.kernels.capture import CudaCapture, Replay, reason_of
 
 log = logging.getLogger("textgen")
 
-# Steps that one graph may hold, and how many must have run before it is captured: that takes the host about as long as
-# running its steps one by one, so no text takes much longer than without graphs, and a short one waits for none.
-PATIENCE = {32: 64, 8: 16, 1: 16}
+# Steps of a graph, the longest first, and the number of steps that must have run before it is captured. A capture takes
+# the host about as long as running its steps one by one, so no text takes much longer than without graphs, and a short
+# text waits for no capture.
+CAPTURE_AFTER = {32: 64, 8: 16, 1: 16}
 
 # Larger batches run without graphs.
 MAX_ROWS = 512
 
-# From so many rows on, rows may end in the middle of 8 steps: some row ends at nearly every step, and arranging the
-# batch anew each time would cost more than the steps that ended rows idle through.
+# In a batch of this many rows or more, a sample may end in the middle of a graph of 8 steps. Some sample ends at nearly
+# every step, and building the batch again each time would cost more than the idle rows of the ended samples.
 MANY_ROWS = 64
 
-# Buffers kept with their graphs, one for each batch size (a power of two) and set of sampling in use.
+# Kinds of batches (a number of rows, a power of two, and a set of sampling features) that keep buffers and graphs.
 MAX_SLOTS = 8
 
 
 @dataclass
 class Buffers:
-    """A batch at fixed addresses: what a graph reads, changes and writes."""
+    """A batch at fixed addresses: the tensors that a graph reads, changes and writes."""
 
     decoder: Decoder
     unk_id: int
     eos_id: int
     tokens: Tensor
-    """to be read next, (rows,)"""
+    """the tokens that the next step reads, (rows,)"""
     state: DecoderState
     sampling: SamplingState
     ended: Tensor
-    """rows that draw nothing any more but the end of the text: bool (rows,)"""
+    """bool (rows,): rows that draw the end-of-text token from now on"""
     drawn: Tensor
-    """(steps, rows) of the latest steps"""
-    told: tuple[Tensor, ...]
-    """log-probabilities of the latest steps as `advance` returns them, each (steps, ...); empty if no row wants them"""
+    """tokens of the latest steps, (steps, rows)"""
+    logprobs: tuple[Tensor, ...]
+    """log-probabilities of the latest steps as `advance` returns them, each (steps, rows, ...); empty if no row asks
+    for them"""
 
     @classmethod
     def like(cls, batch: Batch, num_rows: int) -> Buffers:
-        """Return buffers for a batch's kind and `num_rows` rows, with anything in them."""
+        """Return buffers of `num_rows` rows for batches like this one, with undefined values."""
 
-        def rows(value: Tensor, *, steps: tuple[int, ...] = ()) -> Tensor:
+        def empty(value: Tensor, *, steps: tuple[int, ...] = ()) -> Tensor:
             return value.new_empty((*steps, num_rows, *value.shape[1:]))
 
-        tokens, sampling, most = batch.tokens, batch.sampling, (max(PATIENCE),)
-        told: tuple[Tensor, ...] = ()
+        tokens, sampling, steps = batch.tokens, batch.sampling, (max(CAPTURE_AFTER),)
+        logprobs: tuple[Tensor, ...] = ()
         if sampling.logprobs is not None:
             of_drawn = torch.empty(1, device=tokens.device)
             of_likeliest = of_drawn.new_empty(1, min(sampling.logprobs, batch.decoder.vocab_size))
-            told = (of_drawn, of_likeliest, of_likeliest.long())
+            logprobs = (of_drawn, of_likeliest, of_likeliest.long())
         return cls(
-            batch.decoder, batch.tokenizer.unk_id, batch.tokenizer.eos_id,
-            rows(tokens), [rows(part) for part in batch.state],
-            dataclasses.replace(sampling, tensors={name: rows(value) for name, value in sampling.tensors.items()}),
-            rows(tokens).bool(), rows(tokens, steps=most), tuple(rows(part, steps=most) for part in told),
-        )  # fmt: skip
+            batch.decoder,
+            batch.tokenizer.unk_id,
+            batch.tokenizer.eos_id,
+            empty(tokens),
+            [empty(part) for part in batch.state],
+            dataclasses.replace(sampling, tensors={name: empty(value) for name, value in sampling.tensors.items()}),
+            empty(tokens).bool(),
+            empty(tokens, steps=steps),
+            tuple(empty(part, steps=steps) for part in logprobs),
+        )
 
     def load(self, batch: Batch) -> None:
-        """Take a batch in. Rows beyond it are copies of its last one that have ended."""
+        """Copy a batch into the buffers. The rows after it get copies of its last row, marked as ended."""
         rows = torch.arange(len(self.tokens), device=self.tokens.device)
-        places = rows.clamp(max=len(batch.samples) - 1)
-        torch.index_select(batch.tokens, 0, places, out=self.tokens)
+        sources = rows.clamp(max=len(batch.samples) - 1)
+        torch.index_select(batch.tokens, 0, sources, out=self.tokens)
         for kept, part in zip(self.state, batch.state, strict=True):
-            kept.copy_(part[places])
-        for name, value in select_sampling_state(batch.sampling, places).tensors.items():
+            kept.copy_(part[sources])
+        for name, value in select_sampling_state(batch.sampling, sources).tensors.items():
             self.sampling.tensors[name].copy_(value)
         self.ended.copy_(rows >= len(batch.samples))
 
     def unload(self, batch: Batch) -> None:
-        """Bring a batch that was loaded up to date."""
+        """Copy tokens and states back to the batch that was loaded."""
         rows = torch.arange(len(batch.samples), device=self.tokens.device)
         batch.tokens, batch.state = self.tokens[rows], [part[rows] for part in self.state]
         batch.sampling = select_sampling_state(self.sampling, rows)
 
     def copy(self) -> Buffers:
-        """Return the same at other addresses."""
-        sampling = dataclasses.replace(
-            self.sampling, tensors={name: value.clone() for name, value in self.sampling.tensors.items()}
-        )
+        """Return buffers with the same values at other addresses."""
+        tensors = {name: value.clone() for name, value in self.sampling.tensors.items()}
         return dataclasses.replace(
-            self, tokens=self.tokens.clone(), state=[part.clone() for part in self.state], sampling=sampling,
-            ended=self.ended.clone(), drawn=self.drawn.clone(), told=tuple(part.clone() for part in self.told),
-        )  # fmt: skip
+            self,
+            tokens=self.tokens.clone(),
+            state=[part.clone() for part in self.state],
+            sampling=dataclasses.replace(self.sampling, tensors=tensors),
+            ended=self.ended.clone(),
+            drawn=self.drawn.clone(),
+            logprobs=tuple(part.clone() for part in self.logprobs),
+        )
 
 
 def steps_in_place(buffers: Buffers, count: int) -> None:
-    """Draw `count` tokens of every row, in place; nothing waits for the device and no shape depends on data."""
+    """Draw `count` tokens of every row, in place.
+
+    A graph can hold this function: the host does not wait for the device, and no shape depends on data.
+    """
     tokens, state = buffers.tokens, buffers.state
     for i in range(count):
-        drawn, state, told = advance(
+        drawn, state, logprobs = advance(
             buffers.decoder, tokens, state, buffers.sampling, unk_id=buffers.unk_id, eos_id=buffers.eos_id
         )
+        # a row that has ended keeps its place until the host takes it out
         tokens = drawn.masked_fill(buffers.ended, buffers.eos_id)
         buffers.ended.logical_or_(tokens == buffers.eos_id)
         buffers.drawn[i].copy_(tokens)
-        for kept, part in zip(buffers.told, told or (), strict=True):
+        for kept, part in zip(buffers.logprobs, logprobs or (), strict=True):
             kept[i].copy_(part)
+    # only now: `advance` returns new tensors, and the next replay reads from the buffers
     buffers.tokens.copy_(tokens)
     for kept, part in zip(buffers.state, state, strict=True):
         kept.copy_(part)
 
 
 class GraphRunner:
-    """Runs batches of a decoder from graphs.
+    """Runs the batches of a decoder with graphs; `generate_stream` takes it as `run`.
 
-    The first tokens of a new kind of batch are drawn step by step, on the same buffers, so that a row draws the same
-    text with graphs and before there are any.
+    The first steps of a new kind of batch run one by one on the same buffers, so that a row draws the same text before
+    and after the capture.
 
     Args:
-        decoder: of all batches to come.
-        capture: makes of buffers and a number of steps what runs `steps_in_place` on them again and again.
-        max_slots: how many kinds of batches keep their buffers and graphs; the least recently used ones are dropped.
+        decoder: the decoder of all batches.
+        capture: returns a function that runs `steps_in_place` on the given buffers, for the given number of steps, each
+            time it is called; default `StepCapture`.
+        max_slots: number of kinds of batches that keep buffers and graphs; the least recently used ones are dropped.
     """
 
     def __init__(
@@ -147,12 +164,17 @@ class GraphRunner:
         self._capture = StepCapture(decoder.device) if capture is None else capture
         self._slots: OrderedDict[tuple[object, ...], _Slot] = OrderedDict()
         self._refused: set[tuple[object, ...]] = set()
+        """kinds of batches that cannot be captured"""
 
     @torch.inference_mode()
     def __call__(self, batch: Batch) -> Iterator[Step]:
-        """Draw tokens until a row has ended and all that was under way is told; then the batch is up to date.
+        """Draw tokens until a sample has ended and all launched steps are yielded; then the batch is up to date.
 
-        The caller pushes a step's tokens to the rows before it takes the next one, and none to rows that have ended.
+        The caller pushes each step's tokens to the samples before it takes the next step, and pushes none to samples
+        that have ended.
+
+        Raises:
+            RuntimeError: the batch has another decoder, or another batch runs.
         """
         if batch.decoder is not self._decoder or self._busy:
             raise RuntimeError("a runner of graphs runs one batch at a time, of its own decoder")
@@ -161,24 +183,24 @@ class GraphRunner:
             return
         slot = self._slot(batch)
         slot.buffers.load(batch)
-        coming: deque[_Coming] = deque()
+        pending: deque[_PendingSteps] = deque()
         self._busy = True
         try:
             while True:
-                # one replay is read while another one runs
-                while len(coming) < 2 and (count := self._launch(slot, _left(batch, coming), bool(coming))):
-                    coming.append(_Coming(slot.buffers, count))
-                if not coming:
+                # keep two launches in flight: the host reads the first while the second runs
+                while len(pending) < 2 and (count := self._launch(slot, _remaining(batch, pending), bool(pending))):
+                    pending.append(_PendingSteps(slot.buffers, count))
+                if not pending:
                     break
-                yield from coming.popleft().steps(batch)
+                yield from pending.popleft().steps(batch)
         finally:
             self._busy = False
-            for outputs in coming:  # nobody wants them, but a graph that runs must not be dropped
-                outputs.wait()
+            for steps in pending:  # not read any more, but a graph must not be dropped while it runs
+                steps.wait()
         slot.buffers.unload(batch)
 
     def _slot(self, batch: Batch) -> _Slot:
-        """Return buffers for a batch, and drop those that were used the longest time ago."""
+        """Return the slot of a batch's kind; make it if it is missing, and drop the least recently used slots."""
         num_rows = 1 << (len(batch.samples) - 1).bit_length()
         key = (num_rows, *batch.sampling.features)
         if key not in self._slots:
@@ -188,24 +210,37 @@ class GraphRunner:
             self._slots.popitem(last=False)
         return self._slots[key]
 
-    def _launch(self, slot: _Slot, left: int, something_comes: bool) -> int:
-        """Start as many steps as are sure to be wanted, without waiting; return how many."""
-        if left > 0 and len(slot.buffers.tokens) >= MANY_ROWS:
-            left = max(left, 8)
-        for count in (count for count in PATIENCE if count <= left and self._is_captured(slot, count)):
+    def _launch(self, slot: _Slot, remaining: int, has_pending: bool) -> int:
+        """Start steps without waiting for them.
+
+        Args:
+            slot: of the batch.
+            remaining: steps in which no sample reaches its last token, beyond those that are launched already.
+            has_pending: whether launched steps wait to be read.
+
+        Returns:
+            Number of steps; 0 if none was started.
+        """
+        # in a large batch some sample ends at nearly every step: the others do not wait for it step by step
+        if remaining > 0 and len(slot.buffers.tokens) >= MANY_ROWS:
+            remaining = max(remaining, 8)
+
+        # the longest graph that does not overrun a text; it is captured here if its time has come
+        fitting = (steps for steps in CAPTURE_AFTER if steps <= remaining and self._is_captured(slot, steps))
+        count = next(fitting, 0)
+        if count > 0:
             slot.graphs[count]()
-            break
-        else:
-            if left <= 0 or something_comes:  # launching single steps takes longer than running them: read at once
-                return 0
+        elif remaining > 0 and not has_pending:
+            # No graph yet: one step without. It is not launched ahead of unread steps, as launching a step takes longer
+            # than running it, so that nothing would be gained by reading late.
             count = 1
             steps_in_place(slot.buffers, count)
         slot.num_steps += count
         return count
 
     def _is_captured(self, slot: _Slot, count: int) -> bool:
-        """Capture a graph of so many steps where it is time to."""
-        if count in slot.graphs or slot.num_steps < PATIENCE[count] or slot.key in self._refused:
+        """Return whether there is a graph of `count` steps, after capturing it if enough steps have run."""
+        if count in slot.graphs or slot.num_steps < CAPTURE_AFTER[count] or slot.key in self._refused:
             return count in slot.graphs
         try:
             slot.graphs[count] = self._capture(slot.buffers, count)
@@ -219,7 +254,7 @@ class GraphRunner:
 
 @dataclass
 class _Slot:
-    """Buffers and their graphs by number of steps."""
+    """The buffers of a kind of batch, their graphs by number of steps, and the number of steps that have run."""
 
     key: tuple[object, ...]
     buffers: Buffers
@@ -227,14 +262,14 @@ class _Slot:
     num_steps: int = 0
 
 
-class _Coming:
-    """What the latest `count` steps drew, on its way to the host."""
+class _PendingSteps:
+    """Tokens and log-probabilities of the latest `count` steps, while they are copied to the host."""
 
     def __init__(self, buffers: Buffers, count: int) -> None:
         self.count = count
-        # memory on the host is pinned where the copy is to go on in the background
-        self._drawn, *self._told = (
-            part[:count].to("cpu", non_blocking=True, copy=True) for part in (buffers.drawn, *buffers.told)
+        # a non-blocking copy from the device goes to pinned memory
+        self._drawn, *self._logprobs = (
+            part[:count].to("cpu", non_blocking=True, copy=True) for part in (buffers.drawn, *buffers.logprobs)
         )
         self._arrived: torch.cuda.Event | None = None
         if buffers.drawn.is_cuda:
@@ -242,37 +277,39 @@ class _Coming:
             self._arrived.record(torch.cuda.current_stream(buffers.drawn.device))
 
     def wait(self) -> None:
+        """Wait until the steps have run and their values are on the host."""
         if self._arrived is not None:
             self._arrived.synchronize()
 
     def steps(self, batch: Batch) -> Iterator[Step]:
-        """Wait for it, and return it step by step."""
+        """Wait for the values, and yield them step by step."""
         self.wait()
         rows = slice(len(batch.samples))
         for i, tokens in enumerate(self._drawn[:, rows].tolist()):
-            told = [part[i, rows] for part in self._told]
-            yield tokens, batch.token_logprobs(tokens, *told) if told else None
+            logprobs = [part[i, rows] for part in self._logprobs]
+            yield tokens, batch.token_logprobs(tokens, *logprobs) if logprobs else None
 
 
-def _left(batch: Batch, coming: deque[_Coming]) -> int:
-    """Return how many tokens every row still lacks at least; 0 if one has ended."""
-    if any(row.ended for row in batch.samples):
+def _remaining(batch: Batch, pending: deque[_PendingSteps]) -> int:
+    """Return how many steps beyond the launched ones every sample still has room for; 0 if a sample has ended."""
+    if any(sample.ended for sample in batch.samples):
         return 0
-    lacking = min(row.request.config.max_new_tokens - row.num_tokens for row in batch.samples)
-    return lacking - sum(outputs.count for outputs in coming)
+    room = min(sample.request.config.max_new_tokens - sample.num_tokens for sample in batch.samples)
+    return room - sum(steps.count for steps in pending)
 
 
 class StepCapture:
-    """Captures steps of a batch in CUDA graphs."""
+    """Captures the steps of a batch in CUDA graphs."""
 
     def __init__(self, device: torch.device) -> None:
         self._capture = CudaCapture(device)
 
     def __call__(self, buffers: Buffers, count: int) -> Replay:
-        """Return what replays the steps on the current stream; nothing is drawn here.
+        """Return a function that replays `count` steps on the current stream; no token is drawn here.
 
         Raises:
-            RuntimeError: a step waits for the device, or something else that no graph can hold.
+            RuntimeError: a step waits for the device, or does something else that no graph can hold.
         """
+        # the warm-up draws a token on a copy, since the buffers hold a running batch
         self._capture.warm_up(partial(steps_in_place, buffers.copy(), 1))
         return self._capture.record(partial(steps_in_place, buffers, count))

@@ -1,14 +1,14 @@
-"""Decoders: one step of a trained model, as fast as the device reads its weights.
+"""Decoders: one step of a trained model, as fast as the device can read its weights.
 
-A decoder reads one token per row and returns logits for the next. The model's own `forward` defines what is right. The
-cell decoder computes the same from weights in another layout: a table holds what the first LSTM layer makes of each
-token's embedding, and each layer is one matrix product on weights that are packed once instead of at every call.
+A decoder reads one token per row and returns the logits of the next token. `Decoder` calls the model's own `forward`,
+which defines the correct result. `CellDecoder` computes the same from rearranged weights: a table holds the first LSTM
+layer's input product of every token, and each layer is one matrix product on weights that are packed once, not at every
+call.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Sequence
 from typing import Literal, cast
 
@@ -16,19 +16,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from textgen.decoding.products import Product, _Int8Product, _PackedProduct, _packs, _PlainProduct
+from textgen.decoding.products import Int8Product, PackedProduct, PlainProduct, Product, has_packed_product
 from textgen.kernels import decoding as decoding_kernels
 from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
 
-log = logging.getLogger("textgen")
-
 CellDtype = Literal["float32", "bfloat16", "int8"]
 
-# What a decoder carries from token to token: tensors whose first dimension is the batch.
+# The state that a decoder carries from token to token: tensors whose first dimension is the batch.
 DecoderState = list[Tensor]
 
 
-# A prompt is read in windows of this many tokens, so that one of any length takes no more memory.
+# A prompt is read in windows of this many tokens, so that the memory it takes does not grow with its length.
 PREFILL_WINDOW = 512
 
 
@@ -36,11 +34,16 @@ PREFILL_WINDOW = 512
 
 
 class Decoder:
-    """Reads tokens, one per row and step. This one is the model as it stands: slow, and right by definition."""
+    """Reads tokens, one per row and step. This class calls the model itself: slow, and correct by definition.
+
+    Args:
+        model: on the device on which it is to decode.
+        why: reason of the choice, for the description.
+    """
 
     name = "plain"
     in_graphs = False
-    """many steps at a time are to be replayed from CUDA graphs"""
+    """whether batches should run in CUDA graphs, see `cuda_graphs.GraphRunner`"""
 
     def __init__(self, model: LSTMLanguageModel, *, why: str = "") -> None:
         self.model, self._why = model, why
@@ -49,18 +52,19 @@ class Decoder:
 
     @property
     def description(self) -> str:
-        """Return name, device, and why it was chosen, in a line."""
-        where = f"{self.device.type}, in graphs" if self.in_graphs else self.device.type
-        return f"{self.name} decoder on {where}" + (f": {self._why}" if self._why else "")
+        """Return name, device and reason of the choice as one line."""
+        device = f"{self.device.type}, in graphs" if self.in_graphs else self.device.type
+        return f"{self.name} decoder on {device}" + (f": {self._why}" if self._why else "")
 
     @torch.inference_mode()
     def prefill(self, tokens: Sequence[int]) -> DecoderState:
-        """Return the state (1, ...) after all tokens but the last one of a prompt, which `step` is to read."""
+        """Return the state (1, ...) after all tokens of a prompt but the last one, which the first `step` reads."""
         model = self.model
         ids, state = torch.tensor([tokens[:-1]], dtype=torch.int64, device=self.device), model.zero_state(1)
         for start in range(0, ids.shape[1], PREFILL_WINDOW):
             window = ids[:, start : start + PREFILL_WINDOW]
-            _, state = model(window, state, torch.full_like(window, -1))  # targets that score nothing: no logits
+            # targets of -1 are not scored, so the model computes no logits
+            _, state = model(window, state, torch.full_like(window, -1))
         return [part[i] for i in range(model.config.num_layers) for part in state]
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
@@ -68,7 +72,7 @@ class Decoder:
 
         Args:
             tokens: (batch,) int64.
-            state: hidden and cell of each layer in turn, each (batch, hidden_size).
+            state: hidden state and cell of the first layer, then of the second and so on, each (batch, hidden_size).
 
         Returns:
             Logits (batch, vocab_size), float32, and the new state.
@@ -78,47 +82,53 @@ class Decoder:
 
 
 class CellDecoder(Decoder):
-    """Steps of one LSTM cell per layer, on packed weights.
+    """Computes one LSTM cell per layer and step, on packed weights.
 
     Args:
-        model: whose weights are taken; changes to it afterwards do not show.
-        dtype: what the matrix products read. bfloat16 adds up in float32; int8 weights are scaled per output, what they
-            multiply by a constant or per row, so that a row does not depend on the others. State and everything else
-            is float32, but for the table, which is bfloat16 unless all is float32.
-        why: it was chosen.
+        model: must not change afterwards: some weights are copied, others are shared.
+        dtype: of the matrix products. bfloat16 products have float32 sums. int8 weights have a scale per output; the
+            inputs of an int8 product have a constant scale or one per row, so that a row does not depend on the others.
+            State and everything else are float32, but the table is bfloat16 unless `dtype` is float32.
+        why: reason of the choice, for the description.
     """
 
     def __init__(self, model: LSTMLanguageModel, dtype: CellDtype = "float32", *, why: str = "") -> None:
         super().__init__(model, why=why)
         self.name = dtype
-        config, normed = model.config, len(model.norms) > 0
-        packed = self.device.type == "cpu" and dtype != "int8" and _packs(_DTYPES[dtype])
-        kind = _PackedProduct if packed else _PlainProduct
+        config, has_norms = model.config, len(model.norms) > 0
+        packs = self.device.type == "cpu" and dtype != "int8" and has_packed_product(_DTYPES[dtype])
+        float_product = PackedProduct if packs else PlainProduct
 
-        def within_one(num_layers: int) -> bool:
-            """Tell whether what so many layers return lies within -1..1, as hidden states do; norms and sums do not."""
-            return not normed and (num_layers == 1 or not config.residual)
+        def is_bounded(num_layers: int) -> bool:
+            """Return whether the output of the first `num_layers` layers is within -1..1.
+
+            Hidden states do. Norms and residual sums do not.
+            """
+            return not has_norms and (num_layers == 1 or not config.residual)
 
         def pack(weight: Tensor, bias: Tensor | None = None, *, bounded: bool) -> Product:
             if dtype == "int8":
-                return _Int8Product(weight, bias, bounded=bounded)
-            return kind(weight, bias, dtype=_DTYPES[dtype])
+                return Int8Product(weight, bias, bounded=bounded)
+            return float_product(weight, bias, dtype=_DTYPES[dtype])
 
         with torch.no_grad():
             layers = [layer for layer in model.layers if isinstance(layer, LSTMLayer)]
+            # First layer: the gates of a token are its row of the table plus the product on the hidden state. The
+            # table holds input product and bias of every token of the vocabulary.
             first = layers[0]
             table_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
             self._table = F.linear(*_table_parts(model, first, table_dtype))  # (vocab_size, 4 x hidden_size)
-            # Of each layer what it makes of its own hidden state, or of that after what lies below; and of what lies
-            # below, where that has a scale of its own.
-            self._cells: list[Product] = [pack(_gates_last(first.weight_hh), bounded=True)]
-            self._below: list[Product | None] = [None]
+            self._recurrent: list[Product] = [pack(_gates_last(first.weight_hh), bounded=True)]
+            self._inputs: list[Product | None] = [None]
+            # Later layers: one product on the layer's input and hidden state side by side. In int8 an input that is not
+            # bounded needs a scale of its own, so it gets a product of its own.
             for i, layer in enumerate(layers[1:], 1):
-                joined = dtype != "int8" or within_one(i)
+                joined = dtype != "int8" or is_bounded(i)
                 weight = torch.cat([layer.weight_ih, layer.weight_hh], 1) if joined else layer.weight_hh
-                self._cells.append(pack(_gates_last(weight), _gates_last(layer.bias), bounded=True))
-                self._below.append(None if joined else pack(_gates_last(layer.weight_ih), bounded=False))
-            projection, bounded = model.projection, within_one(config.num_layers)
+                self._recurrent.append(pack(_gates_last(weight), _gates_last(layer.bias), bounded=True))
+                self._inputs.append(None if joined else pack(_gates_last(layer.weight_ih), bounded=False))
+            # Projection, if the model has one, then the output layer. The result of a projection is not bounded.
+            projection, bounded = model.projection, is_bounded(config.num_layers)
             self._projection: Product | None = None
             if isinstance(projection, torch.nn.Linear):
                 self._projection, bounded = pack(projection.weight, projection.bias, bounded=bounded), False
@@ -126,66 +136,75 @@ class CellDecoder(Decoder):
 
     @functools.cached_property
     def _kernel(self) -> decoding_kernels.Int8Step | None:
-        """The same step in compiled code, where that is to be had."""
+        """Return the same step in compiled code; None if it cannot be used for this model, device or processor."""
         config = self.model.config
-        plain = len(self.model.norms) == 0 and (config.num_layers == 1 or not config.residual)
-        # torch rounds the last elements of an array that is no multiple of 32 by another `exp`
+        bounded = len(self.model.norms) == 0 and (config.num_layers == 1 or not config.residual)
+        # torch computes the last elements of an array whose length is no multiple of 32 with another `exp`
         whole = config.hidden_size % 32 == 0 and config.embedding_dim % 32 == 0
-        if (
-            self.name != "int8"
-            or self.device.type != "cpu"
-            or not (plain and whole and decoding_kernels.has_int8_step())
-        ):
+        usable = self.name == "int8" and self.device.type == "cpu" and bounded and whole
+        if not (usable and decoding_kernels.has_int8_step()):
             return None
-        products = [cast(_Int8Product, p) for p in (*self._cells, self._projection, self._output) if p is not None]
+        products = [cast(Int8Product, p) for p in (*self._recurrent, self._projection, self._output) if p is not None]
         return decoding_kernels.Int8Step(self._table, [product.parts for product in products], config.num_layers)
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """Read one token per row, as `Decoder.step` says."""
-        return self._by_operators(tokens, state) if self._kernel is None else self._kernel(tokens, state)
+        """Read one token per row; arguments and results are those of `Decoder.step`."""
+        return self._step_by_operators(tokens, state) if self._kernel is None else self._kernel(tokens, state)
 
-    def _by_operators(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        config, norms, out = self.model.config, self.model.norms, []
+    def _step_by_operators(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Read one token per row with torch's operators."""
+        config, norms, new_state = self.model.config, self.model.norms, []
         tanh = _tanh if self.name == "int8" else torch.tanh
         size, x = config.hidden_size, state[0]
-        for i, cell in enumerate(self._cells):
-            hidden, memory = state[2 * i : 2 * i + 2]
-            before = x
+        for i, recurrent in enumerate(self._recurrent):
+            hidden, cell = state[2 * i : 2 * i + 2]
+            residual = x
+            # the gates in the order input, forget, output, cell: (batch, 4 x hidden_size)
             if i == 0:
-                gates = cell(hidden).add_(self._table.index_select(0, tokens))  # (batch, 4 x hidden_size)
+                gates = recurrent(hidden).add_(self._table.index_select(0, tokens))
             else:
-                below, alone = (norms[i - 1](x) if len(norms) else x), self._below[i]
-                gates = cell(torch.cat([below, hidden], 1)) if alone is None else cell(hidden).add_(alone(below))
-            opened = gates[:, : 3 * size].sigmoid_()  # input, forget, output
-            memory = (opened[:, size : 2 * size] * memory).addcmul_(opened[:, :size], tanh(gates[:, 3 * size :]))
-            x = hidden = opened[:, 2 * size :] * tanh(memory)
+                x, input_product = (norms[i - 1](x) if len(norms) else x), self._inputs[i]
+                if input_product is None:
+                    gates = recurrent(torch.cat([x, hidden], 1))
+                else:
+                    gates = recurrent(hidden).add_(input_product(x))
+            # one sigmoid for the first three gates, in place
+            ifo = gates[:, : 3 * size].sigmoid_()
+            cell = (ifo[:, size : 2 * size] * cell).addcmul_(ifo[:, :size], tanh(gates[:, 3 * size :]))
+            x = hidden = ifo[:, 2 * size :] * tanh(cell)
             if i > 0 and config.residual:
-                x = x + before
-            out += [hidden, memory]
+                x = x + residual
+            new_state += [hidden, cell]
         if len(norms):
             x = norms[-1](x)
         if self._projection is not None:
             x = self._projection(x)
-        return self._output(x), out
+        return self._output(x), new_state
 
     def int8_tensors(self) -> dict[str, Tensor]:
-        """Return what an int8 decoder is made of, by name; rows of cells are input, forget, output, cell."""
+        """Return the tensors that define an int8 decoder, by name: the content of `decoder.safetensors`.
+
+        Rows of `cells` and `below` are in the order input, forget, output, cell.
+        """
         first = self.model.layers[0]
         assert isinstance(first, LSTMLayer)
         embedding, weight, bias = _table_parts(self.model, first, torch.bfloat16)
         tensors = {"embedding": embedding, "table.weight": weight, "table.bias": bias}
         tensors |= {f"norms.{name}": value for name, value in self.model.norms.named_parameters()}
-        products = {f"cells.{i}": cell for i, cell in enumerate(self._cells)}
-        products |= {f"below.{i}": below for i, below in enumerate(self._below) if below is not None}
+        products = {f"cells.{i}": product for i, product in enumerate(self._recurrent)}
+        products |= {f"below.{i}": product for i, product in enumerate(self._inputs) if product is not None}
         products |= {"output": self._output} | ({} if self._projection is None else {"projection": self._projection})
         for name, product in products.items():
-            assert isinstance(product, _Int8Product)
+            assert isinstance(product, Int8Product)
             tensors |= {f"{name}.{part}": value for part, value in product.tensors.items()}
         return {name: value.detach() for name, value in tensors.items()}
 
 
 def _tanh(x: Tensor) -> Tensor:
-    """Return tanh(x) but for 2^-23, which int8 does not see. torch's own is its BLAS's, which may round as it likes."""
+    """Return tanh(x) with an error of up to 2^-23, which int8 does not notice.
+
+    torch.tanh calls torch's BLAS library, which does not fix how it rounds.
+    """
     return (x * 2).sigmoid_().mul_(2).sub_(1)
 
 
@@ -193,12 +212,12 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def _table_parts(model: LSTMLanguageModel, first: LSTMLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return embedding, weight and bias that make the table: what the first layer sees in each token."""
+    """Return embedding, weight and bias whose product is the table: the first layer's input product of each token."""
     weight, bias = _gates_last(first.weight_ih), _gates_last(first.bias)
     return model.embedding.weight.to(dtype), weight.to(dtype), bias.to(dtype)
 
 
 def _gates_last(weight: Tensor) -> Tensor:
-    """Return rows in the order input, forget, output, cell: torch's has the cell third."""
+    """Return rows in the order input, forget, output, cell, from torch's order input, forget, cell, output."""
     i, f, g, o = weight.chunk(4)
     return torch.cat([i, f, o, g])

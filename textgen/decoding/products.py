@@ -1,10 +1,9 @@
-"""Matrix products of decoders on packed weights: float32, bfloat16, int8."""
+"""Matrix products of decoders in float32, bfloat16 and int8, on weights that are packed once."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -12,20 +11,15 @@ from torch.nn import functional as F
 
 from textgen.hardware import processor_flags
 
-
-class Product(Protocol):
-    """x @ weight.T + bias: (batch, inputs) to (batch, outputs), float32."""
-
-    outputs: int
-
-    def __call__(self, x: Tensor, /) -> Tensor: ...
+Product = Callable[[Tensor], Tensor]
+"""x @ weight.T + bias: (batch, inputs) to (batch, outputs), float32"""
 
 
-class _PackedProduct:
-    """x @ weight.T + bias on a CPU, by oneDNN on weights in its own layout; F.linear makes that anew at each call."""
+class PackedProduct:
+    """x @ weight.T + bias on a CPU: oneDNN, on weights in its own layout. F.linear would pack them at each call."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype) -> None:
-        self._dtype, self._bias, self.outputs = dtype, bias, len(weight)
+        self._dtype, self._bias = dtype, bias
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype).contiguous())
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -34,46 +28,56 @@ class _PackedProduct:
         return y if self._bias is None else y.add_(self._bias)
 
 
-class _PlainProduct:
-    """x @ weight.T + bias where weights need no other layout."""
+class PlainProduct:
+    """x @ weight.T + bias by F.linear, for devices that need no other layout of weights."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, dtype: torch.dtype) -> None:
-        self._weight, self._bias, self.outputs = weight.to(dtype).contiguous(), bias, len(weight)
+        self._weight, self._bias = weight.to(dtype).contiguous(), bias
 
     def __call__(self, x: Tensor) -> Tensor:
         y = F.linear(x.to(self._weight.dtype), self._weight).float()
         return y if self._bias is None else y.add_(self._bias)
 
 
-class _Int8Product:
-    """x @ weight.T + bias on a CPU in 8-bit integers, exact sums in 32 bits: weights scaled per output.
+class Int8Product:
+    """x @ weight.T + bias on a CPU in 8-bit integers with exact 32-bit sums.
 
-    x is scaled by 127 where it is bounded by -1..1, else by a factor per row: a row does not depend on the others, and
-    as sums of integers have no order, not on their number either. What is multiplied is x + 128, as the operator wants
-    unsigned numbers; the 128 is taken off by the bias, which is a third faster than by the operator's zero point.
+    Weights have a scale per output. x is scaled by 127 if it is within -1..1, else by a factor per row. So a row's
+    result does not depend on the other rows, nor on their number, as sums of integers do not depend on their order.
+
+    The operator multiplies unsigned numbers, so it gets x + 128, and the offset subtracts the 128 again. This takes a
+    third less time than the operator's own zero point.
+
+    Args:
+        weight: float32 (outputs, inputs).
+        bias: float32 (outputs,).
+        bounded: whether every x is within -1..1.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, bounded: bool) -> None:
-        self._bounded, self._bias, self.outputs = bounded, bias, len(weight)
+        self._bounded, self._bias = bounded, bias
         scale = (weight.abs().amax(1) / 127).clamp(min=_TINY)
-        whole = (weight / scale[:, None]).round_()
-        sums = whole.sum(1) * 128  # exact, as whole numbers below 2^24 are
-        whole = whole.to(torch.int8)
-        self.tensors = {"weight": whole, "scale": scale} | ({} if bias is None else {"bias": bias.clone()})
+        rounded = (weight / scale[:, None]).round_()
+        sums = rounded.sum(1) * 128  # exact in float32: whole numbers below 2^24
+        self._weight = rounded.to(torch.int8)
+        self.tensors = {"weight": self._weight, "scale": scale} | ({} if bias is None else {"bias": bias.clone()})
+        """the tensors that define the product, by name"""
         self._scale = scale / 127 if bounded else scale
-        self._offset = -sums * self._scale
+        self._sums, self._offset = sums, -sums * self._scale
+        # with a scale per row the bias has to come after that scale
         if bounded and bias is not None:
             self._offset += bias
-        self._whole, self._sums = whole, sums
 
     @property
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Return weight, scale, offset, and the bias that comes after a row's scale."""
-        return self._whole, self._scale, self._offset, None if self._bounded else self._bias
+        """Return weight, scale, offset, and the bias that is added after the scale of a row."""
+        return self._weight, self._scale, self._offset, None if self._bounded else self._bias
 
     @functools.cached_property
-    def _product(self) -> _WholeProduct:
-        return _product_in_int8(self._whole, self._sums) if multiplies_int8() else _product_in_float64(self._whole)
+    def _product(self) -> _IntegerProduct:
+        if multiplies_int8():
+            return _product_in_int8(self._weight, self._sums)
+        return _product_in_float64(self._weight)
 
     def __call__(self, x: Tensor) -> Tensor:
         if self._bounded:
@@ -85,17 +89,18 @@ class _Int8Product:
 
 _TINY = torch.finfo(torch.float32).tiny
 
-# x of whole numbers -127 to 127, scale and offset per output: ((x + 128) @ weight.T) * scale + offset
-_WholeProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
+# x (whole numbers -127 to 127), scale and offset (per output) to ((x + 128) @ weight.T) * scale + offset
+_IntegerProduct = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def _product_in_int8(weight: Tensor, sums: Tensor) -> _WholeProduct:
-    """Return the product; `sums` are 128 times those of each row."""
+def _product_in_int8(weight: Tensor, sums: Tensor) -> _IntegerProduct:
+    """Return the product on the processor's int8 instructions; `sums` are 128 times the sum of each weight row."""
     packed, zeros = torch.ops.onednn.qlinear_prepack(weight, None), torch.zeros(len(weight), dtype=torch.int32)
     transposed, sums = weight.T, sums.to(torch.int32)
 
     def product(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
-        if len(x) == 1:  # the other operator takes 17 us to set up
+        # one row: the operator below takes 17 us to set up. `_int_mm` multiplies signed numbers, so the sums are added.
+        if len(x) == 1:
             return torch._int_mm(x.to(torch.int8), transposed).add_(sums).float().mul_(scale).add_(offset)
         y: Tensor = torch.ops.onednn.qlinear_pointwise(
             x.add_(128).to(torch.uint8), 1.0, 0, packed, scale, zeros, offset, 1.0, 0, torch.float32, "none", [], ""
@@ -105,8 +110,8 @@ def _product_in_int8(weight: Tensor, sums: Tensor) -> _WholeProduct:
     return product
 
 
-def _product_in_float64(weight: Tensor) -> _WholeProduct:
-    """Return the same by plain means, bit for bit: float64 holds the sums exactly."""
+def _product_in_float64(weight: Tensor) -> _IntegerProduct:
+    """Return the same product on any processor, bit for bit: float64 holds the sums exactly."""
     wide = weight.double()
 
     def product(x: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
@@ -117,28 +122,28 @@ def _product_in_float64(weight: Tensor) -> _WholeProduct:
 
 @functools.cache
 def multiplies_int8() -> bool:
-    """Tell whether this processor multiplies 8-bit integers fast, and torch's operators for it are right.
+    """Return whether this processor multiplies 8-bit integers fast and torch's operators for it are correct.
 
-    The operators belong to torch's inner parts, so they are tried, on the largest sums: without VNNI or AMX steps of 16
-    bits overflow.
+    The operators are internal to torch, so they are tested here on the largest possible sums. Without VNNI or AMX, the
+    16-bit intermediate sums would overflow.
     """
     if not processor_flags() & {"avx512_vnni", "avx_vnni", "amx_int8"}:
         return False
     weight = torch.full((32, 64), 127, dtype=torch.int8)
     weight[::2] = -127
-    rows, ones = [torch.full((count, 64), 127.0) for count in (1, 2)], torch.ones(32)
+    inputs, ones = [torch.full((rows, 64), 127.0) for rows in (1, 2)], torch.ones(32)
     try:
-        fast, right = _product_in_int8(weight, weight.sum(1) * 128), _product_in_float64(weight)
-        return all(torch.equal(fast(x.clone(), ones, ones), right(x, ones, ones)) for x in rows)
+        fast, exact = _product_in_int8(weight, weight.sum(1) * 128), _product_in_float64(weight)
+        return all(torch.equal(fast(x.clone(), ones, ones), exact(x, ones, ones)) for x in inputs)
     except (AttributeError, RuntimeError):
         return False
 
 
 @functools.cache
-def _packs(dtype: torch.dtype) -> bool:
-    """Tell whether torch's inner operators for packed weights are there and right."""
+def has_packed_product(dtype: torch.dtype) -> bool:
+    """Return whether torch has the internal operators of `PackedProduct`, and they are correct."""
     x, weight = torch.ones(2, 32, dtype=dtype), torch.eye(32, dtype=dtype)
     try:
-        return torch.equal(_PackedProduct(weight, None, dtype=dtype)(x), x.float())
+        return torch.equal(PackedProduct(weight, None, dtype=dtype)(x), x.float())
     except (AttributeError, RuntimeError):
         return False
