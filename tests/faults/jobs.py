@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.forking import Forked, server
 from textgen.runs.checkpoint import newest_valid
 from textgen.runs.directory import read_status
-from textgen.runs.metrics import read_metrics, tells_of_the_machine
+from textgen.runs.metrics import is_machine_metric, read_metrics
 
 ROOT = Path(__file__).parents[2]
 FAULTY = ROOT / "tests" / "faults" / "faulty_training.py"
@@ -143,7 +143,7 @@ def newest(run_dir: Path) -> Path:
 def rows(run_dir: Path) -> list[dict[str, Any]]:
     """Return the rows of metrics.jsonl without what the clock says."""
     return [
-        {name: value for name, value in row.items() if not tells_of_the_machine(name)} for row in read_metrics(run_dir)
+        {name: value for name, value in row.items() if not is_machine_metric(name)} for row in read_metrics(run_dir)
     ]
 
 

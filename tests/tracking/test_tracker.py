@@ -20,7 +20,8 @@ import pytest
 
 from textgen.cli import train_main
 from textgen.runs.checkpoint import checkpoints
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics import MetricsRow, read_metrics
+from textgen.runs.samples import SampledText
 from textgen.tracking import backends as trackers
 from textgen.tracking import tracker as tracking
 from textgen.tracking.backends import AccelerateTracker
@@ -83,14 +84,14 @@ class Slow:
         self.rows: list[int] = []
         self.abandoned = False
 
-    def open(self, rows: Sequence[tracking.Row]) -> None:
+    def open(self, rows: Sequence[MetricsRow]) -> None:
         self.rows += range(len(rows))
 
-    def log(self, number: int, row: tracking.Row, samples: Sequence[tracking.SampledText]) -> None:
+    def log(self, number: int, row: MetricsRow, samples: Sequence[SampledText]) -> None:
         time.sleep(self._seconds)
         self.rows.append(number)
 
-    def checkpoint(self, path: Path, *, best: bool, about: tracking.Row) -> None:
+    def checkpoint(self, path: Path, *, best: bool, about: MetricsRow) -> None:
         raise ConnectionError
 
     def finish(self, end: RunEnd) -> None:
@@ -207,7 +208,7 @@ def test_tensorboard_is_given_the_rows_that_a_slow_end_lost(
     """The first start has written two rows and a part of the third when it is given up."""
     log, finish, reached, go_on = AccelerateTracker.log, Tracker.finish, threading.Event(), threading.Event()
 
-    def hang(self: AccelerateTracker, number: int, row: tracking.Row, samples: Any) -> None:
+    def hang(self: AccelerateTracker, number: int, row: MetricsRow, samples: Any) -> None:
         if number < 2:
             log(self, number, row, samples)
             return

@@ -15,7 +15,7 @@ from tests.forking import free_port, server
 from textgen.config import ModelConfig
 from textgen.hardware import known_peak, peak_flops
 from textgen.model.lstm import LSTMLanguageModel
-from textgen.runs.metrics import read_metrics, tells_of_the_machine
+from textgen.runs.metrics import is_machine_metric, read_metrics
 from textgen.training.metrics import flops_per_token, measure_machines
 
 ROOT = Path(__file__).parents[2]
@@ -106,4 +106,4 @@ def test_every_machine_is_told_of(tiny_flags: list[str], tmp_path: Path) -> None
     assert 0 <= min(shares) <= sum(shares) < 1
     plain = {"step", "tokens", "epoch", "train/loss", "train/bits_per_byte", "train/perplexity", "train/learning_rate",
              "train/gradient_norm"}  # fmt: skip
-    assert {name for name in first if not tells_of_the_machine(name)} == plain
+    assert {name for name in first if not is_machine_metric(name)} == plain

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from textgen.commands.parsing import Parser, fail
-from textgen.reporting.report import METRICS_NAME, REPORT_NAME, write_report
-from textgen.runs.directory import STATUS_NAME
+from textgen.reporting.report import REPORT_NAME, write_report
+from textgen.runs.directory import SETTINGS_NAME, STATUS_NAME
+from textgen.runs.metrics import METRICS_NAME
 
 
 def report_command(argv: Sequence[str]) -> None:
@@ -20,8 +21,8 @@ def report_command(argv: Sequence[str]) -> None:
     for run in runs:
         if not run.is_dir():
             fail(f"`{run}` is no run folder" if run.exists() else f"`{run}` does not exist")
-        if not any((run / name).exists() for name in ("config.yaml", METRICS_NAME, STATUS_NAME)):
-            fail(f"`{run}` is no run folder: it has no `config.yaml`, `{METRICS_NAME}` or `{STATUS_NAME}`")
+        if not any((run / name).exists() for name in (SETTINGS_NAME, METRICS_NAME, STATUS_NAME)):
+            fail(f"`{run}` is no run folder: it has no `{SETTINGS_NAME}`, `{METRICS_NAME}` or `{STATUS_NAME}`")
     out = Path(args.out or (runs[0] / REPORT_NAME if len(runs) == 1 else REPORT_NAME))
     if out.suffix != ".html":  # a slip must not replace another file of a run
         parser.error(f"`out` must end in `.html`: {out}")

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from textgen.runs.directory import DATA_NAME
+from textgen.runs.samples import SavedSample, read_samples
 from textgen.settings import flatten
 
 if TYPE_CHECKING:
@@ -22,8 +24,6 @@ if TYPE_CHECKING:
 HUB = "hub:"
 IMDB = "stanfordnlp/imdb"
 CARD_NAME = "README.md"
-DATA_NAME, SAMPLES_NAME = "data.json", "samples.md"
-"""Of a run."""
 
 # Settings that say where something lies on this machine, or what is told while training.
 PRIVATE = {
@@ -52,7 +52,7 @@ class Record:
     """row of `metrics.jsonl` with the validation at this checkpoint's step"""
     documents: int | None = None
     """that the validation scored"""
-    samples: str = ""
+    samples: Sequence[SavedSample] = ()
     """of the run's `samples.md`, at this step"""
 
     def setting(self, name: str) -> Any:
@@ -77,11 +77,10 @@ def read_record(directory: Path) -> Record:
     documents = data.get("splits", {}).get("validation", {}).get("documents")
     if documents is not None and not now["finished"]:  # the last validation scores all
         documents = min(documents, trainer["config"]["evaluate_documents"] or documents)
-    told = (run_dir / SAMPLES_NAME).read_text(encoding="utf-8") if (run_dir / SAMPLES_NAME).exists() else ""
-    samples = re.search(rf"(?ms)^## step {now['step']}$(.*?)(^## step |\Z)", told)
+    samples = [sample for sample in read_samples(run_dir) if sample.step == now["step"]]
     return Record(
         trainer=trainer, data=data, validation=rows[-1] if rows else {}, documents=documents,
-        samples=samples[1].strip() if samples else "",
+        samples=samples,
     )  # fmt: skip
 
 
@@ -195,8 +194,8 @@ def _samples(record: Record) -> str:
     """Return what the training drew at this step, fenced: generated text is never Markdown or HTML."""
     if not record.samples:
         return ""
-    plain = re.sub(r"(?m)^- temperature ([\d.]+): \*\*(.*?)\*\*", r"[temperature \1] \2", record.samples)
-    return f"## Samples\n\nAs they came, seed {record.setting('seed')}.\n\n{_fenced(plain, 'text')}"
+    text = "".join(f"[temperature {sample.temperature}] {sample.prompt}{sample.text}" for sample in record.samples)
+    return f"## Samples\n\nAs they came, seed {record.setting('seed')}.\n\n{_fenced(text.strip(), 'text')}"
 
 
 def _use(record: Record, where: str) -> str:

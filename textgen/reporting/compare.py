@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -13,13 +13,12 @@ from typing import Any
 import yaml
 
 from textgen.config import TrainConfig
-from textgen.runs.directory import read_status
+from textgen.runs.directory import SETTINGS_NAME, read_status
+from textgen.runs.metrics import MetricsRow, read_metrics_strict
 from textgen.settings import COMMAND_SETTINGS, flatten
 
 # Characters of a setting in the table; a list of prompts would fill a screen. `--json` has all of it.
 LONGEST = 40
-
-Row = Mapping[str, object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,10 +60,10 @@ def read_run(path: Path) -> Run:
     """
     if not path.is_dir():
         raise ValueError(f"`{path}` is no run folder" if path.exists() else f"`{path}` does not exist")
-    return summarize(path, read_settings(path / "config.yaml"), _read_rows(path / "metrics.jsonl"))
+    return summarize(path, read_settings(path / SETTINGS_NAME), read_metrics_strict(path))
 
 
-def summarize(path: Path, settings: dict[str, Any], rows: Sequence[Row]) -> Run:
+def summarize(path: Path, settings: dict[str, Any], rows: Sequence[MetricsRow]) -> Run:
     """Return the figures of a run by its settings and metrics, and what else can be read in its folder."""
     trainer, status = _read_newest_trainer(path), read_status(path)
     if isinstance(trainer.get("mixed_precision"), str):  # config.yaml has null where hardware decided
@@ -111,24 +110,7 @@ def _read_newest_trainer(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def _read_rows(path: Path) -> list[Row]:
-    """Return the rows of metrics; none of a run that has just begun, and not the last line where a kill cut it off."""
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    rows: list[Row] = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line, parse_int=float)  # however long
-        except ValueError as error:
-            if number == len(lines):
-                break
-            raise ValueError(f"`{path}` line {number} is not JSON: {line[:40]!r}") from error
-        if not isinstance(row, dict):
-            raise ValueError(f"`{path}` line {number} is no row of metrics: {str(row)[:40]}")
-        rows.append(row)
-    return rows
-
-
-def _values(rows: Sequence[Row], name: str) -> list[float]:
+def _values(rows: Sequence[MetricsRow], name: str) -> list[float]:
     """Return the finite numbers under a name."""
     values = [row.get(name) for row in rows]
     return [value for value in values if isinstance(value, float) and math.isfinite(value)]
@@ -142,7 +124,7 @@ def _one(value: Any, kind: type) -> Any:
     return value if type(value) is kind else None
 
 
-def _minutes(rows: Sequence[Row]) -> float | None:
+def _minutes(rows: Sequence[MetricsRow]) -> float | None:
     """Return the minutes that the steps took: tokens of each row by tokens per second."""
     timed = [row for row in rows if all(_values([row], name) for name in ("tokens", "train/tokens_per_second"))]
     tokens, speeds = _values(timed, "tokens"), _values(timed, "train/tokens_per_second")

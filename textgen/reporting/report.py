@@ -20,16 +20,16 @@ from typing import Any
 from textgen.config import TrainConfig
 from textgen.files import write_atomic
 from textgen.reporting.charts import Chart, Curve, Point, Rung, make_chart
-from textgen.reporting.compare import Row, Run, keep_differences, read_settings, summarize
-from textgen.runs.directory import read_status
+from textgen.reporting.compare import Run, keep_differences, read_settings, summarize
+from textgen.runs.directory import DATA_NAME, SETTINGS_NAME, read_status
 from textgen.runs.environment import ENVIRONMENT_NAME
+from textgen.runs.metrics import METRICS_NAME, MetricsRow, is_number, read_metrics_lenient
+from textgen.runs.samples import SavedSample, read_samples
 from textgen.settings import COMMAND_SETTINGS, flatten
 
 log = logging.getLogger("textgen")
 
 REPORT_NAME = "report.html"
-METRICS_NAME = "metrics.jsonl"
-SAMPLES_NAME = "samples.md"
 MEASURES_NAME = "measures.json"
 MEASURES_FORMAT = "textgen.measures.1"
 
@@ -70,16 +70,6 @@ NONE = "–"  # where a run has no such figure
 MOST_STEPS = 6  # whose samples are shown
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A continuation that a training left in samples.md."""
-
-    step: int
-    temperature: str
-    prompt: str
-    text: str
-
-
 @dataclass(frozen=True, kw_only=True)
 class Record:
     """All that is left of a run, as far as it can be read."""
@@ -87,11 +77,11 @@ class Record:
     name: str
     path: Path
     figures: Run
-    rows: Sequence[Row]
+    rows: Sequence[MetricsRow]
     torn: int
     """lines of metrics that are none"""
     status: Mapping[str, Any]
-    samples: Sequence[Sample]
+    samples: Sequence[SavedSample]
     data: Mapping[str, Any]
     environment: Mapping[str, Any]
     measures: Mapping[str, Any]
@@ -128,43 +118,16 @@ def write_report(run_dirs: Sequence[Path], path: Path) -> None:
 def read_record(run_dir: Path, name: str) -> Record:
     """Read what there is of a run; what is missing or damaged is empty."""
     try:
-        settings = read_settings(run_dir / "config.yaml")
+        settings = read_settings(run_dir / SETTINGS_NAME)
     except (OSError, ValueError):
         settings = {}
-    rows, torn = read_rows(run_dir)
+    rows, torn = read_metrics_lenient(run_dir)
     return Record(
         name=name, path=run_dir, figures=summarize(run_dir, settings, rows), rows=rows, torn=torn,
-        status=read_status(run_dir), samples=read_samples(run_dir), data=_read_object(run_dir / "data.json"),
+        status=read_status(run_dir), samples=read_samples(run_dir), data=_read_object(run_dir / DATA_NAME),
         environment=_read_object(run_dir / ENVIRONMENT_NAME),
         measures=_read_measures(run_dir / MEASURES_NAME),
     )  # fmt: skip
-
-
-def read_rows(run_dir: Path) -> tuple[list[Row], int]:
-    """Return the rows of metrics that have a step, and how many lines are no such thing."""
-    path = run_dir / METRICS_NAME
-    lines = path.read_bytes().splitlines() if path.exists() else []
-    rows: list[Row] = []
-    for line in lines:
-        try:
-            row = json.loads(line, parse_int=float)  # however long
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and _finite(row.get("step")):
-            rows.append(row)
-    return rows, len(lines) - len(rows)
-
-
-def read_samples(run_dir: Path) -> list[Sample]:
-    """Return the samples of samples.md, in its order."""
-    path = run_dir / SAMPLES_NAME
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    _, *parts = re.split(r"(?m)^## step (\d{1,18})\n", text)
-    return [
-        Sample(int(step), *found)
-        for step, part in zip(parts[::2], parts[1::2], strict=True)
-        for found in re.findall(r"(?ms)^- temperature (\S+): \*\*(.*?)\*\*(.*?)(?=^- temperature \S+: \*\*|\Z)", part)
-    ]
 
 
 def _read_measures(path: Path) -> dict[str, Any]:
@@ -173,7 +136,7 @@ def _read_measures(path: Path) -> dict[str, Any]:
     human, generated = told.get("human"), told.get("generated")
     if told.get("format") != MEASURES_FORMAT or not isinstance(human, dict) or not isinstance(generated, list):
         return {}
-    figures = [{n: v for n, v in one.items() if _finite(v)} for one in (human, *generated) if isinstance(one, dict)]
+    figures = [{n: v for n, v in one.items() if is_number(v)} for one in (human, *generated) if isinstance(one, dict)]
     return told | {"human": figures[0], "generated": [one for one in figures[1:] if "temperature" in one]}
 
 
@@ -183,11 +146,6 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def _finite(value: object) -> bool:
-    """Tell whether a value is a number that differences of can be drawn, too."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 # --- what the page tells ---------------------------------------------------------------------------------------------
@@ -278,7 +236,7 @@ def charts_of(records: Sequence[Record], ladder: Sequence[Rung]) -> list[Chart]:
 
 def curve(record: Record, metric: str, scale: float = 1.0) -> list[Point]:
     """Return the points (step x scale, value) of a metric, where it is a number."""
-    return [(row["step"] * scale, row[metric]) for row in record.rows if _finite(row.get(metric))]  # type: ignore[operator,misc]
+    return [(row["step"] * scale, row[metric]) for row in record.rows if is_number(row.get(metric))]
 
 
 def _scales(records: Sequence[Record]) -> list[float]:
@@ -287,8 +245,8 @@ def _scales(records: Sequence[Record]) -> list[float]:
         return [1.0]
     found = []
     for record in records:
-        pairs = [(row["tokens"], row["step"]) for row in record.rows if _finite(row.get("tokens")) and row["step"]]
-        found.append(pairs[0][0] / pairs[0][1] / 1e6 if pairs else 1e-6)  # type: ignore[operator]
+        pairs = [(row["tokens"], row["step"]) for row in record.rows if is_number(row.get("tokens")) and row["step"]]
+        found.append(pairs[0][0] / pairs[0][1] / 1e6 if pairs else 1e-6)
     return found
 
 
@@ -296,14 +254,14 @@ def _x_name(records: Sequence[Record]) -> str:
     return "optimizer steps" if len(records) == 1 else "million tokens"
 
 
-def _samples_by_step(record: Record) -> list[tuple[int, dict[str, list[Sample]]]]:
+def _samples_by_step(record: Record) -> list[tuple[int, dict[str, list[SavedSample]]]]:
     """Return samples by step, the newest first, and by prompt; of many steps evenly spaced ones."""
     steps = sorted({sample.step for sample in record.samples}, reverse=True)
     if len(steps) > MOST_STEPS:
         steps = [steps[i * (len(steps) - 1) // (MOST_STEPS - 1)] for i in range(MOST_STEPS)]
     told = []
     for step in steps:
-        prompts: dict[str, list[Sample]] = {}
+        prompts: dict[str, list[SavedSample]] = {}
         for sample in record.samples:
             if sample.step == step:
                 prompts.setdefault(sample.prompt, []).append(sample)
@@ -376,7 +334,7 @@ def _again(record: Record) -> str:
     start = "python" if (run.processes or 1) == 1 else (
         f"accelerate launch --config_file accelerate_config.yaml --num_processes {run.processes}"
     )  # fmt: skip
-    command = f"{start} train_distributed.py --config {shlex.quote(str(record.path / 'config.yaml'))}"
+    command = f"{start} train_distributed.py --config {shlex.quote(str(record.path / SETTINGS_NAME))}"
     if run.settings.get("mixed_precision") is not None:
         command += f" --mixed_precision {shlex.quote(str(run.settings['mixed_precision']))}"
     if run.settings.get("max_minutes") is not None and run.total_steps:  # how many steps fit is timed
@@ -393,7 +351,7 @@ def _made_of(record: Record) -> dict[str, str]:
 
 
 def _number(value: object, form: str = ".4g") -> str:
-    return format(value, form) if _finite(value) else NONE
+    return format(value, form) if is_number(value) else NONE
 
 
 # --- loss.png --------------------------------------------------------------------------------------------------------

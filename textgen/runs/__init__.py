@@ -4,5 +4,6 @@
 - `checkpoint`: checkpoints: written whole, found, verified, pruned
 - `tensors`: safetensors files, written without copies and read with suspicion
 - `metrics`: metrics.jsonl
+- `samples`: samples.md
 - `environment`: what a training ran on
 """

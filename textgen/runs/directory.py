@@ -18,6 +18,8 @@ from filelock import FileLock, Timeout
 from textgen.errors import TextgenError
 from textgen.files import make_directory, write_atomic
 
+SETTINGS_NAME = "config.yaml"
+DATA_NAME = "data.json"
 STATUS_NAME = "status.json"
 LOCK_NAME = ".lock"
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from textgen.config import TrackingConfig
 from textgen.errors import TextgenError
+from textgen.runs.metrics import MetricsRow
+from textgen.runs.samples import SampledText
 from textgen.settings import flatten
-from textgen.tracking.tracker import Backend, Row, RunEnd, SampledText
+from textgen.tracking.tracker import Backend, RunEnd
 from textgen.tracking.wandb import PATIENCE_SECONDS, WandbRun
 
 
@@ -110,7 +112,7 @@ class AccelerateTracker:
         remote = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")
         self.catches_up: bool = name == "tensorboard" or not remote
 
-    def open(self, rows: Sequence[Row]) -> None:
+    def open(self, rows: Sequence[MetricsRow]) -> None:
         """Begin, or go on with the run and give it the rows that it lacks."""
         while _given_up:  # an earlier part of the training in this process, which may still be writing
             _given_up.pop().finish()
@@ -122,7 +124,7 @@ class AccelerateTracker:
         elif rows:
             log.info("%s cannot be asked for its rows: those that it lost are in `metrics.jsonl` alone", self._name)
 
-    def _open_tensorboard(self, rows: Sequence[Row]) -> Any:
+    def _open_tensorboard(self, rows: Sequence[MetricsRow]) -> Any:
         """Have TensorBoard leave out what it has from the first row on that it lacks; that is logged again."""
         from accelerate.tracking import TensorBoardTracker
 
@@ -149,7 +151,7 @@ class AccelerateTracker:
             self._recorded = {(row["step"], name) for row in recorded for name in row}
         return tracker
 
-    def log(self, number: int, row: Row, samples: Sequence[SampledText]) -> None:
+    def log(self, number: int, row: MetricsRow, samples: Sequence[SampledText]) -> None:
         """Record a row, and samples as text."""
         if names_at_step(row) <= self._recorded:
             return
@@ -158,7 +160,7 @@ class AccelerateTracker:
             values["samples"] = "\n\n".join(f"{t}: **{prompt}**{text}" for t, prompt, text in samples)
         self._tracker.log(values, step=row["step"])
 
-    def checkpoint(self, path: Path, *, best: bool, about: Row) -> None:
+    def checkpoint(self, path: Path, *, best: bool, about: MetricsRow) -> None:
         """Nothing: there is no place for it."""
 
     def finish(self, end: RunEnd) -> None:
@@ -175,7 +177,7 @@ _given_up: list[Any] = []
 """trackers of Accelerate that were abandoned in this process"""
 
 
-def names_at_step(row: Row) -> set[tuple[int, str]]:
+def names_at_step(row: MetricsRow) -> set[tuple[int, str]]:
     """Return the step and name of each figure of a row."""
     return {(row["step"], name) for name in row if name != "step"}
 

@@ -11,20 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from textgen.errors import first_line
 from textgen.files import write_atomic
-from textgen.runs.metrics import METRICS_NAME, read_metrics
+from textgen.runs.metrics import METRICS_NAME, MetricsRow, read_metrics
+from textgen.runs.samples import SampledText
 
 log = logging.getLogger("textgen")
 
 # Rows that a tracker may be behind, which is hours of a training; then it is dead, whatever it says.
 MAX_WAITING = 10_000
-
-Row = Mapping[str, Any]
-SampledText = tuple[float, str, str]
-"""temperature, prompt, text"""
 
 
 @dataclass(frozen=True)
@@ -44,16 +41,16 @@ class Backend(Protocol):
     catches_up: bool
     """whether `open` records the rows that an earlier part of the training has lost"""
 
-    def open(self, rows: Sequence[Row]) -> None:
+    def open(self, rows: Sequence[MetricsRow]) -> None:
         """Begin, or go on with the run of an earlier part of the training, given its rows.
 
         It may lack the last ones, which a kill loses, and it may have later ones.
         """
 
-    def log(self, number: int, row: Row, samples: Sequence[SampledText]) -> None:
+    def log(self, number: int, row: MetricsRow, samples: Sequence[SampledText]) -> None:
         """Record a row of metrics.jsonl, its number counted from 0 through all parts of the training."""
 
-    def checkpoint(self, path: Path, *, best: bool, about: Row) -> None:
+    def checkpoint(self, path: Path, *, best: bool, about: MetricsRow) -> None:
         """Record a checkpoint that is on disk."""
 
     def finish(self, end: RunEnd) -> None:
@@ -104,7 +101,7 @@ class Tracker:
         for follower in self._followers:
             follower.put(lambda backend: backend.log(number, row, samples))
 
-    def checkpoint(self, path: Path, *, best: bool, about: Row) -> None:
+    def checkpoint(self, path: Path, *, best: bool, about: MetricsRow) -> None:
         """Tell of a checkpoint that is on disk."""
         for follower in self._followers:
             follower.put(lambda backend: backend.checkpoint(path, best=best, about=about))
@@ -134,7 +131,7 @@ class Follower:
         rows: of metrics.jsonl so far.
     """
 
-    def __init__(self, name: str, backend: Backend, rows: Sequence[Row]) -> None:
+    def __init__(self, name: str, backend: Backend, rows: Sequence[MetricsRow]) -> None:
         self._name, self._backend, self._off = name, backend, False
         self._waiting: queue.Queue[Callable[[Backend], None] | None] = queue.Queue(MAX_WAITING)
         self._thread = threading.Thread(target=self._follow, args=(rows,), name=name, daemon=True)
@@ -160,7 +157,7 @@ class Follower:
             self._give_up(reason)
             self._backend.abandon()
 
-    def _follow(self, rows: Sequence[Row]) -> None:
+    def _follow(self, rows: Sequence[MetricsRow]) -> None:
         try:
             self._backend.open(rows)
             while not self._off and (action := self._waiting.get()) is not None:

@@ -25,7 +25,9 @@ import psutil
 
 from textgen.config import TrackingConfig
 from textgen.errors import first_line
-from textgen.tracking.tracker import Row, RunEnd, SampledText
+from textgen.runs.metrics import MetricsRow
+from textgen.runs.samples import SampledText
+from textgen.tracking.tracker import RunEnd
 
 
 def has_wandb_key() -> bool:
@@ -85,7 +87,7 @@ class WandbRun:
         self.patience: float = PATIENCE_SECONDS
         self.catches_up = True
 
-    def open(self, rows: Sequence[Row]) -> None:
+    def open(self, rows: Sequence[MetricsRow]) -> None:
         """Begin the run or go on with it, on the server or on disk, and give it the rows that it lacks."""
         os.environ.setdefault("WANDB_SILENT", "true")
         if self._own_data_dir:  # artifacts are copied into the home directory otherwise
@@ -158,7 +160,7 @@ class WandbRun:
         for name in ("train/bits_per_byte", "valid/bits_per_byte"):  # comparable between sizes of batches
             self._run.define_metric(name, step_metric="tokens")
 
-    def log(self, number: int, row: Row, samples: Sequence[SampledText]) -> None:
+    def log(self, number: int, row: MetricsRow, samples: Sequence[SampledText]) -> None:
         """Record a row of metrics.jsonl, and samples as a table."""
         if number < self._next:
             return
@@ -172,7 +174,7 @@ class WandbRun:
             values["samples"] = wandb.Table(columns=["step", "temperature", "prompt", "text"], data=table)
         self._run.log(values, step=number, commit=True)
 
-    def checkpoint(self, path: Path, *, best: bool, about: Row) -> None:
+    def checkpoint(self, path: Path, *, best: bool, about: MetricsRow) -> None:
         """Record a checkpoint as an artifact: where it is, or, if asked, what is in it."""
         import wandb
 

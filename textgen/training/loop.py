@@ -24,7 +24,7 @@ from textgen.errors import TextgenError
 from textgen.files import write_atomic
 from textgen.reporting.report import leave_report
 from textgen.runs.checkpoint import Saver, checkpoint_path
-from textgen.runs.directory import RunDirectory
+from textgen.runs.directory import DATA_NAME, SETTINGS_NAME, RunDirectory
 from textgen.runs.environment import ENVIRONMENT_NAME, describe_environment
 from textgen.tracking.backends import assert_installed, build_trackers, describe_launch
 from textgen.tracking.tracker import RunEnd, Tracker
@@ -333,6 +333,6 @@ def write_run_files(training: Training) -> None:
     """Write what the run is made of, before its first step."""
     run_dir = Path(training.config.run_dir)
     settings = json.loads(json.dumps(asdict(training.config)))  # tuples become lists, as the parser wants them
-    write_atomic(run_dir / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    write_atomic(run_dir / "data.json", json.dumps(training.store.record, indent=2) + "\n")
+    write_atomic(run_dir / SETTINGS_NAME, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+    write_atomic(run_dir / DATA_NAME, json.dumps(training.store.record, indent=2) + "\n")
     write_atomic(run_dir / ENVIRONMENT_NAME, json.dumps(describe_environment(), indent=2) + "\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import time
 from pathlib import Path
 
@@ -15,10 +14,10 @@ from textgen.decoding.generation import Sample, generate
 from textgen.distributed import launch
 from textgen.errors import TextgenError
 from textgen.evaluation import Score, score, split_documents
-from textgen.files import write_atomic
-from textgen.reporting.report import SAMPLES_NAME, draw_loss_curve
+from textgen.reporting.report import draw_loss_curve
 from textgen.runs.directory import RunDirectory
-from textgen.tracking.tracker import SampledText, Tracker
+from textgen.runs.samples import SampledText, save_samples
+from textgen.tracking.tracker import Tracker
 from textgen.training.metrics import Meter
 from textgen.training.resume import save
 from textgen.training.step import Training
@@ -110,7 +109,7 @@ def write_samples(training: Training) -> list[SampledText]:
     Returns:
         Temperature, prompt and text of each.
     """
-    config, model, step = training.config, training.eval_model, training.progression.step
+    config, model = training.config, training.eval_model
     if not config.sample_prompts:
         return []
     model.eval()
@@ -125,11 +124,7 @@ def write_samples(training: Training) -> list[SampledText]:
                 return []
             if isinstance(event, Sample):
                 samples[row] = event
-        written += [(temperature, samples[i].prompt, samples[i].text) for i in sorted(samples)]
+        written += [SampledText(temperature, samples[i].prompt, samples[i].text) for i in sorted(samples)]
     model.train()
-    path = Path(config.run_dir) / SAMPLES_NAME
-    earlier = re.split(r"(?m)^(?=## step \d+$)", path.read_text(encoding="utf-8")) if path.exists() else []
-    kept = [part for part in earlier if (found := re.match(r"## step (\d+)\n", part)) and int(found[1]) < step]
-    lines = [f"## step {step}\n", *(f"- temperature {t}: **{prompt}**{text}" for t, prompt, text in written)]
-    write_atomic(path, "".join(kept) + "\n".join(lines) + "\n\n")  # samples of earlier steps are made only once
+    save_samples(Path(config.run_dir), training.progression.step, written)
     return written
