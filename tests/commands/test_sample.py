@@ -487,7 +487,7 @@ def test_samples_of_other_prompts_settings_or_weights_are_not_continued(
     beside.write_text("null")
     assert refuse(*batch) == f"`{out}` was begun with other prompts and settings and weights: name another file"
     beside.unlink()
-    wanted = f"`{out}` holds something, and no `{beside.name}` beside it says what: name another file"
+    wanted = f"`{out}` is not empty and has no readable `{beside.name}` beside it: name another file"
     assert refuse(*batch) == wanted
     beside.write_text(origin)
     with out.open("ab") as held:

@@ -1,7 +1,9 @@
 """The commands of `textgen`, one module each: flags in, printed results out. Nothing is computed here.
 
-- `parsing`: flags and YAML to a frozen config, or to one line that says what is wrong
+- `parsing`: flags and YAML to a frozen config, or to one line with the error
 - `model_argument`: the flags that choose a checkpoint, and the model that they open
+- `prompts`: the prompts of `sample`, from flags and files
+- `batch_output`: a file of samples that a later run of `sample` continues
 - `train`: train
 - `prepare`: encode the text of a training ahead of time
 - `evaluate`: bits per byte of a checkpoint

@@ -1,31 +1,39 @@
-"""The verb `sample`: continue prompts of the command line to standard output, or those of a file to another file.
+"""The command `sample`: continue prompts of the command line to standard output, or those of a file to another file.
 
-What is heavy is imported once flags and prompts are known to be right.
+Heavy packages are imported after flags and prompts have been checked.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import fcntl
-import hashlib
 import itertools
 import json
 import logging
 import os
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
+from textgen.commands.batch_output import open_output, origin_of
 from textgen.commands.model_argument import add_model_arguments, open_decoder
 from textgen.commands.parsing import Parser, fail
+from textgen.commands.prompts import (
+    Prompt,
+    decode_utf8,
+    name_of,
+    normalize_prompt,
+    parse_batch,
+    read_bytes,
+    read_prompts,
+    require_drawable,
+    require_text,
+)
 from textgen.config import SamplingConfig
 from textgen.console import Progress, setup_logging
-from textgen.settings import build_settings, in_words, unknown_setting
+from textgen.settings import build_settings
 
 if TYPE_CHECKING:
     from textgen.decoding.decoders import Decoder
@@ -35,8 +43,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("textgen")
 
+# Settings with lists: jsonargparse would read `--stop A B` as YAML, so they are flags with their own help.
 LISTS = {
-    "stop": "texts that end a sample and are not part of it; the one that is complete first counts",
+    "stop": "texts that end a sample and are not part of it; the first one to be complete counts",
     "banned_tokens": "ids of tokens that are never drawn",
     "forced_tokens": "ids of tokens that every sample begins with",
 }
@@ -44,54 +53,35 @@ LISTS = {
 Events = Iterator[tuple[int, "str | Sample"]]
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt with its settings."""
-
-    text: str
-    config: SamplingConfig
-    where: str
-    """its name in errors"""
-    id: str | int | None = None
-
-
 def sample_command(argv: Sequence[str]) -> None:
-    """Continue prompts; only text, or JSON, goes to standard output."""
+    """Continue prompts; only text or JSON goes to standard output."""
     args, config = _parse(argv)
-    raw, prompts = b"", []
+    raw = b""
     if args.batch_file is not None:
-        raw = _read_bytes(args.batch_file)
-        prompts = _batch_prompts(raw, _name(args.batch_file), config)
+        raw = read_bytes(args.batch_file)
+        prompts = parse_batch(raw, name_of(args.batch_file), config)
     else:
-        prompts = [Prompt(text, config, where) for text, where in _single_prompts(args)]
-    for prompt in prompts:
-        if prompt.text and not prompt.text.strip():
-            fail(f"{prompt.where} is only spaces; an empty prompt starts a text")
+        prompts = read_prompts(args.prompt or (), args.prompt_file, config)
+    require_text(prompts)
 
     setup_logging(main=True)
     opened, decoder = open_decoder(args.checkpoint, args.decoder, best=args.best)
-    tokenizer = opened.tokenizer
-    _require_drawable(config, tokenizer)
-    prompts = [_as_read(prompt, opened.normalization, tokenizer) for prompt in prompts]
+    require_drawable(config, opened.tokenizer)
+    prompts = [normalize_prompt(prompt, opened.normalization, opened.tokenizer) for prompt in prompts]
     with _first_interrupt() as interrupted:
-        sampler = _Sampler(args, decoder, tokenizer, prompts, interrupted)
+        sampler = _Sampler(args, decoder, opened.tokenizer, prompts, interrupted)
         if args.batch_file is not None:
-            _write_batch(sampler, Path(args.out), _origin(args, config, raw, opened.directory))
+            settings = [dataclasses.asdict(config), args.num_samples, args.best_of, args.decoder]
+            _write_batch(sampler, Path(args.out), origin_of(raw, settings, opened.directory))
         elif args.json:
             for records in sampler.records():
                 print("\n".join(_json_line(record) for record in records), flush=True)
         elif args.best_of is not None:
-            kept = enumerate(sample for group in sampler.groups() for sample in sampler.best(group))
-            _stream(
-                ((row, event) for row, sample in kept for event in (sample.text, sample)), prompts, args.num_samples
-            )
+            _stream(_as_events(map(sampler.best, sampler.groups())), prompts, args.num_samples)
         else:
             _stream(sampler.events(), prompts, args.num_samples)
         if interrupted():
             raise KeyboardInterrupt
-
-
-# --- flags and prompts -----------------------------------------------------------------------------------------------
 
 
 def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
@@ -103,30 +93,30 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
     parser.add_argument(
         "--prompt",
         action="append",
-        help="text to continue; may be given several times; '' starts a review. Without any, standard input is read, "
-        "unless it is a terminal",
+        help="text to continue; can be given several times; '' starts a new text. Without a prompt, standard input is "
+        "read unless it is a terminal",
     )
     parser.add_argument(
-        "--prompt_file", help="file whose text, but for a last line break, is a prompt; - is standard input"
+        "--prompt_file", help="file with a prompt; a last line break is not part of it; - is standard input"
     )
     parser.add_argument(
         "--batch_file",
-        help="file of many prompts, one JSON object per line: `prompt`, and if wanted `id` and any settings; "
+        help="file of many prompts, one JSON object per line: `prompt`, and optionally `id` and any settings; "
         "- is standard input",
     )
     parser.add_argument(
         "--out",
-        help="file for the samples of `--batch_file`, one JSON object per line, in order; what it holds of an earlier "
-        "run with the same prompts, settings and model is kept and continued",
+        help="file for the samples of `--batch_file`, one JSON object per line, in order. Samples of an earlier run "
+        "with the same prompts, settings and model are kept, and the run continues after them",
     )
     parser.add_argument("--num_samples", type=int, default=1, help="samples of each prompt")
     parser.add_argument(
         "--best_of",
         type=int | None,
         default=None,
-        help="draw so many samples of each prompt and keep the `num_samples` with the largest mean log-probability",
+        help="draw this many samples of each prompt and keep the `num_samples` with the largest mean log-probability",
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="samples that run at a time")
+    parser.add_argument("--batch_size", type=int, default=64, help="samples that are drawn at a time")
     parser.add_argument("--json", action="store_true", help="print one JSON object per sample")
     parser.add_class_arguments(SamplingConfig, None, fail_untyped=True, skip=set(LISTS))
     for name, text in LISTS.items():
@@ -134,7 +124,7 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
     args = parser.parse_args(list(argv))
 
     values = {f.name: args[f.name] for f in dataclasses.fields(SamplingConfig)}
-    values["stop"] = [_decode(os.fsencode(stop), "`--stop`") for stop in args.stop or ()]
+    values["stop"] = [decode_utf8(os.fsencode(stop), "`--stop`") for stop in args.stop or ()]
     for name in ("banned_tokens", "forced_tokens"):
         values[name] = [int(item) if re.fullmatch(r"-?\d{1,18}", item) else item for item in args[name] or ()]
     try:
@@ -156,102 +146,8 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
     return args, config
 
 
-def _single_prompts(args: Any) -> list[tuple[str, str]]:
-    """Return prompts of flags and standard input, and what they are called."""
-    prompts = [(_decode(os.fsencode(prompt), "`--prompt`"), "`--prompt`") for prompt in args.prompt or []]
-    path = args.prompt_file
-    if path is None and not prompts:
-        if sys.stdin is None or sys.stdin.isatty():  # None: it is closed
-            return [("", "`--prompt`")]
-        path = "-"
-    if path is not None:  # without the line break that editors and `echo` end it with
-        text = _decode(_read_bytes(path), _name(path)).removesuffix("\n").removesuffix("\r")
-        prompts.append((text, _name(path)))
-    return prompts
-
-
-def _batch_prompts(raw: bytes, name: str, defaults: SamplingConfig) -> list[Prompt]:
-    """Return the prompts of a batch file; fail at the first line that is wrong."""
-    lines = raw.removesuffix(b"\n").split(b"\n") if raw else []
-    if not lines:
-        fail(f"{name} holds no prompts")
-    return [_batch_prompt(line, f"{name} line {number}", defaults) for number, line in enumerate(lines, 1)]
-
-
-def _batch_prompt(line: bytes, where: str, defaults: SamplingConfig) -> Prompt:
-    text = _decode(line, where)
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        fail(f"{where} is not JSON: {text[:40]}")
-    if not isinstance(values, dict):
-        fail(f'{where} is not an object such as {{"prompt": "..."}}: {text[:40]}')
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        fail(f"{where} holds a lone surrogate")
-    if "prompt" not in values:
-        fail(f"{where} has no `prompt`")
-    prompt, id_ = values.pop("prompt"), values.pop("id", None)
-    if not isinstance(prompt, str):
-        fail(f"{where}: `prompt` must be {in_words(str)}: {json.dumps(prompt)[:40]}")
-    if id_ is not None and type(id_) not in (str, int):
-        fail(f"{where}: `id` must be {in_words(str | int)}: {json.dumps(id_)[:40]}")
-    known = [f.name for f in dataclasses.fields(SamplingConfig)]
-    if unknown := [name for name in values if name not in known]:
-        fail(f"{where}: {unknown_setting(unknown[0], ['prompt', 'id', *known])}")
-    try:
-        config = build_settings(SamplingConfig, dataclasses.asdict(defaults) | values) if values else defaults
-    except ValueError as error:
-        fail(f"{where}: {error}")
-    return Prompt(prompt, config, where, id_)
-
-
-def _as_read(prompt: Prompt, normalization: str, tokenizer: Tokenizer) -> Prompt:
-    """Return a prompt as the model reads text, its stop strings too."""
-    from textgen.data.corpus import normalize
-
-    _require_drawable(prompt.config, tokenizer, f"{prompt.where}: ")
-    stops = tuple(normalize(stop, normalization) for stop in prompt.config.stop)
-    config = dataclasses.replace(prompt.config, stop=stops) if stops else prompt.config
-    return dataclasses.replace(prompt, text=normalize(prompt.text, normalization), config=config)
-
-
-def _require_drawable(config: SamplingConfig, tokenizer: Tokenizer, where: str = "") -> None:
-    from textgen.decoding.generation import require_drawable
-
-    try:
-        require_drawable(config, tokenizer)
-    except ValueError as error:
-        fail(f"{where}{error}")
-
-
-def _name(path: str) -> str:
-    return "standard input" if path == "-" else f"`{path}`"
-
-
-def _read_bytes(path: str) -> bytes:
-    if path == "-" and sys.stdin is None:
-        fail("standard input is closed")
-    try:
-        return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    except OSError as error:
-        fail(f"{_name(path)} cannot be read: {error.strerror}")
-
-
-def _decode(raw: bytes, where: str) -> str:
-    """Return UTF-8 bytes as text, whatever the locale."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        fail(f"{where} is not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}")
-
-
-# --- sampling --------------------------------------------------------------------------------------------------------
-
-
 class _Sampler:
-    """Draws the samples of prompts, `best_of` of each or `num_samples`."""
+    """Draws the samples of prompts in groups: `best_of` samples of a prompt, of which some are kept, or one sample."""
 
     def __init__(
         self,
@@ -261,10 +157,11 @@ class _Sampler:
         prompts: Sequence[Prompt],
         interrupted: Callable[[], bool],
     ) -> None:
-        self.prompts, self._args, self._decoder, self._tokenizer = prompts, args, decoder, tokenizer
-        self.interrupted = interrupted
-        self._drawn = args.best_of or args.num_samples
-        self._group = args.best_of or 1  # samples that are ranked together
+        self._prompts, self._decoder, self._tokenizer = prompts, decoder, tokenizer
+        self._batch_size, self._best_of, self._num_samples = args.batch_size, args.best_of, args.num_samples
+        self._interrupted = interrupted
+        self._drawn = args.best_of or args.num_samples  # samples of each prompt
+        self._group_size = args.best_of or 1
         self.num_kept = len(prompts) * args.num_samples
 
     def events(self, skip: int = 0) -> Events:
@@ -273,71 +170,84 @@ class _Sampler:
         from textgen.decoding.generation import generate_stream
 
         return generate_stream(
-            self._decoder, self._tokenizer, itertools.islice(self._requests(), skip, None),
-            batch_size=self._args.batch_size, interrupted=self.interrupted,
+            self._decoder,
+            self._tokenizer,
+            itertools.islice(self._requests(), skip, None),
+            batch_size=self._batch_size,
+            interrupted=self._interrupted,
             run=GraphRunner(self._decoder) if self._decoder.in_graphs else None,
-        )  # fmt: skip
+        )
 
     def _requests(self) -> Iterator[Request]:
         from textgen.decoding.generation import Request
 
-        for prompt in self.prompts:
+        for prompt in self._prompts:
             config = prompt.config
-            if self._args.best_of is not None and config.logprobs is None:
-                config = dataclasses.replace(config, logprobs=0)
+            if self._best_of is not None and config.logprobs is None:
+                config = dataclasses.replace(config, logprobs=0)  # `best` compares log-probabilities
             for number in range(self._drawn):
                 yield Request(prompt.text, config, number)
 
     def groups(self, skip: int = 0) -> Iterator[list[Sample]]:
-        """Yield samples in order, those that are ranked together in a list, but for the first `skip` lists.
+        """Yield the samples of each group, in order, but for the first `skip` groups.
 
-        An interrupt leaves out what has not ended. Samples that end before earlier ones wait here: `serve` bounds them.
+        After an interrupt no group is yielded. Samples that end before earlier ones are held here; `generate_stream`
+        bounds their number.
         """
         ended: dict[int, Sample] = {}
         first = 0
-        for row, event in self.events(skip * self._group):
-            if self.interrupted():
+        for index, event in self.events(skip * self._group_size):
+            if self._interrupted():
                 return
             if isinstance(event, str):
                 continue
-            ended[row] = event
-            while all(place in ended for place in range(first, first + self._group)):
-                yield [ended.pop(place) for place in range(first, first + self._group)]
-                first += self._group
+            ended[index] = event
+            while all(i in ended for i in range(first, first + self._group_size)):
+                yield [ended.pop(i) for i in range(first, first + self._group_size)]
+                first += self._group_size
 
     def best(self, group: list[Sample]) -> list[Sample]:
-        """Return the samples of a list that are kept."""
-        if self._args.best_of is None:
+        """Return the samples of a group that are kept, the likeliest first."""
+        if self._best_of is None:
             return group
-        return sorted(group, key=lambda sample: -sample.mean_logprob)[: self._args.num_samples]
+        return sorted(group, key=lambda sample: -sample.mean_logprob)[: self._num_samples]
 
     def records(self, skip: int = 0) -> Iterator[list[dict[str, Any]]]:
-        """Yield `groups` as JSON objects."""
-        for place, group in enumerate(self.groups(skip), skip):
-            prompt = self.prompts[place * self._group // self._drawn]
-            yield [self._record(sample, prompt) for sample in self.best(group)]
+        """Yield the kept samples of each group as JSON objects, but for the first `skip` groups."""
+        for index, group in enumerate(self.groups(skip), skip):
+            prompt = self._prompts[index * self._group_size // self._drawn]
+            yield [_record(sample, prompt) for sample in self.best(group)]
 
-    def place(self, num_kept: int) -> tuple[int, int]:
-        """Return in which group, and where among those kept of it, the sample after the first `num_kept` stands."""
-        return divmod(num_kept, 1 if self._args.best_of is None else self._args.num_samples)
+    def position(self, num_kept: int) -> tuple[int, int]:
+        """Return the position after `num_kept` kept samples: whole groups, and kept samples of the next group."""
+        return divmod(num_kept, 1 if self._best_of is None else self._num_samples)
 
-    def _record(self, sample: Sample, prompt: Prompt) -> dict[str, Any]:
-        record: dict[str, Any] = {} if prompt.id is None else {"id": prompt.id}
-        record |= {name: getattr(sample, name) for name in ("prompt", "number", "text", "num_tokens", "finished")}
-        if prompt.config.stop:
-            record["stop"] = sample.stop
-        if sample.logprobs is not None:
-            record["mean_logprob"] = round(sample.mean_logprob, 6)
-        if prompt.config.logprobs is not None and sample.logprobs is not None:
-            record["logprobs"] = [
-                {"token": told.token, "logprob": _rounded(told.logprob), "top": [[t, _rounded(v)] for t, v in told.top]}
-                for told in sample.logprobs
-            ]
-        return record
+
+# --- output ----------------------------------------------------------------------------------------------------------
+
+
+def _record(sample: Sample, prompt: Prompt) -> dict[str, Any]:
+    """Return a sample as a JSON object."""
+    record: dict[str, Any] = {} if prompt.id is None else {"id": prompt.id}
+    record |= {name: getattr(sample, name) for name in ("prompt", "number", "text", "num_tokens", "finished")}
+    if prompt.config.stop:
+        record["stop"] = sample.stop
+    if sample.logprobs is not None:
+        record["mean_logprob"] = round(sample.mean_logprob, 6)
+    if prompt.config.logprobs is not None and sample.logprobs is not None:
+        record["logprobs"] = [
+            {
+                "token": drawn.token,
+                "logprob": _rounded(drawn.logprob),
+                "top": [[token, _rounded(logprob)] for token, logprob in drawn.top],
+            }
+            for drawn in sample.logprobs
+        ]
+    return record
 
 
 def _rounded(logprob: float) -> float | None:
-    """Return a log-probability for JSON, which knows no infinity."""
+    """Return a log-probability for JSON; None for minus infinity, which JSON does not have."""
     return round(logprob, 6) if logprob > float("-inf") else None
 
 
@@ -345,17 +255,24 @@ def _json_line(record: dict[str, Any]) -> str:
     return json.dumps(record, ensure_ascii=False)
 
 
+def _as_events(groups: Iterator[list[Sample]]) -> Events:
+    """Yield finished samples as events: the whole text, then the sample."""
+    for index, sample in enumerate(itertools.chain.from_iterable(groups)):
+        yield index, sample.text
+        yield index, sample
+
+
 def _stream(events: Events, prompts: Sequence[Prompt], num_samples: int) -> None:
-    """Print samples in order, the first unfinished one as it is drawn; a blank line stands between two."""
+    """Print samples in order, the first unfinished one while it is drawn, with a blank line between two samples."""
     waiting: dict[int, str] = {}
     ended: set[int] = set()
     current = 0
-    for row, event in events:
-        waiting.setdefault(row, ("\n" if row else "") + prompts[row // num_samples].text)
+    for index, event in events:
+        waiting.setdefault(index, ("\n" if index else "") + prompts[index // num_samples].text)
         if isinstance(event, str):
-            waiting[row] += event
+            waiting[index] += event
         else:
-            ended.add(row)
+            ended.add(index)
         while current in waiting:
             print(waiting[current], end="", flush=True)
             waiting[current] = ""
@@ -366,120 +283,42 @@ def _stream(events: Events, prompts: Sequence[Prompt], num_samples: int) -> None
             current += 1
 
 
-@contextmanager
-def _first_interrupt() -> Iterator[Callable[[], bool]]:
-    """Note the first Ctrl-C, so that nothing is torn in the middle; the second one ends the process as usual.
-
-    Yields:
-        Tells whether it came.
-    """
-    came: list[int] = []
-    before = signal.getsignal(signal.SIGINT)
-
-    def note(number: int, _: object) -> None:
-        came.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    if before is not signal.default_int_handler:  # ignored, as in the background
-        yield lambda: False
-        return
-    signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-# --- a file of prompts to a file of samples --------------------------------------------------------------------------
-
-
-def _origin(args: Any, config: SamplingConfig, raw: bytes, directory: Path) -> dict[str, str]:
-    """Return digests of all that decides the samples."""
-    from textgen.model.files import CONFIG_NAME, WEIGHTS_NAME
-    from textgen.tokenizer import MODEL_NAME
-
-    settings = [dataclasses.asdict(config), args.num_samples, args.best_of, args.decoder]
-    weights = hashlib.sha256()
-    for name in (CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME):
-        with (directory / name).open("rb") as file:
-            weights.update(hashlib.file_digest(file, "sha256").digest())
-    return {
-        "prompts": hashlib.sha256(raw).hexdigest(),
-        "settings": hashlib.sha256(json.dumps(settings).encode()).hexdigest(),
-        "weights": weights.hexdigest(),
-    }
-
-
 def _write_batch(sampler: _Sampler, path: Path, origin: dict[str, str]) -> None:
-    """Append to a file what it lacks of the samples, each as soon as those before it are there."""
-    with _open_output(path, origin) as (append, done):
+    """Append the missing samples to a file, each one as soon as all earlier ones are written."""
+    with open_output(path, origin) as (append, done):
         if done > sampler.num_kept:
             fail(f"`{path}` has {done} lines, the prompts have {sampler.num_kept} samples")
         if done:
             log.info("`%s` holds %d of %d samples", path, done, sampler.num_kept)
-        skip, written = sampler.place(done)
+        skip, written = sampler.position(done)
         with Progress("sample", sampler.num_kept, done=done) as bar:
             for records in sampler.records(skip):
                 lines = [_json_line(record) + "\n" for record in records[written:]]
-                written = 0  # of a list that was written in part
+                written = 0  # only the first group can be partly written
                 append("".join(lines).encode())
                 done += len(lines)
                 bar.update(done)
 
 
 @contextmanager
-def _open_output(path: Path, origin: dict[str, str]) -> Iterator[tuple[Callable[[bytes], None], int]]:
-    """Hold the file of samples; what an end in the middle of a line left of it is cut off.
-
-    A file beside it says what the samples are of.
+def _first_interrupt() -> Iterator[Callable[[], bool]]:
+    """Note the first Ctrl-C, so that no sample is cut in the middle; a second Ctrl-C ends the process as usual.
 
     Yields:
-        A function that appends, and the number of lines.
+        A function that returns whether Ctrl-C was pressed.
     """
-    from textgen.files import write_atomic
+    received: list[int] = []
+    before = signal.getsignal(signal.SIGINT)
 
-    beside = path.with_name(f"{path.name}.origin.json")
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(signal.SIGINT, before)
 
-    def failed(error: OSError) -> NoReturn:
-        fail(f"`{path}` cannot be written: {error.strerror}")
-
-    if path.exists() and not path.is_file():
-        fail(f"`{path}` is not a file")
+    if before is not signal.default_int_handler:  # a shell ignores the signal for a process in the background
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, note)
     try:
-        file = path.open("a+b", buffering=0)
-    except OSError as error:
-        failed(error)
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"`{path}` is being written by another process")
-        if file.seek(0, os.SEEK_END):
-            try:
-                before = json.loads(beside.read_text(encoding="utf-8"))
-            except (OSError, ValueError):
-                fail(f"`{path}` holds something, and no `{beside.name}` beside it says what: name another file")
-            known = before if isinstance(before, dict) else {}
-            if other := [name for name in origin if known.get(name) != origin[name]]:
-                fail(f"`{path}` was begun with other {' and '.join(other)}: name another file")
-        else:
-            write_atomic(beside, json.dumps(origin) + "\n")
-
-        file.seek(0)
-        count = end = place = 0
-        while block := file.read(1 << 20):
-            count += block.count(b"\n")
-            end = place + block.rfind(b"\n") + 1 if b"\n" in block else end
-            place += len(block)
-        if end < place:
-            file.truncate(end)
-
-        def append(data: bytes) -> None:
-            try:
-                while data:
-                    data = data[file.write(data) :]
-            except OSError as error:
-                failed(error)
-
-        yield append, count
-        os.fsync(file)
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGINT, before)
