@@ -83,7 +83,7 @@ def torchrun_machine(rank: int) -> tuple[str, ...]:
 
 
 TWO = ("--num_processes", "2")
-FEWER = Refused(because="was told 2 processes")
+FEWER = Refused(because="was asked for 2 processes")
 NOT_JOINED = Refused(because="promised 2 processes")
 BY_LAUNCHER = "the launcher"
 

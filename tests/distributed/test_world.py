@@ -68,7 +68,7 @@ def test_slurm_is_left_to_the_launcher_that_stands_before_it() -> None:
 
 
 def test_a_task_that_does_not_know_its_place_is_refused() -> None:
-    with pytest.raises(TextgenError, match=r"promised 4 tasks, and the environment lacks SLURM_NODEID$"):
+    with pytest.raises(TextgenError, match=r"promised 4 tasks, but the environment lacks SLURM_NODEID$"):
         slurm_variables({name: value for name, value in SRUN.items() if name != "SLURM_NODEID"})
 
 
@@ -95,22 +95,26 @@ def test_slurms_counts_of_tasks() -> None:
     ("environment", "launch", "problem"),
     [
         # each of 4 tasks of srun runs a launcher of its own
-        (SRUN | torchrun(2, 2, 1), None, "srun started 4 tasks and the launcher in this one joined 1"),
-        (SRUN | {"WORLD_SIZE": "2"}, None, "srun started 4 tasks and the launcher in this one joined 2"),
-        (SRUN, None, "srun started 4 tasks and the launcher in this one joined 1"),
+        (SRUN | torchrun(2, 2, 1), None, "srun started 4 tasks, but the launcher in this task joined 1"),
+        (SRUN | {"WORLD_SIZE": "2"}, None, "srun started 4 tasks, but the launcher in this task joined 2"),
+        (SRUN, None, "srun started 4 tasks, but the launcher in this task joined 1"),
         # python or a launcher in the batch shell, on the first machine alone
         (BATCH_SHELL, None, "the Slurm job has 2 machines, this training 1"),
         (BATCH_SHELL | torchrun(4, 4, 1), None, "the Slurm job has 2 machines, this training 1"),
-        # what accelerate launch was told and did not do
-        ({}, Launch(2, None, None), r"told 2 processes \(its flags\) and started 1: give it `--multi_gpu`"),
-        ({}, Launch(2, 1, "my.yaml"), r"told 2 processes \(`my.yaml`\) and started 1"),
-        (torchrun(2, 1, 2), Launch(3, 2, None), "told 3 processes .* started 2: num_processes counts those of all 2"),
-        (torchrun(2, 1, 2), Launch(1, 1, None), "told 1 processes .* started 2: start it once per machine"),
-        ({}, Launch(1, 2, "my.yaml"), "told 2 machines .* joined 1"),
+        # what accelerate launch was asked for and did not start
+        ({}, Launch(2, None, None), r"asked for 2 processes \(its flags\) but started 1: add `--multi_gpu`"),
+        ({}, Launch(2, 1, "my.yaml"), r"asked for 2 processes \(`my.yaml`\) but started 1"),
+        (
+            torchrun(2, 1, 2),
+            Launch(3, 2, None),
+            "asked for 3 processes .* started 2: num_processes counts all 2 machines",
+        ),
+        (torchrun(2, 1, 2), Launch(1, 1, None), "asked for 1 processes .* started 2: start it once per machine"),
+        ({}, Launch(1, 2, "my.yaml"), "asked for 2 machines .* joined 1"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, None, "MPI promised 2 processes"),
         (torchrun(1, 1, 1) | {"OMPI_COMM_WORLD_SIZE": "2"}, None, "MPI promised 2 processes"),
-        ({"ACCELERATE_USE_FSDP": "true"}, None, "told to use FSDP"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, None, "told to use DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true"}, None, "configured to use FSDP"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, None, "configured to use DeepSpeed"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, None, "dynamo_backend INDUCTOR"),
         ({"WORLD_SIZE": "two"}, None, "`WORLD_SIZE` must be a number of at least 1: two"),
     ],
@@ -159,7 +163,7 @@ def test_gpus_are_promised_by_slurm_or_cuda_unless_the_cpu_is_wanted() -> None:
 WAITING = "import sys; print('up', flush=True); sys.stdin.read()"
 
 
-def told_by(arguments: list[str], tmp_path: Path) -> Launch | None:
+def launch_of(arguments: list[str], tmp_path: Path) -> Launch | None:
     name = tmp_path / arguments[0]
     name.write_text(WAITING)
     with subprocess.Popen(
@@ -167,9 +171,9 @@ def told_by(arguments: list[str], tmp_path: Path) -> Launch | None:
     ) as process:
         assert process.stdout is not None
         process.stdout.readline()
-        told = read_launch(process.pid)
+        launch = read_launch(process.pid)
         process.communicate()
-    return told
+    return launch
 
 
 @pytest.fixture
@@ -186,31 +190,31 @@ YAML = "compute_environment: LOCAL_MACHINE\ndistributed_type: 'NO'\nnum_machines
 
 def test_what_accelerate_was_told_is_read_from_its_command_line(tmp_path: Path, no_default_config: Path) -> None:
     script = ["train_distributed.py", "--num_processes", "9"]  # which is not accelerate's
-    assert told_by(["accelerate", "launch", "--cpu", "--num_processes", "2", *script], tmp_path) == Launch(
+    assert launch_of(["accelerate", "launch", "--cpu", "--num_processes", "2", *script], tmp_path) == Launch(
         2, None, None, use_cpu=True
     )
-    assert told_by(["accelerate-launch", "--num-machines=2", *script], tmp_path) == Launch(None, 2, None)
-    assert told_by(["accelerate", "launch", *script], tmp_path) == Launch(None, None, None)
+    assert launch_of(["accelerate-launch", "--num-machines=2", *script], tmp_path) == Launch(None, 2, None)
+    assert launch_of(["accelerate", "launch", *script], tmp_path) == Launch(None, None, None)
     yaml = tmp_path / "my.yaml"
     yaml.write_text(YAML)
-    assert told_by(["accelerate", "launch", "--config_file", str(yaml), *script], tmp_path) == Launch(
+    assert launch_of(["accelerate", "launch", "--config_file", str(yaml), *script], tmp_path) == Launch(
         3, 1, str(yaml), True
     )
     flags = ["--config_file", str(yaml), "--num_processes", "2"]
-    assert told_by(["accelerate", "launch", *flags, *script], tmp_path) == Launch(2, 1, str(yaml), use_cpu=True)
+    assert launch_of(["accelerate", "launch", *flags, *script], tmp_path) == Launch(2, 1, str(yaml), use_cpu=True)
 
 
 def test_the_users_own_default_config_counts_where_none_is_named(tmp_path: Path, no_default_config: Path) -> None:
     no_default_config.write_text(YAML)
-    told = told_by(["accelerate", "launch", "train_distributed.py"], tmp_path)
+    told = launch_of(["accelerate", "launch", "train_distributed.py"], tmp_path)
     assert told == Launch(3, 1, str(no_default_config), use_cpu=True)
-    assert told_by(["accelerate", "launch", "--cpu", "train_distributed.py"], tmp_path) == Launch(
+    assert launch_of(["accelerate", "launch", "--cpu", "train_distributed.py"], tmp_path) == Launch(
         None, None, None, True
     )
 
 
 def test_other_parents_told_nothing(tmp_path: Path) -> None:
-    assert told_by(["torchrun", "--nproc_per_node", "2", "train_distributed.py"], tmp_path) is None
-    assert told_by(["accelerate", "config"], tmp_path) is None
+    assert launch_of(["torchrun", "--nproc_per_node", "2", "train_distributed.py"], tmp_path) is None
+    assert launch_of(["accelerate", "config"], tmp_path) is None
     assert read_launch(os.getpid()) is None
     assert read_launch(1 << 22) is None

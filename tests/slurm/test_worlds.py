@@ -109,7 +109,7 @@ def test_tasks_of_srun_join_by_themselves(slurm: Slurm, flags: list[str], alone:
     [
         pytest.param(
             ["--ntasks=2"], ["-m", "accelerate.commands.launch", "--cpu", "--num_processes=1"],
-            "`accelerate launch` was told 1 processes", id="2 times 1 process",
+            "`accelerate launch` was asked for 1 processes", id="2 times 1 process",
         ),
         pytest.param(["--gpus-per-node=1"], [], "GPUs are promised (SLURM_STEP_GPUS=0)", id="unseen GPU"),
     ],

@@ -1,6 +1,6 @@
-"""What launchers promised against what was got: processes, devices, precision, signals.
+"""Processes, devices, precision and signals: checks that you got the processes and devices you asked for.
 
 - `launch`: join the other processes; choose device and precision
-- `world`: the world that launchers and Slurm promise
-- `signals`: signals, launchers, sibling processes
+- `world`: the processes and machines that launchers and Slurm promise
+- `signals`: signals that stop a training; launcher and sibling processes
 """

@@ -1,4 +1,4 @@
-"""What the launcher promised against what was got: processes, device, precision."""
+"""Join the launched processes, check that all of them came, and choose device and precision."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import Tensor
 
 from textgen.config import ModelConfig, Precision
 from textgen.distributed.signals import Interrupted, StopSignals
-from textgen.distributed.world import env_flag, promised_gpus, promised_world, read_launch
-from textgen.errors import TextgenError
+from textgen.distributed.world import World, env_flag, promised_gpus, promised_world, read_launch
+from textgen.errors import TextgenError, first_line
 from textgen.hardware import has_bfloat16, has_float16, keep_freed_memory, prefers_float16
 
 LSTM_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What an LSTM computes in, by accelerate's mixed_precision."""
+"""The dtype of an LSTM's computation for each mixed_precision of accelerate."""
 
 
 def start(
@@ -32,75 +32,113 @@ def start(
     timeout: float | None = None,
     deterministic: bool = False,
 ) -> Accelerator:
-    """Join the other processes and choose device and precision. Collective: every process calls it, first of all.
+    """Join the other processes, then return the Accelerator for the chosen device and precision.
+
+    Collective: every process calls it before any other collective.
 
     Args:
-        mixed_precision: what the flag says; None leaves it to accelerate's config file, then to the hardware.
-        batch_size: global batch that processes and micro-batches must divide, in training.
-        gradient_accumulation_steps: micro-batches in it.
-        model: its shape, in training; with the batch it decides what `auto` takes on a GPU.
-        seq_len: tokens per window, in training.
+        mixed_precision: the flag's value; None leaves the choice to accelerate's config file, then to the hardware.
+        batch_size: global batch of a training; processes times micro-batches must divide it.
+        gradient_accumulation_steps: micro-batches of a global batch.
+        model: shape of the model in a training; `auto` chooses a GPU's precision by shape and batch.
+        seq_len: tokens per window of a training.
         timeout: seconds that a collective waits for the other processes; None for torch's half hour.
-        deterministic: have torch and CUDA take deterministic kernels.
+        deterministic: use deterministic kernels of torch and CUDA.
 
     Raises:
-        TextgenError: the batch cannot be divided, the environment contradicts the settings, the precision is not to be
-            had on this device, or not all promised processes came.
+        TextgenError: the batch cannot be divided, the environment contradicts the settings, this device does not
+            support the precision, or some of the promised processes did not come.
     """
     launch = read_launch(os.getppid())
     world = promised_world(os.environ, launch)
-    if launch is not None and launch.use_cpu:  # which accelerate tells single processes only
+    if launch is not None and launch.use_cpu:  # accelerate passes this on to single processes only
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    promised = world.processes
-    if batch_size is not None and batch_size % (promised * gradient_accumulation_steps):
+    _check_batch(world, batch_size, gradient_accumulation_steps)
+    use_cpu = _choose_device(world)
+    rows = batch_size // (world.processes * gradient_accumulation_steps) if batch_size is not None else None
+    persistent = not use_cpu and has_persistent_kernel(model, rows=rows, seq_len=seq_len)
+    environment = os.environ.get("ACCELERATE_MIXED_PRECISION")
+    precision = resolve_precision(mixed_precision, environment, use_cpu=use_cpu, persistent=persistent)
+    _configure_torch(precision, use_cpu=use_cpu, deterministic=deterministic)
+    accelerator = _build_accelerator(precision, processes=world.processes, use_cpu=use_cpu, timeout=timeout)
+    _assert_promised(accelerator, world.processes, "cpu" if use_cpu else "cuda", precision)
+    return accelerator
+
+
+def _check_batch(world: World, batch_size: int | None, gradient_accumulation_steps: int) -> None:
+    """Check batch and micro-batches against the number of processes and accelerate's environment.
+
+    Removes accelerate's gradient accumulation from the environment: textgen counts micro-batches itself.
+
+    Raises:
+        TextgenError: the batch cannot be divided, or accelerate's environment sets other micro-batches than the flag.
+    """
+    if batch_size is not None and batch_size % (world.processes * gradient_accumulation_steps):
         raise TextgenError(
-            f"batch_size {batch_size} is not divisible by {promised} processes x "
+            f"batch_size {batch_size} is not divisible by {world.processes} processes x "
             f"{gradient_accumulation_steps} gradient_accumulation_steps"
         )
-    said = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
-    if said not in ("1", str(gradient_accumulation_steps)):
+    configured = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if configured not in ("1", str(gradient_accumulation_steps)):
         raise TextgenError(
-            f"accelerate's environment says gradient_accumulation_steps {said}, "
-            f"`--gradient_accumulation_steps` {gradient_accumulation_steps}: set it by the flag alone"
+            f"accelerate's environment sets gradient_accumulation_steps {configured}, "
+            f"`--gradient_accumulation_steps` is {gradient_accumulation_steps}: set only the flag"
         )
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
+
+
+def _choose_device(world: World) -> bool:
+    """Return whether the processes compute on CPUs.
+
+    Raises:
+        TextgenError: GPUs are promised but torch finds none, or this machine has fewer GPUs than processes.
+    """
     use_cpu = not torch.cuda.is_available() or env_flag(os.environ, "ACCELERATE_USE_CPU")
     if use_cpu and (gpus := promised_gpus(os.environ)) is not None:
         raise TextgenError(
-            f"GPUs are promised ({gpus}) and torch {torch.__version__} sees none: mend its CUDA build, the driver or "
-            "the container (`textgen doctor`), or set ACCELERATE_USE_CPU=true"
+            f"GPUs are promised ({gpus}), but torch {torch.__version__} finds none: repair its CUDA build, the driver "
+            "or the container (`textgen doctor`), or set ACCELERATE_USE_CPU=true"
         )
-    if use_cpu and promised > 1:
-        # Without it accelerate would look for a GPU backend and leave every process alone in a world of one.
+    if use_cpu and world.processes > 1:
+        # Without this variable accelerate looks for a GPU backend and leaves every process alone in a world of one.
         os.environ["ACCELERATE_USE_CPU"] = "true"
-    # torchrun's processes see the same GPUs; tasks of srun may see one each, all of them as the first
-    wanted = (
-        world.local_processes if "TORCHELASTIC_RUN_ID" in os.environ else int(os.environ.get("LOCAL_RANK", "0")) + 1
-    )
-    if not use_cpu and wanted > torch.cuda.device_count():
+    # All processes of torchrun see all GPUs of the machine. Each task of srun may see one GPU only, as GPU 0.
+    torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    needed = world.local_processes if torchrun else int(os.environ.get("LOCAL_RANK", "0")) + 1
+    if not use_cpu and needed > torch.cuda.device_count():
         raise TextgenError(
-            f"{world.local_processes} processes on this machine, but {torch.cuda.device_count()} GPUs: launch that "
-            "many, or set ACCELERATE_USE_CPU=true"
+            f"{world.local_processes} processes on this machine, but {torch.cuda.device_count()} GPUs: launch one "
+            "process per GPU, or set ACCELERATE_USE_CPU=true"
         )
-    rows = batch_size // (promised * gradient_accumulation_steps) if batch_size is not None else None
-    persistent = not use_cpu and has_persistent_kernel(model, rows=rows, seq_len=seq_len)
-    told = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    precision = resolve_precision(mixed_precision, told, use_cpu=use_cpu, persistent=persistent)
+    return use_cpu
+
+
+def _configure_torch(precision: str, *, use_cpu: bool, deterministic: bool) -> None:
+    """Set torch's process-wide switches for a device and a precision."""
     if use_cpu:
         keep_freed_memory()
-    if precision == "no" and not use_cpu:
+        return
+    if precision == "no":
         torch.backends.cudnn.allow_tf32 = False  # by default cuDNN's LSTM rounds to TF32
-    if deterministic and not use_cpu:
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-    options: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+
+
+def _build_accelerator(precision: str, *, processes: int, use_cpu: bool, timeout: float | None) -> Accelerator:
+    """Return the Accelerator, which joins the process group. Collective.
+
+    Raises:
+        TextgenError: the processes did not meet.
+    """
+    handlers: list[KwargsHandler] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     if timeout is not None:
-        options.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)))
+        handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)))
     try:
-        accelerator = Accelerator(
+        return Accelerator(
             cpu=use_cpu,
             mixed_precision=precision,
-            gradient_accumulation_steps=1,  # micro-batches are ours: accelerate would average uneven sums
+            gradient_accumulation_steps=1,  # textgen sums micro-batches itself: accelerate would average uneven sums
             dataloader_config=DataLoaderConfiguration(
                 split_batches=True,
                 even_batches=False,
@@ -108,66 +146,70 @@ def start(
                 use_seedable_sampler=False,
                 non_blocking=True,
             ),
-            kwargs_handlers=options,
+            kwargs_handlers=handlers,
         )
-    except (torch.distributed.DistError, ValueError) as error:  # peers that do not come, an address that nobody told
-        if promised == 1:
+    except (torch.distributed.DistError, ValueError) as error:  # a missing process, or a missing MASTER_ADDR
+        if processes == 1:
             raise
-        reason = str(error).partition("\n")[0]
-        raise TextgenError(f"the launcher promised {promised} processes, and they did not meet: {reason}") from error
-    _assert_promised(accelerator, promised, "cpu" if use_cpu else "cuda", precision)
-    return accelerator
+        raise TextgenError(
+            f"the launcher promised {processes} processes, but they did not meet: {first_line(error)}"
+        ) from error
 
 
 def _assert_promised(accelerator: Accelerator, processes: int, device: str, precision: str) -> None:
-    """Raise TextgenError unless the world is the promised one: processes, backend, devices, precision. Collective."""
+    """Check that you got the processes and devices you asked for. Collective.
+
+    Raises:
+        TextgenError: the number of processes, the precision, the device or the backend differs from what was asked
+            for, or two processes share a GPU.
+    """
     if accelerator.num_processes != processes:
         raise TextgenError(
             f"the launcher promised {processes} processes, accelerate joined {accelerator.num_processes}"
         )
     if accelerator.mixed_precision != precision:
-        raise TextgenError(f"asked for mixed_precision {precision}, accelerate gives {accelerator.mixed_precision}")
+        raise TextgenError(f"asked for mixed_precision {precision}, accelerate chose {accelerator.mixed_precision}")
     if accelerator.device.type != device:
-        raise TextgenError(f"asked for the device {device}, accelerate gives {accelerator.device.type}")
+        raise TextgenError(f"asked for device {device}, accelerate chose {accelerator.device.type}")
     if processes == 1:
         return
-    wanted = {"cpu": "gloo", "cuda": "nccl"}[device]
-    if (backend := torch.distributed.get_backend()) != wanted:
-        raise TextgenError(f"{processes} processes on {device} talk by {wanted}, accelerate chose {backend}")
+    expected = {"cpu": "gloo", "cuda": "nccl"}[device]
+    if (backend := torch.distributed.get_backend()) != expected:
+        raise TextgenError(f"{processes} processes on {device} need backend {expected}, accelerate chose {backend}")
     if device == "cuda":
         uuid = torch.cuda.get_device_properties(accelerator.device).uuid
         try:
             gpus = count_different(accelerator, uuid)
         except torch.distributed.DistError as error:  # NCCL itself refuses two processes on one GPU
-            raise TextgenError(f"{processes} processes cannot talk: {str(error).strip()}".partition("\n")[0]) from error
+            raise TextgenError(f"{processes} processes cannot communicate: {first_line(error)}") from error
         if gpus < processes:
             raise TextgenError(f"{processes} processes share {gpus} GPUs: start one process per GPU")
 
 
 def count_different(accelerator: Accelerator, value: object) -> int:
-    """Return how many different values, as texts, the processes have. Collective."""
+    """Return how many different values the processes hold, compared as texts. Collective."""
     digest = int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:7], "big")
     return len(accelerator.gather(torch.tensor([digest], device=accelerator.device)).unique())
 
 
 def assert_same(accelerator: Accelerator, value: object, what: str) -> None:
-    """Raise TextgenError unless a value, as text, is the same on all processes. Collective."""
+    """Raise TextgenError unless all processes hold the same value, compared as text. Collective."""
     if count_different(accelerator, value) > 1:
         raise TextgenError(f"{what} is not the same on all {accelerator.num_processes} processes")
 
 
 def raise_if_stopped(accelerator: Accelerator, stop: StopSignals) -> None:
-    """Raise Interrupted on all processes where a signal has asked one of them to stop. Collective."""
+    """Raise Interrupted on all processes if a signal has asked any of them to stop. Collective."""
     number = torch.tensor([stop.number or 0], device=accelerator.device)
     if (first := int(accelerator.gather(number).max())) > 0:
         raise Interrupted(first)
 
 
 class Agreement:
-    """Flags that are known to all processes once one has set them: a small all-reduce at each step.
+    """Flags that one process sets and all processes learn of, by a small all-reduce at each step.
 
-    On a CPU the answer is there at once. On CUDA nothing waits for the device: the answer is that of the call before,
-    unless it is asked for now.
+    On a CPU the answer is immediate. On CUDA the host does not wait for the device: `ask` returns the answer to the
+    call before, unless `now` is set.
     """
 
     def __init__(self, accelerator: Accelerator) -> None:
@@ -175,20 +217,22 @@ class Agreement:
         self._last: tuple[Tensor, torch.cuda.Event] | None = None
 
     def ask(self, *flags: bool | Tensor, now: bool = False) -> tuple[bool, ...]:
-        """Tell for each flag whether any process has set it. Collective, the same number of flags everywhere.
+        """Return for each flag whether any process has set it. Collective, with as many flags on every process.
 
         Args:
-            flags: plain, or bool scalars on the device; once set they stay so.
+            flags: plain bools, or bool scalars on the device. Once a process has set a flag it must keep it set.
             now: wait for this call's answer.
         """
         device = self._accelerator.device
-        ours = torch.zeros(len(flags), device=device)
-        for place, flag in enumerate(flags):
-            ours[place].fill_(flag) if isinstance(flag, bool) else ours[place].copy_(flag)
-        everyone = self._accelerator.reduce(ours, "sum") if self._accelerator.num_processes > 1 else ours
+        counts = torch.zeros(len(flags), device=device)
+        for i, flag in enumerate(flags):
+            counts[i].fill_(flag) if isinstance(flag, bool) else counts[i].copy_(flag)
+        if self._accelerator.num_processes > 1:
+            counts = self._accelerator.reduce(counts, "sum")
         if device.type != "cuda":
-            return tuple(bool(count) for count in everyone.tolist())
-        answer, event = everyone.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+            return tuple(bool(count) for count in counts.tolist())
+        # The copy does not block the host; the event tells when the answer has arrived.
+        answer, event = counts.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
         event.record()
         before, self._last = self._last, (answer, event)
         answer, event = self._last if now or before is None else before
@@ -199,35 +243,39 @@ class Agreement:
 
 
 def has_persistent_kernel(model: ModelConfig | None, *, rows: int | None, seq_len: int) -> bool:
-    """Tell whether cuDNN has a persistent kernel for a model on this process's GPU in float16 and none in bfloat16.
+    """Return whether cuDNN has a persistent kernel for this model in float16 but not in bfloat16 on this GPU.
 
     Args:
-        model: its shape; None where nothing is trained.
-        rows: of a micro-batch of this process; None where nothing is trained.
+        model: its shape; None without a training.
+        rows: rows of this process in a micro-batch; None without a training.
         seq_len: tokens per window.
     """
     if model is None or rows is None or torch.version.cuda is None or not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
         return False
     gpu = torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0")))
     return prefers_float16(
-        {model.embedding_dim, *[model.hidden_size] * (model.num_layers - 1)}, model.hidden_size, rows=rows,
-        seq_len=seq_len, capability=(gpu.major, gpu.minor), multiprocessors=gpu.multi_processor_count,
-    )  # fmt: skip
+        {model.embedding_dim, *[model.hidden_size] * (model.num_layers - 1)},
+        model.hidden_size,
+        rows=rows,
+        seq_len=seq_len,
+        capability=(gpu.major, gpu.minor),
+        multiprocessors=gpu.multi_processor_count,
+    )
 
 
 def resolve_precision(
     flag: Precision | None, environment: str | None, *, use_cpu: bool, persistent: bool = False
 ) -> str:
-    """Return the precision: the flag's, else accelerate's (its yaml or launch flag), else bf16 where hardware has it.
+    """Return the precision: the flag's, else accelerate's (its yaml or launch flag), else bf16 if hardware has it.
 
-    `auto` is a rule, and nothing is timed, so that all processes and all starts of a run take the same: on a GPU fp16
-    where `persistent`, else bf16 where hardware has it, else fp16 where it has that.
+    `auto` follows a fixed rule and measures nothing, so all processes and all starts of a run choose the same. On a
+    GPU it chooses fp16 if `persistent`, else bf16 if hardware has it, else fp16 if hardware has that.
 
     Args:
-        flag: of the command line or a file of settings.
-        environment: what accelerate says.
-        use_cpu: whether this is not about a GPU.
-        persistent: what `has_persistent_kernel` says.
+        flag: from the command line or a file of settings.
+        environment: accelerate's ACCELERATE_MIXED_PRECISION; None if unset.
+        use_cpu: whether the processes compute on CPUs.
+        persistent: the answer of `has_persistent_kernel`.
 
     Raises:
         TextgenError: float16 on a CPU, or a precision that textgen does not know.
@@ -242,12 +290,12 @@ def resolve_precision(
     if precision not in ("no", "bf16", "fp16"):
         raise TextgenError(f"mixed_precision {precision} is not one of `no`, `bf16`, `fp16`")
     if precision == "fp16" and use_cpu:
-        raise TextgenError("mixed_precision fp16 is not to be had on a CPU: use `--mixed_precision bf16` or `no`")
+        raise TextgenError("mixed_precision fp16 is not supported on CPU: use `--mixed_precision bf16` or `no`")
     return precision
 
 
 def describe(accelerator: Accelerator) -> str:
-    """Return what the world is: processes, machines, backend, device, what the LSTM computes in. Collective."""
+    """Return one line about the processes: number, machines, backend, device, dtype of the LSTM. Collective."""
     device, count = accelerator.device, accelerator.num_processes
     machines = count_different(accelerator, socket.gethostname())
     backend = f" by {torch.distributed.get_backend()}" if count > 1 else ""

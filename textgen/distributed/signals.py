@@ -1,7 +1,7 @@
-"""Signals, launchers and siblings: how a process is asked to stop, and what ends with what. No torch here.
+"""Signals that stop a process, and processes that end together: launcher, training, siblings. No torch here.
 
-Nothing is ever saved inside a signal handler: it notes the signal, and the training loop, which asks at every step,
-agrees with the other processes and saves (`textgen/training/loop.py`).
+A signal handler saves nothing: it only notes the signal. The training loop asks for it at every step, agrees with the
+other processes and saves (`textgen/training/loop.py`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
-# A terminal's Ctrl-C reaches the processes twice under a launcher, from the terminal and from the launcher.
+# Under a launcher one Ctrl-C reaches the processes twice: from the terminal and from the launcher.
 SAME_KEYPRESS_SECONDS = 1.0
 
-# A process that is asked to end and has nothing to save may be inside a call that lasts, or wait for a lost peer.
+# A process with nothing to save gets this long to stop: it may be in a long call, or wait for a lost process.
 HANGING_SECONDS = 5.0
 
 _PR_SET_PDEATHSIG = 1
 
 
 class Interrupted(BaseException):
-    """A signal asked the training to stop, and the work at hand is left as it is."""
+    """A signal asked the training to stop; the current work is abandoned."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -40,15 +40,15 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """Handles SIGTERM, SIGINT and one more signal for the time of a training.
+    """Handles SIGTERM, SIGINT and one more signal during a training.
 
-    Until `defer` is called there is nothing to save, and a signal raises Interrupted where it arrives: while text is
-    encoded, a tokenizer is trained, files are loaded. From then on it is only noted. A second SIGINT ends the process
-    at once, whatever it is at. Since Python runs no handler while the main thread is in one long call, a thread watches
-    too. Outside the main thread Python allows no handlers, and this does nothing.
+    Before `defer` is called there is nothing to save: text is encoded, a tokenizer is trained, files are loaded. A
+    signal then raises Interrupted in the main thread. After `defer` a signal is only noted in `number`. A second SIGINT
+    ends the process at once. Python runs no handler during one long call of the main thread, so a thread watches the
+    signals too. Outside the main thread Python allows no handlers, and this class does nothing.
 
     Args:
-        more: name of a further signal, such as `SIGUSR1`; None for none.
+        more: name of a further signal, for example `SIGUSR1`; None for none.
     """
 
     def __init__(self, more: str | None = None) -> None:
@@ -56,15 +56,15 @@ class StopSignals:
         self._numbers = [getattr(signal, name) for name in names]
         self._before: dict[int, Any] = {}
         self.deferred = False
-        """whether signals are noted only"""
+        """whether a signal is only noted"""
         self._pipe: tuple[int, int] | None = None
         self._wakeup_before = -1
         self._timer: threading.Timer | None = None
         self.number: int | None = None
-        """the signal that asked to stop, if one did"""
+        """first signal that arrived; None before"""
 
     def defer(self) -> None:
-        """Note signals from here on instead of raising."""
+        """From now on note a signal instead of raising Interrupted."""
         self.deferred = True
 
     def __enter__(self) -> Self:
@@ -84,7 +84,7 @@ class StopSignals:
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self._pipe is not None:
             signal.set_wakeup_fd(self._wakeup_before)
-            os.close(self._pipe[1])  # which ends the thread
+            os.close(self._pipe[1])  # the thread reads the end of the pipe and returns
             self._thread.join()
         if self._timer is not None:
             self._timer.cancel()
@@ -96,10 +96,13 @@ class StopSignals:
                 raise Interrupted(number)
 
     def _watch(self, reader: int) -> None:
-        """End this process where its main thread does not come to it; Python writes signals' numbers into a pipe.
+        """End this process if its main thread does not react to a signal.
 
-        That is at a second SIGINT; and some seconds after a first signal where there is nothing to save yet, or where
-        a sibling is missing: then torchrun ends those who are left, and they may be waiting for it.
+        Ends it at once at a second SIGINT. Ends it HANGING_SECONDS after the first signal if there is nothing to save
+        yet, or if a sibling is missing: torchrun then ends the remaining processes, which may wait for the missing one.
+
+        Args:
+            reader: end of the pipe into which Python writes the number of each signal, one byte each.
         """
         first = None
         while numbers := os.read(reader, 1):
@@ -121,23 +124,24 @@ class StopSignals:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel end this process when its launcher dies, so that no orphan goes on writing. Linux only.
+    """Let the kernel signal this process when its launcher dies, so that no orphan continues to write. Linux only.
 
-    torchrun, and with it `accelerate launch` of several processes, passes signals on and waits: when it dies without
-    that, its processes are killed. `accelerate launch` of one process passes nothing on and dies of a SIGTERM: its
-    process is told by a SIGTERM of its own, and saves. Without a launcher (a shell, nohup, srun) nothing is done.
+    torchrun, which `accelerate launch` of several processes uses, forwards signals and waits for its processes. If it
+    dies without waiting, the kernel kills them. `accelerate launch` of one process forwards nothing and dies of a
+    SIGTERM: the kernel then sends its process a SIGTERM too, and the process saves. Without a launcher (a shell, nohup,
+    srun) this function does nothing.
     """
     parent = os.getppid()
     if sys.platform != "linux" or (launcher := _launcher_signal(parent)) is None:
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, launcher)
-    # It may have died before the kernel was asked, or even before it was looked for: then the parent is init.
+    # The launcher may have died before prctl, or even before getppid: the parent is init then.
     if os.getppid() != parent or (parent == 1 and not _starts_python(parent)):
         os.kill(os.getpid(), launcher)
 
 
 def _launcher_signal(parent: int) -> int | None:
-    """Return the signal that a process should get when its parent dies; None where that is no launcher."""
+    """Return the signal that a process should get when its parent dies; None if the parent is no launcher."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return signal.SIGKILL
     launchers = (word == "accelerate" or word.startswith("accelerate.commands") for word in _command(parent))
@@ -145,16 +149,16 @@ def _launcher_signal(parent: int) -> int | None:
 
 
 def _starts_python(pid: int) -> bool:
-    """Tell whether a process may be a launcher, which it can be as a container's first process too."""
+    """Return whether a process may be a launcher. In a container a launcher can have pid 1."""
     return any(word.startswith(("python", "torchrun", "accelerate")) for word in _command(pid))
 
 
 def siblings() -> list[int]:
-    """Return the pids of the other processes that this one's torchrun has started on this machine and that live.
+    """Return the pids of the other living processes that the same torchrun started on this machine.
 
-    Linux only; none without torchrun.
+    Linux only; empty without torchrun.
     """
-    run_id, found = os.environ.get("TORCHELASTIC_RUN_ID"), []
+    run_id, pids = os.environ.get("TORCHELASTIC_RUN_ID"), []
     for entry in Path("/proc").glob("[0-9]*") if run_id is not None else ():
         pid = int(entry.name)
         state, parent, *_ = [*_read_proc(pid, "stat").rpartition(")")[2].split(), "", ""]
@@ -162,33 +166,34 @@ def siblings() -> list[int]:
             continue
         environment = _read_proc(pid, "environ").split("\0")
         if f"TORCHELASTIC_RUN_ID={run_id}" in environment and any(e.startswith("LOCAL_RANK=") for e in environment):
-            found.append(pid)
-    return found
+            pids.append(pid)
+    return pids
 
 
 def is_sibling_missing() -> bool:
-    """Tell whether fewer processes than torchrun has started on this machine are left; False without torchrun."""
+    """Return whether a process that torchrun started on this machine has ended; False without torchrun."""
     started = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return "TORCHELASTIC_RUN_ID" in os.environ and len(siblings()) + 1 < started
 
 
 def end_siblings() -> None:
-    """Kill the siblings.
+    """Kill the siblings, when this process fails.
 
-    Called when this process fails: one that sleeps, is stopped or waits for a lost peer would hold the launcher for
-    half a minute more, since it asks with SIGTERM first.
+    The launcher sends SIGTERM first and waits half a minute. A sibling that sleeps, is stopped or waits for a lost
+    process would not react to that.
     """
     for pid in siblings():
-        with suppress(OSError):  # it is gone
+        with suppress(OSError):  # it has ended
             os.kill(pid, signal.SIGKILL)
 
 
 def _command(pid: int) -> list[str]:
-    """Return the words of a process's command line without their directories."""
+    """Return the words of a process's command line, without directories."""
     return [Path(word).name for word in _read_proc(pid, "cmdline").split("\0")]
 
 
 def _read_proc(pid: int, name: str) -> str:
+    """Return a file of /proc/PID; empty if the process has ended or does not allow it."""
     try:
         return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
     except OSError:
