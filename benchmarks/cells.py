@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from textgen.model import lstm as model
 from textgen.model.lstm import LSTMLayer, State
 from textgen.noise import uniform
-from textgen.training.step import Training
+from textgen.training.step import Learner
 
 EMBEDDING_DROPOUT = 0.1
 _EMBEDDING_SITE = 1000  # the model draws its own masks at smaller ones
@@ -150,13 +150,13 @@ def in_place_of_layers(name: str) -> Iterator[None]:
         model.LSTMLayer = usual  # type: ignore[misc]
 
 
-def drop_embeddings(training: Training) -> None:
+def drop_embeddings(learner: Learner) -> None:
     """Leave tokens out of a whole step, by a hash of seed, step and token (Merity et al. 2018, section 4.3)."""
 
     def drop(_module: nn.Module, inputs: tuple[Tensor], rows: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return rows
-        kept = uniform(training.config.seed, training.progression.step, _EMBEDDING_SITE, inputs[0]) >= EMBEDDING_DROPOUT
+        kept = uniform(learner.config.seed, learner.progression.step, _EMBEDDING_SITE, inputs[0]) >= EMBEDDING_DROPOUT
         return rows * (kept / (1 - EMBEDDING_DROPOUT))[..., None]
 
-    training.unwrapped_model.embedding.register_forward_hook(drop)
+    learner.unwrapped_model.embedding.register_forward_hook(drop)

@@ -35,8 +35,8 @@ from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import StopSignals
 from textgen.runs.metrics import read_metrics
-from textgen.training.setup import build
-from textgen.training.step import Training, step_batches, train_step
+from textgen.training.setup import Training, build
+from textgen.training.step import step_batches, train_step
 
 ROOT = Path(__file__).parents[1]
 RESULT = RESULTS / "communication.json"
@@ -98,11 +98,11 @@ def build_training(accelerator: Accelerator, settings: Settings, compression: st
 
 def take_a_step(training: Training, agreement: launch.Agreement) -> None:
     """Take a step as the training loop does, its agreement included."""
-    now = training.progression
-    for micro_batches, _ in step_batches(training, now.step + 1):
-        train_step(training, micro_batches).item()
-        agreement.ask(False, training.nonfinite, False)
-        now.step += 1
+    learner = training.learner
+    for micro_batches, _ in step_batches(learner, training.loader, learner.progression.step + 1):
+        train_step(learner, micro_batches).item()
+        agreement.ask(False, learner.nonfinite, False)
+        learner.progression.step += 1
 
 
 def limit_rate(megabits: int) -> None:
@@ -143,7 +143,7 @@ def count_bytes(settings: Settings) -> dict[str, Any]:
         take_a_step(training, agreement)
         torch.distributed.barrier()
         found[compression] = [b - a for a, b in zip(before, sent(), strict=True)]
-    return {"parameters": training.unwrapped_model.num_parameters, "sent": found}
+    return {"parameters": training.learner.unwrapped_model.num_parameters, "sent": found}
 
 
 class Exchange:
@@ -183,9 +183,9 @@ def measure_times(settings: Settings) -> dict[str, Any]:
     accelerator = launch.start("no")
     network = measure_network()
     training = build_training(accelerator, settings)
-    exchange = Exchange(accelerator.num_processes)
-    assert isinstance(training.model, DistributedDataParallel)
-    training.model.register_comm_hook(None, lambda _, bucket: exchange(bucket))  # DDP would read annotations
+    exchange, model = Exchange(accelerator.num_processes), training.learner.model
+    assert isinstance(model, DistributedDataParallel)
+    model.register_comm_hook(None, lambda _, bucket: exchange(bucket))  # DDP would read annotations
     cases = []
     for rate in settings["rates"]:
         limit_rate(rate)
@@ -200,21 +200,21 @@ def time_steps(training: Training, exchange: Exchange) -> list[dict[str, Any]]:
         For each kind the seconds of its steps and, of the fastest one, when each bucket was ready and the share of the
         gradient that had been summed before the last bucket was.
     """
-    kinds, now = ("nothing", *COMPRESSIONS), training.progression
-    agreement = launch.Agreement(training.accelerator)
+    kinds, learner = ("nothing", *COMPRESSIONS), training.learner
+    progress, agreement = learner.progression, launch.Agreement(learner.accelerator)
     taken: dict[str, list[tuple[float, list[tuple[int, float]], float]]] = {kind: [] for kind in kinds}
-    for micro_batches, _ in step_batches(training, now.step + len(kinds) * (STEPS + 1)):
-        exchange.kind, exchange.ready, exchange.summed = kinds[now.step % len(kinds)], [], []
+    for micro_batches, _ in step_batches(learner, training.loader, progress.step + len(kinds) * (STEPS + 1)):
+        exchange.kind, exchange.ready, exchange.summed = kinds[progress.step % len(kinds)], [], []
         torch.distributed.barrier()
         exchange.began = time.perf_counter()
-        train_step(training, micro_batches).item()
+        train_step(learner, micro_batches).item()
         if exchange.kind != "nothing":
-            agreement.ask(False, training.nonfinite, False)
+            agreement.ask(False, learner.nonfinite, False)
         seconds = time.perf_counter() - exchange.began
         total, last = sum(size for size, _ in exchange.ready), exchange.ready[-1][1]
         early = sum(size for size, at in exchange.summed if at < last) / total
         taken[exchange.kind].append((seconds, exchange.ready, early))
-        now.step += 1
+        progress.step += 1
     cases = []
     for kind, steps in taken.items():
         del steps[0]  # it warms up
@@ -225,7 +225,11 @@ def time_steps(training: Training, exchange: Exchange) -> list[dict[str, Any]]:
 
 def measure_rows(settings: Settings) -> dict[str, Any]:
     """Time forward and backward passes of one process; return their seconds by number of lanes."""
-    model, window, seconds = build_training(launch.start("no"), settings).unwrapped_model, settings["shape"][1], {}
+    model, window, seconds = (
+        build_training(launch.start("no"), settings).learner.unwrapped_model,
+        settings["shape"][1],
+        {},
+    )
     for lanes in LANES:
         tokens, taken = torch.randint(model.vocab_size, (lanes, window)), []
         for _ in range(STEPS):
@@ -246,24 +250,25 @@ def measure_scaled(settings: Settings) -> dict[str, Any]:
     """
     accelerator = launch.start(None)
     training = build_training(accelerator, settings)
-    agreement, now, network = launch.Agreement(accelerator), training.progression, {}
+    learner, agreement, network = training.learner, launch.Agreement(accelerator), {}
+    progress = learner.progression
     exchange, kinds = Exchange(accelerator.num_processes), ["none"]
-    if isinstance(training.model, DistributedDataParallel):
+    if isinstance(learner.model, DistributedDataParallel):
         network = measure_network()
-        training.model.register_comm_hook(None, lambda _, bucket: exchange(bucket))
+        learner.model.register_comm_hook(None, lambda _, bucket: exchange(bucket))
         kinds = ["none", "nothing"]
     steps: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
     limit = time.perf_counter() + SCALED_SECONDS
-    for micro_batches, _ in step_batches(training, now.total_steps):
-        exchange.kind, exchange.ready, exchange.summed = kinds[now.step % len(kinds)], [], []
+    for micro_batches, _ in step_batches(learner, training.loader, progress.total_steps):
+        exchange.kind, exchange.ready, exchange.summed = kinds[progress.step % len(kinds)], [], []
         accelerator.wait_for_everyone()
         exchange.began = time.perf_counter()
-        train_step(training, micro_batches).item()
-        agreement.ask(False, training.nonfinite, False)
+        train_step(learner, micro_batches).item()
+        agreement.ask(False, learner.nonfinite, False)
         steps[exchange.kind].append({"seconds": time.perf_counter() - exchange.began, "ready": exchange.ready})
-        now.step += 1
+        progress.step += 1
         late = torch.tensor(float(time.perf_counter() > limit))
-        if now.step % len(kinds) == 0 and float(accelerator.reduce(late, "sum")) > 0:
+        if progress.step % len(kinds) == 0 and float(accelerator.reduce(late, "sum")) > 0:
             break
     return {"network": network, "steps": {kind: taken[1:] for kind, taken in steps.items()}}
 

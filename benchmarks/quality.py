@@ -40,7 +40,7 @@ from textgen.evaluation import score, split_documents
 from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
 from textgen.settings import build_settings
 from textgen.training.setup import build
-from textgen.training.step import Training, step_batches, train_step, zero_lanes
+from textgen.training.step import Learner, step_batches, train_step, zero_lanes
 
 PRESETS = Path(__file__).parents[1] / "launch" / "presets"
 CACHE = Path("~/.cache/textgen").expanduser()
@@ -203,11 +203,11 @@ GROUPS: dict[str, Callable[[], dict[str, Recipe]]] = {
 
 
 @torch.no_grad()
-def take_away(training: Training, what: str) -> None:
+def take_away(learner: Learner, what: str) -> None:
     """Undo a part of how a model begins."""
-    layers = [layer for layer in training.unwrapped_model.layers if isinstance(layer, LSTMLayer)]
+    layers = [layer for layer in learner.unwrapped_model.layers if isinstance(layer, LSTMLayer)]
     if what == "unigram bias":
-        training.unwrapped_model.output.bias.zero_()
+        learner.unwrapped_model.output.bias.zero_()
     elif what == "orthogonal weights":
         for layer in layers:
             nn.init.xavier_uniform_(layer.weight_hh)
@@ -279,26 +279,27 @@ def train(
     store = prepare_store(config.data, config.tokenizer, progress=False)
     with in_place_of_layers(instead) if instead in CELLS else nullcontext():
         training = build(config, accelerator, store, StopSignals())
+    learner = training.learner
     if without is not None:
-        take_away(training, without)
+        take_away(learner, without)
     if instead == "embedding dropout":
-        drop_embeddings(training)
-    steps = training.progression.total_steps
+        drop_embeddings(learner)
+    steps = learner.progression.total_steps
     tenths = torch.zeros(10, dtype=torch.float64)
-    for micro_batches, _ in step_batches(training, steps):
+    for micro_batches, _ in step_batches(learner, training.loader, steps):
         if without == "carried state":
-            training.lane_states = zero_lanes(training)
-        tenths[10 * training.progression.step // steps] += float(train_step(training, micro_batches))
-        training.progression.step += 1
+            learner.lane_states = zero_lanes(learner)
+        tenths[10 * learner.progression.step // steps] += float(train_step(learner, micro_batches))
+        learner.progression.step += 1
     counts = torch.bincount(torch.arange(steps) * 10 // steps, minlength=10) * config.batch_size * config.seq_len
     trained = time.perf_counter() - started
     text = store.split("train")
     chosen, num_bytes = split_documents(store.split("validation"), documents)
-    scored = score(accelerator, training.eval_model, chosen, num_bytes, bos_id=store.tokenizer.bos_id)
+    scored = score(accelerator, learner.eval_model, chosen, num_bytes, bos_id=store.tokenizer.bos_id)
     accelerator.free_memory()
     return {
         "bits_per_byte": scored.bits_per_byte, "curve": (tenths / counts).tolist(), "documents": scored.documents,
-        "parameters": training.unwrapped_model.num_parameters, "tokens": steps * config.batch_size * config.seq_len,
+        "parameters": learner.unwrapped_model.num_parameters, "tokens": steps * config.batch_size * config.seq_len,
         "train_tokens": text.num_tokens, "train_bytes": int(text.num_bytes.sum(dtype=int)), "seconds": trained,
     }  # fmt: skip
 

@@ -73,17 +73,18 @@ def main() -> None:
         followed = start_tracking(training, run)
         alone = Tracker(Path(directory) / "alone", {}, main=True, first_step=0, evaluated_step=0)
         timed, plain = TimedTracker(followed), TimedTracker(alone)
-        batches = step_batches(training, config.max_steps or 0)
+        learner = training.learner
+        progress, batches = learner.progression, step_batches(learner, training.loader, config.max_steps or 0)
 
         def block(tracker: TimedTracker) -> float:
             started, meter = time.perf_counter(), Meter()
             for _ in range(STEPS):
                 micro_batches, waiting = next(batches)
-                training.nats += train_step(training, micro_batches)
-                training.progression.step += 1
-                training.progression.unlogged_steps += 1
+                training.nats += train_step(learner, micro_batches)
+                progress.step += 1
+                progress.unlogged_steps += 1
                 meter.steps, meter.waited = meter.steps + 1, meter.waited + waiting
-                if training.progression.step % LOG_EVERY == 0:
+                if progress.step % LOG_EVERY == 0:
                     log_metrics(training, tracker, meter)  # type: ignore[arg-type]
                     meter = Meter()
             return (time.perf_counter() - started) / STEPS

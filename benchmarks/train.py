@@ -49,10 +49,8 @@ from textgen.hardware import keep_freed_memory
 from textgen.kernels import training as training_kernels
 from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
 from textgen.training import metrics as usage
-from textgen.training.cuda_graph import StepGraph
-from textgen.training.optim import build_optimizer
-from textgen.training.setup import capture_on
-from textgen.training.step import Progression, Training, train_step, zero_lanes
+from textgen.training.setup import build_learner
+from textgen.training.step import train_step, zero_lanes
 
 Steps = Callable[[int], float]
 """takes so many optimizer steps and returns the last loss, nats per token"""
@@ -150,29 +148,21 @@ def textgen_steps(shape: Shape, precision: str, *, cuda_graph: bool = False, num
         embedding_dim=shape.embedding_dim, hidden_size=shape.hidden_size, num_layers=shape.num_layers,
         projection=shape.embedding_dim != shape.hidden_size,
     )  # fmt: skip
-    config = TrainConfig(batch_size=shape.batch_size, seq_len=shape.seq_len, model=model)
+    config = TrainConfig(batch_size=shape.batch_size, seq_len=shape.seq_len, model=model, cuda_graph=cuda_graph)
     unwrapped_model = LSTMLanguageModel(model, shape.vocab_size)
     if num_pieces > 1:
         unwrapped_model = WavefrontModel(model, shape.vocab_size, num_pieces=num_pieces)
-    prepared, optimizer = accelerator.prepare(unwrapped_model, build_optimizer(unwrapped_model, config))
+    learner = build_learner(config, accelerator, unwrapped_model, total_steps=1)
+    learner.lane_states = zero_lanes(learner)
     device = accelerator.device
-    training = Training(
-        config=config, accelerator=accelerator, store=cast(Any, None), loader=cast(Any, None),
-        unwrapped_model=unwrapped_model, model=prepared, optimizer=optimizer,
-        progression=Progression(total_steps=1), stop=cast(Any, None),
-        nats=torch.zeros((), dtype=torch.float64, device=device),
-        nonfinite=torch.zeros((), dtype=torch.bool, device=device),
-        graph=StepGraph(capture_on(unwrapped_model.embedding.weight.device, optimizer)) if cuda_graph else None,
-    )  # fmt: skip
-    training.lane_states = zero_lanes(training)
     windows = token_windows(shape, device)
     lanes = torch.arange(shape.batch_size, device=device)
 
     def steps(number: int) -> float:
         for _ in range(number):
             tokens, targets = next(windows)
-            nats = train_step(training, [{"tokens": tokens, "targets": targets, "lanes": lanes}])
-        if training.graph is not None and training.graph.is_refused:  # its warning is not shown here
+            nats = train_step(learner, [{"tokens": tokens, "targets": targets, "lanes": lanes}])
+        if learner.graph is not None and learner.graph.is_refused:  # its warning is not shown here
             raise RuntimeError("the step could not be captured in a CUDA graph")  # plain steps must not pass for it
         return nats.item() / shape.tokens
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -109,10 +109,10 @@ def test_embedding_dropout_leaves_tokens_out_of_a_whole_step(monkeypatch: pytest
     monkeypatch.setattr(cells, "EMBEDDING_DROPOUT", 0.5)
     unwrapped_model = LSTMLanguageModel(ModelConfig(embedding_dim=16, hidden_size=32), 200)
     progression = SimpleNamespace(step=1)
-    training: Any = SimpleNamespace(
+    learner: Any = SimpleNamespace(
         unwrapped_model=unwrapped_model, config=SimpleNamespace(seed=3), progression=progression
     )
-    drop_embeddings(cast(Any, training))
+    drop_embeddings(learner)
     tokens = torch.arange(200).repeat(2, 1)
 
     def kept() -> Tensor:

@@ -326,7 +326,8 @@ def test_resume_with_damaged_weights_is_refused(tiny_flags: list[str], copied_ru
     line = refusal(lambda: train_main(flags), capsys)
     wrong = f"`{damaged}` has {len(weights) - 100} bytes, wanted {len(weights)}"
     assert line == (
-        f"no checkpoint of `{copied_run}` is valid: {wrong}; remove them to start anew, or name another `--run_dir`"
+        f"no checkpoint of `{copied_run}` is valid: {wrong}; "
+        "remove them to start from step 0, or name another `--run_dir`"
     )
     line = refusal(lambda: train_main([*flags, "--resume", str(damaged.parent)]), capsys)
     assert line == wrong
@@ -336,7 +337,7 @@ def test_resume_with_another_tokenizer_is_refused(tiny_flags: list[str], copied_
     flags = [*tiny_flags, "--run_dir", str(copied_run), "--tokenizer.vocab_size", "330"]
     line = refusal(lambda: train_main(flags), capsys)
     assert f"`{copied_run / 'checkpoints' / 'step-000004'}` was made with " in line
-    assert line.endswith("`--resume_override` goes on all the same, another `--run_dir` starts anew")
+    assert line.endswith("`--resume_override` resumes regardless, another `--run_dir` starts a new run")
 
 
 def test_resume_with_another_tokenizer_names_the_tokenizer(

@@ -35,7 +35,7 @@ from textgen.errors import CheckpointError, TextgenError
 from textgen.model.files import load_model
 from textgen.runs.checkpoint import MANIFEST_NAME, checkpoint_path, find_checkpoint
 from textgen.tokenizer import TokenizerError
-from textgen.training.resume import optimizer_tensors, resume
+from textgen.training.resume import find_resume_point, load_training, optimizer_tensors
 from textgen.training.setup import build
 
 ROOT = Path(__file__).parents[2]
@@ -302,21 +302,23 @@ class Loader:
 
     def resume(self, directory: Path) -> dict[str, Any]:
         """Return the state of a training that resumed; every value of it was another one before."""
-        training = self.training
-        training.config = replace(training.config, resume=str(directory))
-        assert training.average is not None
+        training, learner = self.training, self.training.learner
+        learner.config = replace(learner.config, resume=str(directory))
+        assert learner.average is not None
         with torch.no_grad():
-            for parameter in [*training.unwrapped_model.parameters(), *training.average.parameters()]:
+            for parameter in [*learner.unwrapped_model.parameters(), *learner.average.parameters()]:
                 parameter.fill_(0.125)
-        training.optimizer.state.clear()
-        training.lane_states, training.wandb_id = [], "none"
-        assert resume(training)
+        learner.optimizer.state.clear()
+        learner.lane_states, training.wandb_id = [], "none"
+        point = find_resume_point(training)
+        assert point is not None
+        load_training(training, point)
         return {
-            "weights": bits_of(training.unwrapped_model.state_dict()),
-            "average": bits_of(training.average.state_dict()),
-            "optimizer": bits_of(optimizer_tensors(training.unwrapped_model, training.optimizer)),
-            "lanes": [bits_of(dict(enumerate(state))) for state in training.lane_states],  # type: ignore[arg-type]
-            "progression": asdict(training.progression),
+            "weights": bits_of(learner.unwrapped_model.state_dict()),
+            "average": bits_of(learner.average.state_dict()),
+            "optimizer": bits_of(optimizer_tensors(learner.unwrapped_model, learner.optimizer)),
+            "lanes": [bits_of(dict(enumerate(state))) for state in learner.lane_states],  # type: ignore[arg-type]
+            "progression": asdict(learner.progression),
             "nats": float(training.nats),
             "wandb_id": training.wandb_id,
         }

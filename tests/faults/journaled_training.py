@@ -40,7 +40,7 @@ def journal() -> None:
     original = steps.train_step
 
     @functools.wraps(original)
-    def train_step(job: steps.Training, micro_batches: Sequence[dict[str, torch.Tensor]], **options: Any) -> Any:
+    def train_step(job: steps.Learner, micro_batches: Sequence[dict[str, torch.Tensor]], **options: Any) -> Any:
         nats = original(job, micro_batches, **options)
         record = job.recent[-1]
         lines = []

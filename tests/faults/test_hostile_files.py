@@ -72,7 +72,7 @@ def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]],
     from textgen.runs.checkpoint import find_checkpoint, newest_valid, verify
     from textgen.runs.tensors import read_header
     from textgen.tokenizer import Tokenizer, TokenizerError
-    from textgen.training.resume import resume
+    from textgen.training.resume import find_resume_point, load_training
     from textgen.training.setup import build
 
     config = parse_train_config([*flags, "--run_dir", os.devnull])
@@ -80,8 +80,11 @@ def build_readers(flags: list[str]) -> tuple[dict[str, Callable[[str], object]],
     torch.set_num_threads(1)
 
     def resume_from(path: str) -> object:
-        training.config = replace(config, resume=path)
-        return resume(training)
+        training.learner.config = replace(config, resume=path)
+        point = find_resume_point(training)
+        assert point is not None
+        load_training(training, point)
+        return point
 
     def run_verb(*words: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -20,8 +20,8 @@ from textgen.distributed.signals import StopSignals
 from textgen.runs.directory import read_status
 from textgen.training import loop as training
 from textgen.training.loop import MAX_SKIPS_IN_A_ROW, describe_nonfinite
-from textgen.training.setup import build
-from textgen.training.step import Training, step_batches, train_step
+from textgen.training.setup import Training, build
+from textgen.training.step import Learner, step_batches, train_step
 
 Capture = pytest.CaptureFixture[str]
 
@@ -93,22 +93,22 @@ def scaled(tiny_flags: list[str], tmp_path: Path) -> Training:
     accelerator = launch.start("no", batch_size=config.batch_size)
     made = build(config, accelerator, prepare_store(config.data, config.tokenizer), StopSignals())
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=INITIAL_SCALE, growth_interval=1_000_000)
-    for parameter in made.unwrapped_model.parameters():
+    for parameter in made.learner.unwrapped_model.parameters():
         parameter.register_hook(lambda gradient: gradient.half().float())
-    made.optimizer = AcceleratedOptimizer(made.optimizer.optimizer, scaler=accelerator.scaler)
+    made.learner.optimizer = AcceleratedOptimizer(made.learner.optimizer.optimizer, scaler=accelerator.scaler)
     return made
 
 
 def take_steps(made: Training, count: int) -> list[tuple[int, int, bool]]:
     """Take steps; return (skipped so far, skipped in a row, whether the weights changed) after each."""
     seen = []
-    before = [p.clone() for p in made.unwrapped_model.parameters()]
-    for micro_batches, _ in step_batches(made, made.progression.step + count):
-        train_step(made, micro_batches)
-        made.progression.step += 1
-        now = [p.clone() for p in made.unwrapped_model.parameters()]
+    before = [p.clone() for p in made.learner.unwrapped_model.parameters()]
+    for micro_batches, _ in step_batches(made.learner, made.loader, made.learner.progression.step + count):
+        train_step(made.learner, micro_batches)
+        made.learner.progression.step += 1
+        now = [p.clone() for p in made.learner.unwrapped_model.parameters()]
         moved = any(not torch.equal(a, b) for a, b in zip(before, now, strict=True))
-        seen.append((made.progression.skipped_steps, made.skips_in_a_row, moved))
+        seen.append((made.learner.progression.skipped_steps, made.learner.skips_in_a_row, moved))
         before = now
     return seen
 
@@ -118,16 +118,19 @@ def test_step_whose_gradient_overflows_is_skipped_and_counted(scaled: Training) 
     skipped = seen[-1][0]
     assert 0 < skipped < 25
     assert seen == [(i + 1, i + 1, False) for i in range(skipped)] + [(skipped, 0, True)] * (25 - skipped)
-    assert not scaled.nonfinite, "an overflow of the scaled gradient is none of the loss"
-    assert scaled.accelerator.scaler.get_scale() == INITIAL_SCALE / 2**skipped
+    assert not scaled.learner.nonfinite, "an overflow of the scaled gradient is none of the loss"
+    assert scaled.learner.accelerator.scaler.get_scale() == INITIAL_SCALE / 2**skipped
 
 
 def test_scaler_that_overflows_for_long_ends_the_training(scaled: Training) -> None:
-    scaled.accelerator.scaler.set_backoff_factor(0.999)
+    scaled.learner.accelerator.scaler.set_backoff_factor(0.999)
     take_steps(scaled, MAX_SKIPS_IN_A_ROW)
-    assert scaled.skips_in_a_row == MAX_SKIPS_IN_A_ROW
+    assert scaled.learner.skips_in_a_row == MAX_SKIPS_IN_A_ROW
     take_steps(scaled, 1)
-    assert describe_nonfinite(scaled) == "float16 overflowed in 31 steps in a row up to step 31"
+    assert (
+        describe_nonfinite(scaled.learner, scaled.loader.per_epoch)
+        == "float16 overflowed in 31 steps in a row up to step 31"
+    )
 
 
 def test_loop_ends_a_training_that_skips_for_long(
@@ -136,7 +139,7 @@ def test_loop_ends_a_training_that_skips_for_long(
     """Every step is told to have been skipped: the loop ends at the first one above the limit, and saves nothing."""
     original = training.train_step
 
-    def train_step(made: Training, micro_batches: Any) -> torch.Tensor:
+    def train_step(made: Learner, micro_batches: Any) -> torch.Tensor:
         nats = original(made, micro_batches)
         made.skips_in_a_row += 1
         return nats

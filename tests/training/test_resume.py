@@ -24,7 +24,6 @@ from textgen.model.files import load_model
 from textgen.runs.checkpoint import checkpoints, newest_valid
 from textgen.runs.metrics import read_metrics
 from textgen.training import loop as training
-from textgen.training import validation
 
 Capture = pytest.CaptureFixture[str]
 
@@ -72,7 +71,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
     original = training.train_step
     chosen: int | None = None
 
-    def step(state: training.Training, *args: Any, **options: Any) -> torch.Tensor:
+    def step(state: training.Learner, *args: Any, **options: Any) -> torch.Tensor:
         if state.progression.step + 1 == chosen:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(state, *args, **options)
@@ -119,7 +118,7 @@ def test_an_evaluation_that_was_logged_and_not_saved_is_logged_once(
         train_main(flags_for(tiny_flags, tmp_path / "parts", *flags))
     stop_at(None)
     with monkeypatch.context() as killed:
-        killed.setattr(validation, "save", lambda _: 1 / 0)
+        killed.setattr(training, "save", lambda _: 1 / 0)
         with pytest.raises(SystemExit):
             train_main(flags_for(tiny_flags, tmp_path / "parts", *flags))
     assert [row["step"] for row in read_metrics(tmp_path / "parts") if "valid/loss" in row] == [2]

@@ -24,8 +24,8 @@ from textgen.kernels.capture import Replay
 from textgen.noise import hash_bits, uniform
 from textgen.training import loop as training
 from textgen.training.cuda_graph import WARM_UP, StepGraph
-from textgen.training.setup import refuse_graph
-from textgen.training.step import Training
+from textgen.training.setup import Training, refuse_graph
+from textgen.training.step import Learner
 
 EVERYTHING = [
     "--model.dropout", "0.2", "--model.weight_drop", "0.3", "--model.layer_norm", "--model.residual",
@@ -65,7 +65,7 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> Captures:
 
     def build(*args: Any) -> Training:
         built = original(*args)
-        built.graph = StepGraph(made)
+        built.learner.graph = StepGraph(made)
         return built
 
     monkeypatch.setattr(training, "build", build)
@@ -200,7 +200,7 @@ def test_what_a_step_told_is_not_overwritten_by_the_next(
     seen: list[list[tuple[int, float, float]]] = []
     original = training.train_step
 
-    def step(made: Training, *args: Any, **options: Any) -> torch.Tensor:
+    def step(made: Learner, *args: Any, **options: Any) -> torch.Tensor:
         nats = original(made, *args, **options)
         seen.append([(t.step, float(t.parts[0][1]), float(t.norm if t.norm is not None else -1)) for t in made.recent])
         assert float(nats) == sum(float(part) for _, part in made.recent[-1].parts)

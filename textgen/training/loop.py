@@ -1,4 +1,7 @@
-"""The training loop: build or resume, then step, log, evaluate, save; and end in order."""
+"""The training loop: build, resume or start, take all steps, end in order.
+
+`run_steps` is the loop itself. The rest of the module is what happens before and after it.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -31,143 +35,113 @@ from textgen.tracking.tracker import RunEnd, Tracker
 from textgen.tracking.wandb import choose_wandb_id
 from textgen.training.budget import describe_cost, describe_request, describe_training, fit_steps
 from textgen.training.metrics import Meter, log_metrics, say_epoch
-from textgen.training.resume import checkpoint_bytes, checkpoints_at_a_time, resume, save, state_shapes
-from textgen.training.setup import build, refuse_graph
-from textgen.training.step import Training, step_batches, steps_per_epoch, train_step
-from textgen.training.validation import evaluate_and_save
+from textgen.training.resume import (
+    ResumePoint,
+    checkpoint_bytes,
+    checkpoints_at_a_time,
+    find_resume_point,
+    load_training,
+    save,
+    state_shapes,
+)
+from textgen.training.setup import Training, build, refuse_graph
+from textgen.training.step import Learner, step_batches, train_step
+from textgen.training.validation import draw_curve, log_validation, update_best, validate
 
 log = logging.getLogger("textgen")
 
 NONFINITE_NAME = "nonfinite.json"
 
-# float16 overflows now and then, and the scale is halved; so often in a row it is no longer that.
+# float16 overflows once in a while, and the scaler halves its scale. This many overflows in a row have another cause.
 MAX_SKIPS_IN_A_ROW = 30
 
 
 def train(config: TrainConfig, *, config_file: str | None = None) -> None:
-    """Train as the config says, or go on where the run's newest valid checkpoint stands. Collective.
+    """Train with the given settings, or resume from the run's newest valid checkpoint. Collective.
 
     Args:
         config: all settings.
-        config_file: what the first line of the run calls them.
+        config_file: name of the settings for the first line of the log.
 
     Raises:
-        TextgenError, TokenizerError, CheckpointError,
-            TextgenError: what is wrong, in a line.
-        Interrupted: a signal asked to stop; the training is saved, if it had begun.
+        TextgenError: a setting, the data or a checkpoint cannot be used; the message is one line.
+        Interrupted: a signal asked to stop. The training is saved if it had started.
     """
     with StopSignals(config.stop_signal) as stop:
-        accelerator = launch.start(
-            config.mixed_precision,
-            batch_size=config.batch_size,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            model=config.model,
-            seq_len=config.seq_len,
-            timeout=config.distributed_timeout,
-            deterministic=config.deterministic,
-        )
-        # the text is compared by content, and folders may have other names elsewhere
-        settings = {n: v for n, v in asdict(config).items() if n not in ("run_dir", "data", "tokenizer", "tracking")}
-        launch.assert_same(accelerator, (settings, accelerator.mixed_precision), "what flags and config file say")
-        refuse_graph(config, accelerator)
-        assert_installed(config.tracking)
+        accelerator = start_processes(config)
         log.info("%s, %s", launch.describe(accelerator), describe_request(config, config_file))
         if config.dry_run:
-            describe_cost(_build(config, accelerator, stop))
+            training = build_training(config, accelerator, stop)
+            describe_cost(training.learner, training.loader, training.store)
         else:
-            run = RunDirectory(config.run_dir, main=accelerator.is_main_process)
-            with run.hold():
-                accelerator.wait_for_everyone()  # one that was refused leaves the status of who holds it alone
-                launch.assert_same(accelerator, run.read_started(), f"`{run.path}` (is it on a disk that all share?)")
-                with _status_of_the_end(run, stop):
-                    training = _build(config, accelerator, stop)
-                    with _naming(run.path):
-                        _train(training, run)
+            with hold_run(config, accelerator) as run, _status_of_the_end(run, stop):
+                training = build_training(config, accelerator, stop)
+                with _name_in_errors(run.path):
+                    train_and_save(training, run)
         accelerator.end_training()
 
 
-def _build(config: TrainConfig, accelerator: Accelerator, stop: StopSignals) -> Training:
+def start_processes(config: TrainConfig) -> Accelerator:
+    """Start Accelerate, and check that all processes have the same settings. Collective."""
+    accelerator = launch.start(
+        config.mixed_precision,
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        model=config.model,
+        seq_len=config.seq_len,
+        timeout=config.distributed_timeout,
+        deterministic=config.deterministic,
+    )
+    # Directories may have other names on other machines. `build_training` compares the text by content.
+    settings = {n: v for n, v in asdict(config).items() if n not in ("run_dir", "data", "tokenizer", "tracking")}
+    launch.assert_same(accelerator, (settings, accelerator.mixed_precision), "what flags and config file say")
+    refuse_graph(config, accelerator)
+    assert_installed(config.tracking)
+    return accelerator
+
+
+@contextmanager
+def hold_run(config: TrainConfig, accelerator: Accelerator) -> Iterator[RunDirectory]:
+    """Hold the run's directory, the same one on all processes. Collective."""
+    run = RunDirectory(config.run_dir, main=accelerator.is_main_process)
+    with run.hold():
+        # A training that finds the directory in use fails before this line, and does not change the other's status.
+        accelerator.wait_for_everyone()
+        launch.assert_same(accelerator, run.read_started(), f"`{run.path}` (is it on a disk that all share?)")
+        yield run
+
+
+def build_training(config: TrainConfig, accelerator: Accelerator, stop: StopSignals) -> Training:
+    """Prepare the data and build the training. Collective."""
     store = prepare_store(config.data, config.tokenizer)
     launch.assert_same(accelerator, store.training_key, "the training text")
     return build(config, accelerator, store, stop)
 
 
-@contextmanager
-def _status_of_the_end(run: RunDirectory, stop: StopSignals) -> Iterator[None]:
-    """Write into status.json why a training ended that did not say so itself."""
-    try:
-        yield
-    except Interrupted as interrupted:
-        if not stop.deferred:  # else the main process says where all stopped
-            run.end("preempted", f"{interrupted} before the first step")
-        raise
-    except BaseException as error:
-        run.end("failed", _reason(error))
-        raise
-
-
-def _reason(error: BaseException) -> str:
-    """Return what ended a training in one line, with its kind unless that is a user's to mend."""
-    message = str(error).partition("\n")[0]
-    if isinstance(error, ValueError | OSError) and message:
-        return message
-    named = f"{type(error).__name__}: {message}"
-    if isinstance(error, torch.distributed.DistError) or "gloo" in message:
-        return f"another process has ended, or was waited for in vain: {named.partition('. ')[0]}"
-    return named
-
-
-@contextmanager
-def _naming(run_dir: Path) -> Iterator[None]:
-    """Name the run directory in an error of a disk that does not say where: a write to an open file does not."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is not None or error.errno is None:
-            raise
-        raise OSError(error.errno, error.strerror, str(run_dir)) from error
-
-
-def _train(training: Training, run: RunDirectory) -> None:
-    """Resume or begin, take all steps, and see to it that everything is written."""
-    config, accelerator = training.config, training.accelerator
-    resumed = resume(training)
-    progress = training.progression
-    if resumed and progress.finished:
+def train_and_save(training: Training, run: RunDirectory) -> None:
+    """Resume or start, take all steps, and wait until everything is on disk. Collective."""
+    accelerator = training.learner.accelerator
+    resume_or_start(training)
+    progress = training.learner.progression
+    if progress.finished:
         run.write_status("finished", step=progress.step, total_steps=progress.total_steps)
-        say(accelerator, f"`{config.run_dir}` has finished at step {progress.step}: nothing to do")
+        say(accelerator, f"`{run.path}` has finished at step {progress.step}: nothing to do")
         return
-    if resumed:
-        log.info("resuming at step %d", progress.step)
-    elif config.max_minutes is not None:
-        progress.total_steps = min(progress.total_steps, fit_steps(training))
-    per_epoch = steps_per_epoch(config, training.store)
-    count = checkpoints_at_a_time(config, total_steps=progress.total_steps, per_epoch=per_epoch)
-    shapes = state_shapes(training.unwrapped_model, batch_size=config.batch_size, averaged=training.average is not None)
-    size = checkpoint_bytes(shapes) + len(training.store.tokenizer.model_proto)
-    run.require_space(size, count=count)
+    require_space(training, run)
     if accelerator.is_main_process:
         write_run_files(training)
     tracker = start_tracking(training, run)
-
-    def written(step: int) -> None:
-        run.write_status("running", step=step, total_steps=progress.total_steps)
-        about = {"step": step, "best_step": progress.best_step, "best_loss": progress.best_loss}
-        tracker.checkpoint(checkpoint_path(run.path, step), best=step == progress.best_step, about=about)
-
-    if accelerator.is_main_process:
-        training.saver = Saver(
-            run.path, keep_last=config.keep_last, device=accelerator.device, before=tracker.sync, after=written
-        )
-        training.saver.reserve(shapes)
-    log.info("%s", describe_training(training))
-    accelerator.wait_for_everyone()  # so that a signal to all of them hardly finds only some of them saving
+    start_saving(training, run, tracker)
+    log.info("%s", describe_training(training.learner, training.store))
+    # From here on a signal no longer ends the process at once: the loop saves first. All processes get here before any
+    # of them defers signals, so that a signal to all of them rarely finds some before this line and some after it.
+    accelerator.wait_for_everyone()
     training.stop.defer()
     run.write_status("running", step=progress.step, total_steps=progress.total_steps)
     try:
         with (
-            _status_of_the_end(run, training.stop),  # which does not wait for W&B
-            Progress("step", progress.total_steps, done=progress.step, per_epoch=per_epoch) as bar,
+            _status_of_the_end(run, training.stop),  # inside the `try`: the status does not wait for W&B
+            Progress("step", progress.total_steps, done=progress.step, per_epoch=training.loader.per_epoch) as bar,
         ):
             run_steps(training, tracker, run, bar)
             finish_saving(training)
@@ -182,78 +156,32 @@ def _train(training: Training, run: RunDirectory) -> None:
         if training.saver is not None:
             training.saver.settle()
             leave_report(run.path)
-        tracker.finish(_how_it_ended(training, sys.exception()))
+        tracker.finish(_describe_end(training, sys.exception()))
 
 
-def start_tracking(training: Training, run: RunDirectory) -> Tracker:
-    """Open metrics.jsonl, and on the main process the trackers that follow it."""
-    config, accelerator, progress = training.config, training.accelerator, training.progression
-    begun, trackers = training.wandb_id, {}
-    training.wandb_id = choose_wandb_id(begun)
-    if accelerator.is_main_process:
-        settings = asdict(config) | {
-            "parameters": training.unwrapped_model.num_parameters,
-            "environment": describe_environment(),
-            "launch": describe_launch(os.environ)
-            | {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision},
-        }
-        trackers = build_trackers(
-            config.tracking, run.path, settings, wandb_id=training.wandb_id, resumed=begun == training.wandb_id,
-            first_step=progress.step,
-        )  # fmt: skip
-    return Tracker(
-        run.path,
-        trackers,
-        main=accelerator.is_main_process,
-        first_step=progress.step,
-        evaluated_step=progress.evaluated_step,
-    )
-
-
-def _how_it_ended(training: Training, error: BaseException | None) -> RunEnd:
-    """Return what trackers are told in the end."""
-    progress = training.progression
-    if error is None:
-        best = (
-            ""
-            if progress.best_loss is None
-            else f", best validation loss {progress.best_loss:.4f} at step {progress.best_step}"
-        )
-        return RunEnd("finished", 0, f"step {progress.step} of {progress.total_steps}{best}")
-    if isinstance(error, Interrupted):
-        return RunEnd("preempted", error.exit_code, f"{error}: saved at step {progress.step}")
-    return RunEnd("failed", 2 if isinstance(error, TextgenError | OSError) else 1, _reason(error))
-
-
-def finish_saving(training: Training) -> None:
-    """Wait until the last checkpoint is on disk. Collective.
-
-    Raises:
-        Exception: what went wrong with it, mostly an OSError; on the main process.
-    """
-    if training.saver is not None:
-        training.saver.wait()
-    training.accelerator.wait_for_everyone()
+# --- the loop --------------------------------------------------------------------------------------------------------
 
 
 def run_steps(training: Training, tracker: Tracker, run: RunDirectory, bar: Progress) -> None:
-    """Take all remaining steps: log, evaluate, sample and save by the way. Collective.
+    """Take all remaining steps; log, evaluate, sample and save at their intervals. Collective.
 
     Raises:
-        Interrupted: a signal asked some process to stop; all of them stand at the same step.
+        Interrupted: a signal asked some process to stop; all processes have taken the same number of steps.
         TextgenError: a loss or gradient was not finite.
     """
-    config, accelerator, progress = training.config, training.accelerator, training.progression
-    per_epoch = steps_per_epoch(config, training.store)
+    learner = training.learner
+    config, accelerator, progress = learner.config, learner.accelerator, learner.progression
+    per_epoch = training.loader.per_epoch
     agreement, meter = launch.Agreement(accelerator), Meter()
 
     def evaluation_is_due() -> bool:
         return progress.step == progress.total_steps or progress.step % (config.evaluate_every or per_epoch) == 0
 
-    if evaluation_is_due() and progress.evaluated_step < progress.step:  # a signal came before it was done
+    if evaluation_is_due() and progress.evaluated_step < progress.step:  # a signal interrupted it before the resume
         evaluate_and_save(training, tracker, run, bar, meter)
-    for micro_batches, waiting in step_batches(training, progress.total_steps) if not progress.finished else ():
-        training.nats += train_step(training, micro_batches)
+    remaining = step_batches(learner, training.loader, progress.total_steps) if not progress.finished else ()
+    for micro_batches, waiting in remaining:
+        training.nats += train_step(learner, micro_batches)
         progress.step, progress.unlogged_steps = progress.step + 1, progress.unlogged_steps + 1
         meter.steps, meter.waited = meter.steps + 1, meter.waited + waiting
         epoch_end, evaluating = progress.step % per_epoch == 0, evaluation_is_due()
@@ -264,7 +192,7 @@ def run_steps(training: Training, tracker: Tracker, run: RunDirectory, bar: Prog
             meter = Meter()
         bar.update(progress.step)
         if epoch_end or progress.step == progress.total_steps:
-            say_epoch(training, per_epoch)
+            say_epoch(training)
         if epoch_end:
             progress.epoch_nats, progress.epoch_tokens = 0.0, 0
         if stopped:
@@ -273,55 +201,81 @@ def run_steps(training: Training, tracker: Tracker, run: RunDirectory, bar: Prog
             evaluate_and_save(training, tracker, run, bar, meter)
         elif saving:
             meter.paused += save(training)
-        if progress.finished:
+        if progress.finished:  # also by early stopping
             break
 
 
+def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory, bar: Progress, meter: Meter) -> None:
+    """Validate, update the best checkpoint, log and save. Collective.
+
+    Raises:
+        Interrupted: a signal came before score and samples were done. A resumed run repeats the evaluation.
+        TextgenError: the score is nan or infinite.
+    """
+    started = time.perf_counter()
+    validation = validate(training)
+    update_best(training.learner.progression, validation)
+    log_validation(training, validation, tracker, bar)
+    pause = save(training)
+    if training.learner.accelerator.is_main_process:
+        draw_curve(run)
+    meter.paused += pause
+    meter.evaluated += time.perf_counter() - started - pause
+
+
 def agree(training: Training, agreement: launch.Agreement, *, now: bool) -> bool:
-    """Return whether any process was asked to stop; raise what has gone wrong on any of them. Collective.
+    """Return whether any process was asked to stop. Collective.
+
+    On CUDA the flags of all processes arrive one call late, unless `now` is set.
 
     Args:
         training: just after a step.
         agreement: of the loop.
-        now: whether a checkpoint is to be made of this step.
+        now: whether this step is saved, so that its flags must be known at once.
+
+    Raises:
+        TextgenError: a loss or gradient was not finite on some process, or a checkpoint could not be written.
     """
+    learner = training.learner
 
     def ask(now: bool) -> tuple[bool, ...]:
         unsaved = training.saver is not None and training.saver.failed
-        return agreement.ask(training.stop.number is not None, training.nonfinite, unsaved, now=now)
+        return agreement.ask(training.stop.number is not None, learner.nonfinite, unsaved, now=now)
 
     stopped, nonfinite, unsaved = ask(now)
-    if stopped and not now:  # a checkpoint will be made of this step after all
+    if stopped and not now:  # the stop will save this step
         _, nonfinite, unsaved = ask(True)
-    if nonfinite or training.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
-        raise TextgenError(describe_nonfinite(training))
+    if nonfinite or learner.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
+        raise TextgenError(describe_nonfinite(learner, training.loader.per_epoch))
     if unsaved:
         if training.saver is not None:
-            training.saver.wait()
+            training.saver.wait()  # raises the reason
         raise TextgenError("the checkpoint could not be written")
     return stopped
 
 
-def describe_nonfinite(training: Training) -> str:
-    """Write nonfinite.json, where a loss or gradient stopped being finite, and return it as a line. Collective."""
-    accelerator, progress = training.accelerator, training.progression
-    if training.skips_in_a_row > MAX_SKIPS_IN_A_ROW:  # the same on all processes, as `nonfinite` need not be
-        return f"float16 overflowed in {training.skips_in_a_row} steps in a row up to step {progress.step}"
+def describe_nonfinite(learner: Learner, per_epoch: int) -> str:
+    """Write nonfinite.json: where a loss or gradient became nan or infinite. Return it as one line. Collective."""
+    accelerator, step = learner.accelerator, learner.progression.step
+    if learner.skips_in_a_row > MAX_SKIPS_IN_A_ROW:  # the same on all processes, as `nonfinite` need not be
+        return f"float16 overflowed in {learner.skips_in_a_row} steps in a row up to step {step}"
+    # Every process reports its micro-batches of the last steps: step, first and last lane, whether the loss and the
+    # gradient are not finite.
     rows = []
-    for record in training.recent:
+    for record in learner.recent:
         for lanes, nats in record.parts:
             wrong = [float(value is not None and not value.isfinite()) for value in (nats, record.norm)]
             rows.append([float(record.step + 1), float(lanes.min()), float(lanes.max()), *wrong])
     everyone = accelerator.gather(torch.tensor(rows, dtype=torch.float64, device=accelerator.device)).tolist()
-    first = int(min((row[0] for row in everyone if row[3] or row[4]), default=progress.step))
+    first = int(min((row[0] for row in everyone if row[3] or row[4]), default=step))
     of_step = [row for row in everyone if row[0] == first]
     wrong_loss = [row for row in of_step if row[3]]
     ranges = sorted([int(row[1]), int(row[2])] for row in wrong_loss or of_step)  # a gradient is that of all lanes
-    epoch, window = divmod(first - 1, steps_per_epoch(training.config, training.store))
+    epoch, window = divmod(first - 1, per_epoch)
     quantity = "loss" if wrong_loss else "gradient"
     values = {"step": first, "epoch": epoch, "window": window, "quantity": quantity, "lanes": ranges}
     if accelerator.is_main_process:
-        write_atomic(Path(training.config.run_dir) / NONFINITE_NAME, json.dumps(values, indent=2) + "\n")
+        write_atomic(Path(learner.config.run_dir) / NONFINITE_NAME, json.dumps(values, indent=2) + "\n")
     where = ", ".join(f"{low}-{high}" for low, high in ranges)
     return (
         f"the {quantity} turned to nan or infinity in step {first}, lanes {where} (`{NONFINITE_NAME}`); "
@@ -329,10 +283,163 @@ def describe_nonfinite(training: Training) -> str:
     )
 
 
+# --- before the loop -------------------------------------------------------------------------------------------------
+
+
+def resume_or_start(training: Training) -> None:
+    """Load the checkpoint to resume from, if there is one, and decide how many steps to take. Collective."""
+    learner = training.learner
+    point = find_resume_point(training)
+    total = decide_total_steps(training, point)  # may time steps, so it comes before weights are loaded
+    if point is not None:
+        load_training(training, point)
+    progress = learner.progression
+    if total != progress.total_steps:
+        progress.total_steps, progress.finished = total, progress.step >= total
+    if point is not None and not progress.finished:
+        log.info("resuming at step %d", progress.step)
+
+
+def decide_total_steps(training: Training, point: ResumePoint | None) -> int:
+    """Return the number of steps of the whole training: by epochs, `max_steps` and `max_minutes`. Collective."""
+    config, total = training.learner.config, training.learner.progression.total_steps
+    if config.max_minutes is None:
+        return total
+    if point is not None and point.trainer["config"].get("max_minutes") == config.max_minutes:
+        return min(total, point.progression.total_steps)  # timed when the run started
+    return min(total, fit_steps(training.learner, training.loader))
+
+
+def require_space(training: Training, run: RunDirectory) -> None:
+    """Raise TextgenError if the disk is too small for the checkpoints."""
+    learner = training.learner
+    count = checkpoints_at_a_time(
+        learner.config, total_steps=learner.progression.total_steps, per_epoch=training.loader.per_epoch
+    )
+    size = checkpoint_bytes(_shapes(learner)) + len(training.store.tokenizer.model_proto)
+    run.require_space(size, count=count)
+
+
+def _shapes(learner: Learner) -> dict[str, dict[str, tuple[int, ...]]]:
+    batch_size, averaged = learner.config.batch_size, learner.average is not None
+    return state_shapes(learner.unwrapped_model, batch_size=batch_size, averaged=averaged)
+
+
 def write_run_files(training: Training) -> None:
-    """Write what the run is made of, before its first step."""
-    run_dir = Path(training.config.run_dir)
-    settings = json.loads(json.dumps(asdict(training.config)))  # tuples become lists, as the parser wants them
+    """Write the settings, the data's description and the environment into the run's directory."""
+    config = training.learner.config
+    run_dir = Path(config.run_dir)
+    settings = json.loads(json.dumps(asdict(config)))  # YAML gets lists for tuples
     write_atomic(run_dir / SETTINGS_NAME, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
     write_atomic(run_dir / DATA_NAME, json.dumps(training.store.record, indent=2) + "\n")
     write_atomic(run_dir / ENVIRONMENT_NAME, json.dumps(describe_environment(), indent=2) + "\n")
+
+
+def start_tracking(training: Training, run: RunDirectory) -> Tracker:
+    """Open metrics.jsonl, and on the main process the trackers that follow it."""
+    learner = training.learner
+    config, accelerator, progress = learner.config, learner.accelerator, learner.progression
+    saved_id, trackers = training.wandb_id, {}
+    training.wandb_id = choose_wandb_id(saved_id)
+    if accelerator.is_main_process:
+        settings = asdict(config) | {
+            "parameters": learner.unwrapped_model.num_parameters,
+            "environment": describe_environment(),
+            "launch": describe_launch(os.environ)
+            | {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision},
+        }
+        trackers = build_trackers(
+            config.tracking,
+            run.path,
+            settings,
+            wandb_id=training.wandb_id,
+            resumed=saved_id == training.wandb_id,
+            first_step=progress.step,
+        )
+    return Tracker(
+        run.path,
+        trackers,
+        main=accelerator.is_main_process,
+        first_step=progress.step,
+        evaluated_step=progress.evaluated_step,
+    )
+
+
+def start_saving(training: Training, run: RunDirectory, tracker: Tracker) -> None:
+    """Give the main process a `Saver`, which tells the tracker of every checkpoint that is on disk."""
+    learner = training.learner
+    config, accelerator, progress = learner.config, learner.accelerator, learner.progression
+
+    def written(step: int) -> None:
+        run.write_status("running", step=step, total_steps=progress.total_steps)
+        best = {"step": step, "best_step": progress.best_step, "best_loss": progress.best_loss}
+        tracker.checkpoint(checkpoint_path(run.path, step), best=step == progress.best_step, about=best)
+
+    if accelerator.is_main_process:
+        training.saver = Saver(
+            run.path, keep_last=config.keep_last, device=accelerator.device, before=tracker.sync, after=written
+        )
+        training.saver.reserve(_shapes(learner))
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+
+def finish_saving(training: Training) -> None:
+    """Wait until the last checkpoint is on disk. Collective.
+
+    Raises:
+        Exception: the checkpoint could not be written, mostly an OSError; on the main process.
+    """
+    if training.saver is not None:
+        training.saver.wait()
+    training.learner.accelerator.wait_for_everyone()
+
+
+@contextmanager
+def _status_of_the_end(run: RunDirectory, stop: StopSignals) -> Iterator[None]:
+    """Write the reason into status.json if the training ends with an error or before its first step."""
+    try:
+        yield
+    except Interrupted as interrupted:
+        if not stop.deferred:  # after that, the main process writes the step at which all of them stopped
+            run.end("preempted", f"{interrupted} before the first step")
+        raise
+    except BaseException as error:
+        run.end("failed", _reason(error))
+        raise
+
+
+def _reason(error: BaseException) -> str:
+    """Return an error as one line; with its type unless it is a user's error or one of the operating system."""
+    message = str(error).partition("\n")[0]
+    if isinstance(error, ValueError | OSError) and message:
+        return message
+    named = f"{type(error).__name__}: {message}"
+    if isinstance(error, torch.distributed.DistError) or "gloo" in message:
+        return f"another process has ended, or was waited for in vain: {named.partition('. ')[0]}"
+    return named
+
+
+@contextmanager
+def _name_in_errors(run_dir: Path) -> Iterator[None]:
+    """Add the run directory to an OSError without a file name, as a write to an open file raises it."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(run_dir)) from error
+
+
+def _describe_end(training: Training, error: BaseException | None) -> RunEnd:
+    """Return the end of the training for the trackers."""
+    progress = training.learner.progression
+    if error is None:
+        best = ""
+        if progress.best_loss is not None:
+            best = f", best validation loss {progress.best_loss:.4f} at step {progress.best_step}"
+        return RunEnd("finished", 0, f"step {progress.step} of {progress.total_steps}{best}")
+    if isinstance(error, Interrupted):
+        return RunEnd("preempted", error.exit_code, f"{error}: saved at step {progress.step}")
+    return RunEnd("failed", 2 if isinstance(error, TextgenError | OSError) else 1, _reason(error))

@@ -15,16 +15,18 @@ from accelerate import Accelerator
 from torch import nn
 
 from textgen.console import say
+from textgen.data.store import TokenStore
 from textgen.evaluation import perplexity
 from textgen.hardware import peak_flops
 from textgen.tracking.tracker import Tracker
 from textgen.training.optim import learning_rate_at
-from textgen.training.step import Training, steps_per_epoch
+from textgen.training.setup import Training
+from textgen.training.step import Learner
 
 
 @dataclass
 class Meter:
-    """Steps since the last row of metrics, or since the resume, and what became of the time."""
+    """Steps and time since the last row of metrics, or since the start of this process."""
 
     steps: int = 0
     waited: float = 0.0
@@ -37,64 +39,70 @@ class Meter:
 
 
 def log_metrics(training: Training, tracker: Tracker, meter: Meter) -> dict[str, float]:
-    """Write a row of metrics of the steps since the last one, and return it. Collective."""
-    config, progress = training.config, training.progression
+    """Write a row of metrics of the steps since the last one, and return it. Collective.
+
+    Also adds the row's nats and tokens to those of the epoch, and sets the sums since the last row to zero.
+    """
+    learner = training.learner
+    config, progress = learner.config, learner.progression
     step_tokens = config.batch_size * config.seq_len
-    total = float(training.accelerator.reduce(training.nats, "sum"))
-    tokens, norm = progress.unlogged_steps * step_tokens, training.recent[-1].norm
+    total = float(learner.accelerator.reduce(training.nats, "sum"))
+    tokens, norm = progress.unlogged_steps * step_tokens, learner.recent[-1].norm
     progress.epoch_nats, progress.epoch_tokens = progress.epoch_nats + total, progress.epoch_tokens + tokens
     training.nats.zero_()
     progress.unlogged_steps = 0
-    loss, bits = total / tokens, bits_per_nat(training)
+    loss, bits = total / tokens, bits_per_nat(training.store)
     values: dict[str, float] = {
         "tokens": progress.step * step_tokens,
-        "epoch": progress.step / steps_per_epoch(config, training.store),
+        "epoch": progress.step / training.loader.per_epoch,
         "train/loss": loss,
         "train/perplexity": perplexity(loss),
         **({"train/bits_per_byte": loss * bits} if bits else {}),
         "train/learning_rate": learning_rate_at(progress.step - 1, progress.total_steps, config),
         "train/gradient_norm": float(norm) if norm is not None else math.nan,
         **({"train/skipped_steps": progress.skipped_steps} if progress.skipped_steps else {}),
-        **measure_speed(training, meter),
-        **measure_machines(training.accelerator),
+        **measure_speed(learner, meter),
+        **measure_machines(learner.accelerator),
     }
-    values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON knows no others
+    values = {name: value for name, value in values.items() if math.isfinite(value)}  # JSON has no nan or infinity
     tracker.log(progress.step, values)
     return values
 
 
-def measure_speed(training: Training, meter: Meter) -> dict[str, float]:
-    """Return tokens and operations per second of the steps, and the shares of all time that went elsewhere."""
-    config, accelerator = training.config, training.accelerator
-    everything = time.perf_counter() - meter.started
-    tokens = meter.steps * config.batch_size * config.seq_len
-    tokens_per_second = tokens / (everything - meter.evaluated - meter.paused)
-    flops = tokens_per_second * flops_per_token(training.unwrapped_model)
+def measure_speed(learner: Learner, meter: Meter) -> dict[str, float]:
+    """Return tokens and operations per second of the steps, and the shares of the time that went elsewhere.
+
+    Evaluations and checkpoints do not count as time of the steps; waiting for data does.
+    """
+    config, accelerator = learner.config, learner.accelerator
+    seconds = time.perf_counter() - meter.started
+    tokens_per_second = meter.steps * config.batch_size * config.seq_len / (seconds - meter.evaluated - meter.paused)
+    flops = tokens_per_second * flops_per_token(learner.unwrapped_model)
     peak = peak_flops(accelerator.device, half=accelerator.mixed_precision != "no")
     return {
         "train/tokens_per_second": tokens_per_second,
         "train/tokens_per_second_per_process": tokens_per_second / accelerator.num_processes,
         "train/flops_per_second": flops,
         **({"train/flops_share": flops / peak / accelerator.num_processes} if peak else {}),
-        "train/data_share": meter.waited / everything,
-        "train/evaluate_share": meter.evaluated / everything,
-        "train/save_share": meter.paused / everything,
+        "train/data_share": meter.waited / seconds,
+        "train/evaluate_share": meter.evaluated / seconds,
+        "train/save_share": meter.paused / seconds,
         **({"checkpoint/pause_seconds": meter.paused} if meter.paused else {}),
     }
 
 
-def bits_per_nat(training: Training) -> float | None:
-    """Return what turns nats per token into bits per byte; a tokenizer that loses text has none."""
-    store = training.store
+def bits_per_nat(store: TokenStore) -> float | None:
+    """Return the factor from nats per token to bits per byte; None if the tokenizer loses text."""
     return 1 / math.log(2) / store.bytes_per_token("train") if store.tokenizer.is_lossless else None
 
 
-def say_epoch(training: Training, per_epoch: int) -> None:
-    """Print the average loss of an epoch, or of what there is of the last one."""
-    progress, bits = training.progression, bits_per_nat(training)
+def say_epoch(training: Training) -> None:
+    """Print the average loss of an epoch; of the last one, its steps so far."""
+    progress, per_epoch = training.learner.progression, training.loader.per_epoch
+    bits = bits_per_nat(training.store)
     average = progress.epoch_nats / progress.epoch_tokens
     say(
-        training.accelerator,
+        training.learner.accelerator,
         f"Epoch [{math.ceil(progress.step / per_epoch)}/{math.ceil(progress.total_steps / per_epoch)}], "
         f"Avg Loss: {average:.4f}" + (f" ({average * bits:.4f} bits per byte)" if bits else ""),
     )
@@ -103,11 +111,11 @@ def say_epoch(training: Training, per_epoch: int) -> None:
 def flops_per_token(model: nn.Module) -> int:
     """Return the floating-point operations of matrix products for a token of training.
 
-    A product with a matrix of n weights takes 2n operations for a token forward, and as many again for each of the two
+    A product with a matrix of n weights takes 2n operations per token in the forward pass, and 2n for each of the two
     gradients: 6n. The matrices are those of the LSTM layers, 4 x hidden_size x (input_size + hidden_size) each, of the
-    projection and of the output layer, tied or not; an embedding is looked up. What goes element by element (gates,
-    softmax, dropout, the optimizer) is left out, as in the figures that others give of their models (Kaplan et al.
-    2020, section 2.1; Chowdhery et al. 2022, appendix B).
+    projection and of the output layer, tied or not; an embedding is a look-up. Element-wise work (gates, softmax,
+    dropout, the optimizer) is not counted, as in figures of other models (Kaplan et al. 2020, section 2.1; Chowdhery et
+    al. 2022, appendix B).
     """
     matrices = [
         parameter
@@ -119,7 +127,7 @@ def flops_per_token(model: nn.Module) -> int:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes that this process has held so far: of a GPU's memory as torch allots it, else resident."""
+    """Return the peak memory of this process in bytes: on a GPU the memory that torch allocated, else resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:  # getrusage's figure on Linux is at least what the process held that started this one
@@ -131,7 +139,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 def measure_machines(accelerator: Accelerator) -> dict[str, float]:
-    """Return the largest process's memory, and how busy and how full each machine is. Collective.
+    """Return the memory of the largest process, and the load of each machine. Collective.
 
     Returns:
         `memory/peak_gib`, and for each machine N `machine/N/cpu_share` since the last call and
@@ -141,7 +149,7 @@ def measure_machines(accelerator: Accelerator) -> dict[str, float]:
     busy, full = psutil.cpu_percent() / 100, psutil.virtual_memory().percent / 100
     own = torch.tensor([[machine, peak_memory(accelerator.device) / 2**30, busy, full]], device=accelerator.device)
     values: dict[str, float] = {}
-    for number, gib, cpu, memory in accelerator.gather(own).tolist():  # of a machine, its last process's word counts
+    for number, gib, cpu, memory in accelerator.gather(own).tolist():  # the last process of a machine overwrites
         values["memory/peak_gib"] = max(gib, values.get("memory/peak_gib", 0.0))
         values[f"machine/{number:.0f}/cpu_share"] = cpu
         values[f"machine/{number:.0f}/memory_share"] = memory

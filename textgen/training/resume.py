@@ -1,4 +1,4 @@
-"""The training state as a checkpoint, and back: on any number of processes."""
+"""Saving the training state in a checkpoint, and resuming from it on any number of processes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import shutil
 import time
 import typing
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +37,36 @@ from textgen.runs.checkpoint import (
 from textgen.runs.tensors import check_tensors, read_tensors
 from textgen.settings import COMMAND_SETTINGS, flatten
 from textgen.tokenizer import MODEL_NAME
-from textgen.training.budget import fit_steps
-from textgen.training.step import Progression, Training, zero_lanes
+from textgen.training.setup import Training
+from textgen.training.step import Learner, Progression, zero_lanes
 
 log = logging.getLogger("textgen")
 
-# About what a checkpoint takes beside its tensors and the tokenizer: JSON, headers.
+# Approximate size of a checkpoint's files other than tensors and tokenizer: JSON, headers.
 SMALL_FILES_BYTES = 64 << 10
 
-# Settings that may differ between a checkpoint and its resumption: they change what is told or kept, not what is
-# learnt. Data and tokenizer are compared by content (`compare_settings`).
+# Settings that may differ between a checkpoint and its resumption: they change what is logged or kept, but not the
+# weights. `compare_settings` compares data and tokenizer by content.
 HARMLESS = {
     "log_every", "keep_last", "save_every", "sample_prompts", "sample_temperatures", "sample_tokens", "tracking",
     "evaluate_every", "evaluate_documents", "gradient_accumulation_steps", "distributed_timeout", "stop_signal",
     "deterministic", "cuda_graph",
 }  # fmt: skip
-# A tensor file's dtypes where they are not float32 alone: LSTM states are of what the LSTM computes in.
+# Dtypes of tensor files that may hold others than float32: an LSTM state has the dtype in which the LSTM computes.
 DTYPES_OF = {"lanes": ("F32", "F16", "BF16")}
 
 
+@dataclass(frozen=True)
+class ResumePoint:
+    """A verified checkpoint to resume from, and the content of its trainer.json."""
+
+    directory: Path
+    trainer: dict[str, Any]
+    progression: Progression
+
+
 def state_shapes(model: LSTMLanguageModel, *, batch_size: int, averaged: bool) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Return the shapes of all tensors of a checkpoint, by file name without ending and by tensor name."""
+    """Return the shapes of all tensors of a checkpoint, by file name without suffix and by tensor name."""
     lanes = (model.config.num_layers, batch_size, model.config.hidden_size)
     moments = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     shapes: dict[str, dict[str, tuple[int, ...]]] = {
@@ -73,127 +82,143 @@ def state_shapes(model: LSTMLanguageModel, *, batch_size: int, averaged: bool) -
 
 
 def checkpoint_bytes(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> int:
-    """Return about how much disk a checkpoint of such tensors takes, without the tokenizer."""
+    """Return the approximate bytes of a checkpoint on disk, without the tokenizer."""
     return 4 * sum(math.prod(shape) for group in shapes.values() for shape in group.values()) + SMALL_FILES_BYTES
 
 
 def checkpoints_at_a_time(config: TrainConfig, *, total_steps: int, per_epoch: int) -> int:
-    """Return how many checkpoints a training has on disk at most: those kept, the best, and one being written."""
+    """Return the largest number of checkpoints on disk: those kept, the best, and one being written."""
     every = config.evaluate_every or per_epoch
     return min(config.keep_last + 2, math.ceil(total_steps / min(every, config.save_every or every)))
 
 
 def save(training: Training) -> float:
-    """Have a checkpoint of this step written; return the seconds that the main process paused for it. Collective.
+    """Start writing a checkpoint of this step. Collective.
 
-    LSTM states and sums of nats are gathered; the main process copies the state and writes it in the background.
+    LSTM states and sums of nats are gathered from all processes. The main process copies the state and writes it in the
+    background.
+
+    Returns:
+        Seconds that the main process paused the training; 0 on the others.
 
     Raises:
-        OSError: an earlier one could not be written.
+        OSError: an earlier checkpoint could not be written.
         TextgenError: the weights are not finite.
     """
     started = time.perf_counter()
-    accelerator, progress = training.accelerator, training.progression
-    if not torch.nn.utils.get_total_norm(training.unwrapped_model.parameters()).isfinite():
+    learner = training.learner
+    accelerator, progress = learner.accelerator, learner.progression
+    if not torch.nn.utils.get_total_norm(learner.unwrapped_model.parameters()).isfinite():
         raise TextgenError(f"the weights turned to nan or infinity by step {progress.step}; they are not saved")
-    lanes = gather_lanes(accelerator, training.lane_states)
+    lanes = gather_lanes(accelerator, learner.lane_states)
     progress.unlogged_nats = float(accelerator.reduce(training.nats, "sum"))
     if training.saver is None:
         return 0.0
-    model = training.eval_model
     tensors = {
-        "model": model.state_tensors(),
-        "optimizer": optimizer_tensors(training.unwrapped_model, training.optimizer),
+        "model": learner.eval_model.state_tensors(),
+        "optimizer": optimizer_tensors(learner.unwrapped_model, learner.optimizer),
         "lanes": lanes,
     }
-    if training.average is not None:
-        tensors["weights"] = training.unwrapped_model.state_tensors()
-    trainer = {
-        "progression": asdict(progress),
-        "config": asdict(training.config),
-        "mixed_precision": accelerator.mixed_precision,
-        "data": training.store.training_key,
-        "tokenizer": training.store.tokenizer.sha256,
-        "processes": accelerator.num_processes,
-        "scaler": accelerator.scaler.state_dict() if accelerator.scaler else None,
-        "wandb_id": training.wandb_id,
-        "origin": training.origin,
-    }
-    files = model_files(model) | {
+    if learner.average is not None:  # then `model` holds the averaged weights
+        tensors["weights"] = learner.unwrapped_model.state_tensors()
+    files = model_files(learner.eval_model) | {
         MODEL_NAME: training.store.tokenizer.model_proto,
-        TRAINER_NAME: json.dumps(trainer, indent=2).encode() + b"\n",
+        TRAINER_NAME: json.dumps(_describe(training), indent=2).encode() + b"\n",
     }
     return training.saver.save(progress.step, tensors, files, best_step=progress.best_step, since=started)
 
 
-def resume(training: Training) -> bool:
-    """Load the checkpoint that `resume` names, if any; return whether there was one. Collective.
+def _describe(training: Training) -> dict[str, Any]:
+    """Return the content of trainer.json: the training state that is not a tensor, and the settings."""
+    learner = training.learner
+    scaler = learner.accelerator.scaler
+    return {
+        "progression": asdict(learner.progression),
+        "config": asdict(learner.config),
+        "mixed_precision": learner.accelerator.mixed_precision,
+        "data": training.store.training_key,
+        "tokenizer": training.store.tokenizer.sha256,
+        "processes": learner.accelerator.num_processes,
+        "scaler": scaler.state_dict() if scaler else None,
+        "wandb_id": training.wandb_id,
+        "origin": training.origin,
+    }
+
+
+def find_resume_point(training: Training) -> ResumePoint | None:
+    """Return the checkpoint that `resume` names, verified; None to start from step 0. Collective.
 
     Raises:
-        CheckpointError: it cannot be used, settings that change the result differ, or the run holds newer ones.
+        CheckpointError: the checkpoint cannot be used, a setting that changes the result differs from the checkpoint's,
+            or the run has newer checkpoints.
     """
-    config, accelerator = training.config, training.accelerator
     directory = choose(training)
-    launch.assert_same(accelerator, directory, "the checkpoint to resume from")
+    launch.assert_same(training.learner.accelerator, directory, "the checkpoint to resume from")
     if directory is None:
-        return False
+        return None
     manifest = verify(directory)
-    trainer, saved = read_trainer(directory, manifest)
+    trainer, progression = read_trainer(directory, manifest)
     compare_settings(training, trainer, directory)
-    if directory.resolve().parent == checkpoint_path(Path(config.run_dir), 0).resolve().parent:
-        training.wandb_id, training.origin = trainer["wandb_id"], trainer["origin"]
-    else:  # a branch: what it did before belongs to the other run
-        training.origin = str(directory.resolve())
-        saved.best_loss = saved.best_step = None
-    if trainer["config"].get("evaluate_documents") != config.evaluate_documents:
-        saved.best_loss = saved.best_step = None  # it would be compared with unlike measures
-    total = training.progression.total_steps
-    if config.max_minutes is not None:
-        same = trainer["config"].get("max_minutes") == config.max_minutes
-        total = min(total, saved.total_steps if same else fit_steps(training))
-    if total != saved.total_steps:
-        saved.total_steps, saved.finished = total, saved.step >= total
-    training.progression = saved
-    load_training(training, trainer, directory)
-    training.nats.fill_(saved.unlogged_nats if accelerator.is_main_process else 0.0)
-    return True
+    return ResumePoint(directory, trainer, progression)
 
 
-def load_training(training: Training, trainer: dict[str, Any], directory: Path) -> None:
+def load_training(training: Training, point: ResumePoint) -> None:
+    """Set the whole training state from a checkpoint, but not the number of steps to take.
+
+    Raises:
+        CheckpointError: the checkpoint has other tensors than this training.
+    """
+    learner = training.learner
+    config, progress = learner.config, replace(point.progression)
+    if point.directory.resolve().parent == checkpoint_path(Path(config.run_dir), 0).resolve().parent:
+        training.wandb_id, training.origin = point.trainer["wandb_id"], point.trainer["origin"]
+    else:  # a checkpoint of another run, whose tracker and best checkpoint stay its own
+        training.origin = str(point.directory.resolve())
+        progress.best_loss = progress.best_step = None
+    if point.trainer["config"].get("evaluate_documents") != config.evaluate_documents:
+        progress.best_loss = progress.best_step = None  # losses of other documents cannot be compared
+    learner.progression = progress
+    load_tensors(learner, point)
+    # The sum over all processes was saved. One process continues it.
+    training.nats.fill_(progress.unlogged_nats if learner.accelerator.is_main_process else 0.0)
+
+
+def load_tensors(learner: Learner, point: ResumePoint) -> None:
     """Set weights, averages, optimizer, LSTM states and GradScaler from a verified checkpoint.
 
     Raises:
-        CheckpointError: it holds other tensors than this training.
+        CheckpointError: the checkpoint has other tensors than this training.
     """
-    config, accelerator = training.config, training.accelerator
-    shapes = state_shapes(training.unwrapped_model, batch_size=config.batch_size, averaged=training.average is not None)
-    averaged = trainer["config"].get("ema_decay") is not None  # then model.safetensors holds the average
+    config, accelerator, directory = learner.config, learner.accelerator, point.directory
+    saved = point.trainer["config"]
+    shapes = state_shapes(learner.unwrapped_model, batch_size=config.batch_size, averaged=learner.average is not None)
+    averaged = saved.get("ema_decay") is not None  # then model.safetensors holds the average
     weights = directory / ("weights.safetensors" if averaged else "model.safetensors")
-    training.unwrapped_model.load_state_dict(read_tensors(weights, shapes["model"]), strict=False)
-    if training.average is not None:
+    learner.unwrapped_model.load_state_dict(read_tensors(weights, shapes["model"]), strict=False)
+    if learner.average is not None:
         average = read_tensors(directory / "model.safetensors", shapes["model"])
-        training.average.load_state_dict(average, strict=False)
+        learner.average.load_state_dict(average, strict=False)
     optimizer = read_tensors(directory / "optimizer.safetensors", shapes["optimizer"])
-    load_optimizer(training.unwrapped_model, training.optimizer, optimizer)
-    if trainer["config"].get("batch_size") == config.batch_size:
+    load_optimizer(learner.unwrapped_model, learner.optimizer, optimizer)
+    if saved.get("batch_size") == config.batch_size:
         lanes = read_tensors(directory / "lanes.safetensors", shapes["lanes"], dtypes=DTYPES_OF["lanes"])
         state = lanes["hidden"], lanes["cell"]
-        training.lane_states = own_lanes(accelerator, state, config.gradient_accumulation_steps)
-    else:  # `resume_override`
-        training.lane_states = zero_lanes(training)
-    if accelerator.scaler and trainer.get("scaler"):
+        learner.lane_states = own_lanes(accelerator, state, config.gradient_accumulation_steps)
+    else:  # only with `resume_override`: the lanes are other stretches of text
+        learner.lane_states = zero_lanes(learner)
+    if accelerator.scaler and point.trainer.get("scaler"):
         try:
-            accelerator.scaler.load_state_dict(trainer["scaler"])
+            accelerator.scaler.load_state_dict(point.trainer["scaler"])
         except (KeyError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"`{directory / TRAINER_NAME}`: `scaler` is not one: {error}") from error
 
 
 def choose(training: Training) -> Path | None:
-    """Return the checkpoint that `resume` names; None to start anew. The main process puts invalid ones out of the way.
+    """Return the checkpoint that `resume` names; None to start from step 0. Collective.
 
-    Collective: the others look once it has done so.
+    The main process renames invalid checkpoints first. The other processes look after that.
     """
-    config, main = training.config, training.accelerator.is_main_process
+    config, main = training.learner.config, training.learner.accelerator.is_main_process
     run_dir = Path(config.run_dir)
     if config.resume == "never":
         if checkpoints(run_dir):
@@ -202,47 +227,58 @@ def choose(training: Training) -> Path | None:
                 "remove it or name another `--run_dir`"
             )
         return None
-    if config.resume != "auto":
-        directory = find_checkpoint(config.resume)
-        if directory is None:
-            raise CheckpointError(f"`{config.resume}` is no checkpoint, and no run that has one")
-        newest, path = next(iter(checkpoints(run_dir)), (0, None))
-        if path is None or newest <= verify(directory, []).step:
-            return directory
-        if read_json(path / TRAINER_NAME).get("origin") != str(directory.resolve()):
-            raise CheckpointError(
-                f"`{config.run_dir}` holds checkpoints up to step {newest}, newer than `{directory}`: "
-                "remove them or name another `--run_dir`"
-            )
-        log.info("`%s` began with `%s`, and goes on from its own checkpoints", run_dir, directory)
-    chosen = None
-    if main:
-        remove_leftovers(run_dir)
-        chosen, problems = newest_valid(run_dir)
-        if problems and chosen is None:
-            raise CheckpointError(
-                f"no checkpoint of `{run_dir}` is valid: {'; '.join(map(str, problems))}; "
-                "remove them to start anew, or name another `--run_dir`"
-            )
-        if problems:
-            log.warning(
-                "INVALID CHECKPOINTS: %s; set aside as `*.invalid`, going on from `%s`",
-                "; ".join(map(str, problems)), chosen,
-            )  # fmt: skip
-            for _, path in checkpoints(run_dir)[: len(problems)]:
-                invalid = path.with_name(f"{path.name}.invalid")
-                shutil.rmtree(invalid, ignore_errors=True)  # of an earlier damage to this step
-                path.rename(invalid)
-    training.accelerator.wait_for_everyone()
+    if config.resume != "auto" and (directory := _choose_named(config.resume, run_dir)) is not None:
+        return directory
+    chosen = _newest_after_cleaning(run_dir) if main else None
+    training.learner.accelerator.wait_for_everyone()
     return chosen if main else next((path for _, path in checkpoints(run_dir)), None)
 
 
+def _choose_named(name: str, run_dir: Path) -> Path | None:
+    """Return the checkpoint of that name; None if the run started from it and has newer ones."""
+    directory = find_checkpoint(name)
+    if directory is None:
+        raise CheckpointError(f"`{name}` is no checkpoint, and no run that has one")
+    newest, path = next(iter(checkpoints(run_dir)), (0, None))
+    if path is None or newest <= verify(directory, []).step:
+        return directory
+    if read_json(path / TRAINER_NAME).get("origin") != str(directory.resolve()):
+        raise CheckpointError(
+            f"`{run_dir}` holds checkpoints up to step {newest}, newer than `{directory}`: "
+            "remove them or name another `--run_dir`"
+        )
+    log.info("`%s` began with `%s`, and goes on from its own checkpoints", run_dir, directory)
+    return None
+
+
+def _newest_after_cleaning(run_dir: Path) -> Path | None:
+    """Remove leftovers, rename invalid checkpoints to `*.invalid`, and return the newest valid one."""
+    remove_leftovers(run_dir)
+    chosen, problems = newest_valid(run_dir)
+    if problems and chosen is None:
+        raise CheckpointError(
+            f"no checkpoint of `{run_dir}` is valid: {'; '.join(map(str, problems))}; "
+            "remove them to start from step 0, or name another `--run_dir`"
+        )
+    if problems:
+        log.warning(
+            "INVALID CHECKPOINTS: %s; set aside as `*.invalid`, going on from `%s`",
+            "; ".join(map(str, problems)),
+            chosen,
+        )
+        for _, path in checkpoints(run_dir)[: len(problems)]:
+            invalid = path.with_name(f"{path.name}.invalid")
+            shutil.rmtree(invalid, ignore_errors=True)  # of an earlier damage to the same step
+            path.rename(invalid)
+    return chosen
+
+
 def read_trainer(directory: Path, manifest: Manifest) -> tuple[dict[str, Any], Progression]:
-    """Return what trainer.json says, and the training's progression in it, having held them against the manifest.
+    """Return the content of trainer.json and the progression in it, compared with the manifest.
 
     Raises:
-        CheckpointError: it is of another version or step, or the manifest lacks a file that it tells of: `verify` would
-            not have looked at that one.
+        CheckpointError: trainer.json is of another version or step, or the manifest lacks a file of the checkpoint.
+            `verify` does not check a file that the manifest lacks.
     """
     path = directory / TRAINER_NAME
     trainer = read_json(path)
@@ -267,7 +303,7 @@ def read_trainer(directory: Path, manifest: Manifest) -> tuple[dict[str, Any], P
 def _read_progression(values: object, path: Path) -> Progression:
     kinds = typing.get_type_hints(Progression)
     if not isinstance(values, dict) or values.keys() != kinds.keys():
-        raise CheckpointError(f"`{path}` is of another version of textgen: it tells other numbers")
+        raise CheckpointError(f"`{path}` is of another version of textgen: it has other numbers")
     for name, value in values.items():
         allowed = typing.get_args(kinds[name]) or (kinds[name],)
         if type(value) not in allowed or (value is not None and not -1 < value < 1 << 63):
@@ -275,22 +311,29 @@ def _read_progression(values: object, path: Path) -> Progression:
     return Progression(**values)
 
 
+def _flat(config: TrainConfig) -> dict[str, Any]:
+    """Return settings by dotted name, with the values that JSON gives back: lists for tuples."""
+    return flatten(json.loads(json.dumps(asdict(config))))
+
+
 def compare_settings(training: Training, trainer: dict[str, Any], directory: Path) -> None:
-    """Raise CheckpointError where a setting that changes the result is not the checkpoint's; note the other ones."""
-    config = training.config
-    defaults = flatten(json.loads(json.dumps(asdict(TrainConfig()))))  # of settings younger than the checkpoint
-    saved, current = defaults | flatten(trainer["config"]), flatten(json.loads(json.dumps(asdict(config))))
-    saved["mixed_precision"], current["mixed_precision"] = (
-        trainer["mixed_precision"],
-        training.accelerator.mixed_precision,
-    )
+    """Log the settings that differ from the checkpoint's.
+
+    Raises:
+        CheckpointError: one of them changes the result.
+    """
+    config = training.learner.config
+    # defaults are for settings that the checkpoint's version did not have
+    saved, current = _flat(TrainConfig()) | flatten(trainer["config"]), _flat(config)
+    saved["mixed_precision"] = trainer["mixed_precision"]
+    current["mixed_precision"] = training.learner.accelerator.mixed_precision
     harmless = HARMLESS
     if config.early_stopping_patience is not None:
-        harmless = harmless - {"evaluate_every", "evaluate_documents"}  # they decide when to stop
+        harmless = harmless - {"evaluate_every", "evaluate_documents"}  # they decide when the training stops
     if config.lr_schedule == "constant":
         harmless = harmless | {"max_steps", "max_epochs", "max_minutes"}  # no step depends on how many there will be
     if trainer["data"] == training.store.training_key:
-        harmless = harmless | {"data", "tokenizer"}  # however they were asked for, the tokens are the same
+        harmless = harmless | {"data", "tokenizer"}  # the tokens are the same
     elif all(current[name] == saved[name] for name in current if name.startswith(("data.", "tokenizer."))):
         saved["training text"], current["training text"] = trainer["data"], training.store.training_key
     for name in current:
@@ -299,16 +342,16 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
         message = f"`{name}` is {current[name]}, `{directory}` was made with {saved[name]}"
         if name.split(".")[0] not in harmless and not config.resume_override:
             raise CheckpointError(
-                f"{message}: `--resume_override` goes on all the same, another `--run_dir` starts anew"
+                f"{message}: `--resume_override` resumes regardless, another `--run_dir` starts a new run"
             )
         log.info("%s", message)
 
 
 def describe_checkpoint(directory: Path) -> dict[str, Any]:
-    """Check every byte and every tensor's shape of a checkpoint and return what it holds, in plain values.
+    """Check every byte and every tensor's shape of a checkpoint, and return its content as plain values.
 
     Raises:
-        CheckpointError: what is wrong.
+        CheckpointError: the checkpoint is damaged.
     """
     manifest = verify(directory)
     trainer, progress = read_trainer(directory, manifest)
@@ -327,11 +370,11 @@ def describe_checkpoint(directory: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# --- tensors of the state, whole and in parts -------------------------------------------------------------------------
+# --- tensors of the state --------------------------------------------------------------------------------------------
 
 
 def gather_lanes(accelerator: Accelerator, lane_states: Sequence[State]) -> dict[str, Tensor]:
-    """Gather the LSTM states of all lanes, from each process's part of each micro-batch. Collective.
+    """Gather the LSTM states of all lanes from all processes. Collective.
 
     Returns:
         `hidden` and `cell`, (num_layers, batch_size, hidden_size) in the order of global lanes.
@@ -339,14 +382,14 @@ def gather_lanes(accelerator: Accelerator, lane_states: Sequence[State]) -> dict
     gathered: dict[str, list[Tensor]] = {"hidden": [], "cell": []}
     for hidden, cell in lane_states:
         for name, value in (("hidden", hidden), ("cell", cell)):
-            # Accelerate gathers along the first dimension, in the order of processes: that of the lanes
+            # Accelerate gathers along the first dimension, in the order of processes, which is that of the lanes.
             everyone = accelerator.gather(value.transpose(0, 1).contiguous())
             gathered[name].append(everyone.transpose(0, 1))
     return {name: torch.cat(parts, 1) for name, parts in gathered.items()}
 
 
 def own_lanes(accelerator: Accelerator, state: State, micro_batches: int) -> list[State]:
-    """Return this process's part of the states of all lanes, per micro-batch: what `gather_lanes` was given."""
+    """Return this process's part of the states of all lanes, per micro-batch: the inverse of `gather_lanes`."""
     parts = []
     for i in range(micro_batches):
         hidden, cell = (
@@ -366,7 +409,7 @@ def optimizer_tensors(model: LSTMLanguageModel, optimizer: torch.optim.Optimizer
 
 
 def load_optimizer(model: LSTMLanguageModel, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Set the optimizer's state from what `optimizer_tensors` returned for a model of these parameters."""
+    """Set the optimizer's state from tensors as `optimizer_tensors` returns them, for the same parameters."""
     slots: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         slot, _, name = key.partition(".")

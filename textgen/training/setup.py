@@ -1,8 +1,9 @@
-"""Set-up of a training: model, optimizer, DDP, CUDA graph."""
+"""Building a training: model, optimizer, DDP, CUDA graph."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -19,53 +20,92 @@ from textgen.distributed.signals import StopSignals
 from textgen.errors import TextgenError
 from textgen.kernels.capture import CudaCapture, Replay
 from textgen.model.lstm import LSTMLanguageModel, State
+from textgen.runs.checkpoint import Saver
 from textgen.training.cuda_graph import Capture, StepGraph
 from textgen.training.optim import build_optimizer
-from textgen.training.step import Progression, StepLoader, Training, steps_per_epoch
+from textgen.training.step import Learner, Progression, StepLoader, steps_per_epoch
+
+
+@dataclass(kw_only=True)
+class Training:
+    """A learner with its data, and the parts of a run that no step needs."""
+
+    learner: Learner
+    store: TokenStore
+    loader: StepLoader
+    stop: StopSignals
+    nats: Tensor
+    """float64 scalar: of this process, since the last row of metrics. Sums of float32 values are exact in it, so a row
+    does not depend on the order of summation or on a resume"""
+    saver: Saver | None = None
+    """of the main process"""
+    wandb_id: str | None = None
+    origin: str | None = None
+    """checkpoint of another run that this one started from"""
 
 
 def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop: StopSignals) -> Training:
-    """Build model, optimizer and the counting of steps."""
-    set_seed(config.seed)
-    text = {"tokenizer_sha256": store.tokenizer.sha256, "normalization": store.record["normalization"]}
-    counts = store.unigram_counts
-    unwrapped_model = LSTMLanguageModel(config.model, len(counts), unigram_counts=counts, text=text)
-    optimizer = build_optimizer(unwrapped_model, config)
-    assert_precision(unwrapped_model, accelerator)
-    model, prepared = accelerator.prepare(unwrapped_model, optimizer)
-    average = None
-    if config.ema_decay is not None:
-        average = LSTMLanguageModel(config.model, len(counts), text=text).to(accelerator.device).requires_grad_(False)
-        average.load_state_dict(unwrapped_model.state_dict())
+    """Build model, optimizer and loader. Collective.
+
+    Raises:
+        TextgenError: the training text is too short for one step, or lacks a split that a setting needs.
+    """
     if config.early_stopping_patience is not None and "validation" not in store.record["splits"]:
         raise TextgenError("`early_stopping_patience` needs a validation split, and the data has none")
     total = config.max_epochs * steps_per_epoch(config, store)
-    device = accelerator.device
-    if isinstance(model, DistributedDataParallel):
-        if config.gradient_compression == "bf16":
-            # torch's hook, which Accelerate would register too. Behind a lambda, since DDP knows it by its name and
-            # then wants NCCL; gloo adds up bfloat16 as well.
-            model.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
-        settle_buckets(accelerator, unwrapped_model, model)
+    set_seed(config.seed)
+    text = {"tokenizer_sha256": store.tokenizer.sha256, "normalization": store.record["normalization"]}
+    counts = store.unigram_counts
+    model = LSTMLanguageModel(config.model, len(counts), unigram_counts=counts, text=text)
     return Training(
-        config=config,
-        accelerator=accelerator,
+        learner=build_learner(config, accelerator, model, total_steps=min(total, config.max_steps or total)),
         store=store,
         loader=StepLoader(config, accelerator, store.split("train")),
-        unwrapped_model=unwrapped_model,
-        model=model,
-        optimizer=prepared,
-        average=average,
-        progression=Progression(total_steps=min(total, config.max_steps or total)),
         stop=stop,
-        nats=torch.zeros((), dtype=torch.float64, device=device),
-        nonfinite=torch.zeros((), dtype=torch.bool, device=device),
-        graph=StepGraph(capture_on(unwrapped_model.embedding.weight.device, prepared)) if config.cuda_graph else None,
+        nats=torch.zeros((), dtype=torch.float64, device=accelerator.device),
+    )
+
+
+def build_learner(
+    config: TrainConfig, accelerator: Accelerator, model: LSTMLanguageModel, *, total_steps: int
+) -> Learner:
+    """Prepare a model for training: optimizer, precision, exchange of gradients, averaged weights, graph. Collective.
+
+    Args:
+        config: the settings of the training.
+        accelerator: of this process.
+        model: with its initial weights, on any device.
+        total_steps: the learning rate may decay until then.
+    """
+    optimizer = build_optimizer(model, config)
+    assert_precision(model, accelerator)
+    prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    average = None
+    if config.ema_decay is not None:
+        average = LSTMLanguageModel(config.model, model.vocab_size, text=model.text)
+        average.to(accelerator.device).requires_grad_(False)
+        average.load_state_dict(model.state_dict())
+    if isinstance(prepared_model, DistributedDataParallel):
+        if config.gradient_compression == "bf16":
+            # The hook of torch that Accelerate would register. DDP recognises it by its name and then requires NCCL;
+            # gloo can add bfloat16 too, so a lambda hides the name.
+            prepared_model.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+        settle_buckets(accelerator, model, prepared_model)
+    return Learner(
+        config=config,
+        accelerator=accelerator,
+        unwrapped_model=model,
+        model=prepared_model,
+        optimizer=prepared_optimizer,
+        average=average,
+        progression=Progression(total_steps=total_steps),
+        nonfinite=torch.zeros((), dtype=torch.bool, device=accelerator.device),
+        graph=StepGraph(capture_on(model.embedding.weight.device, prepared_optimizer)) if config.cuda_graph else None,
     )
 
 
 def refuse_graph(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Raise TextgenError where `cuda_graph` is asked for and there can be none."""
+    """Raise TextgenError if `cuda_graph` is set and this training cannot use a CUDA graph."""
     if not config.cuda_graph:
         return
     if accelerator.device.type != "cuda":
@@ -80,18 +120,18 @@ def refuse_graph(config: TrainConfig, accelerator: Accelerator) -> None:
 
 
 def capture_on(device: torch.device, optimizer: AcceleratedOptimizer) -> Capture:
-    """Return what makes a CUDA graph of a step."""
-    made: list[CudaCapture] = []  # kept: torch may still ask a capture that failed
+    """Return a function that captures a step in a CUDA graph on a device."""
+    captures: list[CudaCapture] = []  # kept alive: torch may still use a capture that failed
 
     def capture(work: Callable[[], None]) -> Replay:
-        # With a memory pool of its own: torch refuses to go on with one whose graph was dropped while something of it,
-        # such as cuBLAS's workspace, lives on.
-        made.append(CudaCapture(device))
-        torch.cuda.empty_cache()  # the graph takes memory of its own, as much as the steps before it had
+        # Every capture has its own memory pool. torch does not reuse the pool of a dropped graph while a part of it,
+        # for example cuBLAS's workspace, is still in use.
+        captures.append(CudaCapture(device))
+        torch.cuda.empty_cache()  # the graph's pool takes as much memory as the steps before it
         for group in optimizer.param_groups:
-            group["capturable"] = True  # else torch's Adam refuses; and outside of a capture it would warn
+            group["capturable"] = True  # torch's Adam requires it in a capture, and warns about it outside of one
         try:
-            return made[-1].record(work)
+            return captures[-1].record(work)
         except RuntimeError:
             optimizer.zero_grad()  # gradients of a step that was not taken
             raise
@@ -103,11 +143,11 @@ def capture_on(device: torch.device, optimizer: AcceleratedOptimizer) -> Capture
 
 
 def settle_buckets(accelerator: Accelerator, unwrapped_model: LSTMLanguageModel, model: nn.Module) -> None:
-    """Have DDP sum gradients in their final buckets from the first step on. Collective.
+    """Run one backward pass, so that DDP has its final buckets from the first step on. Collective.
 
-    DDP reduces all gradients as one in its first backward pass and in buckets in the order of arrival ever after. Where
-    three processes or more add up, that decides in which order they do: a resumed run's first step would have other
-    last bits than the same step of a run that went on.
+    DDP reduces all gradients as one bucket in its first backward pass. After that it has several buckets, in the order
+    in which gradients arrived. With three or more processes the buckets decide the order of the additions. Without this
+    pass, the first step of a resumed run would differ in the last bits from the same step of an uninterrupted run.
     """
     tokens = torch.zeros((1, 2), dtype=torch.int64, device=accelerator.device)
     nats, _ = model(tokens, unwrapped_model.zero_state(1), tokens)
@@ -116,7 +156,7 @@ def settle_buckets(accelerator: Accelerator, unwrapped_model: LSTMLanguageModel,
 
 
 def assert_precision(model: LSTMLanguageModel, accelerator: Accelerator) -> None:
-    """Raise TextgenError in the first forward pass if the LSTM does not compute in the dtype that was asked for."""
+    """Make the first forward pass raise TextgenError if the LSTM computes in another dtype than `mixed_precision`'s."""
     wanted = LSTM_DTYPES[accelerator.mixed_precision]
 
     def check(_module: nn.Module, _inputs: object, output: tuple[Tensor, State]) -> None:

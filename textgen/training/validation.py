@@ -1,10 +1,10 @@
-"""Validation: score the validation split, sample texts, keep the best checkpoint."""
+"""Validation: score the validation split, write samples, choose the best checkpoint."""
 
 from __future__ import annotations
 
 import logging
 import math
-import time
+from dataclasses import dataclass
 from pathlib import Path
 
 from textgen.config import SamplingConfig
@@ -18,44 +18,77 @@ from textgen.reporting.report import draw_loss_curve
 from textgen.runs.directory import RunDirectory
 from textgen.runs.samples import SampledText, save_samples
 from textgen.tracking.tracker import Tracker
-from textgen.training.metrics import Meter
-from textgen.training.resume import save
-from textgen.training.step import Training
+from textgen.training.setup import Training
+from textgen.training.step import Progression
 
 log = logging.getLogger("textgen")
 
 
-def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory, bar: Progress, meter: Meter) -> None:
-    """Score the validation split, sample, write a checkpoint; mark the training finished where it is. Collective.
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """The result of an evaluation, before it changes anything of the training."""
+
+    score: Score | None
+    """to report; None without a validation split"""
+    is_better: bool
+    compared_loss: float | None
+    """nats per token of `evaluate_documents` documents, which the best checkpoint is chosen by"""
+    evaluations_without_better: int
+    stop_early: bool
+    samples: list[SampledText]
+    """on the main process"""
+
+
+def validate(training: Training) -> Validation:
+    """Score the validation split and write samples. Collective.
 
     Raises:
-        Interrupted: a signal came before score and samples were done; the evaluation will be made anew.
+        Interrupted: a signal came before score and samples were done. A resumed run repeats the evaluation.
+        TextgenError: the score is nan or infinite.
     """
-    config, accelerator, progress = training.config, training.accelerator, training.progression
-    best_loss, best_step, without_better = (
-        progress.best_loss,
-        progress.best_step,
-        progress.evaluations_without_better + 1,
-    )
-    patience, last = config.early_stopping_patience, progress.step == progress.total_steps
-    stop_early, started = False, time.perf_counter()
-    score = evaluate(training, config.evaluate_documents)
-    if score is not None:
-        if best_loss is None or score.nats_per_token < best_loss:
-            best_loss, best_step, without_better = score.nats_per_token, progress.step, 0
-        stop_early = patience is not None and without_better >= patience
-        if (stop_early or last) and config.evaluate_documents is not None:
-            score = evaluate(training, None) or score  # the figure to report; the best one is chosen by like measures
-    if score is not None and not math.isfinite(score.nats):
+    learner = training.learner
+    config, progress = learner.config, learner.progression
+    reported = compared = evaluate(training, config.evaluate_documents)
+    best = progress.best_loss
+    is_better = compared is not None and (best is None or compared.nats_per_token < best)
+    without_better = 0 if is_better else progress.evaluations_without_better + 1
+    patience = config.early_stopping_patience
+    stop_early = compared is not None and patience is not None and without_better >= patience
+    if (stop_early or progress.step == progress.total_steps) and config.evaluate_documents is not None:
+        # The last score is the figure to report, so it is of all documents. The best checkpoint is still chosen by
+        # scores of the same documents.
+        reported = evaluate(training, None)
+    if reported is not None and not math.isfinite(reported.nats):
         raise TextgenError(
-            f"the validation loss turned to {score.nats_per_token} by step {progress.step}; it is not saved"
+            f"the validation loss turned to {reported.nats_per_token} by step {progress.step}; it is not saved"
         )
-    samples = write_samples(training) if accelerator.is_main_process else []
-    bar.sample("".join(samples[0][1:]) if samples else "")
-    launch.raise_if_stopped(accelerator, training.stop)
-    progress.best_loss, progress.best_step, progress.evaluations_without_better = best_loss, best_step, without_better
-    progress.evaluated_step, progress.finished = progress.step, stop_early or last
-    values: dict[str, float] = {"tokens": progress.step * config.batch_size * config.seq_len}
+    samples = write_samples(training) if learner.accelerator.is_main_process else []
+    launch.raise_if_stopped(learner.accelerator, training.stop)
+    return Validation(
+        score=reported,
+        is_better=is_better,
+        compared_loss=None if compared is None else compared.nats_per_token,
+        evaluations_without_better=without_better,
+        stop_early=stop_early,
+        samples=samples,
+    )
+
+
+def update_best(progress: Progression, validation: Validation) -> None:
+    """Note the evaluation in the progression: the best loss so far, and whether the training is finished."""
+    if validation.is_better:
+        progress.best_loss, progress.best_step = validation.compared_loss, progress.step
+    progress.evaluations_without_better = validation.evaluations_without_better
+    progress.evaluated_step = progress.step
+    progress.finished = validation.stop_early or progress.step == progress.total_steps
+
+
+def log_validation(training: Training, validation: Validation, tracker: Tracker, bar: Progress) -> None:
+    """Print the score, and write a row of metrics with the samples."""
+    learner, score, samples = training.learner, validation.score, validation.samples
+    config, step = learner.config, learner.progression.step
+    bar.sample(samples[0].prompt + samples[0].text if samples else "")
+    values: dict[str, float] = {"tokens": step * config.batch_size * config.seq_len}
     if score is not None:
         lossless = training.store.tokenizer.is_lossless
         values |= {"valid/loss": score.nats_per_token}
@@ -63,53 +96,67 @@ def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory, b
         values |= {"valid/bits_per_byte": score.bits_per_byte} if lossless else {}
         bar.show(values)
         say(
-            accelerator,
-            f"step {progress.step}: valid loss {score.nats_per_token:.4f}"
+            learner.accelerator,
+            f"step {step}: valid loss {score.nats_per_token:.4f}"
             + (f", {score.bits_per_byte:.4f} bits per byte" if lossless else "")
             + f" ({score.documents} documents, {score.seconds:.0f} s)",
         )
-    if values.keys() - {"tokens"} or samples:
-        tracker.log(progress.step, values, samples)
-    if stop_early:
-        say(accelerator, f"stopping early: no better validation loss in {patience} evaluations")
-    pause = save(training)
-    meter.paused += pause
-    if accelerator.is_main_process:
-        try:
-            draw_loss_curve({"": run.path}, run.path / "loss.png")
-        except Exception as error:  # a picture is no reason to end a training
-            log.warning("no loss.png: %s", error)
-    meter.evaluated += time.perf_counter() - started - pause
+    if score is not None or samples:
+        tracker.log(step, values, samples)
+    if validation.stop_early:
+        say(
+            learner.accelerator,
+            f"stopping early: no better validation loss in {config.early_stopping_patience} evaluations",
+        )
+
+
+def draw_curve(run: RunDirectory) -> None:
+    """Draw loss.png; log an error and continue, since a picture must not end a training."""
+    try:
+        draw_loss_curve({"": run.path}, run.path / "loss.png")
+    except Exception as error:
+        log.warning("no loss.png: %s", error)
 
 
 def evaluate(training: Training, limit: int | None) -> Score | None:
-    """Score the validation split, if there is one. Collective.
+    """Score the validation split; return None if there is none. Collective.
+
+    Args:
+        training: its averaged weights are scored, if there are any.
+        limit: documents to score, evenly spaced; None for all.
 
     Raises:
-        Interrupted: a signal came; no figure is made.
+        Interrupted: a signal came; there is no score.
     """
-    if "validation" not in training.store.record["splits"]:
+    learner, store = training.learner, training.store
+    if "validation" not in store.record["splits"]:
         return None
-    documents, num_bytes = split_documents(training.store.split("validation"), limit)
+    documents, num_bytes = split_documents(store.split("validation"), limit)
 
     def poll() -> None:
-        launch.raise_if_stopped(training.accelerator, training.stop)
+        launch.raise_if_stopped(learner.accelerator, training.stop)
 
     return score(
-        training.accelerator, training.eval_model, documents, num_bytes,
-        bos_id=training.store.tokenizer.bos_id, progress=True, poll=poll,
-    )  # fmt: skip
+        learner.accelerator,
+        learner.eval_model,
+        documents,
+        num_bytes,
+        bos_id=store.tokenizer.bos_id,
+        progress=True,
+        poll=poll,
+    )
 
 
 def write_samples(training: Training) -> list[SampledText]:
-    """Write samples at every temperature into samples.md, in place of those of this step and later ones.
+    """Sample at every temperature, and write the texts into samples.md.
 
-    Leaves the file as it is where a signal comes in between.
+    Sections of earlier steps are kept; those of this step and later ones, from before a resume, are replaced. If a
+    signal comes, the file stays as it is.
 
     Returns:
-        Temperature, prompt and text of each.
+        Temperature, prompt and text of each sample.
     """
-    config, model = training.config, training.eval_model
+    config, model = training.learner.config, training.learner.eval_model
     if not config.sample_prompts:
         return []
     model.eval()
@@ -126,5 +173,5 @@ def write_samples(training: Training) -> list[SampledText]:
                 samples[row] = event
         written += [SampledText(temperature, samples[i].prompt, samples[i].text) for i in sorted(samples)]
     model.train()
-    save_samples(Path(config.run_dir), training.progression.step, written)
+    save_samples(Path(config.run_dir), training.learner.progression.step, written)
     return written
