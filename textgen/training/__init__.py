@@ -1,12 +1,12 @@
 """One training, from its settings to its last checkpoint.
 
-- `loop`: the training loop
-- `step`: one optimizer step
-- `setup`: model, optimizer, DDP, CUDA graph
-- `validation`: score, sample, keep the best checkpoint
+- `loop`: the training loop; what happens before and after it
+- `step`: one optimizer step: `StepLoader`, `Learner`, `train_step`
+- `setup`: build a `Learner` and a `Training`: model, optimizer, DDP, CUDA graph
+- `validation`: score, sample, choose the best checkpoint
 - `metrics`: rows of metrics.jsonl: losses, speed, memory
-- `budget`: what a training costs
+- `budget`: timed steps, `max_minutes`, the dry run
 - `resume`: the training state as a checkpoint and back, on any number of processes
-- `optim`: Adam and the learning rate of a step
-- `cuda_graph`: steps at one launch each
+- `optim`: Adam, the learning rate of a step, the update
+- `cuda_graph`: steps from a CUDA graph
 """

@@ -1,8 +1,8 @@
-"""Optimizer steps at one launch each: on a GPU, a CUDA graph of everything between a batch and the updated weights.
+"""Optimizer steps from a CUDA graph: everything between a batch and the updated weights, in one launch.
 
-A window's kernels are short and many, and launching them one by one may take longer than running them. All shapes of a
-training are fixed, so a step can be captured once: what differs from step to step is laid into tensors at fixed
-addresses, and the host only replays (docs/decisions/0018-steps-on-a-gpu.md). Nothing here was measured on a
+A step runs many short kernels. Launching them one by one may take longer than running them. All shapes of a training
+are fixed, so a step can be captured once. The values that differ from step to step are copied into tensors at fixed
+addresses, and the host only replays the graph (docs/decisions/0018-steps-on-a-gpu.md). Nothing here was measured on a
 GPU so far.
 """
 
@@ -20,24 +20,23 @@ from textgen.training.step import Compute, StepInputs, StepRecord
 
 log = logging.getLogger("textgen")
 
-# Steps that are taken as they come before one is captured: they load kernels and make Adam's state. torch's notes on
-# graphs take three.
+# Plain steps before the capture. They load kernels and create Adam's state. torch's notes on CUDA graphs use three.
 WARM_UP = 3
 
 
 Capture = Callable[[Callable[[], None]], Replay]
-"""makes of work that has run before what does it again and again"""
+"""captures a function that has run before, and returns a function that replays it"""
 
 
 class StepGraph:
-    """Takes steps from a graph, after a few that are taken as they come; those and these compute the same.
+    """Takes the first steps plainly and the later ones from a graph. Both compute the same.
 
     Args:
-        capture: what makes the graph; a plain function in its place does everything but that.
+        capture: makes the graph. Tests pass a plain function, which runs the same work without a graph.
     """
 
     warming = WARM_UP + 1
-    """steps that take longer than those to come: before there is a graph, and the one that makes it"""
+    """number of first steps that take longer than the later ones: the plain steps and the capture"""
 
     def __init__(self, capture: Capture) -> None:
         self._capture, self._is_refused = capture, False
@@ -49,12 +48,12 @@ class StepGraph:
         return self._is_refused
 
     def forget(self) -> None:
-        """Drop the graph, which must not run: weights, optimizer or batches will be at other addresses."""
+        """Drop the graph, because weights, optimizer or batches will be at other addresses."""
         self._count = 0
         self._replay: Replay | None = None
 
     def take(self, compute: Compute, inputs: StepInputs, record: StepRecord) -> Tensor:
-        """Take a step as `compute` does: the same tensors change, and nothing waits for the device."""
+        """Take a step with the same results as `compute(inputs, record)`. Nothing waits for the device."""
         self._count += 1
         if self._replay is None and self._count > WARM_UP and not self._is_refused:
             self._capture_step(compute, inputs)
@@ -63,16 +62,18 @@ class StepGraph:
         self._inputs.load(inputs)
         self._replay()
         inputs.states[:] = self._inputs.states
-        nats, record.norm, *parts = self._results.clone().unbind()  # the next replay writes where these were
+        nats, record.norm, *parts = self._results.clone().unbind()  # the next replay overwrites the results
         lanes = (batch["lanes"] for batch in inputs.micro_batches)
         record.parts[:] = zip(lanes, parts, strict=True)
         return nats
 
     def _capture_step(self, compute: Compute, inputs: StepInputs) -> None:
-        """Capture a step on copies of its inputs; where that cannot be done, say so once."""
+        """Capture a step on copies of its inputs. If that fails, log it once; all later steps are plain."""
         static = inputs.copy()
         results = torch.empty(2 + len(static.micro_batches), device=static.micro_batches[0]["tokens"].device)
 
+        # The work must leave its results at fixed addresses: the nats, the norm and each micro-batch's nats in
+        # `results`, the new LSTM states in place of the old ones.
         def work() -> None:
             made, record = dataclasses.replace(static, states=list(static.states)), StepRecord(0, [])
             nats = compute(made, record)

@@ -130,7 +130,8 @@ def peak_memory(device: torch.device) -> int:
     """Return the peak memory of this process in bytes: on a GPU the memory that torch allocated, else resident."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    try:  # getrusage's figure on Linux is at least what the process held that started this one
+    # On Linux getrusage's figure is at least the memory of the parent process when it started this one.
+    try:
         with open("/proc/self/status") as file:
             return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:")) * 1024
     except (OSError, StopIteration):

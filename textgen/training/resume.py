@@ -247,7 +247,7 @@ def _choose_named(name: str, run_dir: Path) -> Path | None:
             f"`{run_dir}` holds checkpoints up to step {newest}, newer than `{directory}`: "
             "remove them or name another `--run_dir`"
         )
-    log.info("`%s` began with `%s`, and goes on from its own checkpoints", run_dir, directory)
+    log.info("`%s` started from `%s`, and resumes from its own checkpoints", run_dir, directory)
     return None
 
 
