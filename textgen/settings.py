@@ -1,4 +1,4 @@
-"""Settings as dataclasses and as plain values: flatten them, build them, describe their types."""
+"""Conversion of settings between dataclasses and plain values, and the words for their types in errors."""
 
 from __future__ import annotations
 
@@ -10,21 +10,27 @@ import typing
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
-# Settings of the command, not of the training: runs that differ in them are alike.
+# Settings of the command, not of the training: two runs that differ in these alone have the same result.
 COMMAND_SETTINGS = {"run_dir", "resume", "resume_override", "dry_run"}
 
 Settings = TypeVar("Settings")
 
 
 def unknown_setting(name: str, known: Iterable[str], where: str = "") -> str:
-    """Return the error that names an unknown setting and the nearest one."""
+    """Return the error for an unknown setting, with the nearest known one.
+
+    Args:
+        name: the unknown name.
+        known: the names of all settings.
+        where: a part of the sentence after the name, such as " in `FILE`".
+    """
     nearest = [option for option in known if option.endswith(f".{name}")]  # `vocab_size` without its `tokenizer.`
     nearest = nearest or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"unknown setting `{name}`{where}" + (f"; the nearest is `{nearest[0]}`" if nearest else "")
 
 
 def in_words(kind: Any) -> str:
-    """Return what a value of a type looks like to a user."""
+    """Return the words for a type in "`name` must be ..."."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return " or ".join("null" if part is type(None) else in_words(part) for part in parts)
@@ -37,7 +43,7 @@ def in_words(kind: Any) -> str:
 
 
 def settings_of(settings: type, prefix: str = "") -> dict[str, Any]:
-    """Return the types of all settings by dotted name."""
+    """Return the types of all settings by dotted name, those of nested dataclasses included."""
     kinds: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(settings).items():
         if dataclasses.is_dataclass(kind):
@@ -48,7 +54,7 @@ def settings_of(settings: type, prefix: str = "") -> dict[str, Any]:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings under the names of their flags."""
+    """Return nested settings by dotted name, which is the name of the flag."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
@@ -56,15 +62,20 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def build_settings(settings: type[Settings], values: Mapping[str, Any], prefix: str = "") -> Settings:
-    """Build a dataclass of settings and those in it from plain values, such as JSON holds.
+    """Build a dataclass of settings, and the dataclasses in it, from plain values as in JSON.
+
+    Args:
+        settings: the dataclass.
+        values: the values by name; those of a nested dataclass are a mapping. A list becomes a tuple.
+        prefix: the prefix of the dotted names in errors.
 
     Raises:
-        ValueError: a setting is unknown, or its value not allowed; the message has its dotted name.
+        ValueError: a setting is unknown, or its value is not allowed. The message has the dotted name.
     """
     kinds = typing.get_type_hints(settings)
     built: dict[str, Any] = {}
     for name, value in values.items():
-        if name == "__path__" or (name == "config" and not prefix):  # jsonargparse notes where values came from
+        if name == "__path__" or (name == "config" and not prefix):  # jsonargparse adds the source of the values
             continue
         if name not in kinds:
             raise ValueError(f"unknown setting `{prefix}{name}`")
@@ -79,12 +90,12 @@ def build_settings(settings: type[Settings], values: Mapping[str, Any], prefix: 
     try:
         return settings(**built)
     except ValueError as error:
-        own = "|".join(kinds)
-        raise ValueError(re.sub(f"`({own})`", rf"`{prefix}\1`", str(error)) if prefix else str(error)) from None
+        names = "|".join(kinds)  # a nested dataclass does not know its prefix
+        raise ValueError(re.sub(f"`({names})`", rf"`{prefix}\1`", str(error)) if prefix else str(error)) from None
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Tell whether a plain value may be a setting of a type; a list may be a tuple, an integer a number."""
+    """Return whether a plain value is allowed for a type; a list is allowed for a tuple, an integer for a float."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, part) for part in parts)

@@ -110,6 +110,10 @@ def test_unknown_key_of_a_file_is_refused_with_the_nearest_name(refuse_training:
     assert refuse_training("--config", str(file)) == (
         f"unknown setting `model.num_layer` in `{file}`; the nearest is `model.num_layers`"
     )
+    file.write_text("mixed_precision: no\n")
+    assert refuse_training("--config", str(file)).endswith(
+        ": False (YAML reads a bare `no` as false: put it in quotes)"
+    )
     assert refuse_training("--config", "nope.yaml") == "`nope.yaml` cannot be read: No such file or directory"
     file.write_bytes(b"run_dir: \xff\n")
     assert refuse_training("--config", str(file)) == f"`{file}` is not UTF-8: byte 0xff at position 9"

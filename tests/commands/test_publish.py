@@ -75,7 +75,7 @@ def test_nothing_is_published_over_something_else(published: Path, tiny_run: Pat
     before = {path: path.read_bytes() for path in published.iterdir()}
     assert (
         refusal(capsys, str(tiny_run), "--to", str(published))
-        == f"`{published}` holds something else: name a new folder"
+        == f"`{published}` is not an empty folder: name a new one"
     )
     assert {path: path.read_bytes() for path in published.iterdir()} == before
 

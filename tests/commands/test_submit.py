@@ -157,8 +157,8 @@ def test_global_batch_is_refused_in_the_words_of_the_trainer(
     [
         ("-- --batch_sise 3", "unknown setting `batch_sise`; the nearest is `batch_size`"),
         ("-- --learning_rate fast", "`learning_rate` must be a number: fast"),
-        ("--seed 3", "`--seed` is a flag of the training, which stand after ` -- `"),
-        ("--model.dropout=0.5", "`--model.dropout=0.5` is a flag of the training, which stand after ` -- `"),
+        ("--seed 3", "`--seed` is a flag of the training: write it after ` -- `"),
+        ("--model.dropout=0.5", "`--model.dropout=0.5` is a flag of the training: write it after ` -- `"),
         ("--node 2", "unknown setting `node`; the nearest is `nodes`"),
         ("--nodes 0", "`nodes` must be at least 1: 0"),
         ("--gpus_per_node -1", "`gpus_per_node` must be at least 0: -1"),

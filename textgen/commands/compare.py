@@ -14,9 +14,9 @@ from textgen.reporting.compare import format_table, keep_differences, read_run
 
 
 def compare_command(argv: Sequence[str]) -> None:
-    """Print a table of runs; exit code 2 where none can be read."""
-    parser = Parser(prog="textgen compare", description="Compare runs: figures, and the settings that differ.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as those of runs/*")
+    """Print a table of runs, the best one first; end with exit code 2 if no run can be read."""
+    parser = Parser(prog="textgen compare", description="Compare runs: figures, and different settings.")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; `runs/*` names all")
     parser.add_argument("--json", action="store_true", help="print one JSON object per run")
     args = parser.parse_args(list(argv))
     runs, problems = [], []

@@ -9,7 +9,7 @@ from textgen.console import start_log
 
 
 def prepare_command(argv: Sequence[str]) -> None:
-    """Encode the text of a training ahead of time and print where the store lies."""
+    """Encode the text of a training ahead of time and print the path of the token store."""
     config = parse_train_config(argv, prog="textgen prepare")
     start_log()
     from textgen.data.store import prepare_store

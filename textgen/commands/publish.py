@@ -15,23 +15,30 @@ from textgen.commands.model_argument import add_model_arguments
 from textgen.commands.parsing import Parser, fail
 from textgen.reporting.card import CARD_NAME, HUB, build_card, read_record
 
+# Time limit for the hub's first answer. Later requests have the limits of the hub's client.
 REACH_SECONDS = 10.0
-"""The hub's first answer may take so long; what follows is the client's affair."""
 
 
 def publish_command(argv: Sequence[str]) -> None:
-    """Write or upload a model and print where it is."""
+    """Write or upload a model and print its folder or address."""
     parser = Parser(
         prog="textgen publish",
-        description="Publish a model with a card of its own figures. The hub's token is the one `hf auth login` keeps.",
+        description="Publish a model with a card of its figures. The hub's token is the one of `hf auth login`.",
     )
     add_model_arguments(parser)
     parser.add_argument(
         "--to", required=True, metavar="DIR|hub:OWNER/NAME", help="new folder, or repository of the hub"
     )
-    parser.add_argument("--license", default=None, help="the card's, as the hub spells it, such as apache-2.0")
-    parser.add_argument("--language", nargs="+", default=None, help="the card's, such as `en`; that of IMDB is known")
-    parser.add_argument("--public", action="store_true", help="let everybody see the repository; else it is private")
+    parser.add_argument(
+        "--license", default=None, help="license on the card, in the hub's spelling, such as apache-2.0"
+    )
+    parser.add_argument(
+        "--language",
+        nargs="+",
+        default=None,
+        help="languages on the card, such as `en`; default: `en` for IMDB, else none",
+    )
+    parser.add_argument("--public", action="store_true", help="make the repository public; default: private")
     args = parser.parse_args(list(argv))
     if args.to.startswith(HUB):
         _to_hub(args, args.to.removeprefix(HUB))
@@ -40,9 +47,9 @@ def publish_command(argv: Sequence[str]) -> None:
 
 
 def _to_directory(args: Any, path: Path) -> None:
-    """Write a folder whole or not at all."""
+    """Write a folder; after an error there is no folder."""
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        fail(f"`{args.to}` holds something else: name a new folder")
+        fail(f"`{args.to}` is not an empty folder: name a new one")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _aside(path.parent, path.name) as aside:
         write_publication(args, aside, name=path.name, where=path.name)
@@ -64,27 +71,27 @@ def _to_hub(args: Any, name: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_publication(args, Path(folder), name=name.partition("/")[2], where=args.to)
         try:
-            with suppress(RepositoryNotFoundError):  # then it is made
+            with suppress(RepositoryNotFoundError):  # a new repository is created below
                 if (private := api.model_info(name, timeout=REACH_SECONDS).private) == args.public:
                     fail(f"`{name}` is {'private' if private else 'public'} on the hub, `--public` is {args.public}")
             url = api.create_repo(name, private=not args.public, exist_ok=True)
-            # decoders of earlier weights go with the same commit
+            # The same commit deletes a decoder of earlier weights.
             api.upload_folder(
                 repo_id=name, folder_path=folder, commit_message="Publish a model", delete_patterns="decoder.*"
             )
-        except Exception as error:  # the client's, its transport's, the system's
+        except Exception as error:  # of the client, of its transport, or of the system
             fail(f"`{name}` cannot be published on {api.endpoint}: {_in_one_line(error)}")
     print(url)
 
 
 @contextmanager
 def _aside(parent: Path, name: str) -> Iterator[Path]:
-    """Make a folder that is gone in the end, unless it was renamed."""
+    """Make a temporary folder beside the wanted one, and remove it at the end unless it has been renamed."""
     aside = parent / f".{name}.{os.getpid()}.tmp"
     try:
         aside.mkdir()
         yield aside
-    except OSError as error:  # of a file that is copied the first name is its source; a full disk may tell none
+    except OSError as error:  # an error of a copy names the source first; a full disk may name no file
         where = error.filename2 or error.filename or parent / name
         raise OSError(error.errno, error.strerror, str(where)) from error
     finally:
@@ -99,13 +106,13 @@ def write_publication(args: Any, out: Path, *, name: str, where: str) -> None:
     """Write all files of a publication into an empty folder.
 
     Args:
-        args: of the verb.
+        args: the flags.
         out: the folder.
-        name: the model's.
-        where: what `textgen sample` will read it by.
+        name: the model's name on the card.
+        where: the name by which `textgen sample` opens the published model.
 
     Raises:
-        CheckpointError, TextgenError, TokenizerError: there is no whole checkpoint.
+        CheckpointError, TextgenError, TokenizerError: the checkpoint is not whole, or not valid.
         OSError: a file cannot be written.
     """
     from textgen.decoding.export import copy_decoder

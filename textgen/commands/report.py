@@ -12,10 +12,15 @@ from textgen.runs.metrics import METRICS_NAME
 
 
 def report_command(argv: Sequence[str]) -> None:
-    """Write the report of runs and print where it is."""
-    parser = Parser(prog="textgen report", description="Write a run's report, or one of several runs over each other.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, such as those of runs/*")
-    parser.add_argument("--out", help=f"html file; default: `{REPORT_NAME}` in the run, of several runs here")
+    """Write the report of one run or several and print its path."""
+    parser = Parser(
+        prog="textgen report",
+        description="Write a page of one run, or of several runs with their curves in the same charts.",
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder; `runs/*` names all")
+    parser.add_argument(
+        "--out", help=f"html file; default: `{REPORT_NAME}` in the run folder, or in this folder for several runs"
+    )
     args = parser.parse_args(list(argv))
     runs = [Path(run) for run in args.runs]
     for run in runs:
@@ -24,7 +29,7 @@ def report_command(argv: Sequence[str]) -> None:
         if not any((run / name).exists() for name in (SETTINGS_NAME, METRICS_NAME, STATUS_NAME)):
             fail(f"`{run}` is no run folder: it has no `{SETTINGS_NAME}`, `{METRICS_NAME}` or `{STATUS_NAME}`")
     out = Path(args.out or (runs[0] / REPORT_NAME if len(runs) == 1 else REPORT_NAME))
-    if out.suffix != ".html":  # a slip must not replace another file of a run
+    if out.suffix != ".html":  # a typing error must not replace another file of a run
         parser.error(f"`out` must end in `.html`: {out}")
     if not out.parent.is_dir():
         fail(f"`{out.parent}` is no folder")

@@ -1,4 +1,7 @@
-"""`textgen submit`: hand a training, or a sweep of them, to Slurm; refuse now what would fail hours later."""
+"""The command `submit`: submit a training, or a sweep of trainings, to Slurm.
+
+Everything that would fail when the job starts, perhaps hours later, is checked before.
+"""
 
 from __future__ import annotations
 
@@ -18,24 +21,25 @@ from textgen.config import TrainConfig
 from textgen.settings import settings_of, unknown_setting
 
 HOME = Path(__file__).resolve().parents[2]
-"""The checkout: `launch/` is not installed."""
+"""the checkout, which has `launch/`; an installed package has not"""
 SLURM = HOME / "launch" / "slurm"
 
+# Folder of the logs. It is made before the job is submitted: Slurm does not make it, and the job would fail.
 LOGS = "runs/slurm"
-"""Slurm makes no folder for a log: without it the job would fail."""
 
-# The scripts ask for USR1 two minutes before the limit, and Slurm may send it a minute early.
+# Minutes before the limit that a training may lose: the scripts ask for USR1 two minutes before the limit, and Slurm
+# may send it one minute early.
 MINUTES_TO_SAVE = 3
 
 
 def submit_command(argv: Sequence[str]) -> None:
-    """Submit what the command line says, print the job's id, and say how to watch, stop and continue it."""
+    """Submit a job and print its id; print the commands that watch, stop and continue it to standard error."""
     at = argv.index("--") if "--" in argv else len(argv)
     parser = build_submit_parser()
-    theirs = {f"--{name}" for name in settings_of(TrainConfig)} - set(parser._option_string_actions)
+    training_flags = {f"--{name}" for name in settings_of(TrainConfig)} - set(parser._option_string_actions)
     for flag in argv[:at]:
-        if flag.partition("=")[0] in theirs:
-            parser.error(f"`{flag}` is a flag of the training, which stand after ` -- `")
+        if flag.partition("=")[0] in training_flags:
+            parser.error(f"`{flag}` is a flag of the training: write it after ` -- `")
     args = parser.parse_args(list(argv[:at]))
     _check(parser, args)
     if not SLURM.exists():
@@ -55,8 +59,8 @@ def submit_command(argv: Sequence[str]) -> None:
 
     command = sbatch_command(args, flags, processes)
     site = [f"source {shlex.quote(_shown(SLURM / 'site.sh'))}"] if (SLURM / "site.sh").exists() else []
-    told = [f"mkdir -p {LOGS}", *site, f"TEXTGEN_HOME={shlex.quote(str(HOME))} {shlex.join(command)}"]
-    print("\n".join(told), file=sys.stdout if args.dry_run else sys.stderr)
+    lines = [f"mkdir -p {LOGS}", *site, f"TEXTGEN_HOME={shlex.quote(str(HOME))} {shlex.join(command)}"]
+    print("\n".join(lines), file=sys.stdout if args.dry_run else sys.stderr)
     if args.dry_run:
         return
     job = _run(command, environment)
@@ -68,27 +72,30 @@ def submit_command(argv: Sequence[str]) -> None:
 
 
 def build_submit_parser() -> Parser:
-    """Return the parser of what stands before `--`."""
+    """Return the parser of the flags before `--`."""
     parser = Parser(
         prog="textgen submit",
         usage="%(prog)s [OPTION ...] -- [FLAG OF train_distributed.py ...]",
-        description="Submit a training to Slurm. Account, partition and the like come from launch/slurm/site.sh.",
+        description="Submit a training to Slurm. launch/slurm/site.sh sets account, partition and similar options.",
     )
     parser.add_argument("--nodes", type=int, default=1, help="number of machines")
-    parser.add_argument("--gpus_per_node", type=int, default=1, help="a process for each; 0 trains on processors")
-    parser.add_argument("--cpus_per_process", type=int, default=4, help="processors of each process")
+    parser.add_argument("--gpus_per_node", type=int, default=1, help="GPUs, and processes, of each machine; 0: CPUs")
+    parser.add_argument("--cpus_per_process", type=int, default=4, help="CPU cores of each process")
     parser.add_argument(
-        "--time", type=str | None, default=None, help="limit, as 90 (minutes), 4:00:00 or 1-12 (days-hours)"
+        "--time", type=str | None, default=None, help="time limit: 90 (minutes), 4:00:00 or 1-12 (days-hours)"
     )
-    parser.add_argument("--preset", type=str | None, default=None, help="one of launch/presets, such as `large`")
-    parser.add_argument("--name", type=str | None, default=None, help="of job and run; default: the preset's")
+    parser.add_argument("--preset", type=str | None, default=None, help="preset of launch/presets, such as `large`")
+    parser.add_argument("--name", type=str | None, default=None, help="name of job and run; default: the preset's name")
     parser.add_argument(
-        "--sweep", type=str | None, default=None, metavar="FILE", help="train once for each line of flags in a file"
+        "--sweep", type=str | None, default=None, metavar="FILE", help="file with a line of flags for each training"
     )
     parser.add_argument(
-        "--array", type=str | None, default=None, help="which of these lines, as 1,4-6, or 1-9%2 for two at a time"
+        "--array",
+        type=str | None,
+        default=None,
+        help="lines to train: 1,4-6, or 1-9%2 for two at a time",
     )
-    parser.add_argument("--sbatch", action="append", default=[], help="one more option of sbatch: `--sbatch=--qos=x`")
+    parser.add_argument("--sbatch", action="append", default=[], help="another option of sbatch: `--sbatch=--qos=x`")
     parser.add_argument("--dry_run", action="store_true", help="check and print the command, submit nothing")
     return parser
 
@@ -109,9 +116,9 @@ def _check(parser: Parser, args: Any) -> None:
 
 
 def minutes(limit: str) -> float | None:
-    """Return the minutes of a time limit in one of Slurm's forms; None if it is none.
+    """Return the minutes of a time limit in one of Slurm's forms; None if it has another form.
 
-    The forms are M, M:S, H:M:S, D-H, D-H:M and D-H:M:S.
+    Slurm's forms are M, M:S, H:M:S, D-H, D-H:M and D-H:M:S.
     """
     found = re.fullmatch(r"(?:(\d+)-)?(\d+(?::\d+){0,2})", limit)
     if found is None:
@@ -129,7 +136,7 @@ def _find_preset(name: str) -> Path:
 
 
 def _check_training(flags: Sequence[str], processes: int) -> None:
-    """Fail where the training itself would, as far as that can be told without its data."""
+    """Fail if the settings of a training are wrong; its data is not read."""
     config = parse_train_config(flags, prog="textgen submit --")
     if config.batch_size % (processes * config.gradient_accumulation_steps):
         fail(
@@ -139,7 +146,7 @@ def _check_training(flags: Sequence[str], processes: int) -> None:
 
 
 def _run_dir(flags: Sequence[str]) -> str | None:
-    """Return what `--run_dir` says, the last time it does."""
+    """Return the value of the last `--run_dir`; None if there is none."""
     found = None
     for flag, following in pairwise([*flags, ""]):
         if flag == "--run_dir":
@@ -150,7 +157,7 @@ def _run_dir(flags: Sequence[str]) -> str | None:
 
 
 def _shown(path: Path) -> str:
-    """Return a path relative to the current directory if it lies in it."""
+    """Return a path, relative to the current folder if it is in it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
@@ -158,9 +165,13 @@ def _shown(path: Path) -> str:
 
 
 def read_sweep(path: str, common: Sequence[str] = ()) -> list[list[str]]:
-    """Return the flags of each training: those of all, and its own, which win, from a line of a file.
+    """Return the flags of each training of a sweep.
 
-    Lines are quoted as in a shell, which expands nothing here. Blank ones do not count, nor does what follows a `#`.
+    Lines are quoted as in a shell, without expansion. Blank lines and comments after `#` are left out.
+
+    Args:
+        path: the file, with a line of flags for each training.
+        common: flags of all trainings; those of a line override them.
     """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
@@ -190,7 +201,7 @@ def _pick(trainings: Sequence[list[str]], number: int, path: str) -> list[str]:
 
 
 def _numbers(array: str) -> Iterator[int]:
-    """Yield the numbers that Slurm's `--array` stands for."""
+    """Yield the numbers of Slurm's `--array`."""
     for part in re.sub(r"%[1-9]\d*$", "", array).split(","):
         found = re.fullmatch(r"(\d+)(?:-(\d+)(?::([1-9]\d*))?)?", part)
         if found is None:
@@ -203,7 +214,7 @@ def _numbers(array: str) -> Iterator[int]:
 
 
 def read_site(path: Path) -> dict[str, str]:
-    """Return the environment, and what the site's file exports into it."""
+    """Return the environment with the exports of the site's file; fail if the file fails."""
     if not path.exists():
         return dict(os.environ)
     reader = ["bash", "-c", 'source "$0" 1>&2 && env --null', str(path)]
@@ -215,19 +226,19 @@ def read_site(path: Path) -> dict[str, str]:
 
 
 def _cpu_processes(environment: Mapping[str, str]) -> int:
-    said = environment.get("TEXTGEN_PROCESSES_PER_NODE", "1")
-    if not re.fullmatch(r"[1-9]\d*", said):
-        fail(f"`TEXTGEN_PROCESSES_PER_NODE` must be an integer of at least 1: {said}")
-    return int(said)
+    value = environment.get("TEXTGEN_PROCESSES_PER_NODE", "1")
+    if not re.fullmatch(r"[1-9]\d*", value):
+        fail(f"`TEXTGEN_PROCESSES_PER_NODE` must be an integer of at least 1: {value}")
+    return int(value)
 
 
 def sbatch_command(args: Any, flags: Sequence[str], processes: int) -> list[str]:
     """Return the command that submits the job.
 
     Args:
-        args: of `build_submit_parser`.
-        flags: of the training, or of all of a sweep.
-        processes: of each machine.
+        args: the flags of `build_submit_parser`.
+        flags: the flags of the training, or those of all trainings of a sweep.
+        processes: the processes of each machine.
     """
     script, *more = ["train.sbatch"] if args.sweep is None else ["sweep.sbatch", args.sweep]
     return [
@@ -250,7 +261,7 @@ def _log(args: Any, job: str) -> str:
 
 
 def _run(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """Submit, and return the job's id."""
+    """Submit the job and return its id."""
     if shutil.which("sbatch", path=environment.get("PATH")) is None:
         fail("there is no `sbatch` here: submit on a machine of the cluster")
     Path(LOGS).mkdir(parents=True, exist_ok=True)
@@ -261,26 +272,27 @@ def _run(command: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def _last_line(done: subprocess.CompletedProcess[bytes]) -> str:
-    said = os.fsdecode(done.stderr).strip().rpartition("\n")[2]
-    return re.sub(r"^sbatch: (error|fatal): ", "", said) or f"exit code {done.returncode}"
+    line = os.fsdecode(done.stderr).strip().rpartition("\n")[2]
+    return re.sub(r"^sbatch: (error|fatal): ", "", line) or f"exit code {done.returncode}"
 
 
 def _advice(args: Any, run_dir: str, job: str, again: str) -> str:
-    """Return how to watch the job, stop it and continue it."""
+    """Return the commands that watch the job, stop it and continue it."""
     sweep = args.sweep is not None
-    one = f"{job}_N" if sweep else job  # a signal to all of an array would reach those that only begin, too
+    one = f"{job}_N" if sweep else job  # a signal to the whole array would also reach jobs that have just begun
     save = f"scancel --signal=USR1 --batch {one}"
     lines = [
         ("run", f"{run_dir}/*" if sweep else run_dir),
         ("watch", f"tail -F {_log(args, f'{job}_*' if sweep else job)}"),
-        ("stop", f"scancel {job}    # saves, if that is done in Slurm's KillWait, mostly 30 s"),
-        ("", f"scontrol update JobId={one} Requeue=0 && {save}    # saves, however long it takes"),
+        ("stop", f"scancel {job}    # saves if there is time: Slurm's KillWait, mostly 30 s"),
+        ("", f"scontrol update JobId={one} Requeue=0 && {save}    # saves without a time limit"),
         ("restart", f"{save}    # saves, and waits in the queue again"),
         *([] if sweep else [("go on", f"{again}    # once it has ended")]),
     ]
     return "\n".join(f"{name:8} {text}" for name, text in lines)
 
 
-if __name__ == "__main__":  # for sweep.sbatch: NUMBER FILE [FLAG ...] to the flags of one, a zero byte after each
+# For sweep.sbatch: `NUMBER FILE [FLAG ...]` prints the flags of one training, with a zero byte after each.
+if __name__ == "__main__":
     _flags = _pick(read_sweep(sys.argv[2], sys.argv[3:]), int(sys.argv[1]), sys.argv[2])
     sys.stdout.buffer.write(b"".join(os.fsencode(flag) + b"\0" for flag in _flags))

@@ -9,7 +9,12 @@ from textgen.console import start_log
 
 
 def train_command(argv: Sequence[str] | None = None, *, prog: str | None = None) -> None:
-    """Train as flags and config file say."""
+    """Train with the settings of flags and config files.
+
+    Args:
+        argv: the flags; None for those of this process.
+        prog: the name of the program in `--help`.
+    """
     config = parse_train_config(argv, prog=prog)
     start_log()
     from textgen.training.loop import train

@@ -10,8 +10,8 @@ from textgen.commands.parsing import Parser, fail
 
 
 def verify_command(argv: Sequence[str]) -> None:
-    """Check a checkpoint, or all of a run, and print what is in it; exit code 2 where one is not valid."""
-    parser = Parser(prog="textgen verify", description="Check every byte of a checkpoint and say what it holds.")
+    """Check a checkpoint, or all of a run, and print their content; end with exit code 2 if one is not valid."""
+    parser = Parser(prog="textgen verify", description="Check every byte of a checkpoint and print its content.")
     parser.add_argument("checkpoint", help="checkpoint or run folder")
     parser.add_argument("--json", action="store_true", help="print one JSON object per checkpoint")
     args = parser.parse_args(list(argv))
