@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,16 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.forking import run_script
 from textgen.cli import train_main
 from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics import MetricsRow, read_metrics
 from textgen.runs.samples import SampledText
-from textgen.tracking import backends as trackers
+from textgen.tracking import accelerate_trackers
 from textgen.tracking import tracker as tracking
-from textgen.tracking.backends import AccelerateTracker
-from textgen.tracking.tracker import Follower, RunEnd, Tracker
+from textgen.tracking.accelerate_trackers import AccelerateTracker
+from textgen.tracking.tracker import RunEnd, Tracker, TrackerThread
 from textgen.tracking.wandb import has_wandb_key
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -77,7 +76,7 @@ def test_a_key_is_found_in_environment_and_netrc(tmp_path: Path, monkeypatch: py
 class Slow:
     """A tracker that does nothing, slowly."""
 
-    patience = 0.1
+    finish_seconds = 0.1
 
     def __init__(self, seconds: float, *, catches_up: bool = True) -> None:
         self._seconds, self.catches_up = seconds, catches_up
@@ -91,7 +90,7 @@ class Slow:
         time.sleep(self._seconds)
         self.rows.append(number)
 
-    def checkpoint(self, path: Path, *, best: bool, about: MetricsRow) -> None:
+    def checkpoint(self, path: Path, *, best: bool, metadata: Mapping[str, Any]) -> None:
         raise ConnectionError
 
     def finish(self, end: RunEnd) -> None:
@@ -114,7 +113,7 @@ def test_a_tracker_that_hangs_costs_the_training_nothing(
     assert time.monotonic() - started < 30  # a row takes it 60 s
     assert [row["step"] for row in read_metrics(tmp_path)] == list(range(1, 10))
     assert [record.message for record in caplog.records if record.name == "textgen"] == [
-        "dashboard is off from here on, `metrics.jsonl` goes on: it is 3 rows behind"
+        "dashboard is off from here on, `metrics.jsonl` continues: it is 3 rows behind"
     ]
     assert backend.abandoned
 
@@ -129,8 +128,8 @@ def test_rows_of_a_tracker_given_up_at_the_end_are_promised_only_by_one_that_cat
     tracker.log(1, {"train/loss": 1.0})
     tracker.finish(RunEnd("finished", 0, ""))
     (line,) = [record.message for record in caplog.records if record.name == "textgen"]
-    promise = "; rows that it lacks come when a start goes on with this run"
-    assert line == "dashboard is off from here on, `metrics.jsonl` goes on: it has not ended within 0 s" + (
+    promise = "; a start that continues this run records the rows that it lacks"
+    assert line == "dashboard is off from here on, `metrics.jsonl` continues: it has not ended within 0 s" + (
         promise if catches_up else ""
     )
 
@@ -154,9 +153,9 @@ def test_rows_of_later_steps_are_made_again_and_counted_on(tmp_path: Path) -> No
 def test_what_a_tracker_raises_is_said_with_its_kind_where_it_has_no_words(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    follower = Follower("dashboard", Slow(seconds=0), [])
-    follower.put(lambda backend: backend.checkpoint(tmp_path, best=True, about={}))
-    follower.end()
+    thread = TrackerThread("dashboard", Slow(seconds=0), [])
+    thread.put(lambda backend: backend.checkpoint(tmp_path, best=True, metadata={}))
+    thread.close()
     said = [record.message for record in caplog.records if record.name == "textgen"]
     assert [line.rpartition(": ")[2] for line in said] == ["ConnectionError"]
 
@@ -221,7 +220,7 @@ def test_tensorboard_is_given_the_rows_that_a_slow_end_lost(
         finish(self, end)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trackers, "PATIENCE_SECONDS", 0.1)
+        patch.setattr(accelerate_trackers, "FINISH_SECONDS", 0.1)
         patch.setattr(AccelerateTracker, "log", hang)
         patch.setattr(Tracker, "finish", finish_later)
         train_main([*tensorboard_flags, "--max_steps", "4"])
@@ -233,18 +232,15 @@ def test_tensorboard_is_given_the_rows_that_a_slow_end_lost(
 
 @pytest.fixture
 def train_with_trackio(tiny_flags: list[str], tmp_path: Path) -> Callable[..., str]:
-    """Return a function that trains in a process of its own, as trackio keeps a folder for each; it returns the log."""
+    """Return a function that trains in a forked process and returns its log; trackio reads TRACKIO_DIR once."""
     flags = [
         *tiny_flags, "--run_dir", str(tmp_path / "run"), "--tracking.mode", "auto", "--log_every", "1",
         "--evaluate_every", "2", "--tracking.backends", "trackio",
     ]  # fmt: skip
 
     def train(*more: str, program: Sequence[str] = ("train_distributed.py",), **environment: str) -> str:
-        ended = subprocess.run(
-            [sys.executable, *program, *flags, *more], check=True, cwd=ROOT, capture_output=True, text=True,
-            env={**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), **environment}, timeout=300,
-        )  # fmt: skip
-        return ended.stderr
+        own = {"TRACKIO_DIR": str(tmp_path / "trackio"), **environment}
+        return run_script(*program, *flags, *more, env=os.environ | own).stderr
 
     return train
 
@@ -281,11 +277,11 @@ SLOW_TRACKIO = """
 import sys, threading, time
 import trackio
 from trackio.sqlite_storage import SQLiteStorage
-from textgen.tracking import backends
+from textgen.tracking import accelerate_trackers
 from textgen.cli import train_main
 from textgen.tracking.tracker import Tracker
 where = sys.argv.pop(1)
-backends.PATIENCE_SECONDS = 0.5
+accelerate_trackers.FINISH_SECONDS = 0.5
 write, finish = SQLiteStorage.bulk_log, Tracker.finish
 reached, go_on, written = threading.Event(), threading.Event(), threading.Event()
 def hang(*_, **__):
@@ -309,12 +305,12 @@ else:
 Tracker.finish = finish_later
 train_main([*sys.argv[1:], "--max_steps", "4"])
 if where == "the same process":
-    backends.PATIENCE_SECONDS = 60
-    begin = backends.AccelerateTracker.open
+    accelerate_trackers.FINISH_SECONDS = 60
+    begin = accelerate_trackers.AccelerateTracker.open
     def begin_early(self, rows):  # before the first start's rows are written
         threading.Timer(3, go_on.set).start()
         begin(self, rows)
-    backends.AccelerateTracker.open = begin_early
+    accelerate_trackers.AccelerateTracker.open = begin_early
     train_main([*sys.argv[1:], "--max_steps", "5"])
     assert written.wait(60)
 """
@@ -325,8 +321,10 @@ def test_trackio_is_given_the_rows_that_a_slow_end_lost(
     train_with_trackio: Callable[..., str], tmp_path: Path, where: str
 ) -> None:
     """A start in the same process waits for what trackio still writes, and does not give it again."""
-    logged = train_with_trackio(program=("-c", SLOW_TRACKIO, where))
-    assert "trackio is off from here on, `metrics.jsonl` goes on: it has not ended within 0 s; rows that it" in logged
+    script = tmp_path / "slow_trackio.py"
+    script.write_text(SLOW_TRACKIO)
+    logged = train_with_trackio(program=(str(script), where))
+    assert "trackio is off from here on, `metrics.jsonl` continues: it has not ended within 0 s; a start that" in logged
     if where != "the same process":
         recorded = rows_of_trackio(tmp_path / "trackio") if where == "writing" else []
         assert len(recorded) == (2 if where == "writing" else 0)
@@ -338,7 +336,7 @@ def test_trackio_that_cannot_be_asked_is_given_no_old_rows(
     train_with_trackio: Callable[..., str], tmp_path: Path
 ) -> None:
     """It writes to its inbox of files, as on a network's file system: what is there is not in the database yet."""
-    line = "trackio cannot be asked for its rows: those that it lost are in `metrics.jsonl` alone"
+    line = "trackio cannot list its rows here: rows that it lost are in `metrics.jsonl` alone"
     assert line not in train_with_trackio("--max_steps", "3", TRACKIO_STORAGE_MODE="jsonl")
     assert line in train_with_trackio("--max_steps", "5", TRACKIO_STORAGE_MODE="jsonl")
     entries = [

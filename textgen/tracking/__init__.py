@@ -2,5 +2,6 @@
 
 - `tracker`: writes metrics.jsonl and calls trackers on threads
 - `wandb`: Weights & Biases
-- `backends`: which trackers there are; TensorBoard and trackio
+- `accelerate_trackers`: TensorBoard and trackio, through Accelerate
+- `backends`: builds the trackers that a training asks for
 """

@@ -1,4 +1,4 @@
-"""metrics.jsonl as it is written, and the threads on which trackers follow it."""
+"""The writer of metrics.jsonl, and the threads that pass its rows to trackers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from textgen.errors import first_line
 from textgen.files import write_atomic
@@ -20,8 +20,12 @@ from textgen.runs.samples import SampledText
 
 log = logging.getLogger("textgen")
 
-# Rows that a tracker may be behind, which is hours of a training; then it is dead, whatever it says.
+# Rows that may wait for a tracker: hours of a training. A tracker that is further behind does not recover.
 MAX_WAITING = 10_000
+
+# Seconds that the end of a training waits for a tracker to write its last rows to the disk. That takes a moment, unless
+# the training was shorter than the tracker's start.
+FINISH_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -34,51 +38,53 @@ class RunEnd:
 
 
 class Backend(Protocol):
-    """A tracker as the thread that follows a training calls it; every method may raise."""
+    """A tracker, as its thread calls it. Every method may raise."""
 
-    patience: float
-    """seconds that the end of a training waits for it"""
+    finish_seconds: float
+    """seconds that the end of a training waits for the tracker"""
     catches_up: bool
     """whether `open` records the rows that an earlier part of the training has lost"""
 
     def open(self, rows: Sequence[MetricsRow]) -> None:
-        """Begin, or go on with the run of an earlier part of the training, given its rows.
+        """Begin the run, or continue the run of an earlier part of the training.
 
-        It may lack the last ones, which a kill loses, and it may have later ones.
+        Args:
+            rows: of the earlier parts. The tracker may lack the last of them, since a kill loses rows, and it may have
+                rows of later steps.
         """
 
     def log(self, number: int, row: MetricsRow, samples: Sequence[SampledText]) -> None:
-        """Record a row of metrics.jsonl, its number counted from 0 through all parts of the training."""
+        """Record a row of metrics.jsonl; its number counts from 0 through all parts of the training."""
 
-    def checkpoint(self, path: Path, *, best: bool, about: MetricsRow) -> None:
+    def checkpoint(self, path: Path, *, best: bool, metadata: Mapping[str, Any]) -> None:
         """Record a checkpoint that is on disk."""
 
     def finish(self, end: RunEnd) -> None:
-        """Tell how the training ended, and close."""
+        """Record how the training ended, and close the run."""
 
     def abandon(self) -> None:
-        """Leave nothing behind that the end of this process would wait for."""
+        """Stop everything that would make this process wait at its exit."""
 
 
 class Tracker:
-    """Writes metrics of the main process; on the others every method does nothing.
+    """Write metrics.jsonl on the main process, and pass its rows to trackers. Other processes do nothing.
 
-    `metrics.jsonl` is the source of truth. Other trackers are given its rows: whatever fails there is said once and the
-    training goes on.
+    metrics.jsonl is the source of truth. A tracker that fails is logged once, and the training continues without it.
 
     Args:
         run_dir: the run's folder.
-        backends: what follows, by name.
+        backends: trackers by name.
         main: whether this is the main process.
-        first_step: metrics of later steps are dropped from the file: they are about to be made again.
-        evaluated_step: the same of evaluations; one may have been interrupted before it was saved.
+        first_step: the last step of the training that is kept. Training rows of later steps are dropped from the file,
+            since the training makes them again.
+        evaluated_step: the last evaluation that is kept. An evaluation may have been interrupted before it was saved.
     """
 
     def __init__(
         self, run_dir: Path, backends: Mapping[str, Backend], *, main: bool, first_step: int, evaluated_step: int
     ) -> None:
         self._main, self._path = main, run_dir / METRICS_NAME
-        self._followers: list[Follower] = []
+        self._threads: list[TrackerThread] = []
         if not main:
             return
         kept = [
@@ -88,86 +94,86 @@ class Tracker:
         ]
         write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in kept))
         self._number = len(kept)
-        self._followers = [Follower(name, backend, kept) for name, backend in backends.items()]
+        self._threads = [TrackerThread(name, backend, kept) for name, backend in backends.items()]
 
     def log(self, step: int, values: Mapping[str, float], samples: Sequence[SampledText] = ()) -> None:
-        """Append a row of metrics; samples of text go to the trackers alone."""
+        """Append a row of metrics; samples of text go to the trackers only."""
         if not self._main:
             return
         row, number = {"step": step, **values}, self._number
         self._number += 1
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
-        for follower in self._followers:
-            follower.put(lambda backend: backend.log(number, row, samples))
+        for thread in self._threads:
+            thread.put(lambda backend: backend.log(number, row, samples))
 
-    def checkpoint(self, path: Path, *, best: bool, about: MetricsRow) -> None:
-        """Tell of a checkpoint that is on disk."""
-        for follower in self._followers:
-            follower.put(lambda backend: backend.checkpoint(path, best=best, about=about))
+    def checkpoint(self, path: Path, *, best: bool, metadata: Mapping[str, Any]) -> None:
+        """Pass a checkpoint that is on disk to the trackers."""
+        for thread in self._threads:
+            thread.put(lambda backend: backend.checkpoint(path, best=best, metadata=metadata))
 
     def sync(self) -> None:
-        """Wait until the rows so far are on disk: a checkpoint must not outlive them."""
+        """Wait until all rows are on disk. A checkpoint is written after its rows, so that it never outlives them."""
         if self._main:
             with self._path.open("a") as file:
                 os.fsync(file.fileno())
 
     def finish(self, end: RunEnd) -> None:
-        """Tell the trackers how the training ended, and wait a little for them."""
-        for follower in self._followers:
-            follower.put(lambda backend: backend.finish(end))
-        for follower in self._followers:
-            follower.end()
+        """Pass the end of the training to the trackers, and wait for each at most its `finish_seconds`."""
+        for thread in self._threads:
+            thread.put(lambda backend: backend.finish(end))
+        for thread in self._threads:
+            thread.close()
 
 
-class Follower:
-    """Calls a tracker on a thread of its own, where it can neither end nor slow a training (law 7).
+class TrackerThread:
+    """Call a tracker on a separate thread, where it can neither end nor slow a training (law 7).
 
-    What fails is said once, and from then on nothing is done.
+    After the first failure the tracker is switched off: one line is logged, and nothing more is passed to it.
 
     Args:
-        name: what the tracker is called.
+        name: the tracker's name in the log.
         backend: the tracker.
-        rows: of metrics.jsonl so far.
+        rows: rows of metrics.jsonl that earlier parts of the training wrote.
     """
 
     def __init__(self, name: str, backend: Backend, rows: Sequence[MetricsRow]) -> None:
         self._name, self._backend, self._off = name, backend, False
         self._waiting: queue.Queue[Callable[[Backend], None] | None] = queue.Queue(MAX_WAITING)
-        self._thread = threading.Thread(target=self._follow, args=(rows,), name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(rows,), name=name, daemon=True)
         self._thread.start()
 
     def put(self, action: Callable[[Backend], None]) -> None:
-        """Have the thread do something when it comes to it."""
+        """Queue an action for the thread; never waits."""
         try:
             if not self._off:
                 self._waiting.put_nowait(action)
         except queue.Full:
-            self._give_up(f"it is {MAX_WAITING} rows behind")
+            self._switch_off(f"it is {MAX_WAITING} rows behind")
 
-    def end(self) -> None:
-        """Wait until all is done, a few seconds at most."""
+    def close(self) -> None:
+        """Wait until the queue is done, at most `finish_seconds` of the tracker; then abandon the tracker."""
         with suppress(queue.Full):
             self._waiting.put_nowait(None)
-        self._thread.join(self._backend.patience)
+        self._thread.join(self._backend.finish_seconds)
         if self._thread.is_alive():
-            reason = f"it has not ended within {self._backend.patience:.0f} s"
+            reason = f"it has not ended within {self._backend.finish_seconds:.0f} s"
             if self._backend.catches_up:
-                reason += "; rows that it lacks come when a start goes on with this run"
-            self._give_up(reason)
+                reason += "; a start that continues this run records the rows that it lacks"
+            self._switch_off(reason)
             self._backend.abandon()
 
-    def _follow(self, rows: Sequence[MetricsRow]) -> None:
+    def _run(self, rows: Sequence[MetricsRow]) -> None:
         try:
             self._backend.open(rows)
             while not self._off and (action := self._waiting.get()) is not None:
                 action(self._backend)
         except Exception as error:
-            self._give_up(first_line(error))
+            self._switch_off(first_line(error))
         if self._off:
             self._backend.abandon()
 
-    def _give_up(self, reason: str) -> None:
+    def _switch_off(self, reason: str) -> None:
         if not self._off:
             self._off = True
-            log.warning("%s is off from here on, `%s` goes on: %s", self._name, METRICS_NAME, reason)
+            log.warning("%s is off from here on, `%s` continues: %s", self._name, METRICS_NAME, reason)

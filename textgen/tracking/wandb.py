@@ -1,4 +1,4 @@
-"""Weights & Biases as a tracker: online, offline, and resumed without a row lost or doubled."""
+"""Weights & Biases as a tracker: online, offline, and resumed with each row recorded once."""
 
 from __future__ import annotations
 
@@ -27,11 +27,22 @@ from textgen.config import TrackingConfig
 from textgen.errors import first_line
 from textgen.runs.metrics import MetricsRow
 from textgen.runs.samples import SampledText
-from textgen.tracking.tracker import RunEnd
+from textgen.tracking.tracker import FINISH_SECONDS, RunEnd
+
+log = logging.getLogger("textgen")
+
+# A server that works answers at once. Without this question wandb tries for 101 s to reach a server that does not.
+SERVER_SECONDS = 2
+INIT_SECONDS = 30
+UPLOAD_SECONDS = 10  # added online to the time that the end of a training waits
+GRACE_SECONDS = 1  # for wandb's process to end before it is killed
+# The seconds of an offline run that a kill loses at most. wandb's default is 15, with which `wandb leet` lags too.
+FLUSH_SECONDS = 2.0
+MIN_FREE_BYTES = 1 << 16
 
 
 def has_wandb_key() -> bool:
-    """Tell whether a W&B API key exists, in the environment or in ~/.netrc."""
+    """Return whether a W&B API key exists, in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
@@ -41,39 +52,24 @@ def has_wandb_key() -> bool:
         return False
 
 
-log = logging.getLogger("textgen")
-
-# A server that is there answers at once. One that is not would have wandb try for 101 s.
-PROBE_SECONDS = 2
-INIT_SECONDS = 30
-# How long the end of a training waits at most: for what is on its way to the disk, which takes a moment unless the
-# training was shorter than wandb's start, and online for the upload as well.
-PATIENCE_SECONDS = 10
-UPLOAD_SECONDS = 10
-GRACE_SECONDS = 1  # for wandb's own process to end by itself where it is given up
-# So many seconds of an offline run are lost at most when it is killed; wandb's own 15 also make `wandb leet` lag.
-FLUSH_SECONDS = 2.0
-MIN_FREE_BYTES = 1 << 16
-
-
 def choose_wandb_id(begun: str | None) -> str:
-    """Return the id of a run: of the one that was begun, else what an agent of a sweep has chosen, else a new one."""
+    """Return the id of the run that was begun, else the id that a sweep's agent has set, else a new one."""
     known = begun or os.environ.get("WANDB_RUN_ID", "")
-    return known if re.fullmatch(r"[\w-]{1,64}", known) else secrets.token_hex(4)  # it becomes part of a path
+    return known if re.fullmatch(r"[\w-]{1,64}", known) else secrets.token_hex(4)  # the id becomes part of a path
 
 
 class WandbRun:
-    """A run of Weights & Biases: online where there is a key and a server that answers, else offline.
+    """A run of Weights & Biases: online if a key exists and the server answers, else offline.
 
-    wandb's own counter is the number of the row in metrics.jsonl. So a training that goes on knows which rows W&B has
-    already, and gives it those that a kill lost, and no others: each row is there once.
+    wandb's counter is the number of the row in metrics.jsonl. From the counter a training that continues a run knows
+    which rows W&B has, and records only the rows that a kill lost: each row is recorded once.
 
     Args:
-        config: how to track.
-        run_dir: the run's folder; wandb's files come under it.
-        settings: shown as the run's config.
-        run_id: new, or of an earlier part of the training.
-        resumed: whether there was one.
+        config: mode, project and names.
+        run_dir: the run's folder; wandb's files go into its folder `wandb`.
+        settings: recorded as the run's config.
+        run_id: a new id, or that of an earlier part of the training.
+        resumed: whether an earlier part of the training has begun the run.
     """
 
     def __init__(
@@ -84,20 +80,20 @@ class WandbRun:
         self._run: Any = None
         self._next = 0
         self._own_data_dir = "WANDB_DATA_DIR" not in os.environ
-        self.patience: float = PATIENCE_SECONDS
+        self.finish_seconds: float = FINISH_SECONDS
         self.catches_up = True
 
     def open(self, rows: Sequence[MetricsRow]) -> None:
-        """Begin the run or go on with it, on the server or on disk, and give it the rows that it lacks."""
+        """Begin or continue the run, on the server or on disk, and record the rows that it lacks."""
         os.environ.setdefault("WANDB_SILENT", "true")
-        if self._own_data_dir:  # artifacts are copied into the home directory otherwise
+        if self._own_data_dir:  # wandb would copy artifacts into the home directory
             os.environ["WANDB_DATA_DIR"] = str(self._dir / "wandb")
-        here = recorded_rows(self._dir, self._id) if self._resumed else 0
+        rows_on_disk = recorded_rows(self._dir, self._id) if self._resumed else 0
         reason = self._why_offline()
         if reason is None:
             try:
                 self._init("online")
-                self._next = self._run.step  # of a resumed run: what the server has
+                self._next = self._run.step  # of a resumed run: the number of rows on the server
             except Exception as error:
                 _tear_down()
                 reason = first_line(error)
@@ -106,20 +102,20 @@ class WandbRun:
                 log.warning("W&B records offline: %s", reason)
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
             self._init("offline")
-            self._next = here
-            folder = self._dir / "wandb"  # of a resumed run it holds several parts
+            self._next = rows_on_disk
+            folder = self._dir / "wandb"  # a resumed run has several parts there
             if folder.is_relative_to(Path.cwd()):
                 folder = folder.relative_to(Path.cwd())
             upload = f"wandb sync {folder / f'*run-*-{self._id}'}"
             log.info("W&B offline; look with `wandb leet %s`, upload with `%s`", folder, upload)
         else:
             log.info("W&B: %s", self._run.url)
-            self.patience += UPLOAD_SECONDS
+            self.finish_seconds += UPLOAD_SECONDS
         for number, row in enumerate(rows):
             self.log(number, row, ())
 
     def _why_offline(self) -> str | None:
-        """Return why not to go online; nothing to say where that was asked for or needs no saying."""
+        """Return why the run is offline: empty if no warning is needed; None if the run can be online."""
         mode = self._config.mode
         if mode == "auto" and os.environ.get("WANDB_MODE") == "offline":
             mode = "offline"
@@ -129,8 +125,8 @@ class WandbRun:
             return ""
         url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
         try:
-            urllib.request.urlopen(url, timeout=PROBE_SECONDS).close()
-        except urllib.error.HTTPError:  # it answers
+            urllib.request.urlopen(url, timeout=SERVER_SECONDS).close()
+        except urllib.error.HTTPError:  # the server answers, with a status of failure
             return None
         except (OSError, ValueError, http.client.HTTPException) as error:
             return f"{urlsplit(url).hostname} does not answer: {error}"
@@ -161,10 +157,14 @@ class WandbRun:
             self._run.define_metric(name, step_metric="tokens")
 
     def log(self, number: int, row: MetricsRow, samples: Sequence[SampledText]) -> None:
-        """Record a row of metrics.jsonl, and samples as a table."""
+        """Record a row of metrics.jsonl unless W&B has it, and samples as a table.
+
+        Raises:
+            OSError: the disk is full; wandb itself reports nothing then.
+        """
         if number < self._next:
             return
-        if shutil.disk_usage(self._run.dir).free < MIN_FREE_BYTES:  # wandb itself would say nothing
+        if shutil.disk_usage(self._run.dir).free < MIN_FREE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._run.dir)
         values = dict(row)
         if samples:
@@ -174,11 +174,11 @@ class WandbRun:
             values["samples"] = wandb.Table(columns=["step", "temperature", "prompt", "text"], data=table)
         self._run.log(values, step=number, commit=True)
 
-    def checkpoint(self, path: Path, *, best: bool, about: MetricsRow) -> None:
-        """Record a checkpoint as an artifact: where it is, or, if asked, what is in it."""
+    def checkpoint(self, path: Path, *, best: bool, metadata: Mapping[str, Any]) -> None:
+        """Record a checkpoint as an artifact: its path, or its content with `tracking.upload_checkpoints`."""
         import wandb
 
-        artifact = wandb.Artifact(f"checkpoint-{self._id}", type="model", metadata=dict(about))
+        artifact = wandb.Artifact(f"checkpoint-{self._id}", type="model", metadata=dict(metadata))
         try:
             if self._config.upload_checkpoints:
                 artifact.add_dir(str(path))
@@ -187,32 +187,35 @@ class WandbRun:
         except (OSError, ValueError):
             if path.exists():
                 raise
-            return  # newer ones have taken its place
+            return  # pruned, since newer checkpoints exist
         self._run.log_artifact(artifact, aliases=["latest", "best"] if best else ["latest"])
 
     def finish(self, end: RunEnd) -> None:
-        """Send an alert, tell the exit code and close."""
+        """Send an alert, record the exit code and close the run."""
         level = {"finished": "INFO", "preempted": "WARN", "failed": "ERROR"}[end.state]
-        self._run.alert(title=f"{self._dir.name[:50]} {end.state}", text=end.reason, level=level)  # 64 letters at most
+        self._run.alert(
+            title=f"{self._dir.name[:50]} {end.state}", text=end.reason, level=level
+        )  # W&B allows 64 letters
         if end.state == "preempted":
             self._run.mark_preempting()
         self._run.finish(exit_code=end.exit_code)
         self._restore()
 
     def abandon(self) -> None:
-        """End wandb's own process, which would have this one wait at its end.
+        """End wandb's process, which would make this process wait at its exit.
 
-        It is asked before it is killed: wandb waits for it only where it took the question, and would leave a zombie.
+        wandb is asked to end the process before it is killed. Only then does wandb wait for the process, which would
+        remain as a zombie otherwise.
         """
-        logging.getLogger("wandb").setLevel(logging.CRITICAL)  # it would print tracebacks of what is done here
-        asked = threading.Thread(target=_tear_down, daemon=True)
-        asked.start()
-        asked.join(GRACE_SECONDS)
+        logging.getLogger("wandb").setLevel(logging.CRITICAL)  # no tracebacks of the connection that is cut here
+        teardown = threading.Thread(target=_tear_down, daemon=True)
+        teardown.start()
+        teardown.join(GRACE_SECONDS)
         for child in psutil.Process().children():
             with suppress(psutil.Error):
                 if child.name() == "wandb-core":
                     child.kill()
-        asked.join()
+        teardown.join()
         self._restore()
 
     def _restore(self) -> None:
@@ -221,18 +224,18 @@ class WandbRun:
 
 
 def _tear_down() -> None:
-    """Have wandb forget its own process; it would call `sys.exit` where that one was killed."""
+    """Disconnect wandb from its process. wandb calls `sys.exit` if the process was killed; that is suppressed."""
     if (wandb := sys.modules.get("wandb")) is not None:
         with suppress(Exception, SystemExit):
             wandb.teardown()
 
 
 def recorded_rows(run_dir: Path, run_id: str) -> int:
-    """Return how many rows of metrics.jsonl the parts of a W&B run on this disk hold."""
+    """Return the number of rows of metrics.jsonl that the parts of a W&B run on this disk hold."""
     rows = 0
     for path in (run_dir / "wandb").glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        listing = subprocess.run(command, capture_output=True, text=True).stdout  # up to where a kill cut it off
+        listing = subprocess.run(command, capture_output=True, text=True).stdout  # ends where a kill cut the file off
         steps = re.findall(r'^\{"num":\d+,"type":"history".*"step":\{"num":(\d+)\}', listing, re.MULTILINE)
         rows = max([rows, *(int(step) + 1 for step in steps)])
     return rows

@@ -373,7 +373,7 @@ def start_saving(training: Training, run: RunDirectory, tracker: Tracker) -> Non
     def written(step: int) -> None:
         run.write_status("running", step=step, total_steps=progress.total_steps)
         best = {"step": step, "best_step": progress.best_step, "best_loss": progress.best_loss}
-        tracker.checkpoint(checkpoint_path(run.path, step), best=step == progress.best_step, about=best)
+        tracker.checkpoint(checkpoint_path(run.path, step), best=step == progress.best_step, metadata=best)
 
     if accelerator.is_main_process:
         training.saver = Saver(

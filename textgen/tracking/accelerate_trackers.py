@@ -1,0 +1,143 @@
+"""TensorBoard and trackio, through Accelerate's trackers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from textgen.config import TrackingConfig
+from textgen.runs.metrics import MetricsRow
+from textgen.runs.samples import SampledText
+from textgen.settings import flatten
+from textgen.tracking.tracker import FINISH_SECONDS, RunEnd
+
+log = logging.getLogger("textgen")
+
+# Trackers that this process has abandoned; they may still be writing.
+_abandoned: list[Any] = []
+
+
+class AccelerateTracker:
+    """Record figures with TensorBoard or trackio, and samples with TensorBoard, which shows text.
+
+    A training that continues a run asks the tracker for its rows and records the missing ones: each row of
+    metrics.jsonl is recorded once. A trackio that sends rows to a server, or keeps them as files, cannot list its rows;
+    then nothing is recorded again, and one line is logged.
+
+    Args:
+        name: of the tracker, as Accelerate knows it.
+        config: holds the project.
+        run_dir: the run's folder.
+        settings: recorded as the run's parameters.
+        resumed: whether an earlier part of the training has begun the run.
+        first_step: the step that the training continues from. TensorBoard hides its figures of later steps.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        config: TrackingConfig,
+        run_dir: Path,
+        settings: Mapping[str, Any],
+        *,
+        resumed: bool,
+        first_step: int,
+    ) -> None:
+        self._name, self._config, self._run_dir, self._first_step = name, config, run_dir, first_step
+        # TensorBoard's parameters are scalars or text, without null.
+        present = {key: value for key, value in flatten(settings).items() if value is not None}
+        self._settings = {
+            k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in present.items()
+        }
+        self._tracker: Any = None
+        self._resumed, self._recorded = resumed, set[tuple[int, str]]()
+        self.finish_seconds: float = FINISH_SECONDS
+        remote = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")
+        self.catches_up: bool = name == "tensorboard" or not remote
+
+    def open(self, rows: Sequence[MetricsRow]) -> None:
+        """Begin or continue the run, and record the rows that it lacks."""
+        # An earlier part of the training in this process may still be writing; its rows would be recorded twice.
+        while _abandoned:
+            _abandoned.pop().finish()
+        self._tracker = self._open_tensorboard(rows) if self._name == "tensorboard" else self._open_trackio()
+        self._tracker.store_init_configuration(self._settings)
+        if self.catches_up:
+            for number, row in enumerate(rows):
+                self.log(number, row, ())
+        elif rows:
+            log.info("%s cannot list its rows here: rows that it lost are in `metrics.jsonl` alone", self._name)
+
+    def _open_tensorboard(self, rows: Sequence[MetricsRow]) -> Any:
+        """Open a file that hides all figures from the first missing row on; `open` records these rows again."""
+        from accelerate.tracking import TensorBoardTracker
+
+        recorded = recorded_events(self._run_dir / "tensorboard") if rows else set()
+        purge_step = min(
+            [self._first_step + 1, *(row["step"] for row in rows if not named_figures(row) <= recorded)],
+        )
+        self._recorded = {(step, name) for step, name in recorded if step < purge_step}
+        tracker = TensorBoardTracker("tensorboard", self._run_dir, purge_step=purge_step)
+        tracker.start()
+        return tracker
+
+    def _open_trackio(self) -> Any:
+        """Continue the latest run of this name if the training was resumed, else begin a new run."""
+        from accelerate.tracking import TrackioTracker
+        from trackio.sqlite_storage import SQLiteStorage
+        from trackio.utils import get_storage_mode
+
+        resume = "allow" if self._resumed else "never"
+        tracker = TrackioTracker(self._config.project, name=self._run_dir.name, resume=resume)
+        tracker.start()
+        run = tracker.run
+        self.catches_up = run.url is None and get_storage_mode() == "sqlite"
+        if self.catches_up:
+            recorded = SQLiteStorage.get_logs(run.project, run.name, run_id=run.id)
+            self._recorded = {(row["step"], name) for row in recorded for name in row}
+        return tracker
+
+    def log(self, number: int, row: MetricsRow, samples: Sequence[SampledText]) -> None:
+        """Record a row unless the tracker has it, and with TensorBoard the samples as text."""
+        if named_figures(row) <= self._recorded:
+            return
+        values = {name: value for name, value in row.items() if name != "step"}
+        if samples and self._name == "tensorboard":
+            values["samples"] = "\n\n".join(f"{t}: **{prompt}**{text}" for t, prompt, text in samples)
+        self._tracker.log(values, step=row["step"])
+
+    def checkpoint(self, path: Path, *, best: bool, metadata: Mapping[str, Any]) -> None:
+        """Do nothing: these trackers record no checkpoints."""
+
+    def finish(self, end: RunEnd) -> None:
+        """Close the run."""
+        self._tracker.finish()
+
+    def abandon(self) -> None:
+        """Leave the tracker to the next `open` in this process, which lets it finish first; nothing blocks the exit."""
+        if self._tracker is not None:
+            _abandoned.append(self._tracker)
+
+
+def named_figures(row: MetricsRow) -> set[tuple[int, str]]:
+    """Return the step and name of each figure of a row."""
+    return {(row["step"], name) for name in row if name != "step"}
+
+
+def recorded_events(folder: Path) -> set[tuple[int, str]]:
+    """Return the step and name of each figure that TensorBoard shows of a folder."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+    from tensorboard.compat.proto.event_pb2 import SessionLog
+
+    recorded: set[tuple[int, str]] = set()
+    for path in sorted(folder.glob("events.out.tfevents.*")):  # the names begin with the time
+        for event in EventFileLoader(str(path)).Load():
+            # A start with a purge step hides the figures of earlier files from that step on.
+            if event.session_log.status == SessionLog.START:
+                recorded = {(step, name) for step, name in recorded if step < event.step}
+            recorded |= {(event.step, value.tag) for value in event.summary.value}
+    return recorded
