@@ -16,9 +16,10 @@ import pytest
 import torch
 
 from textgen.cli import main
-from textgen.commands import doctor
 from textgen.commands.parsing import parse_train_config
 from textgen.data.store import prepare_store
+from textgen.diagnosis import inputs, machine, precision, results, storage
+from textgen.diagnosis.process_group import ProcessGroup
 
 Capture = pytest.CaptureFixture[str]
 Examine = Callable[..., tuple[int, dict[str, dict[str, Any]]]]
@@ -121,7 +122,7 @@ def test_world_that_is_not_the_promised_one_fails_and_the_rest_is_still_examined
     ],
 )
 def test_gpus_that_are_promised_and_not_seen_fail(environment: dict[str, str], status: str, tmp_path: Path) -> None:
-    check = doctor.check_gpus(CPU, environment=environment, devices=tmp_path)
+    check = machine.check_gpus(CPU, environment=environment, devices=tmp_path)
     assert check.status == status
     assert ("99 GPUs are promised" in check.advice) == (status == "fail")
 
@@ -129,19 +130,19 @@ def test_gpus_that_are_promised_and_not_seen_fail(environment: dict[str, str], s
 def test_gpus_that_the_driver_shows_and_torch_does_not_see_fail(tmp_path: Path) -> None:
     for name in ("nvidiactl", "nvidia-uvm"):
         (tmp_path / name).touch()
-    assert doctor.check_gpus(CPU, environment={"CUDA_VISIBLE_DEVICES": ""}, devices=tmp_path).status == "ok"
+    assert machine.check_gpus(CPU, environment={"CUDA_VISIBLE_DEVICES": ""}, devices=tmp_path).status == "ok"
     for number in range(99):
         (tmp_path / f"nvidia{number}").touch()
-    assert doctor.check_gpus(CPU, environment={}, devices=tmp_path).value["promised"] == 99
-    assert doctor.check_gpus(CPU, environment={}, devices=tmp_path).status == "fail"
-    assert doctor.check_gpus(CPU, environment={"CUDA_VISIBLE_DEVICES": ""}, devices=tmp_path).status == "ok"
+    assert machine.check_gpus(CPU, environment={}, devices=tmp_path).value["promised"] == 99
+    assert machine.check_gpus(CPU, environment={}, devices=tmp_path).status == "fail"
+    assert machine.check_gpus(CPU, environment={"CUDA_VISIBLE_DEVICES": ""}, devices=tmp_path).status == "ok"
 
 
 def test_more_threads_than_cores_are_told_and_how_many_would_fit() -> None:
     cores, before = len(os.sched_getaffinity(0)), torch.get_num_threads()
     torch.set_num_threads(4 * cores)
     try:
-        check = doctor.check_processors(doctor.Peers(None))
+        check = machine.check_processors(ProcessGroup(None))
     finally:
         torch.set_num_threads(before)
     assert check.status == "warn"
@@ -165,7 +166,7 @@ def test_quota_of_a_container_is_read_from_both_kinds_of_cgroups(
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
-    assert doctor.cpu_quota(tmp_path) == cores
+    assert machine.cpu_quota(tmp_path) == cores
 
 
 # --- the disk --------------------------------------------------------------------------------------------------------
@@ -208,9 +209,9 @@ def test_checkpoints_are_as_large_and_as_many_as_is_said(examine: Examine, tiny_
 
 
 def test_lock_that_others_get_too_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.check_disk(doctor.Peers(None), tmp_path).status == "ok"
-    monkeypatch.setattr(doctor.fcntl, "flock", lambda *_: None)  # as where locks stay on one machine
-    check = doctor.check_disk(doctor.Peers(None), tmp_path)
+    assert storage.check_disk(ProcessGroup(None), tmp_path).status == "ok"
+    monkeypatch.setattr(storage.fcntl, "flock", lambda *_: None)  # as where locks stay on one machine
+    check = storage.check_disk(ProcessGroup(None), tmp_path)
     assert check.status == "fail"
     assert "gets a lock that the main process holds" in check.advice
     assert list(tmp_path.iterdir()) == []
@@ -227,19 +228,19 @@ def test_signal_ends_a_doctor_and_nothing_is_left(
         return ""
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(doctor, "_look_at_probe", end)
+    monkeypatch.setattr(storage, "_look_at_probe", end)
     assert code_of(["doctor", *tiny_flags, "--run_dir", str(tmp_path / "run")]) == 128 + signal.SIGTERM
     assert "lock" in seen
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_killed_doctor_left_is_removed_by_the_next_and_a_running_ones_is_not(tmp_path: Path) -> None:
-    old, new = tmp_path / f"{doctor.PROBE}old", tmp_path / f"{doctor.PROBE}new"
+    old, new = tmp_path / f"{storage.PROBE}old", tmp_path / f"{storage.PROBE}new"
     for path in (old, new):
         path.mkdir()
         (path / "large").touch()
-    os.utime(old, (0, time.time() - 2 * doctor.STALE_SECONDS))
-    doctor.check_disk(doctor.Peers(None), tmp_path)
+    os.utime(old, (0, time.time() - 2 * storage.STALE_SECONDS))
+    storage.check_disk(ProcessGroup(None), tmp_path)
     assert list(tmp_path.iterdir()) == [new]
 
 
@@ -281,17 +282,17 @@ def test_dataset_that_is_not_cached_is_a_warning_and_no_network_is_asked(tmp_pat
     assert done.returncode == 0, done.stdout + done.stderr
     data = next(check for check in json.loads(done.stdout)["checks"] if check["name"] == "data")
     assert data["status"] == "warn"
-    assert data["advice"].startswith("dataset `nobody/nothing` is not in the local cache; prepare it where there is a")
+    assert data["advice"].startswith("dataset `nobody/nothing` is not in the local cache; run `textgen prepare` on")
 
 
 def test_precision_is_the_one_that_the_training_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     bf16, fp32 = (parse_train_config(["--mixed_precision", name]) for name in ("bf16", "no"))
-    value = doctor.check_precision(bf16, CPU).value
+    value = precision.check_precision(bf16, CPU).value
     assert (value["training"], value["float32"]) == ("bf16", 1.0)
-    monkeypatch.setattr(doctor, "_trains_in", lambda dtype, _: dtype != torch.bfloat16)
-    check = doctor.check_precision(bf16, CPU)
+    monkeypatch.setattr(precision, "_trains_in", lambda dtype, _: dtype != torch.bfloat16)
+    check = precision.check_precision(bf16, CPU)
     assert (check.status, check.value["bfloat16"]) == ("fail", "does not train")
-    assert doctor.check_precision(fp32, CPU).status == "ok"
+    assert precision.check_precision(fp32, CPU).status == "ok"
 
 
 def test_wandb_key_is_found_and_never_shown(
@@ -301,20 +302,22 @@ def test_wandb_key_is_found_and_never_shown(
     for key, status in (("", "warn"), ("secret-of-somebody", "ok")):
         monkeypatch.setenv("WANDB_API_KEY", key)
         config = parse_train_config([*tiny_flags, "--tracking.mode", "online"])
-        check = doctor.check_wandb(config)
+        check = inputs.check_wandb(config)
         assert (check.status, check.value["mode"]) == (status, "online")
         assert "secret" not in str(check)
-    assert doctor.check_wandb(parse_train_config([*tiny_flags, "--tracking.mode", "auto"])).value["mode"] == "online"
+    assert inputs.check_wandb(parse_train_config([*tiny_flags, "--tracking.mode", "auto"])).value["mode"] == "online"
     monkeypatch.setenv("WANDB_API_KEY", "")
-    assert doctor.check_wandb(parse_train_config([*tiny_flags, "--tracking.mode", "auto"])).value["mode"] == "offline"
+    assert inputs.check_wandb(parse_train_config([*tiny_flags, "--tracking.mode", "auto"])).value["mode"] == "offline"
 
 
 def test_few_open_files_are_told() -> None:
-    code = "import torch; from textgen.commands import doctor; print(doctor.check_limits(torch.device('cpu')).advice)"
+    code = (
+        "import torch; from textgen.diagnosis import machine; print(machine.check_limits(torch.device('cpu')).advice)"
+    )
     command = ["bash", "-c", f'ulimit -n 256; exec "{sys.executable}" -c "{code}"']
     said = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert "`ulimit -n 1024`" in said
-    assert doctor.check_limits(CPU).value["shm_gb"] >= 0
+    assert machine.check_limits(CPU).value["shm_gb"] >= 0
 
 
 # --- merging ---------------------------------------------------------------------------------------------------------
@@ -327,7 +330,7 @@ def said(machine: str, status: str, **value: object) -> dict[str, Any]:
 def test_processes_that_found_the_same_share_a_line_with_their_figures() -> None:
     everyone = [said("a", "ok", name="H", free=3.0), said("a", "ok", name="H", free=1.0)]
     everyone += [said("b", "ok", name="H", free=2.0)]
-    assert doctor.merge(everyone) == [
+    assert results.merge(everyone) == [
         {
             "name": "gpus",
             "status": "ok",
@@ -346,6 +349,6 @@ def test_machine_that_differs_has_a_line_of_its_own() -> None:
         said("c", "ok", name="V"),
     ]
     everyone += [said("d", "ok", name="V", free=1)]  # a figure that the others do not have
-    rows = [(row["status"], row["machines"], row["value"]["name"]) for row in doctor.merge(everyone)]
+    rows = [(row["status"], row["machines"], row["value"]["name"]) for row in results.merge(everyone)]
     assert rows == [("ok", ["a"], "H"), ("fail", ["b"], "H"), ("ok", ["c"], "V"), ("ok", ["d"], "V")]
-    assert "gpus        fail  [b] name H" in doctor.as_table(doctor.merge(everyone)).splitlines()
+    assert "gpus        fail  [b] name H" in results.as_table(results.merge(everyone)).splitlines()

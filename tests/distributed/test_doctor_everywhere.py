@@ -22,8 +22,12 @@ import torch
 from torch import Tensor
 
 from tests.forking import free_port, run_script, server
-from textgen.commands import doctor
+from textgen.commands.doctor import doctor_command
 from textgen.commands.parsing import parse_train_config
+from textgen.diagnosis import checks as all_checks
+from textgen.diagnosis import inputs, machine, network, storage
+from textgen.diagnosis.process_group import ProcessGroup
+from textgen.diagnosis.results import Check
 
 ROOT = Path(__file__).parents[2]
 CPUS = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -40,11 +44,11 @@ Report = dict[str, Any]
 
 def examine_each_other(place: Path) -> None:
     """Print, from the main process, what the processes found of each other, one thing wrong at a time."""
-    peers = doctor.Peers.join(parse_train_config(["--mixed_precision", "no"]))
-    rank = peers.rank
+    group = ProcessGroup.join(parse_train_config(["--mixed_precision", "no"]))
+    rank = group.rank
     own = place / f"process-{rank}"
     own.mkdir()
-    found = {"gathered": peers.gather({"rank": rank, "text": "ä" * (1 + 9 * rank)})}
+    found = {"gathered": group.gather({"rank": rank, "text": "ä" * (1 + 9 * rank)})}
 
     def differs(tensor: Tensor) -> None:
         torch.distributed.all_reduce(tensor)
@@ -53,33 +57,33 @@ def examine_each_other(place: Path) -> None:
     def no_lock(*_: object) -> None: ...
 
     checks = {
-        "sums": doctor.check_all_reduce(peers),
-        "wrong_sums": doctor.check_all_reduce(peers, differs),
-        "clocks": doctor.check_clocks(peers),
-        "wrong_clocks": doctor.check_clocks(peers, lambda: time.time() - SKEW * rank),
-        "disk": doctor.check_disk(peers, place / "runs" / "one"),
-        "other_disks": doctor.check_disk(peers, own),
-        "versions": doctor.check_versions(peers),
-        "data": doctor.check_data(peers, doctor.Check("data", "ok", {}), SimpleNamespace(training_key="one")),  # type: ignore[arg-type]
-        "other_data": doctor.check_data(
-            peers, doctor.Check("data", "ok", {}), SimpleNamespace(training_key=str(rank))  # type: ignore[arg-type]
+        "sums": network.check_all_reduce(group),
+        "wrong_sums": network.check_all_reduce(group, differs),
+        "clocks": network.check_clocks(group),
+        "wrong_clocks": network.check_clocks(group, lambda: time.time() - SKEW * rank),
+        "disk": storage.check_disk(group, place / "runs" / "one"),
+        "other_disks": storage.check_disk(group, own),
+        "versions": machine.check_versions(group),
+        "data": inputs.check_data(group, Check("data", "ok", {}), SimpleNamespace(training_key="one")),  # type: ignore[arg-type]
+        "other_data": inputs.check_data(
+            group, Check("data", "ok", {}), SimpleNamespace(training_key=str(rank))  # type: ignore[arg-type]
         ),
-        "processors": doctor.check_processors(peers),
+        "processors": machine.check_processors(group),
     }  # fmt: skip
     if rank == 1:
-        doctor.fcntl = SimpleNamespace(LOCK_EX=2, LOCK_NB=4, flock=no_lock)  # type: ignore[assignment]
-        doctor.importlib.metadata.version = lambda name: f"9.{name}"
-    checks |= {"local_locks": doctor.check_disk(peers, place), "other_versions": doctor.check_versions(peers)}
-    found |= {name: peers.gather(asdict(check)) for name, check in checks.items()}
-    if peers.main:
+        storage.fcntl = SimpleNamespace(LOCK_EX=2, LOCK_NB=4, flock=no_lock)  # type: ignore[assignment]
+        machine.importlib.metadata.version = lambda name: f"9.{name}"
+    checks |= {"local_locks": storage.check_disk(group, place), "other_versions": machine.check_versions(group)}
+    found |= {name: group.gather(asdict(check)) for name, check in checks.items()}
+    if group.is_main:
         (place / "found.json").write_text(json.dumps(found))
     os._exit(0)  # without tearing its process group down, as `cli.run` does
 
 
 def die_in_the_all_reduce(flags: list[str]) -> None:
     """Be a process of a doctor that dies without a word."""
-    doctor.check_all_reduce = lambda _: os._exit(9)
-    doctor.doctor_command(flags)
+    all_checks.check_all_reduce = lambda _: os._exit(9)
+    doctor_command(flags)
 
 
 # --- the tests -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,29 @@
+"""A missing package fails the checks that need it, and the other checks still run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# None in sys.modules makes an import fail as that of a missing package does.
+PROGRAM = """
+import sys
+sys.modules["sentencepiece"] = None
+from textgen.cli import main
+main(["doctor", *sys.argv[1:]])
+"""
+
+
+def test_missing_package_fails_the_checks_that_need_it_and_no_others(tmp_path: Path) -> None:
+    flags = ["--run_dir", str(tmp_path / "run"), "--data.cache_dir", str(tmp_path / "cache"), "--json"]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, *flags], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 1, done.stderr
+    checks = {check["name"]: check for check in json.loads(done.stdout)["checks"]}
+    assert {name for name, check in checks.items() if check["status"] == "fail"} == {"space", "data"}
+    assert all("sentencepiece" in checks[name]["advice"] for name in ("space", "data"))
