@@ -77,7 +77,7 @@ class Plain(nn.Module):
 
 
 def plain_steps(step: Callable[..., Any], model: LSTMLanguageModel, rows: int, *, onednn: bool = True) -> Steps:
-    """Return what takes n steps of the plain loop."""
+    """Return a function that takes n steps of the plain loop."""
     kept: dict[str, Any] = {"state": model.zero_state(rows)}
     kept["tokens"] = torch.zeros(rows, dtype=torch.int64, device=kept["state"][0].device)
 
@@ -91,7 +91,7 @@ def plain_steps(step: Callable[..., Any], model: LSTMLanguageModel, rows: int, *
 
 
 def start_of(decoder: Decoder, rows: int) -> tuple[Tensor, DecoderState, SamplingState]:
-    """Return tokens, state and sampling of rows that draw at temperature 1."""
+    """Return tokens, decoder state and sampling state of rows that draw at temperature 1."""
     one = decoder.prefill([1])
     state = [part.repeat(rows, 1) for part in one]
     sampling = [
@@ -103,7 +103,7 @@ def start_of(decoder: Decoder, rows: int) -> tuple[Tensor, DecoderState, Samplin
 
 
 def decoder_steps(decoder: Decoder, rows: int) -> Steps:
-    """Return what takes n steps as `textgen sample` does, the draw included."""
+    """Return a function that takes n steps as `textgen sample` does, the draw included."""
     tokens, state, sampling = start_of(decoder, rows)
     kept: dict[str, Any] = {"tokens": tokens, "state": state}
 
@@ -118,7 +118,7 @@ def decoder_steps(decoder: Decoder, rows: int) -> Steps:
 
 
 def graph_steps(decoder: Decoder, rows: int) -> Steps:
-    """Return what replays CUDA graphs of 32 steps; the host reads their tokens one replay late."""
+    """Return a function that replays CUDA graphs of 32 steps; the host reads their tokens one replay late."""
     from textgen.decoding.cuda_graphs import Buffers, StepCapture
 
     tokens, state, sampling = start_of(decoder, rows)
@@ -190,7 +190,7 @@ def weight_count(model: LSTMLanguageModel) -> int:
 
 
 def reading(num_bytes: int, device: torch.device) -> Steps:
-    """Return what reads a buffer of so many bytes n times."""
+    """Return a function that reads a buffer of `num_bytes` bytes n times."""
     buffer = torch.zeros(num_bytes // 4, device=device)
 
     def steps(count: int) -> None:
@@ -203,7 +203,7 @@ def reading(num_bytes: int, device: torch.device) -> Steps:
 def compare(
     variants: dict[str, Steps], rounds: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Return seconds per step of every round, variant by variant, in turns; and joules per step where they are told."""
+    """Return seconds per step, round by round, of variants that take turns; and joules per step if they are counted."""
 
     def seconds(steps: Steps, count: int) -> float:
         started = time.perf_counter()

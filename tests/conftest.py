@@ -26,6 +26,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # One of several workers, and every process that it starts, computes with one thread. Set before torch is imported.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
+    for name in ("COLUMNS", "LINES"):  # xdist's controller tells its workers of a terminal that they do not have
+        os.environ.pop(name, None)
 
 # A busy machine is no failure.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

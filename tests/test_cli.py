@@ -165,6 +165,7 @@ def test_help_of_sample_is_printed_without_waiting_for_torch() -> None:
     assert answers_without_torch("cli.main(['sample', '--help'])")
 
 
+@pytest.mark.serial
 def test_wrong_flag_is_answered_within_a_second() -> None:
     def seconds() -> float:
         started = time.perf_counter()

@@ -15,6 +15,10 @@ SLOW = (*COMPILER, "wandb", "datasets", "pandas", "matplotlib")
 STARTS = {
     "import textgen": (["-c", "import textgen"], ("torch", "numpy", "jsonargparse", *SLOW)),
     "textgen --help": (["-m", "textgen", "--help"], ("torch", "numpy", *SLOW)),
+    "textgen serve --help": (
+        ["-m", "textgen", "serve", "--help"],
+        ("torch", "numpy", "uvicorn", "starlette", "pydantic", *SLOW),
+    ),
     "textgen sample": (["-m", "textgen", "sample", "RUN", "--prompt", "I", "--max_new_tokens", "1"], SLOW),
 }
 

@@ -233,6 +233,7 @@ def run_open(home: Path, config: str, **environment: str) -> tuple[str, float]:
     return result.stdout, time.monotonic() - start
 
 
+@pytest.mark.serial
 def test_a_hub_that_refuses_or_never_answers_is_left_within_4_seconds(tmp_path: Path) -> None:
     with socket.socket() as closed, socket.create_server(("127.0.0.1", 0)) as silent:
         closed.bind(("127.0.0.1", 0))  # bound but not listening: connections are refused

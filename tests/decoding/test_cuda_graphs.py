@@ -326,7 +326,7 @@ def test_a_runner_runs_one_batch_at_a_time_and_is_free_when_one_is_given_up(
 ) -> None:
     runner = GraphRunner(endless, capture=captures)
     request = Request("it", SamplingConfig(max_new_tokens=40))
-    with pytest.raises(RuntimeError, match="of its own decoder"):
+    with pytest.raises(RuntimeError, match="with its own decoder"):
         next(runner(batch_of(decoder, tokenizer, [request])))
     steps = runner(batch_of(endless, tokenizer, [request]))
     first = next(steps)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,12 +19,15 @@ from typing import Any
 
 import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.serving.servers import Running, running
+from textgen.commands import serve
 from textgen.config import SamplingConfig
 from textgen.decoding.choose import choose_decoder
 from textgen.decoding.generation import Sample, sample_all
 from textgen.model.files import load_model
+from textgen.serving import protocol
 
 PROMPTS = ["The plot was", "Ça va, très café", "", "I watched this 🙂"]
 ENDLESS = {
@@ -146,11 +150,36 @@ def test_penalties_and_top_k_reach_the_draw(server: Running, alone: Alone) -> No
 
 
 def test_null_is_as_good_as_nothing(server: Running) -> None:
-    fields = json.loads(server.ask("GET", "/openapi.json")[2])["components"]["schemas"]["Asked"]["properties"]
+    fields = json.loads(server.ask("GET", "/openapi.json")[2])["components"]["schemas"]["CompletionRequest"][
+        "properties"
+    ]
     assert "stream_options" in fields
     answer = server.complete(**dict.fromkeys(fields))
     assert answer["usage"]["completion_tokens"] <= 16
     assert answer["choices"][0]["logprobs"] is None
+
+
+def test_responses_have_the_fields_of_their_models_in_order(server: Running) -> None:
+    def check(model: type[BaseModel], body: bytes) -> None:
+        parsed = model.model_validate_json(body, strict=True, extra="forbid")
+        assert json.dumps(parsed.model_dump()) == json.dumps(json.loads(body))
+
+    asked = {"prompt": ["The", "A"], "logprobs": 2, "max_tokens": 5}
+    for path, model, request in [
+        ("/v1/models", protocol.ModelList, None),
+        ("/v1/models/tiny", protocol.Model, None),
+        ("/healthz", protocol.Health, None),
+        ("/nothing", protocol.ErrorResponse, None),
+        ("/v1/completions", protocol.ErrorResponse, {"n": 0}),
+        ("/v1/completions", protocol.Completion, {"prompt": "The"}),
+        ("/v1/completions", protocol.Completion, asked),
+    ]:
+        check(model, server.ask("GET" if request is None else "POST", path, request)[2])
+    events = server.ask("POST", "/v1/completions", asked | {"stream": True})[2].split(b"\n\n")
+    choices = [choice for event in events[:-2] for choice in json.loads(event.removeprefix(b"data: "))["choices"]]
+    assert {choice["index"] for choice in choices} == {0, 1}
+    for choice in choices:
+        check(protocol.CompletionChoice, json.dumps(choice).encode())
 
 
 def test_without_a_seed_texts_differ(server: Running) -> None:
@@ -279,9 +308,9 @@ def test_the_log_holds_neither_prompts_nor_texts(server: Running) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--host", "0.0.0.0"], "`host` 0.0.0.0 can be reached from elsewhere, which needs `token_file`"),
-        (["--host", "example.org"], "`host` example.org can be reached from elsewhere, which needs `token_file`"),
-        (["--token_file", "short"], "`short` must hold a token of at least 16 letters, digits and signs"),
+        (["--host", "0.0.0.0"], "`host` 0.0.0.0 is not a loopback address: set `token_file`"),
+        (["--host", "example.org"], "`host` example.org is not a loopback address: set `token_file`"),
+        (["--token_file", "short"], "`short` must contain a token of at least 16 letters, digits and signs"),
         (["--token_file", "none"], "`none` cannot be read: No such file or directory"),
         (["--max_waiting", "63"], "`max_waiting` must be at least 64: 63"),
         (["--port", "65536"], "`port` must be at most 65535: 65536"),
@@ -301,10 +330,21 @@ def test_what_cannot_be_served_is_said_in_a_line(
     assert capsys.readouterr().err == f"error: {said}\n"
 
 
+def test_a_missing_package_is_named_with_the_versions_of_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else name)
+    with pytest.raises(SystemExit, match="2"):
+        serve.serve_command(["nowhere"])
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    wanted = " ".join(f"'{package}'" for package in project["optional-dependencies"]["serve"])
+    assert capsys.readouterr().err == f"error: `textgen serve` needs `uvicorn`: pip install {wanted}\n"
+
+
 def test_a_port_that_is_taken_is_said_in_a_line(server: Running, tiny_run: Path) -> None:
     argv = [sys.executable, "-m", "textgen", "serve", str(tiny_run), "--port", str(server.port)]
     ended = subprocess.run(argv, capture_output=True, text=True)
-    said = f"error: `host` 127.0.0.1 and `port` {server.port} cannot be listened on: Address already in use\n"
+    said = f"error: cannot listen on `host` 127.0.0.1 and `port` {server.port}: Address already in use\n"
     assert (ended.returncode, ended.stderr) == (2, said)
 
 

@@ -102,7 +102,7 @@ def test_a_token_tells_its_probability_and_the_alternatives(page: Page) -> None:
     page.locator("#prompt").fill("The plot")
     page.get_by_role("button", name="Generate").click()
     texts(page)
-    told = page.locator("#told")
+    told = page.locator("#alternatives")
     expect(told).to_be_hidden()
     seen = [token for token in tokens(page, 2).all()[:20] if token.text_content()]
     seen[2].hover()
@@ -165,8 +165,11 @@ def test_text_is_never_taken_for_html(page: Page) -> None:
     assert tokens(page).first.text_content() == "🙂"
     tokens(page).nth(1).hover()
     for row in (0, 1):
-        expect(page.locator("#told div").nth(row)).to_contain_text("onerror")
-    assert page.locator("main img, main b, main script, #told img, #told b, #told script").count() == 0
+        expect(page.locator("#alternatives div").nth(row)).to_contain_text("onerror")
+    assert (
+        page.locator("main img, main b, main script, #alternatives img, #alternatives b, #alternatives script").count()
+        == 0
+    )
 
 
 def test_temperatures_come_and_go_and_text_is_copied(page: Page, server: Running) -> None:
@@ -195,7 +198,7 @@ def test_a_phone_shows_one_column_without_scrolling_sideways(browser: Browser, s
     lefts = {box["x"] for section in page.locator("section").all() if (box := section.bounding_box())}
     assert len(lefts) == 1
     tokens(page).nth(3).tap()
-    expect(page.locator("#told")).to_be_in_viewport()
+    expect(page.locator("#alternatives")).to_be_in_viewport()
     back = page.evaluate("() => getComputedStyle(document.body).backgroundColor")
     assert (sum(map(int, re.findall(r"\d+", back))) < 150) == (scheme == "dark")
     page.close()

@@ -1,6 +1,6 @@
-"""The command `serve`: a trained model behind OpenAI's completions API, and a page to play with it.
+"""The command `serve`: a trained model behind OpenAI's completions API, and a page to try it.
 
-Heavy packages are imported once the flags are known to be right.
+Heavy packages, and those of the HTTP server, are imported once the flags are valid.
 """
 
 from __future__ import annotations
@@ -8,92 +8,122 @@ from __future__ import annotations
 import ipaddress
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textgen.commands.model_argument import add_model_arguments, open_decoder
+from textgen.commands.model_argument import OpenModel, add_model_arguments, open_decoder
 from textgen.commands.parsing import Parser, fail
 
 if TYPE_CHECKING:
-    pass
-from textgen.serving.server import build_server, exit_at_once, open_listener
+    from textgen.decoding.decoders import Decoder
+    from textgen.serving.server import DrainingServer
 
 log = logging.getLogger("textgen")
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 
-# Samples of one request: prompts x `n`. The queue holds at least that many.
-MOST_SAMPLES = 64
-TOKEN_LENGTH = 16
+# The versions of the extra `serve` in pyproject.toml. The message about a missing package names them all, not
+# `textgen[serve]`: outside a checkout pip would look for that name in an index, where it is another project.
+PACKAGES = {"pydantic": ">=2.12,<3", "starlette": ">=1.10,<2", "uvicorn": ">=0.54,<0.55"}
+
+# The largest number of samples of one request: prompts times `n`. The queue must have room for them.
+MAX_REQUEST_SAMPLES = 64
+MIN_TOKEN_LENGTH = 16
 
 
 def serve_command(argv: Sequence[str]) -> None:
-    """Serve a checkpoint until a signal comes."""
+    """Serve a checkpoint until a signal arrives."""
     args = _parse(argv)
     token = _read_token(args.token_file)
+    from textgen.serving.server import exit_at_once
+
     signal.signal(signal.SIGTERM, exit_at_once)
-    try:
-        listener = open_listener(args.host, args.port)
-    except OSError as error:
-        reason = str(error.strerror).split(" (")[0]
-        fail(f"`host` {args.host} and `port` {args.port} cannot be listened on: {reason}")
+    listener = _listen(args.host, args.port)  # before the model is loaded: a wrong address fails at once
 
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     log.setLevel(logging.INFO)
     import torch
 
-    from textgen.serving.api import Api
-    from textgen.serving.gate import Gate
-    from textgen.serving.protocol import Limits
-    from textgen.serving.scheduler import Scheduler
-
-    torch.set_num_threads(args.threads or max(torch.get_num_threads() - 1, 1))
+    torch.set_num_threads(args.threads or max(torch.get_num_threads() - 1, 1))  # by default one core is left to HTTP
     opened, decoder = open_decoder(args.checkpoint, args.decoder, best=args.best)
-
-    scheduler = Scheduler(decoder, opened.tokenizer, batch_size=args.batch_size, max_waiting=args.max_waiting)
-    limits = Limits(max_tokens=args.max_tokens, max_prompt_tokens=args.max_prompt_tokens, timeout=args.timeout)
-    server: Any = None
-    api = Api(
-        args.name or Path(args.checkpoint).resolve().name, opened.normalization, scheduler, limits,
-        lambda: len(server.server_state.connections),
-    )  # fmt: skip
-    hosts = [*LOOPBACK_NAMES, _in_url(args.host), *(name.lower() for name in args.allowed_hosts or ())]
-    gate = Gate(api.app(), hosts=hosts, any_address=not _is_loopback(args.host), token=token, metrics=api.metrics)
-    server = build_server(gate, scheduler)
+    server = _build(args, opened, decoder, token)
     log.info("serving on http://%s:%d", _in_url(args.host), listener.getsockname()[1])
     server.run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    from textgen.serving.server import open_listener
+
+    try:
+        return open_listener(host, port)
+    except OSError as error:
+        reason = str(error.strerror).split(" (")[0]
+        fail(f"cannot listen on `host` {host} and `port` {port}: {reason}")
+
+
+def _build(args: Any, opened: OpenModel, decoder: Decoder, token: str | None) -> DrainingServer:
+    """Return the server with all its parts."""
+    from textgen.serving.access import AccessMiddleware
+    from textgen.serving.api import Api
+    from textgen.serving.protocol import Limits
+    from textgen.serving.scheduler import Scheduler
+    from textgen.serving.server import build_server
+
+    server: DrainingServer  # built last, from the API, which reads its number of connections at each request
+    scheduler = Scheduler(decoder, opened.tokenizer, batch_size=args.batch_size, max_waiting=args.max_waiting)
+    limits = Limits(max_tokens=args.max_tokens, max_prompt_tokens=args.max_prompt_tokens, timeout=args.timeout)
+    name = args.name or Path(args.checkpoint).resolve().name
+    api = Api(name, opened.normalization, scheduler, limits, lambda: len(server.server_state.connections))
+    app = AccessMiddleware(
+        api.app(),
+        hosts=[*LOOPBACK_NAMES, _in_url(args.host), *(name.lower() for name in args.allowed_hosts or ())],
+        any_address=not _is_loopback(args.host),
+        token=token,
+        metrics=api.metrics,
+    )
+    server = build_server(app, scheduler)
+    return server
 
 
 def _parse(argv: Sequence[str]) -> Any:
     parser = Parser(
         prog="textgen serve",
-        description="Answer OpenAI's completions API, and show a page to play with, until SIGTERM or Ctrl-C.",
+        description="Serve OpenAI's completions API, and a page to try the model, until SIGTERM or Ctrl-C.",
     )
     add_model_arguments(parser, decoder=True)
-    parser.add_argument("--name", help="the model's name; that of the checkpoint's or run's folder, unless given")
+    parser.add_argument("--name", help="the model's name; default: the name of the checkpoint's or run's folder")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
-    parser.add_argument("--port", type=int, default=8000, help="0 takes a free one")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0 for any free port")
     parser.add_argument(
         "--token_file",
-        help=f"file with a token of {TOKEN_LENGTH} characters or more that clients must send; `host` beyond loopback "
-        "demands it",
+        help=f"file with a token of at least {MIN_TOKEN_LENGTH} characters that clients must send; required if `host` "
+        "is not a loopback address",
     )
     parser.add_argument(
-        "--allowed_hosts", nargs="+", metavar="NAME", help="more names of this server, as a proxy before it has them"
+        "--allowed_hosts", nargs="+", metavar="NAME", help="more names of this server, for example that of a proxy"
     )
     parser.add_argument(
-        "--threads", type=int | None, default=None, help="threads that decode; all but one, unless given: for HTTP"
+        "--threads",
+        type=int | None,
+        default=None,
+        help="threads that decode; default: all but one, which is left to HTTP",
     )
-    parser.add_argument("--batch_size", type=int, default=64, help="samples that run at a time")
-    parser.add_argument("--max_waiting", type=int, default=256, help="samples that wait; beyond them clients get a 429")
-    parser.add_argument("--max_tokens", type=int, default=1024, help="most tokens of a sample")
-    parser.add_argument("--max_prompt_tokens", type=int, default=2048, help="most tokens of a prompt")
-    parser.add_argument("--timeout", type=float, default=300.0, help="seconds that a request may take")
+    parser.add_argument("--batch_size", type=int, default=64, help="maximum number of samples that run at a time")
+    parser.add_argument(
+        "--max_waiting",
+        type=int,
+        default=256,
+        help="maximum number of samples that wait; clients get status 429 beyond it",
+    )
+    parser.add_argument("--max_tokens", type=int, default=1024, help="maximum number of tokens of a sample")
+    parser.add_argument("--max_prompt_tokens", type=int, default=2048, help="maximum number of tokens of a prompt")
+    parser.add_argument("--timeout", type=float, default=300.0, help="maximum number of seconds of a request")
     args = parser.parse_args(list(argv))
-    least = {"batch_size": 1, "max_waiting": MOST_SAMPLES, "max_tokens": 1, "max_prompt_tokens": 1, "port": 0}
+    least = {"batch_size": 1, "max_waiting": MAX_REQUEST_SAMPLES, "max_tokens": 1, "max_prompt_tokens": 1, "port": 0}
     for name, value in least.items():
         if args[name] < value:
             parser.error(f"`{name}` must be at least {value}: {args[name]}")
@@ -104,13 +134,15 @@ def _parse(argv: Sequence[str]) -> Any:
     if not 0 < args.timeout <= 86400:
         parser.error(f"`timeout` must be above 0 and at most 86400: {args.timeout}")
     if args.token_file is None and not _is_loopback(args.host):
-        parser.error(f"`host` {args.host} can be reached from elsewhere, which needs `token_file`")
-    if missing := [name for name in ("starlette", "uvicorn", "pydantic") if find_spec(name) is None]:
-        fail(f"`textgen serve` needs `{missing[0]}`: pip install textgen[serve]")
+        parser.error(f"`host` {args.host} is not a loopback address: set `token_file`")
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        wanted = " ".join(f"'{name}{versions}'" for name, versions in PACKAGES.items())
+        fail(f"`textgen serve` needs {', '.join(f'`{name}`' for name in missing)}: pip install {wanted}")
     return args
 
 
 def _is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach a host; False for any other name without looking it up."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -118,10 +150,12 @@ def _is_loopback(host: str) -> bool:
 
 
 def _in_url(host: str) -> str:
+    """Return a host as URLs spell it: IPv6 addresses in brackets."""
     return f"[{host}]" if ":" in host else host.lower()
 
 
 def _read_token(path: str | None) -> str | None:
+    """Return the token in a file; None without a path."""
     if path is None:
         return None
     try:
@@ -130,6 +164,6 @@ def _read_token(path: str | None) -> str | None:
         fail(f"`{path}` cannot be read: {error.strerror}")
     except UnicodeDecodeError:
         fail(f"`{path}` is not UTF-8")
-    if len(token) < TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
-        fail(f"`{path}` must hold a token of at least {TOKEN_LENGTH} letters, digits and signs")
+    if len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
+        fail(f"`{path}` must contain a token of at least {MIN_TOKEN_LENGTH} letters, digits and signs")
     return token

@@ -177,7 +177,7 @@ class GraphRunner:
             RuntimeError: the batch has another decoder, or another batch runs.
         """
         if batch.decoder is not self._decoder or self._busy:
-            raise RuntimeError("a runner of graphs runs one batch at a time, of its own decoder")
+            raise RuntimeError("a GraphRunner runs one batch at a time, with its own decoder")
         if len(batch.samples) > MAX_ROWS:
             yield from batch.run()
             return

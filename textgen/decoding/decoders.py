@@ -121,7 +121,7 @@ class CellDecoder(Decoder):
             self._recurrent: list[Product] = [pack(_gates_last(first.weight_hh), bounded=True)]
             self._inputs: list[Product | None] = [None]
             # Later layers: one product on the layer's input and hidden state side by side. In int8 an input that is not
-            # bounded needs a scale of its own, so it gets a product of its own.
+            # bounded needs a separate scale, so it gets a separate product.
             for i, layer in enumerate(layers[1:], 1):
                 joined = dtype != "int8" or is_bounded(i)
                 weight = torch.cat([layer.weight_ih, layer.weight_hh], 1) if joined else layer.weight_hh

@@ -1,8 +1,10 @@
-"""HTTP: who may ask, the protocol, and samples of many clients in one running batch.
+"""OpenAI's completions API over HTTP, for many clients of one running batch, and a page to try a model.
 
-- `protocol`: requests, errors, the API's description of itself
-- `gate`: hosts, origins, tokens, headers
-- `api`: routes, answers, streams
-- `scheduler`: samples of many clients in one running batch
-- `server`: the socket, limits on connections, the end
+- `access`: access control by host, origin and token; security headers, the request log
+- `api`: routes and metrics
+- `completion`: a completion while its samples are decoded; streams of events
+- `page/`: the page that browsers load
+- `protocol`: requests, responses, errors, and the OpenAPI description
+- `scheduler`: one thread that decodes the samples of all clients in one batch
+- `server`: the socket, limits on connections, the shutdown
 """

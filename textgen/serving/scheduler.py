@@ -1,6 +1,6 @@
-"""Continuous batching: samples of many clients join and leave one running batch, in a thread of its own.
+"""Continuous batching: one thread decodes the samples of all clients, which join and leave one running batch.
 
-An LSTM's state is of a fixed size, so that a row may come or go between any two tokens.
+The state of an LSTM has a fixed size, so a row can join or leave between any two tokens.
 """
 
 from __future__ import annotations
@@ -24,140 +24,146 @@ from textgen.tokenizer import Tokenizer
 
 log = logging.getLogger("textgen")
 
-# Text is handed over, and new samples join, not at each step but after so many seconds for every sample that runs; only
-# a sample's first token and its end are handed over at once. A piece costs 0.1 ms whatever its length (JSON, a write to
-# a socket), a join lays the batch out anew: each is held to a share of the time, however many clients there are.
-SECONDS_PER_PIECE = 0.001
+# Text is delivered, and new samples join, at intervals of these seconds times the number of running samples; only the
+# first token and the end of a sample are delivered at once. A delta costs 0.1 ms whatever its length (JSON, a write to
+# a socket), and a join copies the batch's tensors: the intervals hold each to a fixed share of the time, however many
+# clients there are.
+SECONDS_PER_DELTA = 0.001
 SECONDS_PER_JOIN = 0.00025
 
-# Tokens of prompts that are read between two steps, unless a single prompt has more: those that run wait meanwhile.
+# Prompt tokens that are read between two steps, unless a single prompt is longer: running samples wait for them.
 PROMPT_TOKENS_PER_STEP = 2048
 
 
 class BusyError(Exception):
-    """There are too many samples already."""
+    """The queue is full."""
 
 
 class ClosedError(BusyError):
-    """No samples are taken any more."""
+    """The scheduler is shutting down."""
 
 
 @dataclass(frozen=True)
-class Piece:
-    """What became of a sample since its last piece: text, tokens, its end."""
+class Delta:
+    """The part of a sample since its previous delta."""
 
     text: str
-    told: Sequence[tuple[int, TokenLogprobs]]
-    """tokens with their log-probabilities, if asked for, and where their texts begin in the sample's"""
+    logprobs: Sequence[tuple[int, TokenLogprobs]]
+    """for each token its offset in the sample's text, in characters; empty if the request wants no log-probabilities"""
     sample: Sample | None = None
-    """the whole sample, if it has ended"""
+    """the whole sample, once it has ended"""
     error: str | None = None
-    """why there will be no end"""
+    """the reason why the sample will not end"""
 
 
 @dataclass(eq=False)
 class Stream:
-    """A sample that somebody waits for."""
+    """A sample on its way to a client, with the text that is not delivered yet."""
 
-    row: RunningSample
+    running: RunningSample
     owner: Any
-    """the caller's, to know it again"""
+    """identifies the sample for the caller"""
     cancelled: bool = False
-    begun: bool = False
+    started: bool = False
+    """the first token is drawn"""
     text: str = ""
-    told: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
+    logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     sample: Sample | None = None
 
-    def push(self, token: int, told: TokenLogprobs | None) -> None:
-        """Take a token that was drawn."""
-        row = self.row
-        place = len(row.text) + len(row.held)
-        for event in row.push(token, told):
+    def push(self, token: int, logprobs: TokenLogprobs | None) -> None:
+        """Add a token that was drawn."""
+        running = self.running
+        offset = len(running.text) + len(running.held)
+        for event in running.push(token, logprobs):
             if isinstance(event, str):
                 self.text += event
             else:
                 self.sample = event
-        if told is not None and row.request.config.logprobs is not None:
-            self.told.append((place, row.logprobs[-1]))
+        if logprobs is not None and running.request.config.logprobs is not None:
+            # `running` has cut the alternatives, of which the batch returns as many as any sample wants.
+            self.logprobs.append((offset, running.logprobs[-1]))
 
-    def take(self) -> Piece:
-        """Return what came since the last time."""
-        piece = Piece(self.text, self.told, self.sample)
-        self.text, self.told = "", []
-        return piece
+    def pop_delta(self) -> Delta:
+        """Return the delta since the previous call."""
+        delta = Delta(self.text, self.logprobs, self.sample)
+        self.text, self.logprobs = "", []
+        return delta
 
 
 class Scheduler:
-    """Draws the tokens of all samples, step by step.
+    """Draws the tokens of all samples, step by step, in a thread.
 
     Args:
-        decoder: of the model.
-        tokenizer: the model's.
-        batch_size: samples that run at a time.
-        max_waiting: samples that may wait for a place.
+        decoder: the model's decoder.
+        tokenizer: the model's tokenizer.
+        batch_size: maximum number of running samples.
+        max_waiting: maximum number of samples in the queue.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        tokenizer: Tokenizer,
-        *,
-        batch_size: int,
-        max_waiting: int,
-    ) -> None:
+    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, *, batch_size: int, max_waiting: int) -> None:
         self.tokenizer, self.max_waiting, self.num_tokens = tokenizer, max_waiting, 0
         self._decoder, self._batch_size = decoder, batch_size
-        self._changed = threading.Condition()  # guards the next two
+        # Any thread may read or change these two while it holds the condition.
+        self._changed = threading.Condition()
         self._waiting: deque[Stream] = deque()
-        self._last_second: float | None = None
-        # of the decoding thread alone
+        self._deadline: float | None = None
+        # Only the decoding thread uses these.
         self._batch: Batch | None = None
         self._running: dict[int, Stream] = {}
         self._prefilled: Prefilled = {}
-        self._delivered = self._joined = 0.0
+        self._delivered_at = self._joined_at = 0.0
         self._indices = itertools.count()
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
 
     @property
     def num_running(self) -> int:
-        """Return how many samples run."""
+        """Number of samples in the batch."""
         return len(self._running)
 
     @property
     def num_waiting(self) -> int:
-        """Return how many samples wait for a place."""
+        """Number of samples in the queue."""
         return len(self._waiting)
 
-    def start(self, deliver: Callable[[list[tuple[Stream, Piece]]], object]) -> None:
-        """Start the decoding thread, which calls `deliver`: it must neither wait nor fail."""
-        self._deliver = deliver
+    def start(self, on_deltas: Callable[[list[tuple[Stream, Delta]]], object]) -> None:
+        """Start the decoding thread. It calls `on_deltas`, which must neither block nor raise."""
+        self._on_deltas = on_deltas
         self._thread.start()
 
     def stop(self, seconds: float) -> None:
-        """Take nothing more; end what is left after so many seconds."""
+        """Refuse new samples, and after `seconds` fail those that have not ended."""
         with self._changed:
-            self._last_second = time.monotonic() + seconds
+            self._deadline = time.monotonic() + seconds
             self._changed.notify()
 
     def join(self, seconds: float) -> None:
-        """Wait until the decoding thread has ended."""
+        """Wait at most `seconds` for the decoding thread to end."""
         self._thread.join(seconds)
 
-    def stream(self, prompt: str, tokens: list[int], config: SamplingConfig, number: int, owner: Any) -> Stream:
-        """Return a sample to submit; `tokens` are the prompt's."""
+    def new_stream(self, prompt: str, tokens: list[int], config: SamplingConfig, number: int, owner: Any) -> Stream:
+        """Return a sample for `submit`.
+
+        Args:
+            prompt: text, normalized.
+            tokens: the prompt's.
+            config: sampling settings.
+            number: the sample's number among the samples of the prompt.
+            owner: identifies the sample for the caller.
+        """
         request = Request(prompt, config, number)
         ids = [self.tokenizer.bos_id, *tokens]
-        row = RunningSample(index=next(self._indices), request=request, tokenizer=self.tokenizer, prompt_ids=ids)
-        return Stream(row, owner)
+        running = RunningSample(index=next(self._indices), request=request, tokenizer=self.tokenizer, prompt_ids=ids)
+        return Stream(running, owner)
 
     def submit(self, streams: Sequence[Stream]) -> None:
-        """Queue samples, all or none.
+        """Queue all samples or, if an error is raised, none.
 
         Raises:
-            BusyError: there is no room for them.
+            ClosedError: the scheduler is shutting down.
+            BusyError: the queue has too little room.
         """
         with self._changed:
-            if self._last_second is not None:
+            if self._deadline is not None:
                 raise ClosedError("the server is shutting down")
             if len(self._waiting) + len(streams) > self.max_waiting:
                 raise BusyError(f"{len(self._waiting)} samples wait already, at most {self.max_waiting} may")
@@ -165,7 +171,7 @@ class Scheduler:
             self._changed.notify()
 
     def cancel(self, streams: Sequence[Stream]) -> None:
-        """Free the places of samples that nobody waits for any more; ended ones are no matter."""
+        """Remove samples from the queue and, at the next step, from the batch. Ended samples are ignored."""
         for stream in streams:
             stream.cancelled = True
         with self._changed:
@@ -175,80 +181,81 @@ class Scheduler:
 
     @torch.inference_mode()
     def _run(self) -> None:
-        while (arrived := self._next()) is not None:
+        while (joining := self._wait()) is not None:
             try:
-                self._step(arrived)
-            except Exception as error:  # of one step: the next samples may fare better
-                # no message, which may hold text
+                self._step(joining)
+            except Exception as error:  # fail the samples of this step; the thread must survive for the next ones
+                # Log no message: it may contain a client's text.
                 log.error(
                     "a step failed: %s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__))
                 )
-                self._fail(arrived, "the model failed")
+                self._fail(joining, "the model failed")
 
-    def _next(self) -> list[Stream] | None:
-        """Wait for something to do; return the samples that join, or None once all is over."""
+    def _wait(self) -> list[Stream] | None:
+        """Wait for work. Return the samples that join the batch now; None to end the thread."""
         with self._changed:
-            self._changed.wait_for(lambda: self._batch or self._waiting or self._last_second is not None)
-            if self._last_second is not None:
-                over = time.monotonic() >= self._last_second
-                if over or not (self._batch or self._waiting):
+            self._changed.wait_for(lambda: self._batch or self._waiting or self._deadline is not None)
+            if self._deadline is not None:
+                expired = time.monotonic() >= self._deadline
+                if expired or not (self._batch or self._waiting):
                     self._fail(list(self._waiting), "the server is shutting down")
                     self._waiting.clear()
                     return None
-            arrived: list[Stream] = []
-            if not self._is_due(self._joined, SECONDS_PER_JOIN):
-                return arrived
-            tokens = 0
-            while self._waiting and len(self._running) + len(arrived) < self._batch_size:
-                tokens += len(self._waiting[0].row.prompt_ids)
-                if arrived and tokens > PROMPT_TOKENS_PER_STEP:
+            joining: list[Stream] = []
+            if not self._is_due(self._joined_at, SECONDS_PER_JOIN):
+                return joining
+            num_tokens = 0
+            while self._waiting and len(self._running) + len(joining) < self._batch_size:
+                num_tokens += len(self._waiting[0].running.prompt_ids)
+                if joining and num_tokens > PROMPT_TOKENS_PER_STEP:
                     break
-                arrived.append(self._waiting.popleft())
-            self._joined = time.monotonic()
-            return arrived
+                joining.append(self._waiting.popleft())
+            self._joined_at = time.monotonic()
+            return joining
 
     def _is_due(self, last: float, seconds: float) -> bool:
-        """Tell whether so many seconds have passed for every sample that runs."""
+        """Return whether `seconds` times the number of running samples have passed since `last`."""
         return time.monotonic() - last >= seconds * len(self._running)
 
-    def _step(self, arrived: list[Stream]) -> None:
-        """Let samples join, draw a token of each, let those that have ended go."""
-        if arrived:
-            rows = [stream.row for stream in arrived]
+    def _step(self, joining: list[Stream]) -> None:
+        """Add samples to the batch, draw one token of each, remove those that have ended."""
+        if joining:
+            samples = [stream.running for stream in joining]
             self._batch = Batch.of(
-                self._decoder, self.tokenizer, rows, beside=self._batch, prefilled=self._prefilled
-            )  # fmt: skip
-            self._running |= {stream.row.index: stream for stream in arrived}
+                self._decoder, self.tokenizer, samples, beside=self._batch, prefilled=self._prefilled
+            )
+            self._running |= {stream.running.index: stream for stream in joining}
         batch = self._batch
         assert batch is not None
-        tokens, told = batch.advance()
-        streams = [self._running[row.index] for row in batch.samples]
+        tokens, logprobs = batch.advance()
+        streams = [self._running[sample.index] for sample in batch.samples]
         urgent = []
         for place, stream in enumerate(streams):
             if stream.cancelled:
-                stream.row.ended = True
+                stream.running.ended = True
             else:
-                stream.push(tokens[place], None if told is None else told[place])
-                if stream.row.ended or not stream.begun:
+                stream.push(tokens[place], None if logprobs is None else logprobs[place])
+                if stream.running.ended or not stream.started:
                     urgent.append(stream)
-                stream.begun = True
-            if stream.row.ended:
-                del self._running[stream.row.index]
+                stream.started = True
+            if stream.running.ended:
+                del self._running[stream.running.index]
         self.num_tokens += len(tokens)
         self._batch = batch.without_ended()
-        if self._is_due(self._delivered, SECONDS_PER_PIECE):
-            self._delivered, urgent = time.monotonic(), streams
-        self._hand_over(urgent)
+        if self._is_due(self._delivered_at, SECONDS_PER_DELTA):
+            self._delivered_at, urgent = time.monotonic(), streams
+        self._deliver(urgent)
 
-    def _hand_over(self, streams: Sequence[Stream]) -> None:
-        pieces = [(stream, stream.take()) for stream in streams if not stream.cancelled]
-        if pieces:
-            self._deliver(pieces)
+    def _deliver(self, streams: Sequence[Stream]) -> None:
+        deltas = [(stream, stream.pop_delta()) for stream in streams if not stream.cancelled]
+        if deltas:
+            self._on_deltas(deltas)
 
-    def _fail(self, arrived: Sequence[Stream], why: str) -> None:
-        """End everything without an end."""
-        self._hand_over(list(self._running.values()))
-        failed = {id(stream): stream for stream in (*self._running.values(), *arrived)}.values()
-        self._deliver([(stream, Piece("", (), error=why)) for stream in failed])
+    def _fail(self, joining: Sequence[Stream], reason: str) -> None:
+        """Fail all running and joining samples, after their last text is delivered."""
+        self._deliver(list(self._running.values()))
+        # A joining sample may be running already: each fails once.
+        failed = {id(stream): stream for stream in (*self._running.values(), *joining)}.values()
+        self._on_deltas([(stream, Delta("", (), error=reason)) for stream in failed])
         self._running.clear()
         self._batch, self._prefilled = None, {}

@@ -1,16 +1,18 @@
-// All that is generated reaches the page as textContent, never as HTML.
+// Streams one text for each temperature from the completions API, and shows the alternatives of each token.
+// Generated text enters the page as textContent only, never as HTML.
 
 const $ = (id) => document.getElementById(id);
-const ALTERNATIVES = 5;
-const texts = []; // one for each temperature
-let running = null; // aborts the requests under way
+const NUM_ALTERNATIVES = 5;
+const texts = []; // in the order of the page
+let running = null; // the AbortController of the requests in progress
 
+// One temperature: its slider, its text, and the stream that fills it.
 class Text {
   constructor(temperature) {
     this.section = $("text").content.cloneNode(true).querySelector("section");
     this.slider = this.section.querySelector(".temperature");
     this.slider.value = temperature;
-    this.place = this.section.querySelector(".text");
+    this.output = this.section.querySelector(".text");
     this.section.querySelector(".copy").onclick = (event) => this.copy(event.target);
     this.section.querySelector(".less").onclick = () => this.remove();
     this.clear("");
@@ -28,28 +30,30 @@ class Text {
 
   clear(prompt) {
     this.prompt = prompt;
-    this.characters = []; // offsets count characters, JavaScript's strings 16-bit units
+    this.characters = []; // an array: offsets count code points, JavaScript's strings 16-bit units
     this.tokens = [];
-    $("told").hidden = true;
-    const shown = document.createElement("span");
-    shown.className = "prompt";
-    shown.textContent = prompt;
-    this.place.replaceChildren(shown);
+    $("alternatives").hidden = true;
+    const span = document.createElement("span");
+    span.className = "prompt";
+    span.textContent = prompt;
+    this.output.replaceChildren(span);
   }
 
+  // Add the text and tokens of an event. A token ends where the next one begins, so the last token of the previous
+  // event may grow, and a token that holds only a part of a character is empty.
   add({ text, logprobs }) {
-    const first = Math.max(this.tokens.length - 1, 0); // whose text may have grown
+    const first = Math.max(this.tokens.length - 1, 0);
     this.characters.push(...text);
     logprobs.tokens.forEach((token, i) => {
       const span = document.createElement("span");
       span.className = "token";
-      span.tabIndex = this.tokens.length ? -1 : 0; // arrow keys go from one to the next
-      const told = { token, logprob: logprobs.token_logprobs[i], top: logprobs.top_logprobs[i] };
-      span.onmouseenter = span.onfocus = () => tell(span, told);
-      span.onmouseleave = span.onblur = () => ($("told").hidden = true);
-      span.onclick = () => span.focus(); // a tap
+      span.tabIndex = this.tokens.length ? -1 : 0; // one tab stop; arrow keys move between tokens
+      const logprob = logprobs.token_logprobs[i], top = logprobs.top_logprobs[i];
+      span.onmouseenter = span.onfocus = () => showAlternatives(span, token, logprob, top);
+      span.onmouseleave = span.onblur = () => ($("alternatives").hidden = true);
+      span.onclick = () => span.focus(); // for a tap
       this.tokens.push({ span, offset: logprobs.text_offset[i] });
-      this.place.append(span);
+      this.output.append(span);
     });
     for (let i = first; i < this.tokens.length; i++) {
       const end = this.tokens[i + 1]?.offset ?? this.characters.length;
@@ -62,21 +66,22 @@ class Text {
       await navigator.clipboard.writeText(this.prompt + this.characters.join(""));
       button.textContent = "Copied";
     } catch {
-      getSelection().selectAllChildren(this.place); // where a browser has no clipboard for pages without TLS
+      getSelection().selectAllChildren(this.output); // browsers allow no clipboard without TLS, except on localhost
       button.textContent = "Selected";
     }
     setTimeout(() => (button.textContent = "Copy"), 1500);
   }
 
+  // Stream a completion into this text, until its end or until `signal` aborts it.
   async generate(body, signal) {
     this.clear(body.prompt);
-    const answer = await ask("v1/completions", {
+    const response = await request("v1/completions", {
       method: "POST", signal, body: JSON.stringify({ ...body, temperature: Number(this.slider.value) }),
     });
-    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let rest = ""; ; ) {
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    for (let rest = ""; ; ) { // a chunk may end within an event: `rest` is its beginning
       const { value, done } = await reader.read();
-      if (done) throw new Error("the answer ended early");
+      if (done) throw new Error("the response ended early");
       const events = (rest + value).split("\n\n");
       rest = events.pop();
       for (const event of events) {
@@ -90,33 +95,36 @@ class Text {
   }
 }
 
-async function ask(path, request = {}) {
+// Return the response of a request that succeeds. If it fails, throw an Error with the message for the reader.
+async function request(path, options = {}) {
   const headers = { "content-type": "application/json" };
   if ($("token").value) headers.authorization = `Bearer ${$("token").value}`;
-  let answer;
+  let response;
   try {
-    answer = await fetch(path, { ...request, headers });
+    response = await fetch(path, { ...options, headers });
   } catch (error) {
     throw error.name === "AbortError" ? error : new Error("the server cannot be reached");
   }
-  if (answer.ok) return answer;
-  if (answer.status === 401) {
+  if (response.ok) return response;
+  if (response.status === 401) {
     $("token_label").hidden = false;
     $("token").focus();
   }
-  const told = await answer.json().catch(() => null);
-  throw new Error(told?.error?.message ?? `the server answered ${answer.status}`);
+  const failure = await response.json().catch(() => null);
+  throw new Error(failure?.error?.message ?? `the server responded with status ${response.status}`);
 }
 
-function body() {
-  const asked = {
-    prompt: $("prompt").value, stream: true, logprobs: ALTERNATIVES, seed: $("seed").valueAsNumber,
+// Return the settings that all texts share, as the body of a request.
+function sharedBody() {
+  const body = {
+    prompt: $("prompt").value, stream: true, logprobs: NUM_ALTERNATIVES, seed: $("seed").valueAsNumber,
   };
   for (const name of ["top_k", "top_p", "min_p", "max_tokens"])
-    if ($(name).value !== $(name).dataset.off) asked[name] = Number($(name).value);
-  return asked;
+    if ($(name).value !== $(name).dataset.off) body[name] = Number($(name).value);
+  return body;
 }
 
+// Generate all texts; a generation in progress is aborted.
 async function generate() {
   running?.abort();
   const own = (running = new AbortController());
@@ -125,39 +133,41 @@ async function generate() {
   $("status").textContent = "generating";
   const ended = await Promise.allSettled(texts.map((text) => {
     text.abort = new AbortController();
-    return text.generate(body(), AbortSignal.any([own.signal, text.abort.signal]));
+    return text.generate(sharedBody(), AbortSignal.any([own.signal, text.abort.signal]));
   }));
-  if (running !== own) return; // begun anew meanwhile
+  if (running !== own) return; // another generation has started meanwhile
   running = null;
   $("stop").disabled = true;
-  const wrong = ended.find(({ reason }) => reason && reason.name !== "AbortError");
-  $("status").textContent = wrong ? "" : own.signal.aborted ? "stopped" : "done";
-  if (wrong) fail(wrong.reason.message);
+  const failed = ended.find(({ reason }) => reason && reason.name !== "AbortError");
+  $("status").textContent = failed ? "" : own.signal.aborted ? "stopped" : "done";
+  if (failed) fail(failed.reason.message);
 }
 
+// Show an error; null hides it.
 function fail(message) {
   $("error").hidden = message === null;
   $("error").textContent = message ?? "";
 }
 
-function tell(span, { token, logprob, top }) {
+// Show the probabilities of a token and of its alternatives, the most likely first, below the token or above it.
+function showAlternatives(span, token, logprob, top) {
   const percent = (value) => `${(100 * Math.exp(value)).toPrecision(3)} %`;
-  const likeliest = Object.entries(top).sort((a, b) => b[1] - a[1]);
-  const rows = [[token, logprob], ...likeliest].map(([text, value], i) => {
+  const alternatives = Object.entries(top).sort((a, b) => b[1] - a[1]);
+  const rows = [[token, logprob], ...alternatives].map(([text, value], i) => {
     const row = document.createElement("div");
     const name = document.createElement("span");
     name.textContent = text === "" ? "(end)" : JSON.stringify(text);
-    const share = document.createElement("span");
-    share.textContent = percent(value);
-    row.append(name, share);
-    if (i) {
+    const probability = document.createElement("span");
+    probability.textContent = percent(value);
+    row.append(name, probability);
+    if (i) { // no bar for the token itself, which is the heading
       const bar = document.createElement("i");
       bar.style.width = `${100 * Math.exp(value)}%`;
       row.append(bar);
     }
     return row;
   });
-  const box = $("told");
+  const box = $("alternatives");
   box.replaceChildren(...rows);
   box.hidden = false;
   const at = span.getBoundingClientRect();
@@ -166,6 +176,7 @@ function tell(span, { token, logprob, top }) {
   box.style.top = `${(below ? at.bottom + 4 : at.top - box.offsetHeight - 4) + scrollY}px`;
 }
 
+// Show the value of a slider beside its name.
 function show(slider) {
   const off = slider.value === slider.dataset.off;
   slider.closest("label").querySelector("output").textContent = off ? "off" : slider.value;
@@ -178,7 +189,7 @@ document.addEventListener("keydown", (event) => {
   else if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) $("form").requestSubmit();
   else if (event.target.className === "token" && steps[event.key]) {
     let next = event.target[steps[event.key]];
-    while (next && next.textContent === "") next = next[steps[event.key]]; // part of a character
+    while (next && next.textContent === "") next = next[steps[event.key]]; // it holds a part of a character
     if (next?.className === "token") {
       event.target.tabIndex = -1;
       next.tabIndex = 0;
@@ -203,7 +214,7 @@ $("more").onclick = () => {
 
 document.querySelectorAll("fieldset input[type=range]").forEach(show);
 [0.5, 0.8, 1.1].forEach((temperature) => new Text(temperature));
-ask("v1/models").then((answer) => answer.json()).then(({ data: [model] }) => {
+request("v1/models").then((response) => response.json()).then(({ data: [model] }) => {
   $("model").textContent = model.id;
   $("max_tokens").max = model.max_tokens;
   show($("max_tokens"));

@@ -1,0 +1,215 @@
+"""A completion while its samples are decoded, and its two forms: one JSON object, or a stream of events."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import Coroutine, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from textgen.decoding.generation import TokenLogprobs
+from textgen.serving.protocol import ApiError
+from textgen.serving.scheduler import BusyError, ClosedError, Delta, Scheduler, Stream
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class PendingChoice:
+    """One sample of a completion, with the part of it that is not sent yet."""
+
+    index: int
+    stream: Stream
+    offset: int
+    """characters before the sample's text: the length of an echoed prompt"""
+    text: str
+    logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
+    finish_reason: Literal["stop", "length"] | None = None
+
+    def add(self, delta: Delta) -> None:
+        """Add a delta, without the log-probabilities of the end-of-text token: it has no text."""
+        finished = delta.sample is not None and delta.sample.finished
+        self.text += delta.text
+        self.logprobs += delta.logprobs[:-1] if finished else delta.logprobs
+        if delta.sample is not None:
+            self.finish_reason = "stop" if finished or delta.sample.stop is not None else "length"
+
+    def pop(self) -> dict[str, Any]:
+        """Return everything since the previous call, in the form of `CompletionChoice`."""
+        logprobs = None
+        if self.stream.running.request.config.logprobs is not None:
+            logprobs = {
+                "tokens": [token.token for _, token in self.logprobs],
+                "token_logprobs": [_for_json(token.logprob) for _, token in self.logprobs],
+                "top_logprobs": [{top: _for_json(value) for top, value in token.top} for _, token in self.logprobs],
+                "text_offset": [self.offset + offset for offset, _ in self.logprobs],
+            }
+        choice = {"index": self.index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish_reason}
+        self.text, self.logprobs = "", []
+        return choice
+
+
+def _for_json(logprob: float) -> float:
+    """Return a log-probability with six decimals, -9999 for minus infinity: JSON has no infinity."""
+    return round(max(logprob, -9999.0), 6)
+
+
+class PendingCompletion:
+    """A completion whose samples are decoded.
+
+    Args:
+        model: the model's name.
+        scheduler: decodes the samples.
+    """
+
+    def __init__(self, model: str, scheduler: Scheduler) -> None:
+        self.choices: list[PendingChoice] = []
+        self.num_prompt_tokens = 0
+        # The fields that all events of a stream share.
+        self.head: dict[str, Any] = {
+            "id": f"cmpl-{secrets.token_hex(12)}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self.created_at, self.has_delta = time.monotonic(), False
+        self._scheduler = scheduler
+        self._changed: dict[int, PendingChoice] = {}
+        self._event = asyncio.Event()
+        self._error: ApiError | None = None
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, timeout: float) -> None:
+        """Queue the samples, which must end within `timeout` seconds.
+
+        Raises:
+            ApiError: the queue is full or closed.
+        """
+        try:
+            self._scheduler.submit([choice.stream for choice in self.choices])
+        except BusyError as error:
+            raise ApiError(503 if isinstance(error, ClosedError) else 429, str(error)) from None
+        late = ApiError(503, f"not ready within {timeout:g} seconds", code="timeout")
+        self._timer = asyncio.get_running_loop().call_later(timeout, self._fail, late)
+
+    def add(self, index: int, delta: Delta) -> None:
+        """Add a delta to a sample."""
+        self._changed[index] = self.choices[index]
+        self.choices[index].add(delta)
+        self._event.set()
+        if delta.error is not None:
+            self._fail(ApiError(503, delta.error))
+
+    def _fail(self, error: ApiError) -> None:
+        self._error = error
+        self._event.set()
+
+    @property
+    def ended(self) -> bool:
+        """Whether all samples have ended."""
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Return the numbers of tokens, in the form of `Usage`."""
+        drawn = sum(choice.stream.running.num_tokens for choice in self.choices)
+        prompt = self.num_prompt_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": drawn, "total_tokens": prompt + drawn}
+
+    async def wait_for_changes(self) -> list[PendingChoice]:
+        """Wait for a delta, and return the samples that have changed since the previous call.
+
+        Raises:
+            ApiError: the model failed, the time is over, or the server is shutting down.
+        """
+        await self._event.wait()
+        self._event.clear()
+        if self._error is not None and not self.ended:
+            raise self._error
+        changed, self._changed = list(self._changed.values()), {}
+        return changed
+
+    async def result(self) -> dict[str, Any]:
+        """Wait until all samples have ended, and return them in the form of `Completion`.
+
+        Raises:
+            ApiError: as `wait_for_changes`.
+        """
+        while not self.ended:
+            await self.wait_for_changes()
+        return self.head | {"choices": [choice.pop() for choice in self.choices], "usage": self.usage}
+
+    def close(self) -> None:
+        """Cancel the samples that have not ended."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if not self.ended:
+            self._scheduler.cancel([choice.stream for choice in self.choices])
+
+
+class EventStream(Response):
+    """A completion as server-sent events."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, completion: PendingCompletion, *, include_usage: bool) -> None:
+        # The second header keeps nginx from buffering the stream.
+        super().__init__(headers={"cache-control": "no-store", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._completion, self._include_usage = completion, include_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events until the completion ends or the client disconnects."""
+        with suppress(ClientDisconnect), closing(self._completion):
+            await cancel_on_disconnect(receive, self._send_events(send))
+
+    async def _send_events(self, send: Send) -> None:
+        # As OpenAI does, a stream with usage has the field in every event, null in all but the last.
+        completion, usage = self._completion, {"usage": None} if self._include_usage else {}
+        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        ended = False
+        while not ended:
+            try:
+                changed = await completion.wait_for_changes()
+                ended = completion.ended
+                events = [completion.head | usage | {"choices": [choice.pop()]} for choice in changed]
+                if ended and self._include_usage:
+                    events.append(completion.head | {"choices": [], "usage": completion.usage})
+            except ApiError as error:  # the status is sent already, so the error is the last event
+                ended, events = True, [error.body]
+            body = _encode_events(events) + (b"data: [DONE]\n\n" if ended else b"")
+            await send({"type": "http.response.body", "body": body, "more_body": not ended})
+
+
+def _encode_events(events: Sequence[dict[str, Any]]) -> bytes:
+    return b"".join(b"data: %s\n\n" % json.dumps(event, ensure_ascii=False).encode() for event in events)
+
+
+async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
+    """Return the result of `work`; cancel it if the client disconnects first.
+
+    Raises:
+        ClientDisconnect: the client has disconnected.
+    """
+
+    async def wait_for_disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(wait_for_disconnect())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
