@@ -126,7 +126,12 @@ def write_publication(args: Any, out: Path, *, name: str, where: str) -> None:
     model, _ = read_model_and_tokenizer(out)  # the copy, so that an unreadable model is not published
     cost = copy_decoder(directory, out)
     card = build_card(
-        model, read_record(directory), name=name, where=where, int8_cost=cost,
-        license=args.license, languages=args.language,
-    )  # fmt: skip
+        model,
+        read_record(directory),
+        name=name,
+        where=where,
+        int8_cost=cost,
+        license=args.license,
+        languages=args.language,
+    )
     (out / CARD_NAME).write_text(card, encoding="utf-8")
