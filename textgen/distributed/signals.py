@@ -72,6 +72,7 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._note) for number in self._numbers}
         except ValueError:  # not the main thread
             return self
+        # Python writes the number of each signal into this pipe, even during a long call of the main thread.
         self._pipe = os.pipe()
         os.set_blocking(self._pipe[1], False)
         self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -80,7 +81,7 @@ class StopSignals:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._before.items():  # None: a handler that was not installed from Python
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
         if self._pipe is not None:
             signal.set_wakeup_fd(self._wakeup_before)
