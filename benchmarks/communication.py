@@ -34,7 +34,7 @@ from textgen.commands.parsing import parse_train_config
 from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import StopSignals
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 from textgen.training.setup import Training, build
 from textgen.training.step import step_batches, train_step
 

@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.machine import save
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 
 LAYOUTS = [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)]  # processes x micro-batches
 SHOWN = (1, 2, 5, 10, 20, 30, 40, 50)

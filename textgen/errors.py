@@ -1,4 +1,8 @@
-"""Errors that are the user's to mend: one line each, which the command line prints before it ends with exit code 2."""
+"""Errors that are the user's to mend, one line each.
+
+The command line (`textgen/cli.py`) passes the line to `fail` of `textgen/commands/parsing.py`, which prints it and ends
+with exit code 2.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ from benchmarks.quality import (
 from textgen.cli import train_main
 from textgen.config import DataConfig, ModelConfig
 from textgen.model.lstm import DropoutMasks, LSTMLanguageModel
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 
 
 def finished(recipe: Recipe, seed: int, bits_per_byte: float) -> dict[str, Any]:

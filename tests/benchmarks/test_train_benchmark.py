@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks import machine, train
 from benchmarks.train import CUDA_SHAPES, WAYS, FlashLSTM, Shape, plain_steps, put_beside, step_floor, worker
+from textgen.training import setup
 from textgen.training.cuda_graph import WARM_UP
 
 SMALL = Shape(vocab_size=60, embedding_dim=8, hidden_size=16, num_layers=2, batch_size=4, seq_len=6)
@@ -175,7 +176,7 @@ def test_steps_without_their_graph_are_not_measured_as_steps_with_one(
             raise RuntimeError("the work waits")
         return work
 
-    monkeypatch.setattr(train, "capture_on", lambda *_: capture)
+    monkeypatch.setattr(setup, "capture_on", lambda *_: capture)
     steps = train.textgen_steps(SMALL, "no", cuda_graph=True)
     steps(WARM_UP)
     if refused:

@@ -13,7 +13,7 @@ import pytest
 from tests.tracking.wandb_server import wandb_server
 from textgen.cli import main
 from textgen.commands.dashboard import SECTIONS
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 
 # of wandb-workspaces itself
 pytestmark = pytest.mark.filterwarnings("ignore::pydantic.PydanticDeprecatedSince20")

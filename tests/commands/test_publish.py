@@ -25,7 +25,7 @@ from textgen.commands.publish import publish_command
 from textgen.model import files as model_files
 from textgen.model.files import read_model
 from textgen.runs.checkpoint import newest_valid
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 
 Capture = pytest.CaptureFixture[str]
 FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.model"}

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.forking import Server
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 
 STEPS = 40
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tests.forking import Forked, server
 from textgen.runs.checkpoint import newest_valid
 from textgen.runs.directory import read_status
-from textgen.runs.metrics import is_machine_metric, read_metrics
+from textgen.runs.metrics_file import is_machine_metric, read_metrics
 
 ROOT = Path(__file__).parents[2]
 FAULTY = ROOT / "tests" / "faults" / "faulty_training.py"

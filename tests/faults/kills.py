@@ -27,7 +27,7 @@ from typing import Any
 
 from tests.faults.report import write_result
 from textgen.runs.checkpoint import checkpoints, newest_valid, verify
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
 DRIVER = Path(__file__).with_name("journaled_training.py")

@@ -15,7 +15,7 @@ import yaml
 from tests.tracking.wandb_server import wandb_server
 from textgen.commands.dashboard import SAMPLES_TABLE
 from textgen.config import TrainConfig
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 from textgen.settings import settings_of
 
 ROOT = Path(__file__).parents[2]

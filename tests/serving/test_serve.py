@@ -376,7 +376,7 @@ def test_a_token_is_demanded_time_is_limited_and_sigterm_drains(tiny_run: Path, 
                 while data := connection.recv(1 << 16):
                     ended[name] = ended.get(name, b"") + data
 
-        asked = {"short": {"max_tokens": 1000}, "endless": {}}
+        asked = {"short": {"max_tokens": 200}, "endless": {}}
         streams = {name: begin(server, stream=True, **more) for name, more in asked.items()}
         threads = [threading.Thread(target=read, args=item) for item in streams.items()]
         for thread in threads:

@@ -17,7 +17,7 @@ import pytest
 from tests.faults.jobs import assert_as_if_nothing_had_happened, newest
 from tests.slurm.conftest import ROOT, Slurm
 from textgen.runs.directory import read_status
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 
 pytestmark = pytest.mark.slow
 

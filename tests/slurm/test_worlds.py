@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.conftest import ROOT, Slurm
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 
 TRAIN = "launch/slurm/train.sbatch"
 STEPS = 20

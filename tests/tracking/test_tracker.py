@@ -21,7 +21,7 @@ import pytest
 from tests.forking import run_script
 from textgen.cli import train_main
 from textgen.runs.checkpoint import checkpoints
-from textgen.runs.metrics import MetricsRow, read_metrics
+from textgen.runs.metrics_file import MetricsRow, read_metrics
 from textgen.runs.samples import SampledText
 from textgen.tracking import accelerate_trackers
 from textgen.tracking import tracker as tracking

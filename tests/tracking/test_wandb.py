@@ -20,7 +20,7 @@ import pytest
 from tests.faults.jobs import Job, fault
 from tests.forking import server
 from textgen.runs.checkpoint import checkpoints
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
 SECRET = "plantedsecret"

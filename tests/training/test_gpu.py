@@ -20,7 +20,7 @@ from textgen.config import ModelConfig
 from textgen.distributed.launch import has_persistent_kernel
 from textgen.model.lstm import DropoutMasks, LSTMLanguageModel, summed_cross_entropy
 from textgen.runs.checkpoint import checkpoints
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -15,7 +15,7 @@ from textgen.cli import main
 from textgen.model.files import load_model
 from textgen.reporting.report import read_record
 from textgen.runs.checkpoint import checkpoints
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 
 Capture = pytest.CaptureFixture[str]
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from textgen.cli import main, train_main
 from textgen.model.files import load_model
 from textgen.runs.checkpoint import checkpoints, newest_valid
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 from textgen.training import loop as training
 
 Capture = pytest.CaptureFixture[str]

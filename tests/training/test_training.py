@@ -18,7 +18,7 @@ from tests.forking import run_script, server
 from textgen.cli import train_main
 from textgen.commands.parsing import parse_train_config
 from textgen.config import TrainConfig
-from textgen.runs.metrics import read_metrics
+from textgen.runs.metrics_file import read_metrics
 from textgen.training.optim import learning_rate_at
 
 ROOT = Path(__file__).parents[2]

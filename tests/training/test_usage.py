@@ -15,7 +15,7 @@ from tests.forking import free_port, server
 from textgen.config import ModelConfig
 from textgen.hardware import known_peak, peak_flops
 from textgen.model.lstm import LSTMLanguageModel
-from textgen.runs.metrics import is_machine_metric, read_metrics
+from textgen.runs.metrics_file import is_machine_metric, read_metrics
 from textgen.training.metrics import flops_per_token, measure_machines
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ from pathlib import Path
 from textgen.commands.parsing import Parser, fail
 from textgen.reporting.report import REPORT_NAME, write_report
 from textgen.runs.directory import SETTINGS_NAME, STATUS_NAME
-from textgen.runs.metrics import METRICS_NAME
+from textgen.runs.metrics_file import METRICS_NAME
 
 
 def report_command(argv: Sequence[str]) -> None:

@@ -63,7 +63,7 @@ class Record:
 def read_record(directory: Path) -> Record:
     """Read what a checkpoint and the run around it tell; a checkpoint that was moved out of its run tells less."""
     from textgen.runs.checkpoint import TRAINER_NAME, read_json
-    from textgen.runs.metrics import read_metrics
+    from textgen.runs.metrics_file import read_metrics
 
     if not (directory / TRAINER_NAME).exists():
         return Record()

@@ -14,7 +14,7 @@ import yaml
 
 from textgen.config import TrainConfig
 from textgen.runs.directory import SETTINGS_NAME, read_status
-from textgen.runs.metrics import MetricsRow, read_metrics_strict
+from textgen.runs.metrics_file import MetricsRow, read_metrics_strict
 from textgen.settings import COMMAND_SETTINGS, flatten
 
 # Characters of a setting in the table; a list of prompts would fill a screen. `--json` has all of it.

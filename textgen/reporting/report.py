@@ -23,7 +23,7 @@ from textgen.reporting.charts import Chart, Curve, Point, Rung, make_chart
 from textgen.reporting.compare import Run, keep_differences, read_settings, summarize
 from textgen.runs.directory import DATA_NAME, SETTINGS_NAME, read_status
 from textgen.runs.environment import ENVIRONMENT_NAME
-from textgen.runs.metrics import METRICS_NAME, MetricsRow, is_number, read_metrics_lenient
+from textgen.runs.metrics_file import METRICS_NAME, MetricsRow, is_number, read_metrics_lenient
 from textgen.runs.samples import SavedSample, read_samples
 from textgen.settings import COMMAND_SETTINGS, flatten
 

@@ -3,7 +3,7 @@
 - `directory`: the run's lock, status and free space
 - `checkpoint`: checkpoints: written whole, found, verified, pruned
 - `tensors`: safetensors files, written without copies and read with suspicion
-- `metrics`: metrics.jsonl
+- `metrics_file`: metrics.jsonl
 - `samples`: samples.md
 - `environment`: what a training ran on
 """

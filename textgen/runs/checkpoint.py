@@ -1,8 +1,9 @@
-"""Checkpoints on disk: directories that are whole or not there, found valid or not used; safetensors and JSON only.
+"""Checkpoint directories: written whole or not at all, verified before use, pruned.
 
-A checkpoint is written aside, file by file, each synced to disk; its manifest, with size and sha256 of every file,
-comes last; then the directory is renamed into place. Pruning renames before it deletes. So at every instant what bears
-a checkpoint's name is whole, and whatever a disk or a person does to it later, the manifest tells.
+Which files a checkpoint holds is decided in `textgen/training/resume.py` (`save`); here they are only safetensors and
+JSON. A checkpoint is written under a temporary name, file by file, each synced to disk. Its manifest comes last, with
+size and sha256 of every file. Then the directory gets its final name. Pruning renames a directory before it deletes it.
+So a directory with a checkpoint's name is complete at every instant, and the manifest shows any later damage.
 """
 
 from __future__ import annotations

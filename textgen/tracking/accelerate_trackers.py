@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from textgen.config import TrackingConfig
-from textgen.runs.metrics import MetricsRow
+from textgen.runs.metrics_file import MetricsRow
 from textgen.runs.samples import SampledText
 from textgen.settings import flatten
 from textgen.tracking.tracker import FINISH_SECONDS, RunEnd

@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 
 from textgen.errors import first_line
 from textgen.files import write_atomic
-from textgen.runs.metrics import METRICS_NAME, MetricsRow, read_metrics
+from textgen.runs.metrics_file import METRICS_NAME, MetricsRow, read_metrics
 from textgen.runs.samples import SampledText
 
 log = logging.getLogger("textgen")

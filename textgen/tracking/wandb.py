@@ -25,7 +25,7 @@ import psutil
 
 from textgen.config import TrackingConfig
 from textgen.errors import first_line
-from textgen.runs.metrics import MetricsRow
+from textgen.runs.metrics_file import MetricsRow
 from textgen.runs.samples import SampledText
 from textgen.tracking.tracker import FINISH_SECONDS, RunEnd
 

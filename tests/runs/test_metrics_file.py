@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from textgen.runs.metrics import METRICS_NAME, read_metrics, read_metrics_lenient, read_metrics_strict
+from textgen.runs.metrics_file import METRICS_NAME, read_metrics, read_metrics_lenient, read_metrics_strict
 
 FIRST, LAST = {"step": 1, "tokens": 10}, {"step": 2, "tokens": 20}
 
