@@ -13,6 +13,8 @@ from typing import Literal
 Precision = Literal["no", "bf16", "fp16", "auto"]
 DecoderName = Literal["auto", "plain", "float32", "bfloat16", "int8", "graph"]
 
+IMDB = "stanfordnlp/imdb"  # the data set's name on the Hugging Face hub
+
 # Values that a setting no longer takes, and the line that refuses them.
 REMOVED_VALUES = {("decoder", "compiled"): "the decoder `compiled` was removed, as no gain was measured: use `auto`"}
 

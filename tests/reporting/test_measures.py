@@ -132,7 +132,7 @@ def test_measures_are_left_beside_the_run_and_shown_in_its_report(run: Path, cap
     # whole reviews of held-out documents, as the data has them
     assert 12 < record["human"]["length"] < 40
     page = (run / "report.html").read_text()
-    assert "Measures of its texts" in page
+    assert "Measures of generated texts" in page
     assert format(record["generated"][1]["distinct_2"], ".4g") in page
 
 

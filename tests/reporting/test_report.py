@@ -168,14 +168,14 @@ def test_settings_that_are_not_the_default_come_first(tiny_run: Path) -> None:
     assert page.text.index("batch_size") < page.text.index("max_epochs")
 
 
-def test_ladder_stands_beside_imdb_alone(copy: Copy) -> None:
+def test_reference_lines_are_drawn_for_imdb_only(copy: Copy) -> None:
     run = copy("run")
     assert "xz 2.09" not in report(run).text
     config = run / "config.yaml"
     config.write_text(re.sub(r"source: files", "source: package", config.read_text()))
     text = report(run).text
-    for rung in ("xz 2.09", "origin 1.776", "5-gram 1.635"):
-        assert rung in text
+    for name in ("xz 2.09", "origin 1.776", "5-gram 1.635"):
+        assert name in text
     config.write_text(re.sub(r"normalization: none", "normalization: lowercase", config.read_text()))
     assert "xz 2.09" not in report(run).text
 
@@ -292,9 +292,9 @@ DAMAGES = {
     "no metrics": "There are no metrics.",
     "no validation": "5.5",
     "odd figures": "finished, at step 5",
-    "running": "running, at step 4 of 4; last heard of 2",
+    "running": "running, at step 4 of 4; last change 2",
     "failed": "failed, at step 4 of 4; because: the disk is full",
-    "only a status": "There is no config.yaml that can be read.",
+    "only a status": "There is no readable config.yaml.",
     "no text": "of unknown state: no status.json, at step 4",
 }
 

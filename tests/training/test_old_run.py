@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 
 from textgen.cli import main
 from textgen.model.files import load_model
-from textgen.reporting.report import read_record
+from textgen.reporting.report import read_run_files
 from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics_file import read_metrics
 
@@ -90,9 +90,9 @@ def test_a_training_of_0_1_resumes_as_if_never_stopped(old_run: Path, reviews_fi
 
 
 def test_a_run_of_0_1_is_read_by_the_report(old_run: Path) -> None:
-    record = read_record(old_run, "old")
-    assert (record.figures.state, record.figures.reason, record.figures.step) == ("preempted", "SIGTERM", 3)
-    assert record.figures.valid_loss == pytest.approx(EXPECTED["valid/loss"]["3"], rel=TOLERANCE)
-    assert {sample.step for sample in record.samples} == {3}
-    assert record.torn == 0
-    assert record.figures.settings["model.hidden_size"] == 16
+    run = read_run_files(old_run, "old")
+    assert (run.summary.state, run.summary.reason, run.summary.step) == ("preempted", "SIGTERM", 3)
+    assert run.summary.valid_loss == pytest.approx(EXPECTED["valid/loss"]["3"], rel=TOLERANCE)
+    assert {sample.step for sample in run.samples} == {3}
+    assert run.num_damaged == 0
+    assert run.summary.settings["model.hidden_size"] == 16

@@ -24,7 +24,7 @@ from textgen.reporting.report import MEASURES_FORMAT, MEASURES_NAME, leave_repor
 if TYPE_CHECKING:
     from textgen.data.store import TokenStore
     from textgen.decoding.decoders import Decoder
-    from textgen.reporting.measures import Text
+    from textgen.reporting.measures import Words
     from textgen.tokenizer import Tokenizer
 
 
@@ -88,7 +88,7 @@ class _Set:
     """None: human texts"""
     lengths: Sequence[int]
     """lengths in words of all texts"""
-    texts: Sequence[Text]
+    texts: Sequence[Words]
     """the texts that have enough words, cut to `words` words"""
 
 
@@ -165,7 +165,7 @@ def _human_texts(args: Any, opened: OpenModel, store: TokenStore) -> _Set:
     return _Set(None, [len(text) for text in human], chosen)
 
 
-def _figures(sets: Sequence[_Set], wanted: int, training: Iterator[Text]) -> list[dict[str, float]]:
+def _figures(sets: Sequence[_Set], wanted: int, training: Iterator[Words]) -> list[dict[str, float]]:
     """Return the figures of each set: the mean length, and the other measures if it has the wanted number of texts."""
     from textgen.reporting.measures import copied_shares, diversity
 
@@ -183,17 +183,17 @@ def _cut(text: str, tokenizer: Tokenizer, max_tokens: int) -> str:
     return tokenizer.decode(tokenizer.encode(text)[:max_tokens])
 
 
-def _long(texts: Sequence[Text], length: int) -> list[Text]:
+def _long(texts: Sequence[Words], length: int) -> list[Words]:
     """Return the first `length` words of each text that has as many words."""
     return [text[:length] for text in texts if len(text) >= length]
 
 
-def _evenly(texts: Sequence[Text], count: int) -> list[Text]:
+def _evenly(texts: Sequence[Words], count: int) -> list[Words]:
     """Return `count` texts, evenly spaced, since neighbours may have the same subject; all texts if there are fewer."""
     return [texts[i * len(texts) // count] for i in range(count)] if len(texts) >= count else list(texts)
 
 
-def _draw(args: Any, decoder: Decoder, tokenizer: Tokenizer, temperature: float) -> Iterator[Text]:
+def _draw(args: Any, decoder: Decoder, tokenizer: Tokenizer, temperature: float) -> Iterator[Words]:
     """Yield the words of generated texts, in the order of their numbers, until enough of them are long enough.
 
     Every text before the last one is yielded, also a short one. The order of completion would prefer short texts.

@@ -13,7 +13,7 @@ from typing import Any
 
 from textgen.commands.model_argument import add_model_arguments
 from textgen.commands.parsing import Parser, fail
-from textgen.reporting.card import CARD_NAME, HUB, build_card, read_record
+from textgen.reporting.card import CARD_NAME, HUB, build_card, read_provenance
 
 # Time limit for the hub's first answer. Later requests have the limits of the hub's client.
 REACH_SECONDS = 10.0
@@ -127,7 +127,7 @@ def write_publication(args: Any, out: Path, *, name: str, where: str) -> None:
     cost = copy_decoder(directory, out)
     card = build_card(
         model,
-        read_record(directory),
+        read_provenance(directory),
         name=name,
         where=where,
         int8_cost=cost,

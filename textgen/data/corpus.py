@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from textgen.config import DataConfig
+from textgen.config import IMDB, DataConfig
 from textgen.data.documents import (
     check_rows,
     has_text,
@@ -44,7 +44,6 @@ Hashes = NDArray[np.uint64]  # first 8 bytes of the sha256 of each document's UT
 Mask = NDArray[np.bool_]
 
 PROBE_SECONDS = 3.0  # an unguarded load_dataset retries for 24 s before it gives up
-IMDB = "stanfordnlp/imdb"
 EMPTY = np.uint64(0)  # in place of the hash of a document without text; a real text has it with probability 2**-64
 
 logger = logging.getLogger("textgen")

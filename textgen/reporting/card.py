@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from textgen.config import IMDB
 from textgen.runs.directory import DATA_NAME
 from textgen.runs.samples import SavedSample, read_samples
 from textgen.settings import flatten
@@ -22,66 +23,76 @@ if TYPE_CHECKING:
 
 
 HUB = "hub:"
-IMDB = "stanfordnlp/imdb"
 CARD_NAME = "README.md"
 
-# Settings that say where something lies on this machine, or what is told while training.
+# Settings that name places on this machine or trackers; the card leaves them out.
 PRIVATE = {
-    "run_dir", "resume", "resume_override", "dry_run", "data.files", "data.cache_dir", "data.store", "data.dataset",
-    "tokenizer.path", "tracking.mode", "tracking.project", "tracking.backends", "tracking.group", "tracking.job_type",
+    "run_dir",
+    "resume",
+    "resume_override",
+    "dry_run",
+    "data.files",
+    "data.cache_dir",
+    "data.store",
+    "data.dataset",
+    "tokenizer.path",
+    "tracking.mode",
+    "tracking.project",
+    "tracking.backends",
+    "tracking.group",
+    "tracking.job_type",
     "tracking.upload_checkpoints",
-}  # fmt: skip
+}
 
-LIMITS = """It has learnt which tokens follow which, and nothing else: it knows no facts, follows no instructions, and
-makes up names, events and judgements, about real persons too. What its training text holds of errors, slurs and
-prejudice comes back. Its memory is a state of fixed size: of long texts it keeps the drift, not the detail."""
+LIMITS = """The model has learnt only which tokens follow which. It knows no facts and follows no instructions. It makes
+up names, events and judgements, also about real persons. It repeats errors, slurs and prejudice of its training text.
+Its memory is a state of fixed size: of a long text it keeps the topic and loses the details."""
 
 
-# --- what a run tells of a checkpoint --------------------------------------------------------------------------------
+# --- the run of a checkpoint -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
-    """What is known of how a model came about; of a published one, nothing."""
+class Provenance:
+    """How a model was trained, from its checkpoint and its run; empty for a published model."""
 
     trainer: Mapping[str, Any] = field(default_factory=dict)
-    """of the checkpoint's `trainer.json`"""
+    """the checkpoint's `trainer.json`"""
     data: Mapping[str, Any] = field(default_factory=dict)
-    """of the run's `data.json`"""
+    """the run's `data.json`"""
     validation: Mapping[str, float] = field(default_factory=dict)
-    """row of `metrics.jsonl` with the validation at this checkpoint's step"""
+    """the row of `metrics.jsonl` with the validation at the checkpoint's step"""
     documents: int | None = None
-    """that the validation scored"""
+    """number of documents that the validation scored"""
     samples: Sequence[SavedSample] = ()
-    """of the run's `samples.md`, at this step"""
+    """the samples of `samples.md` at the checkpoint's step"""
 
     def setting(self, name: str) -> Any:
-        """Return a setting of the training by its dotted name."""
+        """Return a setting of the training by its dotted name; None if it is unknown."""
         return flatten(self.trainer.get("config", {})).get(name)
 
 
-def read_record(directory: Path) -> Record:
-    """Read what a checkpoint and the run around it tell; a checkpoint that was moved out of its run tells less."""
+def read_provenance(directory: Path) -> Provenance:
+    """Read trainer.json of a checkpoint, and the files of its run unless the checkpoint was moved out of the run."""
     from textgen.runs.checkpoint import TRAINER_NAME, read_json
     from textgen.runs.metrics_file import read_metrics
 
     if not (directory / TRAINER_NAME).exists():
-        return Record()
+        return Provenance()
     trainer = read_json(directory / TRAINER_NAME)
-    now, checkpoints = trainer["progression"], directory.resolve().parent
+    progress, checkpoints = trainer["progression"], directory.resolve().parent
     if checkpoints.name != "checkpoints":
-        return Record(trainer=trainer)
+        return Provenance(trainer=trainer)
     run_dir = checkpoints.parent
     data = read_json(run_dir / DATA_NAME) if (run_dir / DATA_NAME).exists() else {}
-    rows = [row for row in read_metrics(run_dir) if row["step"] == now["step"] and "valid/loss" in row]
+    rows = [row for row in read_metrics(run_dir) if row["step"] == progress["step"] and "valid/loss" in row]
     documents = data.get("splits", {}).get("validation", {}).get("documents")
-    if documents is not None and not now["finished"]:  # the last validation scores all
+    if documents is not None and not progress["finished"]:  # the last validation scores all
         documents = min(documents, trainer["config"]["evaluate_documents"] or documents)
-    samples = [sample for sample in read_samples(run_dir) if sample.step == now["step"]]
-    return Record(
-        trainer=trainer, data=data, validation=rows[-1] if rows else {}, documents=documents,
-        samples=samples,
-    )  # fmt: skip
+    samples = [sample for sample in read_samples(run_dir) if sample.step == progress["step"]]
+    return Provenance(
+        trainer=trainer, data=data, validation=rows[-1] if rows else {}, documents=documents, samples=samples
+    )
 
 
 # --- the card --------------------------------------------------------------------------------------------------------
@@ -89,7 +100,7 @@ def read_record(directory: Path) -> Record:
 
 def build_card(
     model: LSTMLanguageModel,
-    record: Record,
+    provenance: Provenance,
     *,
     name: str,
     where: str,
@@ -97,27 +108,37 @@ def build_card(
     license: str | None,
     languages: Sequence[str] | None,
 ) -> str:
-    """Return a model card in Markdown, its header in the hub's YAML."""
+    """Return a model card in Markdown with the hub's YAML header.
+
+    Args:
+        model: the published model.
+        provenance: how it was trained.
+        name: the model's name.
+        where: the name by which `textgen sample` opens the model.
+        int8_cost: bits per byte that the 8-bit weights lose; None without 8-bit weights.
+        license: the hub's name of a license.
+        languages: the hub's names of languages.
+    """
     name = re.sub(r"[^\w .-]", "_", name)
     config = model.config
     layers = "one LSTM layer" if config.num_layers == 1 else f"{config.num_layers} LSTM layers"
     sections = [
-        _header(record, name, license, languages),
+        _header(provenance, name, license, languages),
         f"# {name}\n\n"
         f"An LSTM language model that continues text: {model.num_parameters:,} parameters, {layers} of "
         f"{config.hidden_size:,}, embeddings of {config.embedding_dim:,}, {model.vocab_size:,} tokens, trained with "
         f"textgen {version('textgen')}." + ("" if license else " No license was stated."),
-        _figures(record, int8_cost), _data(record, model.text), _samples(record), _use(record, where),
-        f"## Limits\n\n{LIMITS}", _settings(record),
+        _figures(provenance, int8_cost), _data(provenance, model.text), _samples(provenance), _use(provenance, where),
+        f"## Limits\n\n{LIMITS}", _settings(provenance),
     ]  # fmt: skip
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _header(record: Record, name: str, license: str | None, languages: Sequence[str] | None) -> str:
-    """Return the YAML that the hub reads, from the hub's own client."""
+def _header(provenance: Provenance, name: str, license: str | None, languages: Sequence[str] | None) -> str:
+    """Return the YAML header, made by the hub's client."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    dataset, bits = _hub_dataset(record), record.validation.get("valid/bits_per_byte")
+    dataset, bits = _hub_dataset(provenance), provenance.validation.get("valid/bits_per_byte")
     languages = languages or (["en"] if dataset == IMDB else None)
     result = EvalResult(
         task_type="text-generation", dataset_type=dataset or "text",
@@ -133,51 +154,51 @@ def _header(record: Record, name: str, license: str | None, languages: Sequence[
     return f"---\n{header.to_yaml()}\n---"
 
 
-def _hub_dataset(record: Record) -> str | None:
-    """Return the hub's name of the training data, if it has one."""
-    dataset = record.setting("data.dataset")
-    if record.setting("data.source") not in ("imdb", "package", "hub"):
+def _hub_dataset(provenance: Provenance) -> str | None:
+    """Return the hub's name of the training data; None if the hub does not have the data."""
+    dataset = provenance.setting("data.dataset")
+    if provenance.setting("data.source") not in ("imdb", "package", "hub"):
         return None
     if dataset is None:
         return IMDB  # the package holds its train split, row by row
     return str(dataset) if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", dataset) and not Path(dataset).exists() else None
 
 
-def _figures(record: Record, int8_cost: float | None) -> str:
-    rows, validation = [], record.validation
-    scored = "" if record.documents is None else f", {record.documents:,} held-out documents"
+def _figures(provenance: Provenance, int8_cost: float | None) -> str:
+    rows, validation = [], provenance.validation
+    scored = "" if provenance.documents is None else f", {provenance.documents:,} held-out documents"
     if "valid/bits_per_byte" in validation:
         rows.append(("bits per byte", f"{validation['valid/bits_per_byte']:.4f}{scored}"))
     if "valid/loss" in validation:
         rows.append(("nats per token", f"{validation['valid/loss']:.4f}{scored}"))
     if int8_cost is not None:
         rows.append(("8-bit weights (`decoder.safetensors`)", f"{int8_cost:+.5f} bits per byte"))
-    if record.trainer:
-        step, total = (record.trainer["progression"][key] for key in ("step", "total_steps"))
+    if provenance.trainer:
+        step, total = (provenance.trainer["progression"][key] for key in ("step", "total_steps"))
         steps = f"{step:,} steps" if step == total else f"{step:,} of {total:,} steps"
-        tokens = step * record.setting("batch_size") * record.setting("seq_len")
-        rows.append(("training", f"{steps}, {tokens:,} tokens, precision {record.trainer['mixed_precision']}"))
+        tokens = step * provenance.setting("batch_size") * provenance.setting("seq_len")
+        rows.append(("training", f"{steps}, {tokens:,} tokens, precision {provenance.trainer['mixed_precision']}"))
     if not rows:
         return ""
-    table = "\n".join(f"| {what} | {value} |" for what, value in rows)
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return (
-        f"## Figures\n\n| what | value |\n|---|---|\n{table}\n\nBits per byte are counted over whole held-out "
-        "documents, their ends included, over their UTF-8 bytes; lower is better."
+        f"## Figures\n\n| figure | value |\n|---|---|\n{table}\n\nBits per byte: the loss over whole held-out "
+        "documents, their ends included, per byte of their UTF-8 text. Lower is better."
     )
 
 
-def _data(record: Record, text: Mapping[str, str]) -> str:
-    if not record.data:
+def _data(provenance: Provenance, text: Mapping[str, str]) -> str:
+    if not provenance.data:
         return ""
-    in_a_folder = record.setting("data.dataset") is not None and _hub_dataset(record) is None
-    source = "a dataset in a folder" if in_a_folder else record.data["source"]  # which names the folder
+    in_a_folder = provenance.setting("data.dataset") is not None and _hub_dataset(provenance) is None
+    source = "a dataset in a folder" if in_a_folder else provenance.data["source"]  # this source names the folder
     rows = "\n".join(
         f"| {name} | {size['documents']:,} | {size['tokens']:,} | {size['bytes']:,} |"
-        for name, size in record.data["splits"].items()
+        for name, size in provenance.data["splits"].items()
     )
     dropped = ", ".join(
         f"{count:,} {reason.removeprefix('dropped_').replace('_', ' ')}"
-        for reason, count in record.data["counts"].items()
+        for reason, count in provenance.data["counts"].items()
         if reason.startswith("dropped_") and count
     )
     return "\n\n".join(
@@ -190,36 +211,36 @@ def _data(record: Record, text: Mapping[str, str]) -> str:
     )
 
 
-def _samples(record: Record) -> str:
-    """Return what the training drew at this step, fenced: generated text is never Markdown or HTML."""
-    if not record.samples:
+def _samples(provenance: Provenance) -> str:
+    """Return the samples of this step in a code block, so that generated text is never Markdown or HTML."""
+    if not provenance.samples:
         return ""
-    text = "".join(f"[temperature {sample.temperature}] {sample.prompt}{sample.text}" for sample in record.samples)
-    return f"## Samples\n\nAs they came, seed {record.setting('seed')}.\n\n{_fenced(text.strip(), 'text')}"
+    text = "".join(f"[temperature {sample.temperature}] {sample.prompt}{sample.text}" for sample in provenance.samples)
+    return f"## Samples\n\nNot selected, seed {provenance.setting('seed')}.\n\n{_fenced(text.strip(), 'text')}"
 
 
-def _use(record: Record, where: str) -> str:
-    prompt = next(iter(record.setting("sample_prompts") or ()), "")
+def _use(provenance: Provenance, where: str) -> str:
+    prompt = next(iter(provenance.setting("sample_prompts") or ()), "")
     command = ["textgen", "sample", where, "--prompt", prompt, "--temperature", "0.8"]
     python = f"from textgen.model.files import load_model\n\nmodel, tokenizer = load_model({json.dumps(where)})"
     return "\n\n".join(["## Use", _fenced(shlex.join(command), "sh"), _fenced(python, "python")])
 
 
-def _settings(record: Record) -> str:
-    """Return what `--config` would take, but for what is private."""
-    if not record.trainer:
+def _settings(provenance: Provenance) -> str:
+    """Return the settings as a file for `--config`, without the private ones."""
+    if not provenance.trainer:
         return ""
-    told: dict[str, Any] = {}
-    for name, value in record.trainer["config"].items():
+    settings: dict[str, Any] = {}
+    for name, value in provenance.trainer["config"].items():
         if isinstance(value, Mapping):
             value = {key: each for key, each in value.items() if f"{name}.{key}" not in PRIVATE}
         if name not in PRIVATE and value != {}:
-            told[name] = value
-    told["mixed_precision"] = record.trainer["mixed_precision"]  # config has null where hardware decided
-    return f"## Settings\n\n{_fenced(yaml.safe_dump(told, sort_keys=False, allow_unicode=True).strip(), 'yaml')}"
+            settings[name] = value
+    settings["mixed_precision"] = provenance.trainer["mixed_precision"]  # config has null if the hardware decided
+    return f"## Settings\n\n{_fenced(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip(), 'yaml')}"
 
 
 def _fenced(text: str, language: str) -> str:
-    """Return a block of code that ends where it should, whatever it holds."""
+    """Return a code block whose fence is longer than any run of backticks in the text."""
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall(r"`+", text))])
     return f"{fence}{language}\n{text}\n{fence}"

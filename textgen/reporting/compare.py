@@ -1,4 +1,4 @@
-"""`textgen compare`: a table of runs, the best first, from the files that they have left. No torch here."""
+"""Summaries of runs from their files, and a table of them for `textgen compare`. This module imports no torch."""
 
 from __future__ import annotations
 
@@ -17,76 +17,82 @@ from textgen.runs.directory import SETTINGS_NAME, read_status
 from textgen.runs.metrics_file import MetricsRow, read_metrics_strict
 from textgen.settings import COMMAND_SETTINGS, flatten
 
-# Characters of a setting in the table; a list of prompts would fill a screen. `--json` has all of it.
-LONGEST = 40
+# Characters of a setting in the table. A list of prompts would fill a screen; `--json` prints all of it.
+MAX_CELL = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """A run by its figures; None where it has not come to one."""
+class RunSummary:
+    """Figures and settings of a run; None for a figure that the run has not reached."""
 
     run: str
     state: str | None
-    """of status.json; a killed training still says `running`"""
+    """of status.json, which still has `running` after a kill"""
     reason: str | None
-    """why it ended, unless it finished"""
+    """why the training ended; None if it finished"""
     step: int | None
     """of the last row of metrics"""
     total_steps: int | None
     bits_per_byte: float | None
     """of the last validation"""
     best_bits_per_byte: float | None
-    """of all validations, also those that `evaluate_documents` kept short"""
+    """of all validations, those on `evaluate_documents` alone included"""
     valid_loss: float | None
-    """of the last validation, in nats per token; all there is where the tokenizer loses text"""
+    """of the last validation, in nats per token; the only figure if the tokenizer is not lossless"""
     train_loss: float | None
     """of the last row of metrics"""
     tokens_per_second: float | None
     """median of all rows"""
     minutes: float | None
-    """spent on steps, over all parts of a run that was resumed"""
+    """spent on steps, over all parts of a resumed run"""
     processes: int | None
-    """that wrote the newest checkpoint"""
+    """number of processes of the training that wrote the newest checkpoint"""
     settings: dict[str, Any]
-    """by dotted name; in the end those that are not the same in all runs"""
+    """by dotted name: all of them, or after `keep_differences` those that differ between runs"""
 
 
-def read_run(path: Path) -> Run:
+def read_run(path: Path) -> RunSummary:
     """Read the figures and all settings of a run.
 
     Raises:
-        OSError: a file that every run has cannot be read.
-        ValueError: it does not hold what it should; the message is one line.
+        OSError: the settings or the metrics cannot be read.
+        ValueError: the folder is not a run, or one of these files is damaged; the message is one line.
     """
     if not path.is_dir():
         raise ValueError(f"`{path}` is no run folder" if path.exists() else f"`{path}` does not exist")
     return summarize(path, read_settings(path / SETTINGS_NAME), read_metrics_strict(path))
 
 
-def summarize(path: Path, settings: dict[str, Any], rows: Sequence[MetricsRow]) -> Run:
-    """Return the figures of a run by its settings and metrics, and what else can be read in its folder."""
+def summarize(path: Path, settings: dict[str, Any], rows: Sequence[MetricsRow]) -> RunSummary:
+    """Summarize a run from its settings and metrics, and from its status and newest checkpoint if they are readable."""
     trainer, status = _read_newest_trainer(path), read_status(path)
-    if isinstance(trainer.get("mixed_precision"), str):  # config.yaml has null where hardware decided
+    if isinstance(trainer.get("mixed_precision"), str):  # config.yaml has null if the hardware decided
         settings = settings | {"mixed_precision": trainer["mixed_precision"]}
     bits, speeds = _values(rows, "valid/bits_per_byte"), _values(rows, "train/tokens_per_second")
     steps = _values(rows, "step")
-    return Run(
+    return RunSummary(
         run=str(path),
-        state=_one(status.get("state"), str), reason=_one(status.get("reason"), str),
-        step=int(steps[-1]) if steps else _one(status.get("step"), int),
-        total_steps=_one(status.get("total_steps"), int),
-        bits_per_byte=_last(bits), best_bits_per_byte=min(bits, default=None),
-        valid_loss=_last(_values(rows, "valid/loss")), train_loss=_last(_values(rows, "train/loss")),
-        tokens_per_second=median(speeds) if speeds else None, minutes=_minutes(rows),
-        processes=_one(trainer.get("processes"), int), settings=settings,
-    )  # fmt: skip
+        state=_if_type(status.get("state"), str),
+        reason=_if_type(status.get("reason"), str),
+        step=int(steps[-1]) if steps else _if_type(status.get("step"), int),
+        total_steps=_if_type(status.get("total_steps"), int),
+        bits_per_byte=_last(bits),
+        best_bits_per_byte=min(bits, default=None),
+        valid_loss=_last(_values(rows, "valid/loss")),
+        train_loss=_last(_values(rows, "train/loss")),
+        tokens_per_second=median(speeds) if speeds else None,
+        minutes=_minutes(rows),
+        processes=_if_type(trainer.get("processes"), int),
+        settings=settings,
+    )
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Return the settings by dotted name; the defaults of those that are younger than the run.
+    """Return the settings of config.yaml by dotted name; settings that the file lacks have their defaults.
 
     Raises:
-        OSError, ValueError: as `read_run`.
+        OSError: the file cannot be read.
+        ValueError: the file is damaged; the message is one line.
     """
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -98,9 +104,10 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def _read_newest_trainer(run_dir: Path) -> dict[str, Any]:
-    """Return what the newest checkpoint that can be read says of its training; nothing where there is none."""
-    found = run_dir.glob("checkpoints/step-*[0-9]/trainer.json")
-    for path in sorted(found, key=lambda path: (len(path.parent.name), path), reverse=True):
+    """Return trainer.json of the newest checkpoint with a readable one; empty if no checkpoint has one."""
+    # Not `runs.checkpoint`, which imports torch. A longer name is a later step.
+    paths = run_dir.glob("checkpoints/step-*[0-9]/trainer.json")
+    for path in sorted(paths, key=lambda path: (len(path.parent.name), path), reverse=True):
         try:
             trainer = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -111,7 +118,7 @@ def _read_newest_trainer(run_dir: Path) -> dict[str, Any]:
 
 
 def _values(rows: Sequence[MetricsRow], name: str) -> list[float]:
-    """Return the finite numbers under a name."""
+    """Return the finite figures of a name."""
     values = [row.get(name) for row in rows]
     return [value for value in values if isinstance(value, float) and math.isfinite(value)]
 
@@ -120,31 +127,32 @@ def _last(values: Sequence[float]) -> float | None:
     return values[-1] if values else None
 
 
-def _one(value: Any, kind: type) -> Any:
+def _if_type(value: Any, kind: type) -> Any:
+    """Return a value if it is of the type, else None."""
     return value if type(value) is kind else None
 
 
 def _minutes(rows: Sequence[MetricsRow]) -> float | None:
-    """Return the minutes that the steps took: tokens of each row by tokens per second."""
+    """Return the minutes of the steps: the tokens between two rows over the tokens per second; None without figures."""
     timed = [row for row in rows if all(_values([row], name) for name in ("tokens", "train/tokens_per_second"))]
     tokens, speeds = _values(timed, "tokens"), _values(timed, "train/tokens_per_second")
     parts = zip(tokens, [0.0, *tokens[:-1]], speeds, strict=True)
-    return sum((now - before) / speed for now, before, speed in parts if speed > 0) / 60 if timed else None
+    return sum((end - start) / speed for end, start, speed in parts if speed > 0) / 60 if timed else None
 
 
-def keep_differences(runs: Sequence[Run]) -> list[Run]:
-    """Return the runs with those settings alone that are not the same in all of them."""
+def keep_differences(runs: Sequence[RunSummary]) -> list[RunSummary]:
+    """Return the runs with only the settings that differ between them."""
     names = dict.fromkeys(name for run in runs for name in run.settings)
-    told = [
+    different = [
         n
         for n in names
         if n not in COMMAND_SETTINGS and len({json.dumps(run.settings.get(n), default=str) for run in runs}) > 1
     ]
-    return [replace(run, settings={name: run.settings.get(name) for name in told}) for run in runs]
+    return [replace(run, settings={name: run.settings.get(name) for name in different}) for run in runs]
 
 
-def format_table(runs: Sequence[Run], *, width: int) -> str:
-    """Return a line for each run, or a column where lines would be wider than `width`."""
+def format_table(runs: Sequence[RunSummary], *, width: int) -> str:
+    """Return a table with a line for each run, or with a column for each run if lines would be wider than `width`."""
     lines = [["run", "state", "step", "bits/byte", "best", "train loss", "tokens/s", "minutes", "processes"]]
     lines[0] += runs[0].settings
     lines += [_cells(run) for run in runs]
@@ -153,25 +161,32 @@ def format_table(runs: Sequence[Run], *, width: int) -> str:
     return table if fits else _align([list(column) for column in zip(*lines, strict=True)])
 
 
-def _cells(run: Run) -> list[str]:
+def _cells(run: RunSummary) -> list[str]:
+    """Return the cells of a run's line."""
+
     def number(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
     step = "-" if run.step is None else f"{run.step}" + (f"/{run.total_steps}" if run.total_steps else "")
     figures = [
-        number(run.bits_per_byte, ".4f"), number(run.best_bits_per_byte, ".4f"), number(run.train_loss, ".4f"),
-        number(run.tokens_per_second, ",.0f"), number(run.minutes, ".1f"), number(run.processes, "d"),
-    ]  # fmt: skip
-    return [run.run, run.state or "-", step, *figures, *map(_text, run.settings.values())]
+        number(run.bits_per_byte, ".4f"),
+        number(run.best_bits_per_byte, ".4f"),
+        number(run.train_loss, ".4f"),
+        number(run.tokens_per_second, ",.0f"),
+        number(run.minutes, ".1f"),
+        number(run.processes, "d"),
+    ]
+    return [run.run, run.state or "-", step, *figures, *map(_setting_cell, run.settings.values())]
 
 
-def _text(value: Any) -> str:
-    """Return a setting as JSON has it, a text without its quotes, in a column's width."""
+def _setting_cell(value: Any) -> str:
+    """Return a setting as JSON, printable text without quotes, cut to the width of a cell."""
     text = value if isinstance(value, str) and value.isprintable() else json.dumps(value, default=str)
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 3]}..."
+    return text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 3]}..."
 
 
 def _align(lines: Sequence[Sequence[str]]) -> str:
+    """Return lines whose columns are padded to their widest cell."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)
     return "\n".join(line.rstrip() for line in padded)

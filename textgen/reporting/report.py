@@ -1,7 +1,7 @@
-"""What a run shows: loss.png, and report.html, one file that opens anywhere. No torch here.
+"""The report of a run or several: report.html, one file without links, and loss.png. This module imports no torch.
 
-The page is `report_page.html`, a template that escapes every text it is given. Whatever a run lacks is left out of its
-report: one that goes on, has failed or was damaged has a report too.
+`report_page.html` is the template, which escapes all text. What a run lacks is left out of its report, so a run that is
+running, failed or damaged has a report too.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from textgen.config import TrainConfig
+from textgen.config import IMDB, TrainConfig
 from textgen.files import write_atomic
-from textgen.reporting.charts import Chart, Curve, Point, Rung, make_chart
-from textgen.reporting.compare import Run, keep_differences, read_settings, summarize
+from textgen.reporting.charts import Chart, Curve, Point, ReferenceLine, make_chart
+from textgen.reporting.compare import RunSummary, keep_differences, read_settings, summarize
 from textgen.runs.directory import DATA_NAME, SETTINGS_NAME, read_status
 from textgen.runs.environment import ENVIRONMENT_NAME
 from textgen.runs.metrics_file import METRICS_NAME, MetricsRow, is_number, read_metrics_lenient
@@ -33,17 +33,20 @@ REPORT_NAME = "report.html"
 MEASURES_NAME = "measures.json"
 MEASURES_FORMAT = "textgen.measures.1"
 
-# Bits per byte of IMDB reviews, as known from elsewhere; in the order of a ladder.
-LADDER = (
-    (Rung(2.09, "xz 2.09"), "the compressor xz -9e, primed with the training text"),
+# Bits per byte of IMDB reviews that other models reach, each with its explanation.
+REFERENCES = (
+    (ReferenceLine(2.09, "xz 2.09"), "the compressor xz -9e, primed with the training text"),
     (
-        Rung(1.776, "origin 1.776"),
+        ReferenceLine(1.776, "origin 1.776"),
         "the origin of this project, a character LSTM: the average of its training, not of a test",
     ),
-    (Rung(1.635, "5-gram 1.635"), "Kneser-Ney 5-gram over word pieces, of 22,500 reviews, on reviews of other films"),
+    (
+        ReferenceLine(1.635, "5-gram 1.635"),
+        "Kneser-Ney 5-gram over word pieces, of 22,500 reviews, on reviews of other films",
+    ),
 )
 
-# What is drawn beside the losses, if a run has it: metric, title, unit.
+# Charts beside those of the losses, of the metrics that a run has: metric, title, unit.
 SMALL_CHARTS = (
     ("train/learning_rate", "Learning rate", ""),
     ("train/tokens_per_second", "Throughput", "tokens per second"),
@@ -52,6 +55,7 @@ SMALL_CHARTS = (
     ("train/data_share", "Waiting for data", "share of time"),
 )
 
+# Measures of texts: title and unit.
 MEASURES = {
     "distinct_1": ("Distinct words", "distinct-1"),
     "distinct_2": ("Distinct pairs", "distinct-2"),
@@ -65,21 +69,21 @@ MEASURES = {
     "length": ("Length", "words, mean"),
 }
 
-NONE = "–"  # where a run has no such figure
+MISSING = "–"  # in place of a figure that a run lacks
 
-MOST_STEPS = 6  # whose samples are shown
+MAX_SAMPLED_STEPS = 6  # whose samples are shown
 
 
 @dataclass(frozen=True, kw_only=True)
-class Record:
-    """All that is left of a run, as far as it can be read."""
+class RunFiles:
+    """The files of a run; empty for a file that is missing or damaged."""
 
     name: str
     path: Path
-    figures: Run
+    summary: RunSummary
     rows: Sequence[MetricsRow]
-    torn: int
-    """lines of metrics that are none"""
+    num_damaged: int
+    """lines of metrics that are not rows"""
     status: Mapping[str, Any]
     samples: Sequence[SavedSample]
     data: Mapping[str, Any]
@@ -88,18 +92,18 @@ class Record:
 
 
 def leave_report(run_dir: Path) -> None:
-    """Write a run's report beside it; where that fails, say so and go on."""
+    """Write the report of a run into its folder; log a warning if that fails."""
     try:
         write_report([run_dir], run_dir / REPORT_NAME)
-    except Exception as error:  # a page is no reason to end a training
+    except Exception as error:  # a training must not fail because of its report
         log.warning("no %s: %s", REPORT_NAME, error)
 
 
 def write_report(run_dirs: Sequence[Path], path: Path) -> None:
-    """Write one page about runs, laid over each other where they are several.
+    """Write one page about a run, or about several runs with their curves in the same charts.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the page cannot be written.
     """
     import jinja2
 
@@ -107,40 +111,52 @@ def write_report(run_dirs: Sequence[Path], path: Path) -> None:
     page.filters["number"] = _number
     template = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
     names = [str(path) for path in run_dirs] if len(run_dirs) > 1 else [run_dirs[0].resolve().name]
-    records = [read_record(path, name) for path, name in zip(run_dirs, names, strict=True)]
-    text = page.from_string(template).render(contents(records))
-    write_atomic(path, text.encode(errors="replace").decode())  # names of files need not be UTF-8
+    runs = [read_run_files(path, name) for path, name in zip(run_dirs, names, strict=True)]
+    text = page.from_string(template).render(page_values(runs))
+    write_atomic(path, text.encode(errors="replace").decode())  # the name of a folder need not be UTF-8
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_record(run_dir: Path, name: str) -> Record:
-    """Read what there is of a run; what is missing or damaged is empty."""
+def read_run_files(run_dir: Path, name: str) -> RunFiles:
+    """Read the files of a run; what is missing or damaged is empty.
+
+    Args:
+        run_dir: the run's folder.
+        name: the name of the run on the page.
+    """
     try:
         settings = read_settings(run_dir / SETTINGS_NAME)
     except (OSError, ValueError):
         settings = {}
-    rows, torn = read_metrics_lenient(run_dir)
-    return Record(
-        name=name, path=run_dir, figures=summarize(run_dir, settings, rows), rows=rows, torn=torn,
-        status=read_status(run_dir), samples=read_samples(run_dir), data=_read_object(run_dir / DATA_NAME),
+    rows, num_damaged = read_metrics_lenient(run_dir)
+    return RunFiles(
+        name=name,
+        path=run_dir,
+        summary=summarize(run_dir, settings, rows),
+        rows=rows,
+        num_damaged=num_damaged,
+        status=read_status(run_dir),
+        samples=read_samples(run_dir),
+        data=_read_object(run_dir / DATA_NAME),
         environment=_read_object(run_dir / ENVIRONMENT_NAME),
         measures=_read_measures(run_dir / MEASURES_NAME),
-    )  # fmt: skip
+    )
 
 
 def _read_measures(path: Path) -> dict[str, Any]:
-    """Return what `textgen measure` left, with numbers alone among its figures; nothing where it is of another kind."""
-    told = _read_object(path)
-    human, generated = told.get("human"), told.get("generated")
-    if told.get("format") != MEASURES_FORMAT or not isinstance(human, dict) or not isinstance(generated, list):
+    """Return the result of `textgen measure`, its figures without what is not a number; empty for another format."""
+    measures = _read_object(path)
+    human, generated = measures.get("human"), measures.get("generated")
+    if measures.get("format") != MEASURES_FORMAT or not isinstance(human, dict) or not isinstance(generated, list):
         return {}
     figures = [{n: v for n, v in one.items() if is_number(v)} for one in (human, *generated) if isinstance(one, dict)]
-    return told | {"human": figures[0], "generated": [one for one in figures[1:] if "temperature" in one]}
+    return measures | {"human": figures[0], "generated": [one for one in figures[1:] if "temperature" in one]}
 
 
 def _read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object of a file; empty if the file has none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -148,33 +164,32 @@ def _read_object(path: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-# --- what the page tells ---------------------------------------------------------------------------------------------
+# --- values of the template ------------------------------------------------------------------------------------------
 
 
-def contents(records: Sequence[Record]) -> dict[str, Any]:
-    """Return what the template shows."""
-    ladder = LADDER if all(map(_reads_imdb, records)) else ()
-    facts = [_facts(record) for record in records]
+def page_values(runs: Sequence[RunFiles]) -> dict[str, Any]:
+    """Return the variables of the template."""
+    references = REFERENCES if all(map(_reads_imdb, runs)) else ()
+    figures = [_figures(run.summary) for run in runs]
     return {
-        "title": records[0].name if len(records) == 1 else f"{len(records)} runs",
+        "title": runs[0].name if len(runs) == 1 else f"{len(runs)} runs",
         "now": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "records": records,
-        "facts": facts,
-        "fact_names": [name for name in facts[0] if any(told[name] != NONE for told in facts)],
-        "states": [_state(record) for record in records],
-        "charts": charts_of(records, [rung for rung, _ in ladder]),
-        "ladder": ladder,
-        "samples": [_samples_by_step(record) for record in records],
-        "measured": measures_of(records),
-        "settings": settings_of(records),
-        "again": [_again(record) for record in records],
-        "made_of": [_made_of(record) for record in records],
+        "runs": runs,
+        "figures": figures,
+        "figure_names": [name for name in figures[0] if any(one[name] != MISSING for one in figures)],
+        "states": [_describe_state(run) for run in runs],
+        "charts": metric_charts(runs, [reference for reference, _ in references]),
+        "references": references,
+        "samples": [_samples_by_step(run) for run in runs],
+        "measured": compare_measures(runs),
+        "settings": settings_table(runs),
+        "commands": [_training_commands(run) for run in runs],
+        "inputs": [_training_inputs(run) for run in runs],
     }
 
 
-def _facts(record: Record) -> dict[str, str]:
-    """Return the figures of a run, the most wanted first, as they are written."""
-    run = record.figures
+def _figures(run: RunSummary) -> dict[str, str]:
+    """Return the figures of a run as text, the most important first."""
     return {
         "validation, bits per byte": _number(run.bits_per_byte, ".4f"),
         "best of all validations": _number(
@@ -190,189 +205,218 @@ def _facts(record: Record) -> dict[str, str]:
 
 
 def _exp(nats: float | None) -> float | None:
+    """Return e to the power of a loss; None if there is no loss or the result overflows."""
     return math.exp(nats) if nats is not None and nats < 690 else None
 
 
-def _state(record: Record) -> str:
-    """Return how a run stands, in a sentence."""
-    state, step, total = record.figures.state, record.figures.step, record.figures.total_steps
-    reason, time = record.figures.reason, record.status.get("time")
+def _describe_state(run: RunFiles) -> str:
+    """Return the state of a run in a sentence."""
+    state, step, total = run.summary.state, run.summary.step, run.summary.total_steps
+    reason, time = run.summary.reason, run.status.get("time")
     place = "before the first step" if step is None else f"at step {step:,}" + (f" of {total:,}" if total else "")
     words = [f"{state or 'of unknown state: no status.json'}, {place}"]
     words += [f"because: {reason}"] if reason else []
-    words += [f"last heard of {time.replace('T', ' ').replace('+00:00', ' UTC')}"] if isinstance(time, str) else []
-    words += ["if it was killed it still says so"] if state == "running" else []
-    words += [f"lines of {METRICS_NAME} that could not be read: {record.torn}"] if record.torn else []
+    words += [f"last change {time.replace('T', ' ').replace('+00:00', ' UTC')}"] if isinstance(time, str) else []
+    words += ["a killed run stays in this state"] if state == "running" else []
+    words += [f"lines of {METRICS_NAME} that could not be read: {run.num_damaged}"] if run.num_damaged else []
     return "; ".join(words)
 
 
-def _reads_imdb(record: Record) -> bool:
-    """Tell whether a run's text is what the ladder was measured on."""
-    settings = record.figures.settings
+def _reads_imdb(run: RunFiles) -> bool:
+    """Return whether a run was trained on the text of the reference lines."""
+    settings = run.summary.settings
     source, dataset = settings.get("data.source"), settings.get("data.dataset")
-    imdb = source in ("imdb", "package") if dataset is None else dataset == "stanfordnlp/imdb"
+    imdb = source in ("imdb", "package") if dataset is None else dataset == IMDB
     return imdb and settings.get("data.normalization") == "none"
 
 
-def charts_of(records: Sequence[Record], ladder: Sequence[Rung]) -> list[Chart]:
-    """Return the charts of what was logged, the losses first: training as thin lines, validations as dots."""
-    scales = _scales(records)
+def metric_charts(runs: Sequence[RunFiles], references: Sequence[ReferenceLine]) -> list[Chart]:
+    """Return the charts of the metrics, the losses first: training as thin lines, validations as dots."""
+    scales = _step_scales(runs)
 
-    def chart(title: str, unit: str, *metrics: str, **look: Any) -> Chart | None:
+    def chart(title: str, unit: str, *metrics: str, **options: Any) -> Chart | None:
         curves = [
-            Curve(run=place, points=curve(record, metric, scale), dots=metric.startswith("valid/"))
+            Curve(run=index, points=metric_points(run, metric, scale), dots=metric.startswith("valid/"))
             for metric in metrics
-            for place, (record, scale) in enumerate(zip(records, scales, strict=True))
+            for index, (run, scale) in enumerate(zip(runs, scales, strict=True))
         ]
-        return make_chart(title, unit, _x_name(records), curves, **look)
+        return make_chart(title, unit, _x_name(runs), curves, **options)
 
     charts = [
-        chart("Bits per byte", "lower is better", "train/bits_per_byte", "valid/bits_per_byte", rungs=ladder, most=1.5),
-        chart("Loss", "nats per token", "train/loss", "valid/loss", most=2.0),
-        *(chart(title, unit, metric, least=0.0) for metric, title, unit in SMALL_CHARTS),
+        chart(
+            "Bits per byte",
+            "lower is better",
+            "train/bits_per_byte",
+            "valid/bits_per_byte",
+            references=references,
+            y_span=1.5,
+        ),
+        chart("Loss", "nats per token", "train/loss", "valid/loss", y_span=2.0),
+        *(chart(title, unit, metric, y_min=0.0) for metric, title, unit in SMALL_CHARTS),
     ]
     return [chart for chart in charts if chart is not None]
 
 
-def curve(record: Record, metric: str, scale: float = 1.0) -> list[Point]:
-    """Return the points (step x scale, value) of a metric, where it is a number."""
-    return [(row["step"] * scale, row[metric]) for row in record.rows if is_number(row.get(metric))]
+def metric_points(run: RunFiles, metric: str, scale: float = 1.0) -> list[Point]:
+    """Return the points (step x scale, value) of the rows whose metric is a number."""
+    return [(row["step"] * scale, row[metric]) for row in run.rows if is_number(row.get(metric))]
 
 
-def _scales(records: Sequence[Record]) -> list[float]:
-    """Return what turns steps into the unit of the axis: runs of other batch sizes are compared by million tokens."""
-    if len(records) == 1:
+def _step_scales(runs: Sequence[RunFiles]) -> list[float]:
+    """Return for each run the x value of one step: 1 for a single run, else million tokens.
+
+    Runs may differ in their batch sizes, so only tokens compare them.
+    """
+    if len(runs) == 1:
         return [1.0]
-    found = []
-    for record in records:
-        pairs = [(row["tokens"], row["step"]) for row in record.rows if is_number(row.get("tokens")) and row["step"]]
-        found.append(pairs[0][0] / pairs[0][1] / 1e6 if pairs else 1e-6)
-    return found
+    scales = []
+    for run in runs:
+        pairs = [(row["tokens"], row["step"]) for row in run.rows if is_number(row.get("tokens")) and row["step"]]
+        scales.append(pairs[0][0] / pairs[0][1] / 1e6 if pairs else 1e-6)
+    return scales
 
 
-def _x_name(records: Sequence[Record]) -> str:
-    return "optimizer steps" if len(records) == 1 else "million tokens"
+def _x_name(runs: Sequence[RunFiles]) -> str:
+    return "optimizer steps" if len(runs) == 1 else "million tokens"
 
 
-def _samples_by_step(record: Record) -> list[tuple[int, dict[str, list[SavedSample]]]]:
-    """Return samples by step, the newest first, and by prompt; of many steps evenly spaced ones."""
-    steps = sorted({sample.step for sample in record.samples}, reverse=True)
-    if len(steps) > MOST_STEPS:
-        steps = [steps[i * (len(steps) - 1) // (MOST_STEPS - 1)] for i in range(MOST_STEPS)]
-    told = []
+def _samples_by_step(run: RunFiles) -> list[tuple[int, dict[str, list[SavedSample]]]]:
+    """Return samples by step, the newest first, and by prompt. Of many steps, evenly spaced ones are chosen."""
+    steps = sorted({sample.step for sample in run.samples}, reverse=True)
+    if len(steps) > MAX_SAMPLED_STEPS:
+        steps = [steps[i * (len(steps) - 1) // (MAX_SAMPLED_STEPS - 1)] for i in range(MAX_SAMPLED_STEPS)]
+    by_step = []
     for step in steps:
         prompts: dict[str, list[SavedSample]] = {}
-        for sample in record.samples:
+        for sample in run.samples:
             if sample.step == step:
                 prompts.setdefault(sample.prompt, []).append(sample)
-        told.append((step, prompts))
-    return told
+        by_step.append((step, prompts))
+    return by_step
 
 
-def measures_of(records: Sequence[Record]) -> dict[str, Any] | None:
-    """Return charts and a table of measured texts, beside the first run's human ones; None where nothing is measured.
+def compare_measures(runs: Sequence[RunFiles]) -> dict[str, Any] | None:
+    """Return charts and a table of the measures of generated texts, with those of human texts; None without measures.
 
-    Runs that were measured on other lengths or numbers of texts are left out: they do not compare.
+    The human texts are those of the first measured run. A run that was measured on texts of another length or number
+    is left out, since its figures are not comparable.
     """
-    measured = [(place, record.measures) for place, record in enumerate(records) if record.measures]
+    measured = [(index, run.measures) for index, run in enumerate(runs) if run.measures]
     if not measured:
         return None
     first = measured[0][1]
-    alike = [(place, told) for place, told in measured if all(told.get(n) == first.get(n) for n in ("texts", "words"))]
+    comparable = [(i, one) for i, one in measured if all(one.get(n) == first.get(n) for n in ("texts", "words"))]
     human = first["human"]
     charts, table = [], []
     for name, (title, unit) in MEASURES.items():
         curves = [
-            Curve(run=place, dots=True, points=[
-                (one["temperature"], one[name]) for one in told["generated"] if name in one
-            ])
-            for place, told in alike
-        ]  # fmt: skip
-        rungs = [Rung(human[name], f"human {human[name]:.3g}")] if name in human else []
-        chart = make_chart(title, unit, "temperature", curves, rungs=rungs)
+            Curve(
+                run=index,
+                dots=True,
+                points=[(one["temperature"], one[name]) for one in measures["generated"] if name in one],
+            )
+            for index, measures in comparable
+        ]
+        references = [ReferenceLine(human[name], f"human {human[name]:.3g}")] if name in human else []
+        chart = make_chart(title, unit, "temperature", curves, references=references)
         if chart is not None:
             charts.append(chart)
-            table.append((title, unit, human.get(name), [_at_one(told, name) for _, told in alike]))
-    left_out = [records[place].name for place, told in measured if (place, told) not in alike]
+            table.append(
+                (title, unit, human.get(name), [_at_temperature_one(measures, name) for _, measures in comparable])
+            )
     return {
-        "charts": charts, "table": table, "texts": first.get("texts"), "words": first.get("words"),
-        "data": first.get("data"), "names": [records[place].name for place, _ in alike],
-        "left_out": left_out,
-    }  # fmt: skip
+        "charts": charts,
+        "table": table,
+        "texts": first.get("texts"),
+        "words": first.get("words"),
+        "data": first.get("data"),
+        "names": [runs[index].name for index, _ in comparable],
+        "left_out": [runs[index].name for index, measures in measured if (index, measures) not in comparable],
+    }
 
 
-def _at_one(measures: Mapping[str, Any], name: str) -> float | None:
-    """Return a measure at temperature 1, where the model says what it has learnt."""
+def _at_temperature_one(measures: Mapping[str, Any], name: str) -> float | None:
+    """Return a measure at temperature 1, which samples from the model's distribution unchanged; None if missing."""
     return next((one.get(name) for one in measures["generated"] if one["temperature"] == 1), None)
 
 
-def settings_of(records: Sequence[Record]) -> list[tuple[str, list[str], bool]]:
-    """Return name, value in each run, and whether it stands out; those that do come first.
+def settings_table(runs: Sequence[RunFiles]) -> list[tuple[str, list[str], bool]]:
+    """Return the name of each setting, its value in each run, and whether it is highlighted; highlighted ones first.
 
-    Of several runs those stand out that are not the same in all, of one run those that are not the default.
+    One run: settings that are not the default are highlighted. Several runs: settings that differ between them.
     """
     defaults = flatten(json.loads(json.dumps(asdict(TrainConfig()))))
-    different = keep_differences([record.figures for record in records])[0].settings
+    different = keep_differences([run.summary for run in runs])[0].settings
     rows = []
-    for name in dict.fromkeys(name for record in records for name in record.figures.settings):
-        values = [record.figures.settings.get(name) for record in records]
-        alone = len(records) == 1 and values[0] != defaults.get(name) and name not in COMMAND_SETTINGS
-        rows.append((name, [_setting(value) for value in values], name in different or alone))
+    for name in dict.fromkeys(name for run in runs for name in run.summary.settings):
+        values = [run.summary.settings.get(name) for run in runs]
+        changed = len(runs) == 1 and values[0] != defaults.get(name) and name not in COMMAND_SETTINGS
+        rows.append((name, [_format_setting(value) for value in values], name in different or changed))
     return sorted(rows, key=lambda row: not row[2])
 
 
-def _setting(value: object) -> str:
+def _format_setting(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _again(record: Record) -> str:
-    """Return the commands that make the run anew, as far as it is known how it was made."""
-    run, lines = record.figures, []
-    commit = str(record.environment.get("commit", "unknown"))
+def _training_commands(run: RunFiles) -> str:
+    """Return the commands that repeat a training, from what is recorded of it."""
+    summary, lines = run.summary, []
+    commit = str(run.environment.get("commit", "unknown"))
     if re.match(r"[0-9a-f]{40}", commit):
-        lines.append(f"git checkout {commit[:40]}" + ("  # and what was changed since" if commit[40:] else ""))
-    start = "python" if (run.processes or 1) == 1 else (
-        f"accelerate launch --config_file accelerate_config.yaml --num_processes {run.processes}"
-    )  # fmt: skip
-    command = f"{start} train_distributed.py --config {shlex.quote(str(record.path / SETTINGS_NAME))}"
-    if run.settings.get("mixed_precision") is not None:
-        command += f" --mixed_precision {shlex.quote(str(run.settings['mixed_precision']))}"
-    if run.settings.get("max_minutes") is not None and run.total_steps:  # how many steps fit is timed
-        command += f" --max_minutes null --max_steps {run.total_steps}"
+        lines.append(
+            f"git checkout {commit[:40]}" + ("  # plus changes that were not committed" if commit[40:] else "")
+        )
+    launcher = "python"
+    if (summary.processes or 1) > 1:
+        launcher = f"accelerate launch --config_file accelerate_config.yaml --num_processes {summary.processes}"
+    command = f"{launcher} train_distributed.py --config {shlex.quote(str(run.path / SETTINGS_NAME))}"
+    if summary.settings.get("mixed_precision") is not None:
+        command += f" --mixed_precision {shlex.quote(str(summary.settings['mixed_precision']))}"
+    # With `max_minutes` the number of steps depends on the clock.
+    if summary.settings.get("max_minutes") is not None and summary.total_steps:
+        command += f" --max_minutes null --max_steps {summary.total_steps}"
     return "\n".join([*lines, f"{command} --run_dir runs/again"])
 
 
-def _made_of(record: Record) -> dict[str, str]:
-    """Return the text of a run and what it was trained on and with."""
-    digests = record.data.get("digests")
-    told = {"text": record.data["source"]} if "source" in record.data else {}
-    told |= {f"sha256 of {split}": digest for split, digest in digests.items()} if isinstance(digests, dict) else {}
-    return {name: str(value) for name, value in (told | dict(record.environment)).items()}
+def _training_inputs(run: RunFiles) -> dict[str, str]:
+    """Return the source and digests of a run's text, and its environment."""
+    digests = run.data.get("digests")
+    inputs = {"text": run.data["source"]} if "source" in run.data else {}
+    inputs |= {f"sha256 of {split}": digest for split, digest in digests.items()} if isinstance(digests, dict) else {}
+    return {name: str(value) for name, value in (inputs | dict(run.environment)).items()}
 
 
 def _number(value: object, form: str = ".4g") -> str:
-    return format(value, form) if is_number(value) else NONE
+    return format(value, form) if is_number(value) else MISSING
 
 
 # --- loss.png --------------------------------------------------------------------------------------------------------
 
 
 def draw_loss_curve(run_dirs: Mapping[str, Path], path: Path) -> None:
-    """Draw training and validation bits per byte over steps, one colour a run, into a PNG file."""
+    """Draw the curves of training and validation into a PNG file, one colour for each run.
+
+    The unit is bits per byte, or nats per token if the tokenizer is not lossless.
+
+    Args:
+        run_dirs: folders of runs by their names in the legend.
+        path: of the PNG file.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    records = [read_record(run_dir, name) for name, run_dir in run_dirs.items()]
-    lossless = any("train/bits_per_byte" in row for record in records for row in record.rows)
+    runs = [read_run_files(run_dir, name) for name, run_dir in run_dirs.items()]
+    lossless = any("train/bits_per_byte" in row for run in runs for row in run.rows)
     unit = "bits_per_byte" if lossless else "loss"
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for place, (record, scale) in enumerate(zip(records, _scales(records), strict=True)):
+    for index, (run, scale) in enumerate(zip(runs, _step_scales(runs), strict=True)):
         for part, style, width in (("train", "-", 1.0), ("valid", "o-", 2.0)):
-            points = curve(record, f"{part}/{unit}", scale)
+            points = metric_points(run, f"{part}/{unit}", scale)
             if points:
-                color, alpha = f"C{place}", 0.45 if part == "train" else 1.0
+                color, alpha = f"C{index}", 0.45 if part == "train" else 1.0
                 axes.plot(
                     *zip(*points, strict=True),
                     style,
@@ -380,14 +424,14 @@ def draw_loss_curve(run_dirs: Mapping[str, Path], path: Path) -> None:
                     alpha=alpha,
                     linewidth=width,
                     markersize=4,
-                    label=f"{record.name} {part}".strip(),
+                    label=f"{run.name} {part}".strip(),
                 )
-    axes.set(xlabel=_x_name(records), ylabel="bits per byte" if lossless else "nats per token")
+    axes.set(xlabel=_x_name(runs), ylabel="bits per byte" if lossless else "nats per token")
     axes.grid(alpha=0.3)
-    bottom = [line.get_ydata()[-1] for line in axes.lines]
-    if bottom:
-        top = max(max(line.get_ydata()) for line in axes.lines)
-        axes.set_ylim(min(bottom) - 0.1, min(top, min(bottom) + 2.0) + 0.1)
+    last = [line.get_ydata()[-1] for line in axes.lines]
+    if last:  # the first losses are cut off, else the rest would be flat
+        highest = max(max(line.get_ydata()) for line in axes.lines)
+        axes.set_ylim(min(last) - 0.1, min(highest, min(last) + 2.0) + 0.1)
         axes.legend()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
