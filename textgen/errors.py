@@ -20,8 +20,16 @@ class UnreadableError(CheckpointError):
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, in one line of at most 300 characters; its class if it says nothing else."""
+    """Return the first line of an error's message, 300 characters at most; with its class if that says too little."""
     lines = str(error).strip().splitlines()
-    if not lines or isinstance(error, KeyError):  # a KeyError says the key alone
+    if not lines or isinstance(error, KeyError):  # the message of a KeyError is the key alone
         return f"{type(error).__name__} {error}".strip()[:300]
     return lines[0][:300]
+
+
+def one_line(error: BaseException) -> str:
+    """Return all lines of an error's message joined, at most 300 characters; the name of its class if it has none.
+
+    This suits libraries whose first line does not hold the reason, such as the clients of the hub.
+    """
+    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -13,6 +13,7 @@ from typing import Any
 
 from textgen.commands.model_argument import add_model_arguments
 from textgen.commands.parsing import Parser, fail
+from textgen.errors import one_line
 from textgen.reporting.card import CARD_NAME, HUB, build_card, read_provenance
 
 # Time limit for the hub's first answer. Later requests have the limits of the hub's client.
@@ -80,7 +81,7 @@ def _to_hub(args: Any, name: str) -> None:
                 repo_id=name, folder_path=folder, commit_message="Publish a model", delete_patterns="decoder.*"
             )
         except Exception as error:  # of the client, of its transport, or of the system
-            fail(f"`{name}` cannot be published on {api.endpoint}: {_in_one_line(error)}")
+            fail(f"`{name}` cannot be published on {api.endpoint}: {one_line(error)}")
     print(url)
 
 
@@ -96,10 +97,6 @@ def _aside(parent: Path, name: str) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(where)) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _in_one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def write_publication(args: Any, out: Path, *, name: str, where: str) -> None:

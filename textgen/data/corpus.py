@@ -33,12 +33,11 @@ from textgen.data.documents import (
     in_backticks,
     list_files,
     no_column,
-    one_line,
     read_csv,
     read_files,
 )
 from textgen.data.documents import read_documents as read_documents
-from textgen.errors import TextgenError
+from textgen.errors import TextgenError, one_line
 
 Hashes = NDArray[np.uint64]  # first 8 bytes of the sha256 of each document's UTF-8 text
 Mask = NDArray[np.bool_]

@@ -15,7 +15,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal
 
-from textgen.errors import TextgenError
+from textgen.errors import TextgenError, one_line
 
 TxtDocuments = Literal["file", "line", "paragraph"]
 
@@ -278,11 +278,6 @@ def no_column(where: str, column: str, columns: Iterable[str]) -> TextgenError:
 def in_backticks(names: Iterable[str]) -> str:
     """Return names as a message lists them."""
     return ", ".join(f"`{name}`" for name in names) or "none"
-
-
-def one_line(error: BaseException) -> str:
-    """Return the message of another library's error, on one line of at most 300 characters."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _without_end(line: str) -> str:

@@ -1,9 +1,9 @@
-"""What a run leaves on disk.
+"""The files of a run.
 
 - `directory`: the run's lock, status and free space
-- `checkpoint`: checkpoints: written whole, found, verified, pruned
-- `tensors`: safetensors files, written without copies and read with suspicion
+- `checkpoint`: checkpoints: written, found, verified, pruned
+- `tensors`: safetensors files, written without copies and checked before they are read
 - `metrics_file`: metrics.jsonl
 - `samples`: samples.md
-- `environment`: what a training ran on
+- `environment`: versions, commit and machine of a training
 """

@@ -44,7 +44,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Return where the checkpoint of a step lies."""
+    """Return the directory of the checkpoint of a step."""
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
@@ -52,12 +52,12 @@ def write_checkpoint(directory: Path, files: Mapping[str, Iterable[bytes | memor
     """Write a checkpoint whole or not at all.
 
     Args:
-        directory: its place, as `checkpoint_path` names it; what lies there is replaced.
-        files: pieces of each file's content by name.
+        directory: of the checkpoint, from `checkpoint_path`. A checkpoint in it is replaced.
+        files: chunks of each file's content by name.
         step: optimizer steps taken.
 
     Raises:
-        OSError: it cannot be written; what lay there is found as before.
+        OSError: the checkpoint cannot be written; a checkpoint that was to be replaced is found as before.
     """
     aside, replaced = directory.with_name(f".{directory.name}.tmp"), directory.with_name(f"{directory.name}.old")
     try:
@@ -68,12 +68,12 @@ def write_checkpoint(directory: Path, files: Mapping[str, Iterable[bytes | memor
         manifest = {"format": FORMAT, "step": step, "files": entries}
         _write(aside / MANIFEST_NAME, [json.dumps(manifest, indent=2).encode() + b"\n"])
         fsync_directory(aside)
-        if directory.exists():  # between these two renames it is found under its other name
+        if directory.exists():  # between the two renames, `checkpoints` finds the old one as `step-*.old`
             _remove(replaced)
             directory.rename(replaced)
         aside.rename(directory)
         fsync_directory(directory.parent)
-    except OSError as error:  # a full disk does not say where
+    except OSError as error:  # the error of a full disk names no file
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(error.errno, error.strerror, str(directory)) from error
     _remove(replaced)
@@ -83,19 +83,19 @@ def _write(path: Path, content: Iterable[bytes | memoryview]) -> dict[str, Any]:
     """Write a file, wait until it is on disk, and return its entry in the manifest."""
     digest, size = hashlib.sha256(), 0
     with path.open("wb") as file:
-        for piece in content:
-            file.write(piece)
-            digest.update(piece)
-            size += len(piece)
+        for chunk in content:
+            file.write(chunk)
+            digest.update(chunk)
+            size += len(chunk)
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _remove(directory: Path) -> None:
-    """Delete a checkpoint that may not exist; it loses its name first, since files go one by one.
+    """Delete a checkpoint if it exists. It is renamed first, since files are deleted one by one.
 
-    A file that will not go, as one that is being read over NFS, is left to the next time.
+    A file that cannot be deleted, such as one that is being read over NFS, is left to the next `remove_leftovers`.
     """
     if directory.exists():
         nameless = directory.with_name(f".{directory.name}.{time.time_ns()}.removed.tmp")
@@ -103,7 +103,7 @@ def _remove(directory: Path) -> None:
 
 
 def prune(run_dir: Path, *, keep_last: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep_last` checkpoints and that of `best_step`, and what killed processes left."""
+    """Delete checkpoints except the newest `keep_last` and that of `best_step`, and leftovers of killed processes."""
     seen: set[int] = set()
     for step, path in checkpoints(run_dir):
         replaced = step in seen
@@ -114,9 +114,9 @@ def prune(run_dir: Path, *, keep_last: int, best_step: int | None) -> None:
 
 
 def remove_leftovers(run_dir: Path) -> None:
-    """Delete what killed processes left half written or half deleted. The run directory must be held.
+    """Delete checkpoints that killed processes left half written or half deleted. The run directory must be held.
 
-    A checkpoint that was to be replaced, and was not, gets its name back.
+    If a process was killed while it replaced a checkpoint, the old checkpoint gets its name back.
     """
     for path in (run_dir / "checkpoints").glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
@@ -126,16 +126,16 @@ def remove_leftovers(run_dir: Path) -> None:
 
 
 class Saver:
-    """Writes a run's checkpoints in a background thread, one at a time, from a copy in memory.
+    """Write a run's checkpoints in a background thread, one at a time, from a copy in memory.
 
-    The copy goes to buffers that are made once, so that a save waits for the copying alone. One process has one.
+    The buffers of the copy are made once, so the training pauses only for the copying. Only one process has a saver.
 
     Args:
         run_dir: the run's directory, which must be held.
-        keep_last: newest checkpoints to keep, beside the best.
-        device: where the tensors are.
+        keep_last: number of newest checkpoints to keep, beside the best.
+        device: device of the tensors.
         before: called in the thread before each checkpoint is written.
-        after: called there with its step once it is on disk.
+        after: called in the thread with the step of each checkpoint that is on disk.
     """
 
     def __init__(
@@ -155,11 +155,11 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Tell whether a save has failed; `wait` raises why."""
+        """Whether a save has failed; `wait` raises its error."""
         return self._error is not None
 
     def reserve(self, shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
-        """Make float32 buffers ahead of the first save; a page that is touched first costs ten times its copy."""
+        """Make float32 buffers before the first save; the first write to a page costs ten times a later one."""
 
         def make() -> None:
             for file, group in shapes.items():
@@ -177,22 +177,23 @@ class Saver:
         best_step: int | None,
         since: float,
     ) -> float:
-        """Copy the tensors and start writing; waits for the save before, if it is not done.
+        """Wait for the previous save, copy the tensors, and start writing.
 
         Args:
             step: optimizer steps taken.
-            tensors: file name without ending -> tensors by name, on any device.
+            tensors: tensors by name, by file name without its ending; on any device.
             files: contents of the other files by name.
-            best_step: a checkpoint that is not to be pruned.
-            since: `time.perf_counter()` when the training stopped to save.
+            best_step: step of a checkpoint that must not be pruned.
+            since: `time.perf_counter()` at the moment the training paused.
 
         Returns:
-            Seconds since then: what the save cost the training.
+            Seconds since then: the pause of the training.
 
         Raises:
-            Exception: the save before failed, mostly with an OSError.
+            Exception: the previous save failed, mostly with an OSError.
         """
         self.wait()
+        # Copies from a GPU to pinned buffers run asynchronously; one synchronization ends all of them.
         copies: dict[str, dict[str, Tensor]] = {file: {} for file in tensors}
         for file, group in tensors.items():
             for name, value in group.items():
@@ -224,19 +225,21 @@ class Saver:
         """Wait until nothing is being written.
 
         Raises:
-            Exception: what went wrong in the thread, mostly an OSError.
+            Exception: the save failed, mostly with an OSError.
         """
         self.settle()
         if self._error is not None:
             raise self._error
 
     def settle(self) -> None:
-        """Wait until nothing is being written, whether it could be or not."""
+        """Wait until nothing is being written; raise nothing if the save failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
 
     def _run(self, action: Callable[[], None]) -> None:
+        """Run an action in the thread and keep its error for `wait`."""
+
         def run() -> None:
             try:
                 action()
@@ -247,6 +250,7 @@ class Saver:
         self._thread.start()
 
     def _buffer(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Return an uninitialized buffer, pinned for a training on a GPU."""
         return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=self._cuda)
 
 
@@ -255,26 +259,26 @@ class Saver:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """What a checkpoint says of itself: the step, and bytes and sha256 of its files."""
+    """manifest.json of a checkpoint: its step, and size in bytes and sha256 of each file."""
 
     step: int
     files: dict[str, tuple[int, str]]
 
 
 def checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
-    """Return (step, directory) of what bears a checkpoint's name in a run, newest first; not checked."""
+    """Return (step, directory) of all directories with a checkpoint's name, newest first, without verifying them."""
     found = []
     for path in (run_dir / "checkpoints").glob("step-*"):
         if match := _DIRECTORY_NAME.fullmatch(path.name):
-            found.append((int(match[1]), match[2] is None, path))  # one that is being replaced stands after the new one
+            found.append((int(match[1]), match[2] is None, path))  # `.old` after the new one of its step
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[CheckpointError]]:
-    """Return a run's newest checkpoint whose every byte is as it was written, and what is wrong with newer ones.
+    """Return a run's newest checkpoint that passes `verify`, None if none does, and the errors of newer ones.
 
     Raises:
-        UnreadableError: one that may well be valid cannot be read.
+        UnreadableError: a checkpoint cannot be read here and may be valid.
     """
     problems: list[CheckpointError] = []
     for _, path in checkpoints(run_dir):
@@ -294,10 +298,10 @@ def verify(directory: Path, names: Sequence[str] | None = None) -> Manifest:
 
     Args:
         directory: of the checkpoint.
-        names: the files to check; None for all.
+        names: files to check; None for all.
 
     Raises:
-        CheckpointError: what is wrong, in a line.
+        CheckpointError: a file or the manifest is missing or damaged; the message is one line.
     """
     manifest = _read_manifest(directory)
     if (match := _DIRECTORY_NAME.fullmatch(directory.name)) and int(match[1]) != manifest.step:
@@ -324,6 +328,7 @@ def verify(directory: Path, names: Sequence[str] | None = None) -> Manifest:
 
 
 def _read_manifest(directory: Path) -> Manifest:
+    """Read and check manifest.json; raise CheckpointError if it is missing or damaged."""
     path = directory / MANIFEST_NAME
     values = read_json(path)
     try:
@@ -338,7 +343,9 @@ def _read_manifest(directory: Path) -> Manifest:
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"`{path}` is not a manifest: {type(error).__name__} {str(error)[:80]}") from error
     if not sound or type(step) is not int or not 0 <= step < 10**18:
-        raise CheckpointError(f"`{path}` is not a manifest: a step, name, size or digest is none")
+        raise CheckpointError(
+            f"`{path}` is not a manifest: its step, or the name, size or sha256 of a file, is not valid"
+        )
     return Manifest(step=step, files=files)
 
 
@@ -346,7 +353,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """Read one of a checkpoint's JSON files.
 
     Raises:
-        CheckpointError: it is missing, or holds no JSON object.
+        CheckpointError: the file is missing, or is not a JSON object.
+        UnreadableError: the file cannot be read here.
     """
     try:
         if path.is_file():
@@ -360,18 +368,18 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def find_checkpoint(name: str | Path, *, best: bool = False, files: Sequence[str] | None = ()) -> Path | None:
-    """Return the directory of a checkpoint: `name` itself, or the newest valid or best one of a run; None for neither.
+    """Return the directory of a checkpoint: `name`, or a run's newest valid or best one; None if `name` is neither.
 
     Each file is read and hashed once: every byte of a run's newest checkpoint, `trainer.json` and `files` of others.
 
     Args:
-        name: a checkpoint's directory, or a run's.
-        best: of a run, the checkpoint with the best validation instead of the newest one.
-        files: the caller's files, to be verified beside `trainer.json`; None for all files.
+        name: directory of a checkpoint or of a run.
+        best: choose a run's checkpoint with the best validation instead of the newest one.
+        files: files to verify beside `trainer.json`; None for all files.
 
     Raises:
-        CheckpointError: the run has checkpoints, and none of them is valid, or the best one is not; or a file that was
-            to be verified is not as it was written.
+        CheckpointError: the run has checkpoints and none is valid, the best one is not valid, or a verified file is
+            damaged.
     """
     path = Path(name)
     if not checkpoints(path):
@@ -388,7 +396,7 @@ def find_checkpoint(name: str | Path, *, best: bool = False, files: Sequence[str
     step = progression.get("best_step") if isinstance(progression, dict) else None
     if type(step) is not int or not 0 <= step < 10**18:
         raise CheckpointError(f"`{name}` has no best checkpoint: nothing was validated")
-    found = [directory for number, directory in checkpoints(path) if number == step]  # it may be being replaced
+    found = [directory for number, directory in checkpoints(path) if number == step]  # may be a `.old`
     directory = next(iter(found), checkpoint_path(path, step))
     if directory == newest:
         _require_listed(newest, files)
@@ -420,4 +428,5 @@ def _trainer_file(directory: Path) -> list[str]:
 
 
 def _not_listed(directory: Path, name: str) -> CheckpointError:
+    """Return the error of a file that the manifest does not list."""
     return CheckpointError(f"`{directory}` has no `{name}` in its `{MANIFEST_NAME}`")

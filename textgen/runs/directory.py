@@ -1,4 +1,4 @@
-"""The directory of a run: held by one training at a time, and telling from outside how it stands."""
+"""The directory of a run: its lock, which one training holds at a time, and status.json, which shows its state."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATA_NAME = "data.json"
 STATUS_NAME = "status.json"
 LOCK_NAME = ".lock"
 
-# A job that was requeued may meet the last moments of the one before.
+# A requeued job may start while the last moments of the job before hold the lock.
 LOCK_SECONDS = 2.0
 
 RunState = Literal["running", "finished", "preempted", "failed"]
@@ -34,7 +34,7 @@ class RunDirectory:
 
     Args:
         path: the directory.
-        main: whether this is the main process; on the others only `end` does anything.
+        main: whether this is the main process; on other processes only `end` does anything.
     """
 
     def __init__(self, path: str | Path, *, main: bool) -> None:
@@ -43,12 +43,12 @@ class RunDirectory:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Hold the directory, which is made where it is missing; the kernel lets go of it when the process dies.
+        """Make the directory if it is missing, and hold its lock; the kernel releases the lock when the process ends.
 
-        A training that fails before its first step leaves no new directory behind.
+        A training that fails before its first step removes a directory that it made.
 
         Raises:
-            TextgenError: another process holds it.
+            TextgenError: another process holds the lock.
         """
         if not self._main:
             yield
@@ -65,24 +65,25 @@ class RunDirectory:
             self._write({"state": "running", "step": None, "total_steps": None, "reason": None, **holder})
             yield
         finally:
-            began = {entry.name for entry in self.path.iterdir()} - {LOCK_NAME, STATUS_NAME}
-            if made and not began and read_status(self.path).get("state") != "preempted":
+            written = {entry.name for entry in self.path.iterdir()} - {LOCK_NAME, STATUS_NAME}
+            if made and not written and read_status(self.path).get("state") != "preempted":
                 shutil.rmtree(self.path, ignore_errors=True)
             lock.release()
 
     def _holder(self) -> str:
+        """Return a description of the process that holds the lock, from its status."""
         status = read_status(self.path)
         if status.get("state") != "running":
             return "another process"
         return f"process {status.get('pid')} on {status.get('host')}, since {status.get('started')}"
 
     def read_started(self) -> object:
-        """Note and return when the training that holds the directory began, by which `end` knows its own."""
+        """Return the start time of the training that holds the directory; `end` recognizes its training by it."""
         self._started = read_status(self.path).get("started")
         return self._started
 
     def write_status(self, state: RunState, *, step: int, total_steps: int, reason: str | None = None) -> None:
-        """Write how the training stands; that it runs, only until some process has said why it does not."""
+        """Write the state of the training. The state `running` never replaces the reason of an end."""
         if not self._main:
             return
         with self._alone():
@@ -90,7 +91,7 @@ class RunDirectory:
                 self._write({"state": state, "step": step, "total_steps": total_steps, "reason": reason})
 
     def end(self, state: Literal["preempted", "failed"], reason: str) -> None:
-        """Write why the training ended, from whichever process it is and if it can be; the first reason stays."""
+        """Write the reason of the training's end, on any process, if the disk permits. The first reason is kept."""
         with suppress(OSError), self._alone():
             status = read_status(self.path)
             if status.get("state") != "running" or status.get("started") != self._started:
@@ -98,14 +99,14 @@ class RunDirectory:
             values = {"state": state, "reason": reason}
             try:
                 self._write(values)
-            except OSError:  # a full disk, say, which may well be the reason: the file that is there has a block
+            except OSError:  # perhaps a full disk, which may be the reason: overwrite the file in its block
                 with (self.path / STATUS_NAME).open("r+") as file:
                     file.write(self._status(values))
                     file.truncate()
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Let no other process of the training write between reading and writing, where the file system can."""
+        """Lock out the training's other processes between reading and writing, if the file system has locks."""
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             with suppress(OSError):
@@ -115,17 +116,22 @@ class RunDirectory:
             os.close(descriptor)
 
     def _write(self, values: dict[str, Any]) -> None:
-        """Write status.json whole: `values` over what stands there."""
+        """Write status.json atomically: its old values, updated with `values`."""
         write_atomic(self.path / STATUS_NAME, self._status(values))
 
     def _status(self, values: dict[str, Any]) -> str:
+        """Return the text of status.json: its old values, updated with `values` and the time."""
         return json.dumps(read_status(self.path) | values | {"time": _now()}, indent=2) + "\n"
 
     def require_space(self, checkpoint_bytes: int, *, count: int) -> None:
-        """Check that the checkpoints that will lie here at a time fit, those that already do included.
+        """Check that the disk has space for the checkpoints of the run.
+
+        Args:
+            checkpoint_bytes: size of a checkpoint.
+            count: largest number of checkpoints at a time, present ones included.
 
         Raises:
-            TextgenError: the disk has less space.
+            TextgenError: the disk has too little space.
         """
         if not self._main:
             return
@@ -141,7 +147,7 @@ class RunDirectory:
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
-    """Return what status.json says; nothing where there is none."""
+    """Return the values of status.json; empty if the file is missing or damaged."""
     try:
         status = json.loads((run_dir / STATUS_NAME).read_text())
     except (OSError, ValueError):

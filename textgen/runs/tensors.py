@@ -1,9 +1,11 @@
-"""safetensors files: written without copies, read with suspicion.
+"""safetensors files, written without copies and checked before they are read.
 
-The library writes through one bytes object made under the interpreter's lock, which stops a training that goes on
-beside it (1.6 s for 480 MB, 2026-11-23), with mode 0600 and without fsync; so the bytes are made here, tensor by
-tensor. It reads: after the header was held against what is expected, since the library accepts duplicate keys and takes
-42 s and 2 GB for a file of a million empty tensors.
+Writing: the safetensors library makes one bytes object under the interpreter's lock, which stops the training meanwhile
+(1.6 s for 480 MB, 2026-11-23). It also writes with mode 0600 and without fsync. So this module makes the bytes, tensor
+by tensor.
+
+Reading: the library reads the tensors after this module has compared the header with the expected one. The library
+accepts duplicate keys, and takes 42 s and 2 GB for a file of a million empty tensors.
 """
 
 from __future__ import annotations
@@ -23,40 +25,50 @@ from textgen.errors import TextgenError
 from textgen.files import memory_bytes, parse_json
 
 DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 
-# Ten thousand tensors fit; what is longer was not written by textgen.
+# Room for ten thousand tensors; textgen writes no longer header.
 HEADER_BYTES = 1 << 20
 
 
 def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """Yield the bytes of a safetensors file: its header, then each tensor's memory, uncopied.
+    """Yield the bytes of a safetensors file: its header, then the memory of each tensor without a copy.
 
     Args:
-        tensors: contiguous, on the CPU.
+        tensors: contiguous tensors on the CPU, by name.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))  # aligned
+    ordered = sorted(
+        tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])
+    )  # large items first, so all are aligned
     for name, tensor in ordered:
         assert tensor.is_contiguous(), name
         start, end = end, end + tensor.numel() * tensor.dtype.itemsize
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in ordered:
         yield tensor.detach().flatten().view(torch.uint8).numpy().data
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return dtype and shape of a file's tensors by name, having checked that they fill it exactly.
+    """Return dtype and shape of a file's tensors by name. The tensors must fill the file without gaps.
 
     Raises:
-        TextgenError: it is none, or damaged.
+        TextgenError: the file is not a safetensors file, or is damaged.
     """
     try:
         size = path.stat().st_size
@@ -86,10 +98,10 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def _entry(value: Mapping[str, Any]) -> tuple[int, int, str, tuple[int, ...]]:
-    """Return start, end, dtype and shape of a header's entry; raise ValueError where they contradict each other."""
+    """Return start, end, dtype and shape of a header's entry; raise ValueError if they contradict each other."""
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not (isinstance(shape, list) and isinstance(offsets, list) and len(shape) <= 8 and len(offsets) == 2):
-        raise ValueError("a shape or a pair of offsets is none")
+        raise ValueError("a shape or a pair of offsets is not valid")
     if not all(type(n) is int and 0 <= n < 1 << 48 for n in (*shape, *offsets)):
         raise ValueError(f"shape {shape}, offsets {offsets}")
     start, stop = offsets
@@ -99,7 +111,7 @@ def _entry(value: Mapping[str, Any]) -> tuple[int, int, str, tuple[int, ...]]:
 
 
 def check_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtypes: Collection[str] = ("F32",)) -> None:
-    """Raise TextgenError unless a file holds tensors of these names and shapes, each of one of the dtypes."""
+    """Raise TextgenError unless a file holds exactly these names and shapes, and only the given dtypes."""
     header = read_header(path)
     if header.keys() != shapes.keys():
         names = sorted(header.keys() ^ shapes.keys())
@@ -114,14 +126,14 @@ def check_tensors(path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtypes: 
 def read_tensors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], *, dtypes: Collection[str] = ("F32",)
 ) -> dict[str, Tensor]:
-    """Read a file whose names, shapes and dtypes are known; nothing of it is read before they are found right.
+    """Read the tensors of a file, after its names, shapes and dtypes were checked.
 
     Raises:
-        TextgenError: it is damaged, or holds something else.
+        TextgenError: the file is damaged, holds other tensors, or does not fit into memory.
     """
     check_tensors(path, shapes, dtypes=dtypes)
     if (size := path.stat().st_size) > memory_bytes():
-        raise TextgenError(f"`{path}` has {size} bytes, this machine's memory {memory_bytes()}")
+        raise TextgenError(f"`{path}` has {size} bytes, this machine has {memory_bytes()} bytes of memory")
     try:
         return load(path.read_bytes())
     except (OSError, SafetensorError) as error:
