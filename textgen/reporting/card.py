@@ -122,15 +122,21 @@ def build_card(
     name = re.sub(r"[^\w .-]", "_", name)
     config = model.config
     layers = "one LSTM layer" if config.num_layers == 1 else f"{config.num_layers} LSTM layers"
+    introduction = (
+        f"# {name}\n\nAn LSTM language model that continues text: {model.num_parameters:,} parameters, {layers} of "
+        f"{config.hidden_size:,}, embeddings of {config.embedding_dim:,}, {model.vocab_size:,} tokens, trained with "
+        f"textgen {version('textgen')}." + ("" if license else " No license was stated.")
+    )
     sections = [
         _header(provenance, name, license, languages),
-        f"# {name}\n\n"
-        f"An LSTM language model that continues text: {model.num_parameters:,} parameters, {layers} of "
-        f"{config.hidden_size:,}, embeddings of {config.embedding_dim:,}, {model.vocab_size:,} tokens, trained with "
-        f"textgen {version('textgen')}." + ("" if license else " No license was stated."),
-        _figures(provenance, int8_cost), _data(provenance, model.text), _samples(provenance), _use(provenance, where),
-        f"## Limits\n\n{LIMITS}", _settings(provenance),
-    ]  # fmt: skip
+        introduction,
+        _figures(provenance, int8_cost),
+        _data(provenance, model.text),
+        _samples(provenance),
+        _use(provenance, where),
+        f"## Limits\n\n{LIMITS}",
+        _settings(provenance),
+    ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
@@ -141,16 +147,24 @@ def _header(provenance: Provenance, name: str, license: str | None, languages: S
     dataset, bits = _hub_dataset(provenance), provenance.validation.get("valid/bits_per_byte")
     languages = languages or (["en"] if dataset == IMDB else None)
     result = EvalResult(
-        task_type="text-generation", dataset_type=dataset or "text",
+        task_type="text-generation",
+        dataset_type=dataset or "text",
         dataset_name="held-out documents of the training text",
-        metric_type="bits_per_byte", metric_name="bits per byte", metric_value=bits,
-    )  # fmt: skip
+        metric_type="bits_per_byte",
+        metric_name="bits per byte",
+        metric_value=bits,
+    )
     header = ModelCardData(
-        language=list(languages) if languages else None, license=license, library_name="textgen",
-        pipeline_tag="text-generation", tags=["lstm", "language-model"], datasets=[dataset] if dataset else None,
-        metrics=["bits_per_byte"] if bits is not None else None, model_name=name,
+        language=list(languages) if languages else None,
+        license=license,
+        library_name="textgen",
+        pipeline_tag="text-generation",
+        tags=["lstm", "language-model"],
+        datasets=[dataset] if dataset else None,
+        metrics=["bits_per_byte"] if bits is not None else None,
+        model_name=name,
         eval_results=[result] if bits is not None else None,
-    )  # fmt: skip
+    )
     return f"---\n{header.to_yaml()}\n---"
 
 

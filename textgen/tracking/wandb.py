@@ -133,6 +133,7 @@ class WandbRun:
         return None
 
     def _init(self, mode: Literal["online", "offline"]) -> None:
+        """Begin or continue the run in a mode, and choose the x axes of its charts."""
         import wandb
 
         swept = "WANDB_SWEEP_ID" in os.environ or "SLURM_ARRAY_JOB_ID" in os.environ
@@ -141,15 +142,22 @@ class WandbRun:
             project=os.environ.get("WANDB_PROJECT") if "WANDB_SWEEP_ID" in os.environ else self._config.project,
             group=self._config.group or os.environ.get("WANDB_RUN_GROUP") or (array and f"array-{array}"),
             job_type=self._config.job_type or os.environ.get("WANDB_JOB_TYPE") or ("sweep" if swept else "train"),
-            dir=str(self._dir), name=self._dir.name, id=self._id, mode=mode, config=dict(self._settings),
+            dir=str(self._dir),
+            name=self._dir.name,
+            id=self._id,
+            mode=mode,
+            config=dict(self._settings),
             resume="allow" if self._resumed else None,
             settings=wandb.Settings(
-                silent=True, console="off", disable_code=True,
+                silent=True,
+                console="off",
+                disable_code=True,
                 disable_git=True,  # a remote's address may hold a token; the commit is in the config
-                init_timeout=INIT_SECONDS, finish_timeout=UPLOAD_SECONDS,
+                init_timeout=INIT_SECONDS,
+                finish_timeout=UPLOAD_SECONDS,
                 x_transaction_log_flush_interval=FLUSH_SECONDS,
             ),
-        )  # fmt: skip
+        )
         for name in ("step", "tokens"):
             self._run.define_metric(name, hidden=True)
         self._run.define_metric("*", step_metric="step")
@@ -193,9 +201,8 @@ class WandbRun:
     def finish(self, end: RunEnd) -> None:
         """Send an alert, record the exit code and close the run."""
         level = {"finished": "INFO", "preempted": "WARN", "failed": "ERROR"}[end.state]
-        self._run.alert(
-            title=f"{self._dir.name[:50]} {end.state}", text=end.reason, level=level
-        )  # W&B allows 64 letters
+        title = f"{self._dir.name[:50]} {end.state}"  # W&B allows 64 letters
+        self._run.alert(title=title, text=end.reason, level=level)
         if end.state == "preempted":
             self._run.mark_preempting()
         self._run.finish(exit_code=end.exit_code)
