@@ -28,13 +28,16 @@ def journal() -> None:
 
     path = Path(os.environ["TEXTGEN_JOURNAL"]) / f"{os.environ['TEXTGEN_LAUNCH']}-{os.environ.get('RANK', '0')}"
     file = path.open("a", buffering=1)
-    epochs: dict[int, int] = {}  # epoch of a micro-batch, by the address of its tokens
+    epochs: dict[int, int] = {}  # epoch of a micro-batch, by the checksum of its tokens
+
+    def checksum(tokens: torch.Tensor) -> int:
+        return zlib.crc32(tokens.contiguous().numpy().tobytes())
 
     class NotedWindows(lanes._Windows):
         def __getitems__(self, rows: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
             batch = super().__getitems__(rows)
             assert self._epoch is not None
-            epochs[batch["tokens"].data_ptr()] = self._epoch.number
+            epochs[checksum(batch["tokens"])] = self._epoch.number
             return batch
 
     original = steps.train_step
@@ -45,10 +48,9 @@ def journal() -> None:
         record = job.recent[-1]
         lines = []
         for micro, (batch, (rows, part)) in enumerate(zip(micro_batches, record.parts, strict=True)):
-            read = zlib.crc32(batch["tokens"].contiguous().numpy().tobytes())
+            read = checksum(batch["tokens"])
             windows = batch["windows"].tolist()
-            epoch = epochs[batch["tokens"].data_ptr()]
-            entry = [record.step, micro, epoch, windows, rows.tolist(), read, float(part).hex()]
+            entry = [record.step, micro, epochs[read], windows, rows.tolist(), read, float(part).hex()]
             lines.append(json.dumps(entry) + "\n")
         file.write("".join(lines))
         file.flush()
