@@ -8,9 +8,11 @@ differ: its parent is the server, and /proc shows the environment of the server.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import json
 import os
+import random
 import runpy
 import signal
 import socket
@@ -28,6 +30,8 @@ IMPORTED = [
     "torch._dynamo", "torch.distributed", "textgen.cli", "textgen.commands.sample", "textgen.commands.serve",
     "textgen.decoding.generation", "textgen.evaluation", "textgen.reporting.report", "textgen.training.loop",
 ]  # fmt: skip
+# For the other processes to end once one has failed.
+LOST_SECONDS = 120
 # What is read while modules are imported; computing in several threads before a fork would not do.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
 
@@ -145,11 +149,18 @@ class Server:
                 self.start([*argv, *more], output=output, error=error, env=own)
                 for (output, error), own, more in zip(files, gang, endings, strict=True)
             ]
+            deadline = time.monotonic() + timeout
             try:
-                codes = [process.wait(timeout) for process in started]
+                while None in (codes := [process.poll() for process in started]) and time.monotonic() < deadline:
+                    if any(codes):  # one has failed: the others notice, or wait for it in vain
+                        deadline = min(deadline, time.monotonic() + LOST_SECONDS)
+                    time.sleep(0.01)
             finally:
                 for process in started:
                     process.kill()
+            if None in codes:
+                said = "".join(error.read_text()[-2000:] for _, error in files)
+                raise subprocess.TimeoutExpired(f"processes that ended with {codes}: {said}", timeout)
             return [
                 subprocess.CompletedProcess(list(argv), code, output.read_text(), error.read_text())
                 for code, (output, error) in zip(codes, files, strict=True)
@@ -176,10 +187,15 @@ def run_script(*argv: str, env: Mapping[str, str] | None = None, expect: int = 0
 
 
 def free_port() -> int:
-    """Return the number of a port that nobody listens on."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+    """Return a free port below those that the kernel gives to outgoing connections.
+
+    A port of the kernel's choice is taken now and then by another process before the one that is to listen on it does.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 20_000)
+        with socket.socket() as free, contextlib.suppress(OSError):
+            free.bind(("127.0.0.1", port))
+            return port
 
 
 # --- the server ------------------------------------------------------------------------------------------------------

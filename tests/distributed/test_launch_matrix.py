@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.forking import run_script
+from tests.forking import free_port, run_script
 
 ROOT = Path(__file__).parents[2]
 PYTHON = (sys.executable,)
@@ -221,9 +220,7 @@ def launch(line: Line, flags: Sequence[str], home: Path) -> tuple[list[int], str
     if line.personal is not None:
         (home / "accelerate").mkdir()
         (home / "accelerate" / "default_config.yaml").write_text(line.personal)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        fill = {"{port}": str(free.getsockname()[1]), "{here}": str(home)}
+    fill = {"{port}": str(free_port()), "{here}": str(home)}
 
     def filled(text: str) -> str:
         for place, value in fill.items():

@@ -24,8 +24,8 @@ from textgen.data.store import Split
 from textgen.errors import TextgenError
 from textgen.noise import permutation
 
-# Documents between two entries of an epoch's table of stream positions. `Epoch.read` walks over at most this many
-# lengths to find a document. A table entry for every document would be twice as large as the permutation itself.
+# `Epoch` stores the stream position of every STRIDE-th document only. `Epoch.read` finds the others by summing at most
+# this many lengths. A table entry for every document would be twice as large as the permutation itself.
 STRIDE = 64
 
 
@@ -50,7 +50,9 @@ class Epoch:
     def __init__(self, split: Split, *, batch_size: int, seq_len: int, seed: int, epoch: int) -> None:
         self.split, self.batch_size, self.seq_len, self.number = split, batch_size, seq_len, epoch
         self.num_windows = windows_per_epoch(split, batch_size=batch_size, seq_len=seq_len)
-        self.lane_length = (split.num_tokens - 1) // batch_size  # the last lane's last target is one token further
+        self.lane_length = (
+            split.num_tokens - 1
+        ) // batch_size  # minus 1: the last lane's last target is one token after its input
         self._order = _document_order(seed, epoch, split.num_documents)
         # The stream position of every STRIDE-th document. The lengths are summed block by block: all of them at once
         # would take 8 bytes a document.
@@ -97,7 +99,7 @@ def _document_order(seed: int, epoch: int, count: int) -> NDArray[np.unsignedint
 
 
 def windows_per_epoch(split: Split, *, batch_size: int, seq_len: int) -> int:
-    """Return the number of optimizer steps in an epoch.
+    """Return the number of windows in a lane, which is the number of optimizer steps in an epoch.
 
     Raises:
         TextgenError: the split has too few tokens for one window of every lane; the message names sizes that fit.
@@ -119,7 +121,7 @@ def windows_per_epoch(split: Split, *, batch_size: int, seq_len: int) -> int:
 
 
 class LaneSampler:
-    """Lists the rows of each micro-batch as (step, lane) pairs: step by step, in each the lanes in order.
+    """Yields one list per micro-batch, with a (step, lane) pair for each row: steps in order, lanes in order.
 
     Accelerate reads the attributes `batch_size` and `drop_last`. With `split_batches` it gives each process an equal
     slice of every list and does not look into the pairs. A lane therefore stays on its process.

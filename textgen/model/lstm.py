@@ -1,6 +1,6 @@
 """LSTMLanguageModel: one forward pass for training, scoring and single decoding steps.
 
-Read from the bottom up for the model as a whole, from the top down for its parts: the loss, one LSTM layer, the model.
+The file goes from parts to whole: the loss, one LSTM layer, the model. To see the model first, start at its class.
 Tensors are batch first; *lane* is a row of the token stream, *window* the time steps of one call.
 """
 
@@ -34,7 +34,7 @@ _WEIGHT_SITE = -2
 
 @dataclass(frozen=True)
 class DropoutMasks:
-    """The coordinates from which dropout and weight drop hash their masks; no generator has a state to save."""
+    """What identifies the masks of a step. Masks are hashes of it, so no random generator's state has to be saved."""
 
     seed: int
     step: int | Tensor  # a CUDA graph replays many steps, and reads the step from an int64 scalar
@@ -108,7 +108,7 @@ def cross_entropy_of_logits(
     """
     nats = training_kernels.cross_entropy(logits, bias, targets, grad_bias)  # compiled code, if there is some
     if nats is not None:
-        return nats.sum(), logits
+        return nats.sum(), logits  # the compiled code has overwritten the logits by their gradient
     exact = logits.float().add_(bias)  # (rows, vocab_size)
     scored = targets[:, None] >= 0  # (rows, 1)
     columns = targets[:, None].clamp(min=0)  # (rows, 1)

@@ -37,7 +37,7 @@ class Progression:
     epoch_nats: float = 0.0
     epoch_tokens: int = 0
     unlogged_nats: float = 0.0
-    """of all processes, since the last row of metrics; set when a checkpoint is made"""
+    """sum over all processes since the last row of metrics; only set when a checkpoint is made"""
     unlogged_steps: int = 0
     evaluated_step: int = 0
     """the last step with a validation score and samples"""
@@ -51,7 +51,7 @@ class Progression:
 
 @dataclass
 class StepRecord:
-    """The losses and the gradient norm of a step. They show whether and where the step became nan or infinite."""
+    """The losses and the gradient norm of a step. They show whether the step is nan or infinite, and where."""
 
     step: int
     parts: list[tuple[Tensor, Tensor]]
@@ -104,7 +104,7 @@ def _copy(kept: Tensor, value: Tensor) -> None:
 
 
 Compute = Callable[[StepInputs, StepRecord], Tensor]
-"""takes a step in place, fills the `StepRecord` and returns the step's nats"""
+"""changes the weights and `inputs.states`, fills the `StepRecord`, returns this process's nats"""
 
 
 class GraphedSteps(Protocol):
@@ -115,7 +115,7 @@ class GraphedSteps(Protocol):
 
     @property
     def is_refused(self) -> bool:
-        """Tell whether a step could not be captured, so that steps run without a graph."""
+        """Whether capturing has failed. All later steps then run without a graph."""
 
     def take(self, compute: Compute, inputs: StepInputs, record: StepRecord) -> Tensor:
         """Take a step with the same results as `compute(inputs, record)`."""
@@ -142,7 +142,7 @@ class Learner:
     nonfinite: Tensor
     """bool scalar: a loss or gradient was nan or infinite; from then on no step updates anything"""
     recent: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=2))
-    """the last two steps: `Agreement` may report a nan one step late"""
+    """the last two steps: `distributed.launch.Agreement` may report a nan one step late"""
     skips_in_a_row: int = 0
     graph: GraphedSteps | None = None
     """takes the steps if `cuda_graph` is set"""
@@ -206,7 +206,7 @@ def zero_lanes(learner: Learner) -> list[State]:
 def train_step(
     learner: Learner, micro_batches: Sequence[Mapping[str, Tensor]], *, learning_rate: float | None = None
 ) -> Tensor:
-    """Take one optimizer step. Collective.
+    """Take one optimizer step. Collective: all processes must call it together.
 
     The nats of all micro-batches are summed and divided once by the step's tokens over all processes. The gradient
     therefore does not depend on the number of processes or micro-batches, up to rounding.
@@ -214,7 +214,7 @@ def train_step(
     Args:
         learner: weights, optimizer and lane states are changed in place.
         micro_batches: this process's rows of each.
-        learning_rate: replaces the learning rate of the step; the averaged weights then stay as they are.
+        learning_rate: replaces the schedule's, without an update of the averaged weights; 0 only times a step.
 
     Returns:
         Nats summed over this process's tokens, a scalar on the device. Nothing waits for it.
@@ -224,7 +224,9 @@ def train_step(
     if learning_rate is None:
         learning_rate = learning_rate_at(step, learner.progression.total_steps, config)
         if config.ema_decay is not None:
-            ema_update = 1 - min(config.ema_decay, (1 + step) / (10 + step))  # a short memory for the first weights
+            ema_update = 1 - min(
+                config.ema_decay, (1 + step) / (10 + step)
+            )  # initial weights soon lose their influence
     if learner.accelerator.device.type == "cuda":
         # A graph's Adam reads a float32 learning rate. Round here too, so that steps with and without a graph agree.
         learning_rate = torch.tensor(learning_rate, dtype=torch.float32).item()
@@ -275,7 +277,8 @@ def _update(learner: Learner, nats: Tensor, record: StepRecord) -> None:
     else:
         accelerator.unscale_gradients()
         norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    # An infinite gradient is an error, except with float16's scaler: its scale was too large, and it is halved.
+    # An infinite gradient is an error. With float16's scaler it only means that the scale was too large: the scaler
+    # skips the update and halves the scale.
     scaled = accelerator.scaler is not None
     finite = nats.isfinite() if scaled else norm.isfinite() & nats.isfinite()
     learner.nonfinite |= ~finite
