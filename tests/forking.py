@@ -212,7 +212,9 @@ def serve() -> dict[str, Any] | None:
     gc.freeze()  # else the first collection in each fork would copy all memory
     for line in iter(sys.stdin.readline, ""):
         question = json.loads(line)
-        if "poll" in question:
+        if "ready" in question:
+            answer = True
+        elif "poll" in question:
             pid, status = os.waitpid(question["poll"], os.WNOHANG)
             answer = os.waitstatus_to_exitcode(status) if pid else None
         elif (answer := os.fork()) == 0:

@@ -42,6 +42,8 @@ def train(tiny_flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> It
     home = tmp_path_factory.mktemp("communication")
     server = Server("unshare", "--net", "sh", "-c", 'ip link set lo up && exec "$@"', "sh")
 
+    server.ask(ready=True)  # until `unshare` has run, its process is in the network of the machine
+
     def received() -> int:
         counted = Path(f"/proc/{server.pid}/net/dev").read_text()
         return int(counted.split("lo:")[1].split()[0])
