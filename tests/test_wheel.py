@@ -21,18 +21,25 @@ from textgen.commands.publish import publish_command
 
 ROOT = Path(__file__).parents[1]
 BUILD = "import sys; from setuptools import build_meta; getattr(build_meta, f'build_{sys.argv[1]}')(sys.argv[2])"
-LEFT_OUT = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "runs", "wandb")
+MADE = {"build", "dist", "runs", "wandb"}
+"""folders at the top of a checkout that git ignores; `textgen/runs` is a package"""
 
 Run = Callable[..., str]
 
 pytestmark = pytest.mark.slow
 
 
+def left_out(folder: str, names: list[str]) -> set[str]:
+    """Return what is not of the checkout, as `shutil.copytree` asks for it."""
+    everywhere = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info")(folder, names)
+    return {*everywhere, *(MADE if Path(folder) == ROOT else ())}
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Build the sdist of the checkout, and the wheel from that, by the hooks that pip calls."""
     folder = tmp_path_factory.mktemp("built")
-    checkout = shutil.copytree(ROOT, folder / "checkout", symlinks=True, ignore=LEFT_OUT)
+    checkout = shutil.copytree(ROOT, folder / "checkout", symlinks=True, ignore=left_out)
     subprocess.run([sys.executable, "-c", BUILD, "sdist", str(folder)], cwd=checkout, check=True, capture_output=True)
     (sdist,) = folder.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
@@ -134,7 +141,7 @@ def test_the_wheel_serves_its_page_and_the_text_of_the_checkout(home: Path, tiny
     with running(tiny_run, tmp_path / "there", python=python, cwd=home) as there:
         assert there.complete(**asked)["choices"][0]["text"] == text
         served = {name: there.ask("GET", f"/{name}")[2] for name in ("", "page.js", "page.css")}
-    page = ROOT / "textgen" / "page"
+    page = ROOT / "textgen" / "serving" / "page"
     assert served == {"": (page / "index.html").read_bytes()} | {
         name: (page / name).read_bytes() for name in ("page.js", "page.css")
     }

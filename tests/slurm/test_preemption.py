@@ -238,7 +238,7 @@ def test_wrong_flag_fails_the_job(slurm: Slurm, submit: Submit, tmp_path: Path) 
 
 def test_time_limit_that_leaves_no_time_for_a_step_ends_the_job(slurm: Slurm, submit: Submit, tmp_path: Path) -> None:
     """Else it would be requeued for ever."""
-    job = submit(tmp_path / "run", "--time=3", pauses={"_build": 1e6})
+    job = submit(tmp_path / "run", "--time=3", pauses={"build_training": 1e6})
     for start in range(2):
         slurm.wait_for_log(job, "2 processes on 2 machines", count=start + 1)
         slurm.cancel("--signal=USR1", "--batch", str(job))

@@ -73,7 +73,7 @@ def test_resume_equals_uninterrupted_run(tiny_flags: list[str], tmp_path: Path) 
 
 def test_killed_run_resumes_bit_for_bit(tiny_flags: list[str], tmp_path: Path) -> None:
     """SIGKILL of a real process somewhere after its first checkpoint."""
-    flags = [*RESUMABLE, "--max_steps", "200"]
+    flags = [*RESUMABLE, "--max_steps", "120"]
     said = tmp_path / "said"
     process = server().start(
         ["train_distributed.py", *flags_for(tiny_flags, tmp_path / "killed", *flags)], output=said, error=said
