@@ -70,15 +70,23 @@ def train(config: TrainConfig, *, config_file: str | None = None) -> None:
     with StopSignals(config.stop_signal) as stop:
         accelerator = start_processes(config)
         log.info("%s, %s", launch.describe(accelerator), describe_request(config, config_file))
-        if config.dry_run:
-            training = build_training(config, accelerator, stop)
-            describe_cost(training.learner, training.loader, training.store)
-        else:
-            with hold_run(config, accelerator) as run, _status_of_the_end(run, stop):
-                training = build_training(config, accelerator, stop)
-                with _name_in_errors(run.path):
-                    train_and_save(training, run)
+        run_training(config, accelerator, stop)
+        # DDP is freed by now, while Accelerate still holds the process group. As its last owner, DDP would destroy the
+        # group with the GIL held, and gloo's destructor waits for a thread that may need the GIL: a process that had
+        # trained hung there now and then (seen in a debugger with torch 2.13, 2026-11-29).
         accelerator.end_training()
+
+
+def run_training(config: TrainConfig, accelerator: Accelerator, stop: StopSignals) -> None:
+    """Train, or print what a training would cost. Collective. Nothing of the training is left after the return."""
+    if config.dry_run:
+        training = build_training(config, accelerator, stop)
+        describe_cost(training.learner, training.loader, training.store)
+        return
+    with hold_run(config, accelerator) as run, _status_of_the_end(run, stop):
+        training = build_training(config, accelerator, stop)
+        with _name_in_errors(run.path):
+            train_and_save(training, run)
 
 
 def start_processes(config: TrainConfig) -> Accelerator:
