@@ -6,6 +6,8 @@ with exit code 2.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class TextgenError(ValueError):
     """Input that cannot be used. The message is one line: what, where, seen, wanted."""
@@ -33,3 +35,8 @@ def one_line(error: BaseException) -> str:
     This suits libraries whose first line does not hold the reason, such as the clients of the hub.
     """
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def in_backticks(names: Iterable[str]) -> str:
+    """Return names as a message lists them."""
+    return ", ".join(f"`{name}`" for name in names) or "none"

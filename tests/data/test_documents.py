@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from textgen.data.documents import list_files, read_documents
+from textgen.data.documents import read_documents
+from textgen.data.sources import list_files
 from textgen.errors import TextgenError
 
 

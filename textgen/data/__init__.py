@@ -1,6 +1,7 @@
 """Text to batches: documents, corpus, token store, lanes and windows.
 
-- `documents`: txt, jsonl, csv, parquet files and folders of them
+- `sources`: the files that paths, folders and globs name, and their splits
+- `documents`: the documents of txt, jsonl, csv and parquet files
 - `corpus`: where documents come from, which are dropped, how they are split
 - `store`: the encoded corpus on disk
 - `lanes`: epochs as lanes and windows; the loader

@@ -27,17 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from textgen.config import IMDB, DataConfig
-from textgen.data.documents import (
-    check_rows,
-    has_text,
-    in_backticks,
-    list_files,
-    no_column,
-    read_csv,
-    read_files,
-)
-from textgen.data.documents import read_documents as read_documents
-from textgen.errors import TextgenError, one_line
+from textgen.data.documents import check_rows, has_text, no_column, read_csv, read_files
+from textgen.data.sources import list_files
+from textgen.errors import TextgenError, in_backticks, one_line
 
 Hashes = NDArray[np.uint64]  # first 8 bytes of the sha256 of each document's UTF-8 text
 Mask = NDArray[np.bool_]
