@@ -39,7 +39,7 @@ bench: .venv/installed
 quality: .venv/installed
 	$(BIN)/python -m benchmarks.quality guard
 
-# An hour of kills and damage on two cores; puts the figures into docs/reliability.md.
+# An hour of kills and damage on two cores; puts the figures into docs/explanation/reliability.md.
 faults: .venv/installed
 	$(BIN)/python -m benchmarks.saving
 	$(BIN)/python -m tests.faults.corruption --count 10000
@@ -49,7 +49,7 @@ faults: .venv/installed
 	$(BIN)/python -m tests.faults.save_state --kills 100
 	$(BIN)/python -m tests.faults.report
 
-# Half an hour as root: bytes and seconds on the wire; puts the figures into docs/scaling.md.
+# Half an hour as root: bytes and seconds on the wire; puts the figures into docs/explanation/scaling.md.
 scaling: .venv/installed
 	$(BIN)/python -m benchmarks.communication
 	$(BIN)/python -m benchmarks.scaling

@@ -4,7 +4,7 @@ Every process takes real optimizer steps of a preset's model in a network namesp
 one virtual Ethernet card each, joined by a bridge. What a process sends is read from its card's counters: whole frames
 of packets of at most 1,500 bytes, headers and acknowledgements included. A token bucket slows the cards down, to see
 what an exchange costs where networks are slower than processors. `python -m benchmarks.scaling` puts the tables into
-docs/scaling.md.
+docs/explanation/scaling.md.
 """
 
 from __future__ import annotations

@@ -372,7 +372,7 @@ GUARD = Recipe(
 )  # fmt: skip
 
 RECORDED = Recorded(2.2045, 0.0040)
-"""of seeds 1 to 5: docs/experiments.md, 2026-11-23"""
+"""of seeds 1 to 5: docs/evidence/experiments.md, 2026-11-23"""
 
 
 def guard(recipe: Recipe = GUARD, seeds: Sequence[int] = (1, 2)) -> list[float]:

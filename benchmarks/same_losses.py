@@ -1,4 +1,4 @@
-"""Losses of several layouts side by side: `python -m benchmarks.same_losses` prints the table of docs/exactness.md."""
+"""Losses of several layouts side by side: `python -m benchmarks.same_losses` prints the table of exactness.md."""
 
 from __future__ import annotations
 

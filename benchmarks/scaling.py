@@ -1,6 +1,6 @@
 """What a step takes on more processes: a small model, held against what was measured, and its tables.
 
-`python -m benchmarks.scaling` puts the tables into docs/scaling.md; nobody types a figure there.
+`python -m benchmarks.scaling` puts the tables into docs/explanation/scaling.md; nobody types a figure there.
 
 An optimizer step computes, and each bucket of the gradient is summed over all processes as soon as it is there and the
 one before it is through; the step ends once the last sum and the update are done.
@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks.machine import RESULTS
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "explanation" / "scaling.md"
 
 # Of 1,514 bytes of a full Ethernet frame 1,448 are the sender's: the rest is Ethernet, IP and TCP with its timestamps.
 PAYLOAD_SHARE = 1448 / 1514
@@ -269,7 +269,7 @@ def works(figures: dict[str, Any]) -> dict[str, Work]:
     found = {}
     parameters = {row["preset"]: row["parameters"] for row in figures["bytes"]}
     for row in figures["times"]:
-        config = parse_train_config(["--config", str(DOCUMENT.parents[1] / f"launch/presets/{row['preset']}.yaml")])
+        config = parse_train_config(["--config", str(DOCUMENT.parents[2] / f"launch/presets/{row['preset']}.yaml")])
         buckets = tuple(size for size, _ in row["cases"][0]["ready"])
         found[row["preset"]] = Work(
             parameters[row["preset"]], config.model.num_layers, config.batch_size, config.seq_len, buckets

@@ -1,4 +1,4 @@
-"""docs/architecture.md, the README and the packages' docstrings name what is there, and nothing else."""
+"""The architecture page, the README and the docstrings of packages name what is there, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "textgen"
 PACKAGES = sorted(path.parent for path in PACKAGE.glob("*/__init__.py") if path.parent.name != "tokenizer")
-DOCUMENT = ROOT / "docs" / "architecture.md"
+DOCUMENT = ROOT / "docs" / "explanation" / "architecture.md"
 
 
 def test_there_are_packages() -> None:
@@ -32,7 +32,9 @@ def test_the_drawing_names_every_room() -> None:
     assert [name for name in names if name not in drawing] == []
 
 
-@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "launch/README.md", "docs/architecture.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "CONTRIBUTING.md", "launch/README.md", "docs/explanation/architecture.md"]
+)
 def test_files_that_a_document_names_exist(document: str) -> None:
     named = re.findall(
         r"`((?:textgen|tokenizer|launch|tests|benchmarks|docs)/[\w./-]*)`", (ROOT / document).read_text()

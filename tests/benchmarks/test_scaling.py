@@ -1,4 +1,4 @@
-"""The model of benchmarks/scaling.py against values computed by hand, and docs/scaling.md against what was measured."""
+"""The model of benchmarks/scaling.py against values computed by hand, and scaling.md against what was measured."""
 
 from __future__ import annotations
 

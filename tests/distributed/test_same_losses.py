@@ -54,7 +54,7 @@ def test_another_seed_has_other_losses(launch_training: Launch, alone: list[dict
 @pytest.mark.slow
 @pytest.mark.parametrize("hidden_size", ["32", "64"])  # compiled code takes multiples of 64
 def test_bfloat16_on_two_processes_stays_within_its_band(launch_training: Launch, hidden_size: str) -> None:
-    """Rounding differs with the shape of a micro-batch: the band is measured, see docs/exactness.md."""
+    """Rounding differs with the shape of a micro-batch: the band is measured, see exactness.md."""
     flags = ("--max_steps", "50", "--mixed_precision", "bf16", "--model.hidden_size", hidden_size)
     alone = launch_training(f"bf16-1x1-{hidden_size}", *flags)
     rows = launch_training(f"bf16-2x2-{hidden_size}", *flags, "--gradient_accumulation_steps", "2", processes=2)

@@ -1,4 +1,6 @@
-"""Puts measured tables into docs/reliability.md: `python -m tests.faults.report`. No figure there is typed by hand.
+"""Puts measured tables into docs/explanation/reliability.md.
+
+`python -m tests.faults.report` does so; no figure there is typed by hand.
 
 Each measurement writes `benchmarks/results/faults_NAME.json`; the document has a place for it between
 `<!-- NAME -->` and `<!-- /NAME -->`.
@@ -17,7 +19,7 @@ from typing import Any
 from benchmarks.machine import RESULTS, describe
 
 ROOT = Path(__file__).parents[2]
-DOCUMENT = ROOT / "docs" / "reliability.md"
+DOCUMENT = ROOT / "docs" / "explanation" / "reliability.md"
 
 
 def write_result(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, seconds: float) -> None:
