@@ -13,6 +13,8 @@ from typing import Literal
 Precision = Literal["no", "bf16", "fp16", "auto"]
 DecoderName = Literal["auto", "plain", "float32", "bfloat16", "int8", "graph"]
 
+MAX_DOCUMENT_BYTES = 16 << 20  # of UTF-8
+
 IMDB = "stanfordnlp/imdb"  # the data set's name on the Hugging Face hub
 
 # Values that a setting no longer takes, and the line that refuses them.
@@ -36,6 +38,20 @@ def _require_within(owner: object, low: float, high: float, *names: str) -> None
             raise ValueError(f"`{name}` must be at least {low:g}{above}: {value}")
 
 
+def _is_text_encoding(name: str) -> bool:
+    """Return whether Python decodes bytes to text by a codec of this name."""
+    try:
+        return isinstance(b"".decode(name), str)
+    except (LookupError, ValueError):  # unknown; a codec of bytes such as base64; a name with a null character
+        return False
+
+
+def _require_csv_character(name: str, value: str) -> None:
+    """Raise ValueError unless a setting of csv files is one character that the format does not use."""
+    if len(value) != 1 or value in '"\r\n\0':
+        raise ValueError(f"`{name}` must be one character, no quotation mark and no line end: {value!r}")
+
+
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """The source of the documents, and their splits."""
@@ -54,6 +70,25 @@ class DataConfig:
     """column or key that holds the text in csv, jsonl, parquet and hub datasets"""
     txt_documents: Literal["file", "line", "paragraph"] = "file"
     """the unit of a .txt file that is one document"""
+    encoding: str = "utf-8"
+    """encoding of txt, csv, tsv, jsonl and json files, such as latin-1, cp1252, utf-16 or shift_jis"""
+    on_error: Literal["refuse", "skip"] = "refuse"
+    """what happens to a document that cannot be read: bytes that are not of `encoding`, a line that is not JSON, a row
+    with too many fields. refuse: end, and name it. skip: leave it out, count it, and name the first three"""
+    max_document_bytes: int | None = None
+    """documents that are longer are cut at white space into documents of at most this many bytes of UTF-8, which follow
+    each other; default: those above 16 MiB are cut into documents of 1 MiB"""
+    csv_delimiter: str | None = None
+    """character between the fields of csv and tsv files; a space after it skips the spaces before each field. Default:
+    a comma in csv and a tab in tsv files, or what makes a readable table of the first lines if these do not"""
+    csv_quoting: Literal["quotes", "none"] = "quotes"
+    """quotes: fields of csv and tsv files may be in quotation marks. none: a quotation mark is part of the text"""
+    csv_escape: str | None = None
+    """character before a quotation mark or delimiter that is part of a field of csv and tsv files, such as a backslash;
+    default: only a quotation mark is escaped, by another one"""
+    reading_rules: Literal[1, 2] = 2
+    """rules by which files are found and read. 2: those that this documentation describes. 1: those of textgen 0.1; a
+    run that was begun with them goes on with them"""
     normalization: Literal["none", "lowercase"] = "none"
     """none: keep every byte. lowercase: `str.lower`, as in the original's character model; bits per byte then count the
     lower-cased bytes"""
@@ -79,6 +114,15 @@ class DataConfig:
             raise ValueError(f"`dataset` needs `source` hub: {self.source}")
         if self.dataset_config is not None and self.dataset is None:
             raise ValueError(f"`dataset_config` needs a `dataset`: {self.dataset_config}")
+        if not _is_text_encoding(self.encoding):
+            raise ValueError(f"`encoding` must name an encoding of text, such as utf-8 or latin-1: {self.encoding}")
+        if self.max_document_bytes is not None and not 1024 <= self.max_document_bytes <= MAX_DOCUMENT_BYTES:
+            raise ValueError(
+                f"`max_document_bytes` must be at least 1024 and at most {MAX_DOCUMENT_BYTES}: "
+                f"{self.max_document_bytes}"
+            )
+        _require_csv_character("csv_delimiter", (self.csv_delimiter or ",").removesuffix(" ") or " ")
+        _require_csv_character("csv_escape", self.csv_escape or "\\")
 
 
 @dataclass(frozen=True, kw_only=True)

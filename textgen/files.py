@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and JSON that is read with bounds."""
+"""Files that are written whole or not at all, and users' text and JSON that are read with bounds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from textgen.errors import TextgenError
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -28,6 +30,36 @@ def write_atomic(path: Path, text: str) -> None:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+# Byte order marks and their encodings. That of UTF-32 begins with that of UTF-16, so it is first.
+MARKS = ((b"\xff\xfe\0\0", "UTF-32"), (b"\0\0\xfe\xff", "UTF-32"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
+UTF8_MARK = b"\xef\xbb\xbf"
+
+
+def decode_text(raw: bytes, source: str) -> str:
+    """Return the text of a user's UTF-8 bytes, without the byte order mark that may begin it.
+
+    Args:
+        raw: the bytes of a whole file, of standard input or of a flag.
+        source: its name in errors, in backticks if it is a file.
+
+    Raises:
+        TextgenError: the bytes are not UTF-8. UTF-16 and UTF-32 with a byte order mark are named.
+    """
+    refuse_wide(raw, source, "wanted UTF-8")
+    try:
+        return raw.removeprefix(UTF8_MARK).decode()
+    except UnicodeDecodeError as error:
+        start = error.start + len(UTF8_MARK) * raw.startswith(UTF8_MARK)
+        raise TextgenError(f"{source} is not UTF-8: byte 0x{raw[start]:02x} at position {start}") from error
+
+
+def refuse_wide(raw: bytes, source: str, wanted: str) -> None:
+    """Raise TextgenError if bytes begin with the byte order mark of UTF-16 or UTF-32; `wanted` ends its message."""
+    for mark, name in MARKS:
+        if raw.startswith(mark):
+            raise TextgenError(f"{source} is {name} (it begins with {mark.hex(' ')}): {wanted}")
 
 
 def make_directory(path: Path) -> None:

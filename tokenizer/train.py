@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     An error is one line on standard error, exit code 2, and nothing written.
     """
+    from textgen.config import DataConfig
     from textgen.data.documents import read_documents
     from textgen.errors import TextgenError
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
 
     def read_texts() -> Iterator[str]:
-        return read_documents(args.input, text_column=args.text_column, txt_documents="line")
+        return read_documents(args.input, DataConfig(text_column=args.text_column, txt_documents="line"))
 
     try:
         model_proto = train_tokenizer(read_texts(), vocab_size=args.vocab_size, model_type=args.model_type)

@@ -7,9 +7,11 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from textgen.config import DataConfig
 from textgen.data.documents import read_documents
 from textgen.data.sources import list_files
 from textgen.errors import TextgenError
@@ -37,8 +39,8 @@ def write_parquet(path: Path, columns: dict[str, list[object]]) -> Path:
     return path
 
 
-def read(*paths: Path | str, **settings: str) -> list[str]:
-    return list(read_documents([str(path) for path in paths], **settings))  # type: ignore[arg-type]
+def read(*paths: Path | str, **settings: Any) -> list[str]:
+    return list(read_documents([str(path) for path in paths], DataConfig(**settings)))
 
 
 def splits_of(*paths: Path) -> dict[str, list[str]]:
@@ -49,7 +51,7 @@ def splits_of(*paths: Path) -> dict[str, list[str]]:
     return found
 
 
-def refusal(*paths: Path | str, **settings: str) -> str:
+def refusal(*paths: Path | str, **settings: Any) -> str:
     """Return the message that reading is refused with: always one line."""
     with pytest.raises(TextgenError) as caught:
         read(*paths, **settings)
@@ -230,10 +232,11 @@ def test_a_100_mb_document_is_refused_in_bounded_memory(
         for _ in range(100):
             file.write(b"x" * 10**6 + end)
     code = (
-        "import sys; from textgen.errors import TextgenError\nfrom textgen.data.documents import read_documents\n"
+        "import sys; from textgen.errors import TextgenError\n"
+        "from textgen.config import DataConfig\nfrom textgen.data.documents import read_documents\n"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024\n"
         "before = peak()\n"
-        "try: list(read_documents([sys.argv[1]], txt_documents=sys.argv[2]))\n"
+        "try: list(read_documents([sys.argv[1]], DataConfig(txt_documents=sys.argv[2])))\n"
         "except TextgenError as error: print(error)\n"
         "print(peak() - before)"
     )

@@ -141,10 +141,7 @@ def _open_files(config: DataConfig) -> Corpus:
     return Corpus(
         description=f"{len(found)} files: {', '.join(parts)}",
         fingerprint=_fingerprint(config, *seen),
-        splits={
-            split: partial(read_files, paths, config.text_column, config.txt_documents)
-            for split, paths in splits.items()
-        },
+        splits={split: partial(read_files, paths, config) for split, paths in splits.items()},
     )
 
 

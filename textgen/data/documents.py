@@ -13,24 +13,25 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import Literal
 
+from textgen.config import MAX_DOCUMENT_BYTES, DataConfig
 from textgen.data.sources import list_files
 from textgen.errors import TextgenError, in_backticks, one_line
 
 TxtDocuments = Literal["file", "line", "paragraph"]
 
-MAX_DOCUMENT_BYTES = 16 * 2**20
 
-
-def read_documents(
-    paths: Sequence[str], *, text_column: str = "text", txt_documents: TxtDocuments = "file"
-) -> Iterator[str]:
+def read_documents(paths: Sequence[str], settings: DataConfig | None = None) -> Iterator[str]:
     """Yield the documents of files, folders and globs in order, of all splits; skip documents without text.
+
+    Args:
+        paths: of files, folders and globs.
+        settings: how files are read; the settings of source and splits are not used.
 
     Raises:
         TextgenError: a path, a file or a text is not what it should be, or there are no documents.
     """
     text: str | None = None
-    for text in filter(has_text, read_files(list(list_files(paths)), text_column, txt_documents)):
+    for text in filter(has_text, read_files(list(list_files(paths)), settings or DataConfig())):
         yield text
     if text is None:
         raise TextgenError(f"no documents in {in_backticks(paths)}")
@@ -44,12 +45,13 @@ def has_text(document: str) -> bool:
 # Reading files
 
 
-def read_files(paths: Sequence[str], text_column: str, txt_documents: TxtDocuments) -> Iterator[str]:
+def read_files(paths: Sequence[str], settings: DataConfig) -> Iterator[str]:
     """Yield all documents of files in order, those without text too.
 
     Raises:
         TextgenError: a file or a text is not what it should be.
     """
+    text_column, txt_documents = settings.text_column, settings.txt_documents
     for path in paths:
         try:
             match os.path.splitext(path)[1].lower():

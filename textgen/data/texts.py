@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from textgen.config import TrainConfig
+from textgen.config import DataConfig, TrainConfig
 from textgen.data.corpus import normalize
 from textgen.data.documents import read_documents
 from textgen.data.store import TokenStore, prepare_store
@@ -37,7 +37,7 @@ def texts_to_score(
             raise TextgenError(f"the model does not say what it was trained on: give `--data` a file, not `{data}`")
         texts = _split_texts(checkpoint, data, limit)
     else:
-        documents = (text for text in read_documents([data], text_column=text_column) if text.strip())
+        documents = (text for text in read_documents([data], DataConfig(text_column=text_column)) if text.strip())
         texts = [normalize(text, normalization) for text in islice(documents, limit)]
     if not texts:
         raise TextgenError(f"`{data}` holds no documents")
