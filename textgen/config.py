@@ -64,8 +64,8 @@ class DataConfig:
     dataset_config: str | None = None
     """configuration of `dataset`, if it has several"""
     files: tuple[str, ...] = ()
-    """for source files: txt, jsonl, csv or parquet files, folders or globs. A part of a path named `unsup...`,
-    `valid...`, `val`, `dev`, `test` or `tests` decides the split of the files under it; other files are in train"""
+    """for source files: txt, jsonl, csv or parquet files, folders or globs. A folder or file named after a split, such
+    as `test` or `imdb_test.csv`, decides the split of its files; other files are in train. See docs/how-to/data.md"""
     text_column: str = "text"
     """column or key that holds the text in csv, jsonl, parquet and hub datasets"""
     txt_documents: Literal["file", "line", "paragraph"] = "file"
@@ -87,8 +87,9 @@ class DataConfig:
     """character before a quotation mark or delimiter that is part of a field of csv and tsv files, such as a backslash;
     default: only a quotation mark is escaped, by another one"""
     reading_rules: Literal[1, 2] = 2
-    """rules by which files are found and read. 2: those that this documentation describes. 1: those of textgen 0.1; a
-    run that was begun with them goes on with them"""
+    """rules by which files are found, read and split. 1: those of textgen 0.1, which took no compressed files, kept a
+    byte order mark, held nothing out of a single document, and took any name that begins with a split's for it. A run
+    that was begun with 1 goes on with 1"""
     normalization: Literal["none", "lowercase"] = "none"
     """none: keep every byte. lowercase: `str.lower`, as in the original's character model; bits per byte then count the
     lower-cased bytes"""

@@ -94,6 +94,15 @@ def build_settings(settings: type[Settings], values: Mapping[str, Any], prefix: 
         raise ValueError(re.sub(f"`({names})`", rf"`{prefix}\1`", str(error)) if prefix else str(error)) from None
 
 
+def complete_record(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return recorded settings of a training with those that its version of textgen did not have yet.
+
+    A default would be wrong for them: `data.reading_rules` was 1 before there was such a setting.
+    """
+    data = settings.get("data")
+    return {**settings, "data": {"reading_rules": 1} | data} if isinstance(data, dict) else dict(settings)
+
+
 def _fits(value: Any, kind: Any) -> bool:
     """Return whether a plain value is allowed for a type; a list is allowed for a tuple, an integer for a float."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)

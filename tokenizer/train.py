@@ -22,12 +22,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     An error is one line on standard error, exit code 2, and nothing written.
     """
     from textgen.config import DataConfig
-    from textgen.console import use_utf8
     from textgen.data.documents import read_documents
     from textgen.errors import TextgenError
 
-    if arguments is None:
-        use_utf8()
     parser = _build_parser()
     args = parser.parse_args(arguments)
 

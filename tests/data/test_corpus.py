@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from textgen.config import DataConfig
-from textgen.data.corpus import CleanCorpus, clean_corpus, held_out_blocks, open_corpus
+from textgen.data.corpus import CleanCorpus, clean_corpus, end_of, held_out_blocks, open_corpus
 from textgen.errors import TextgenError
 
 
@@ -120,6 +120,129 @@ def test_held_out_blocks_are_contiguous_apart_and_of_the_asked_size(number: int,
 
 def test_held_out_blocks_are_evenly_spaced() -> None:
     assert held_out_blocks(1000, 0.1, 4) == [range(112, 137), range(362, 387), range(612, 637), range(862, 887)]
+
+
+def words(number: int, name: str = "word") -> str:
+    return " ".join(f"{name}{index}" for index in range(number))
+
+
+def test_the_end_of_a_single_document_is_held_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    text = words(1000)
+    (folder / "book.txt").write_text(text)
+    with caplog.at_level(logging.INFO, logger="textgen"):
+        cleaned = clean(folder)
+    (start,), (end,) = cleaned.documents("train"), cleaned.documents("validation")
+    assert start + end == text
+    assert (start[-1], end[:4]) == (" ", "word")
+    assert len(end) / len(text) == pytest.approx(0.1, abs=0.002)
+    assert dict(cleaned.counts) == {
+        "train_documents": 1, "validation_documents": 1, "dropped_in_test": 0, "dropped_in_validation": 0,
+        "dropped_duplicates": 0, "dropped_empty": 0,
+    }  # fmt: skip
+    wanted = (
+        f"validation: the ends of 1 documents that are long beside the others, {len(end)} of their {len(text)} bytes"
+    )
+    assert wanted in caplog.messages
+    (folder / "book.txt").write_text(start + end.upper())
+    changed = clean(folder)
+    assert changed.digests["train"] == cleaned.digests["train"]
+    assert changed.digests["validation"] != cleaned.digests["validation"]
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 9])
+def test_few_documents_lose_their_ends_to_validation(folder: Path, count: int) -> None:
+    texts = [words(500 + 50 * index, f"book{index}_") for index in range(count)]
+    cleaned = clean(write_jsonl(folder / "a.jsonl", texts))
+    train, validation = list(cleaned.documents("train")), list(cleaned.documents("validation"))
+    share = sum(map(len, validation)) / sum(map(len, texts))
+    assert 0.07 < share < 0.22
+    assert len(train) >= count - 1
+    assert {start + end for start in train for end in validation} & set(texts)
+
+
+def test_a_document_that_is_nearly_everything_loses_its_end_to_validation(folder: Path) -> None:
+    texts = [f"small {index} document" for index in range(40)]
+    texts[4] = words(5000)
+    assert 4 in {index for block in held_out_blocks(40, 0.1, 4) for index in block}
+    cleaned = clean(write_jsonl(folder / "a.jsonl", texts))
+    train, validation = list(cleaned.documents("train")), list(cleaned.documents("validation"))
+    assert (len(train), len(validation)) == (36, 5)
+    assert any(start + validation[-1] == texts[4] for start in train)
+    assert texts[4] in clean(folder, reading_rules=1).documents("validation")
+
+
+def test_text_without_white_space_is_cut_between_characters(folder: Path) -> None:
+    text = "\n" + "语言模型" * 500
+    (folder / "a.txt").write_text(text)
+    cleaned = clean(folder, validation_fraction=0.2)
+    (start,), (end,) = cleaned.documents("train"), cleaned.documents("validation")
+    assert (start + end, len(end)) == (text, 400)
+
+
+@given(st.text(max_size=300), st.floats(0.001, 0.499))
+def test_an_end_is_near_the_asked_size_and_follows_white_space_nearby(text: str, fraction: float) -> None:
+    place, wanted = end_of(text, fraction), len(text) * (1 - fraction)
+    assert 0 <= place <= len(text) or not text
+    assert abs(place - wanted) <= len(text) * fraction / 2 + 2
+
+
+def test_no_validation_is_said_in_the_log(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="textgen"):
+        for texts, settings, message in (
+            (["a"], {}, "NO VALIDATION: one document is too short to be held out in part"),
+            (["", "a", " "], {}, "NO VALIDATION: one document is too short to be held out in part"),
+            ([words(50)], {"validation_fraction": 0.0}, "no validation: `validation_fraction` is 0"),
+            ([words(50)], {"reading_rules": 1}, "NO VALIDATION: `reading_rules` 1 hold nothing out of one document"),
+        ):
+            caplog.clear()
+            cleaned = clean(write_jsonl(folder / "a.jsonl", texts), **settings)  # type: ignore[arg-type]
+            assert set(cleaned.digests) == {"train"}
+            assert message in caplog.messages
+
+
+def test_documents_without_text_are_not_held_out(folder: Path) -> None:
+    path = write_jsonl(folder / "a.jsonl", ["a", "", "b"])
+    assert list(clean(path).documents("validation")) == ["a"]
+    assert list(clean(path, reading_rules=1).documents("validation")) == []
+
+
+def test_a_long_document_that_is_also_in_test_is_not_trained_on(folder: Path) -> None:
+    write_jsonl(folder / "train.jsonl", [words(500), words(500, "other")])
+    write_jsonl(folder / "test.jsonl", [words(500)])
+    cleaned = clean(folder)
+    assert cleaned.counts["dropped_in_test"] == 1
+    (start,), (end,) = cleaned.documents("train"), list(cleaned.documents("validation"))
+    assert start + end == words(500, "other")
+
+
+def test_log_names_files_of_each_split(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a", "b", "c", "d", "imdb_test"):
+        write_jsonl(folder / f"{name}.jsonl", [name])
+    with caplog.at_level(logging.INFO, logger="textgen"):
+        open_corpus(files_config(folder))
+    assert f"train: `{folder}/a.jsonl`, `{folder}/b.jsonl`, `{folder}/c.jsonl` and 1 more" in caplog.messages
+    assert f"test: `{folder}/imdb_test.jsonl`" in caplog.messages
+
+
+def test_fingerprints_of_other_reading_rules_differ(folder: Path) -> None:
+    path = write_jsonl(folder / "a.jsonl", ["a", "b"])
+    first, second = (open_corpus(files_config(path, reading_rules=rules)).fingerprint for rules in (1, 2))
+    assert first != second
+
+
+def test_a_saved_dataset_is_opened_by_its_folder(folder: Path) -> None:
+    from datasets import Dataset, DatasetDict
+
+    splits = {"train": ["a", "b"], "validation": ["c"]}
+    DatasetDict({name: Dataset.from_dict({"text": texts}) for name, texts in splits.items()}).save_to_disk(folder / "x")
+    Dataset.from_dict({"text": ["d"]}).save_to_disk(folder / "y")
+    for source in ("imdb", "hub"):
+        config = DataConfig(source=source, dataset=str(folder / "x"))  # type: ignore[arg-type]
+        cleaned = clean_corpus(open_corpus(config), config)
+        assert {name: list(cleaned.documents(name)) for name in cleaned.digests} == splits
+    config = DataConfig(dataset=str(folder / "y"))
+    assert list(clean_corpus(open_corpus(config), config).documents("train")) == ["d"]
+    assert list(clean(folder / "y").documents("train")) == ["d"]
 
 
 def test_training_loses_what_stands_in_validation_or_test_or_earlier(folder: Path) -> None:
@@ -283,6 +406,7 @@ def test_a_cached_dataset_is_read_without_asking_the_hub(tmp_path: Path) -> None
         output, seconds = run_open(tmp_path, config, **environment)
         assert output == (
             "source: dataset stanfordnlp/imdb (cache): 3 train, 2 unsupervised, 1 test\n"
+            "no validation: `validation_fraction` is 0\n"
             "documents: train documents 2, test documents 1, dropped in test 1, dropped in validation 0, "
             "dropped duplicates 2, dropped empty 0\nt1\n"
         )

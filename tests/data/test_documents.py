@@ -13,7 +13,6 @@ import pytest
 
 from textgen.config import DataConfig
 from textgen.data.documents import read_documents
-from textgen.data.sources import list_files
 from textgen.errors import TextgenError
 
 
@@ -43,98 +42,12 @@ def read(*paths: Path | str, **settings: Any) -> list[str]:
     return list(read_documents([str(path) for path in paths], DataConfig(**settings)))
 
 
-def splits_of(*paths: Path) -> dict[str, list[str]]:
-    """Return the documents of each split that the files under `paths` belong to."""
-    found: dict[str, list[str]] = {}
-    for path, split in list_files([str(path) for path in paths]).items():
-        found.setdefault(split, []).extend(read(path))
-    return found
-
-
 def refusal(*paths: Path | str, **settings: Any) -> str:
     """Return the message that reading is refused with: always one line."""
     with pytest.raises(TextgenError) as caught:
         read(*paths, **settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-# Finding files
-
-
-def test_path_parts_name_splits(folder: Path) -> None:
-    names = {
-        "train": ["a", "devices", "testimonials", "latest", "valley"],
-        "validation": ["valid", "Validation-00", "val_1", "dev"],
-        "test": ["test", "test-00000-of-00001", "tests", "test2"],
-        "unsupervised": ["unsup", "unsupervised-00000-of-00001"],
-    }
-    for split, stems in names.items():
-        for stem in stems:
-            write_jsonl(folder / f"{stem}.jsonl", [f"{split} {stem}"])
-            write_jsonl(folder / stem / "part.jsonl", [f"{split} {stem} part"])
-    found = splits_of(folder)
-    assert set(found) == set(names)
-    for split, stems in names.items():
-        assert len(found[split]) == 2 * len(stems)
-        assert all(text.startswith(split) for text in found[split])
-
-
-def test_a_given_folder_names_its_split_but_the_folders_above_do_not(folder: Path) -> None:
-    part = write_jsonl(folder / "test" / "part.jsonl", ["a"])
-    write_jsonl(folder / "test" / "sub" / "b.jsonl", ["b"])
-    other = write_jsonl(folder / "t.jsonl", ["c"])
-    assert splits_of(part, part.parent / "sub") == {"train": ["a", "b"]}
-    assert splits_of(part.parent, other) == {"test": ["a", "b"], "train": ["c"]}
-    assert splits_of(part.parent / "*.jsonl", other) == {"test": ["a"], "train": ["c"]}
-
-
-def test_an_acl_imdb_tree_is_read_in_the_order_of_its_ids(folder: Path) -> None:
-    tree = folder / "aclImdb"
-    for split in ("train", "test"):
-        for label in ("pos", "neg"):
-            (tree / split / label).mkdir(parents=True)
-            for index in (10, 9, 0):
-                (tree / split / label / f"{index}_7.txt").write_text(f"{split} {label} {index}")
-        (tree / split / "urls_pos.txt").write_text("http://...")
-        (tree / split / "labeledBow.feat").write_text("9 0:9")
-    (tree / "train" / "unsup").mkdir()
-    (tree / "train" / "unsup" / "0_0.txt").write_text("unsup 0")
-    for name in ("imdb.vocab", "imdbEr.txt", "README"):
-        (tree / name).write_text("the")
-    assert splits_of(tree) == {
-        "train": [f"train {label} {index}" for label in ("neg", "pos") for index in (0, 9, 10)],
-        "unsupervised": ["unsup 0"],
-        "test": [f"test {label} {index}" for label in ("neg", "pos") for index in (0, 9, 10)],
-    }
-    assert set(splits_of(tree / "train", tree / "test")) == {"train", "unsupervised", "test"}
-
-
-def test_files_folders_and_globs_mix_and_no_file_is_read_twice(folder: Path) -> None:
-    write_jsonl(folder / "a" / "1.jsonl", ["1"])
-    write_jsonl(folder / "a" / "10.json", ["10"])
-    (folder / "a" / "2.csv").write_text('text\n"2"\n')
-    (folder / "a" / "notes.md").write_text("no")
-    (folder / "a" / ".hidden.txt").write_text("no")
-    (folder / "b.tsv").write_text("id\ttext\n1\tthree\n")
-    write_parquet(folder / "c.parquet", {"id": [1], "text": ["four"]})
-    assert read(folder / "a", folder / "*.tsv", folder / "c.parquet", folder / "a" / "1.jsonl") == [
-        "1", "2", "10", "three", "four",
-    ]  # fmt: skip
-
-
-def test_paths_that_hold_nothing_are_refused(folder: Path) -> None:
-    (folder / "a.docx").write_text("a")
-    (folder / "empty.txt").touch()
-    (folder / "blank.txt").write_text(" \n")
-    assert refusal(folder / "no.txt") == f"`{folder}/no.txt` does not exist"
-    assert refusal(folder / "*.csv") == f"`{folder}/*.csv` matches no file"
-    assert refusal(folder / "empty.txt") == f"`{folder}/empty.txt` is empty"
-    assert refusal(folder / "blank.txt") == f"no documents in `{folder}/blank.txt`"
-    wanted = "`.txt`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`"
-    assert refusal(folder / "a.docx") == f"`{folder}/a.docx` is not one of {wanted}"
-    (folder / "sub").mkdir()
-    assert refusal(folder / "sub") == f"`{folder}/sub` holds no file of {wanted}"
 
 
 # Reading files

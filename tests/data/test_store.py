@@ -573,6 +573,19 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, small_disk: 
     assert len(texts_of(prepare(small, small_disk / "cache"), "train")) == 90
 
 
+@pytest.mark.parametrize("home", ["/proc", "/dev/null", "gone"])
+def test_a_cache_that_cannot_be_written_names_its_flag(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, home: str
+) -> None:
+    """Root may write anywhere but in /proc."""
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere" / "far")
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+    with pytest.raises(TextgenError) as caught:
+        prepare(corpus, Path("~/.cache/textgen"))
+    assert str(caught.value).startswith("`~/.cache/textgen` cannot be written: ")
+    assert str(caught.value).endswith("; name another folder for encoded text: `--data.cache_dir`")
+
+
 def test_a_tokenizer_that_loses_text_is_refused(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer(train_tokenizer(make_texts(), vocab_size=400, model_type="char"))
     good = encode_documents(tokenizer, ["The film", ""])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState
 
 from textgen.cli import main
 from textgen.model.files import load_model
+from textgen.reporting.compare import read_settings
 from textgen.reporting.report import read_run_files
 from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics_file import read_metrics
@@ -87,6 +89,31 @@ def test_a_training_of_0_1_resumes_as_if_never_stopped(old_run: Path, reviews_fi
     assert losses(old_run, "valid/loss", after=3) == pytest.approx(expected("valid/loss", after=4), rel=TOLERANCE)
     assert json.loads((old_run / "status.json").read_text())["state"] == "finished"
     assert checkpoints(old_run)[0][0] == 8
+
+
+@pytest.mark.parametrize("in_another_run", [False, True])
+def test_a_training_of_0_1_goes_on_by_the_reading_rules_of_then(
+    old_run: Path, reviews_file: Path, in_another_run: bool
+) -> None:
+    """0.1 took `Test Pilot.txt` for the test split, and read no compressed file."""
+    Path("texts").mkdir()
+    shutil.copy(reviews_file, "texts/reviews.jsonl")
+    Path("texts/Test Pilot.txt").write_text("A test pilot flies.")
+    Path("texts/more.txt.gz").write_bytes(gzip.compress(b"More text."))
+    flags = ["--config", str(old_run / "config.yaml"), "--data.files", "texts", "--max_steps", "5"]
+    flags += ["--lr_schedule", "constant", "--warmup_steps", "0", "--resume_override"] if not in_another_run else []
+    flags += ["--max_steps", "8", "--run_dir", "other", "--resume", str(old_run)] if in_another_run else []
+    main(["train", *flags])
+    run = Path("other") if in_another_run else old_run
+    trainer = json.loads((checkpoints(run)[0][1] / "trainer.json").read_text())
+    assert trainer["data"] == json.loads((OLD_RUN / "checkpoints/step-000004/trainer.json").read_text())["data"]
+    assert trainer["config"]["data"]["reading_rules"] == 1
+    assert json.loads((run / "data.json").read_text())["counts"]["test_documents"] == 1
+
+
+def test_settings_of_0_1_are_shown_with_the_reading_rules_of_then(old_run: Path) -> None:
+    assert read_settings(old_run / "config.yaml")["data.reading_rules"] == 1
+    assert read_run_files(old_run, "old").summary.settings["data.reading_rules"] == 1
 
 
 def test_a_run_of_0_1_is_read_by_the_report(old_run: Path) -> None:

@@ -1,7 +1,8 @@
 """Where documents come from, what is dropped from them, and how they are split.
 
-Everything streams: of each document only 8 bytes of hash are kept, so a corpus may be larger than memory. Texts are
-read once to decide which documents are kept (`clean_corpus`), and again when they are used (`CleanCorpus.documents`).
+Everything streams: of each document only 8 bytes of hash and 4 of size are kept, so a corpus may be larger than
+memory. Texts are read to decide which documents are kept (`clean_corpus`), and again when they are used
+(`CleanCorpus.documents`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,15 @@ from numpy.typing import NDArray
 
 from textgen.config import IMDB, DataConfig
 from textgen.data.documents import check_rows, has_text, no_column, read_csv, read_files
-from textgen.data.sources import list_files
+from textgen.data.sources import is_saved_dataset, list_files
 from textgen.errors import TextgenError, in_backticks, one_line
 
 Hashes = NDArray[np.uint64]  # first 8 bytes of the sha256 of each document's UTF-8 text
+Sizes = NDArray[np.uint32]  # bytes of the UTF-8 text of each document; 0 of a document without text
 Mask = NDArray[np.bool_]
 
 PROBE_SECONDS = 3.0  # an unguarded load_dataset retries for 24 s before it gives up
+LONG_SHARE = 0.05  # so at most 20 documents are long
 EMPTY = np.uint64(0)  # in place of the hash of a document without text; a real text has it with probability 2**-64
 
 logger = logging.getLogger("textgen")
@@ -95,7 +98,9 @@ def open_corpus(config: DataConfig) -> Corpus:
     """
     note = ""
     if config.source == "files":
-        corpus = _open_files(config)
+        corpus = _open_files(config, config.files)
+    elif config.dataset is not None and is_saved_dataset(config.dataset):
+        corpus = _open_files(config, [config.dataset])
     elif config.source == "package":
         corpus = _open_package(config)
     elif config.source == "hub" or config.dataset is not None:
@@ -131,12 +136,16 @@ def _open_package(config: DataConfig) -> Corpus:
     )
 
 
-def _open_files(config: DataConfig) -> Corpus:
-    found = list_files(config.files)
+def _open_files(config: DataConfig, files: Sequence[str]) -> Corpus:
+    found = list_files(files, rules=config.reading_rules)
     stats = {path: os.stat(path) for path in found}
     splits = {split: [path for path in found if found[path] == split] for split in dict.fromkeys(found.values())}
     sizes = {split: sum(stats[path].st_size for path in paths) for split, paths in splits.items()}
     parts = (f"{split} {len(paths)} ({sizes[split] / 1e6:.1f} MB)" for split, paths in splits.items())
+    if len(splits) > 1:
+        for split, paths in splits.items():
+            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            logger.info("%s: %s%s", split, in_backticks(paths[:3]), more)
     seen = ((os.path.abspath(path), found[path], stat.st_size, stat.st_mtime_ns) for path, stat in stats.items())
     return Corpus(
         description=f"{len(found)} files: {', '.join(parts)}",
@@ -233,7 +242,7 @@ def _hub_answers(name: str) -> bool:
 def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
     """Decide which documents are kept, in one pass over the source.
 
-    Validation is the source's own split, else contiguous blocks of train. Training drops documents without text,
+    Validation is the source's own split, else what `_hold_out` takes from train. Training drops documents without text,
     documents that are also in IMDB's test split (by the hashes shipped here), in the source's test split or in
     validation, and repetitions. Validation and test drop only documents without text.
 
@@ -242,22 +251,24 @@ def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
     """
     sources = config.train_on.split("+")
     held_out_splits = [split for split in ("validation", "test") if split in corpus.splits]
-    hashes = {split: _hash_documents(corpus.splits[split]()) for split in sources + held_out_splits}
-    pool = np.concatenate([hashes[split] for split in sources])
-    num_train = len(hashes["train"])
-    held_out = np.zeros(len(pool), dtype=np.bool_)
+    hashed = {split: _hash_documents(corpus.splits[split]()) for split in sources + held_out_splits}
+    hashes = {split: of_split for split, (of_split, _) in hashed.items()}
+    test = np.append(_imdb_test_hashes(), hashes.get("test", hashes["train"][:0]))
+    held_out = np.zeros(len(hashes["train"]), dtype=np.bool_)
     if "validation" not in hashes:
-        for block in held_out_blocks(num_train, config.validation_fraction, config.validation_blocks):
-            held_out[block.start : block.stop] = True
-    validation = hashes.get("validation", pool[held_out])
-    test = np.append(_imdb_test_hashes(), hashes.get("test", pool[:0]))
-    kept, dropped = _keep(pool, ~held_out, test=test, validation=validation)
+        corpus, hashes, held_out = _hold_out(corpus, config, hashes, sizes=hashed["train"][1], test=test)
+    from_train = np.append(hashes["train"][held_out], hashes.get("ends", test[:0]))
+    pool = np.concatenate([hashes[split] for split in sources])
+    stays = np.append(~held_out, np.ones(len(pool) - len(held_out), dtype=np.bool_))
+    kept, dropped = _keep(pool, stays, test=test, validation=hashes.get("validation", from_train))
 
     # Each split is made of documents of the source's splits, selected by a mask.
-    parts = {"train": list(zip(sources, np.split(kept, [num_train]), strict=False))}
+    parts = {"train": list(zip(sources, np.split(kept, [len(held_out)]), strict=False))}
     parts |= {split: [(split, hashes[split] != EMPTY)] for split in held_out_splits}
-    if held_out.any():
-        parts["validation"] = [("train", (held_out & (pool != EMPTY))[:num_train])]
+    if len(from_train):
+        parts["validation"] = [("train", held_out & (hashes["train"] != EMPTY))]
+        if "ends" in hashes:
+            parts["validation"].append(("ends", hashes["ends"] != EMPTY))
     counts = {f"{split}_documents": sum(int(mask.sum()) for _, mask in masks) for split, masks in parts.items()}
     counts |= dropped | {"dropped_empty": sum(int((its == EMPTY).sum()) for its in hashes.values())}
     summary = ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in counts.items())
@@ -274,6 +285,88 @@ def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
 def normalize(text: str, normalization: str) -> str:
     """Return the text as a model with this `normalization` reads it."""
     return text.lower() if normalization == "lowercase" else text
+
+
+def _hold_out(
+    corpus: Corpus, config: DataConfig, hashes: dict[str, Hashes], *, sizes: Sizes, test: Hashes
+) -> tuple[Corpus, dict[str, Hashes], Mask]:
+    """Hold documents of train out for validation; say so in the log if they are not simply `validation_fraction` of it.
+
+    Documents are held out in blocks. A document that is long beside the others would make validation too large, or
+    leave none to train on. Of a long document the end is held out instead, and becomes a document of the split `ends`.
+
+    Args:
+        corpus: the opened source.
+        config: its settings.
+        hashes: of each split that is read.
+        sizes: of the documents of train.
+        test: hashes that training drops.
+
+    Returns:
+        The corpus with long documents cut, its hashes, and which documents of train are held out.
+    """
+    train, fraction = hashes["train"], config.validation_fraction
+    held_out = np.zeros(len(train), dtype=np.bool_)
+    can_be = np.ones(len(train), dtype=np.bool_)
+    if config.reading_rules > 1 and fraction > 0:
+        total = int(sizes.sum(dtype=np.int64))
+        long = np.flatnonzero((sizes > max(fraction, LONG_SHARE) * total) & ~np.isin(train, test))
+        if cuts := _find_cuts(corpus, set(long.tolist()), fraction):
+            corpus = _cut(corpus, cuts)
+            ends, end_sizes = _hash_documents(corpus.splits["ends"]())
+            hashes = hashes | {"train": _hash_documents(corpus.splits["train"]())[0], "ends": ends}
+            logger.info(
+                "validation: the ends of %d documents that are long beside the others, %d of their %d bytes",
+                len(cuts), end_sizes.sum(), sizes[list(cuts)].sum(),
+            )  # fmt: skip
+        can_be = train != EMPTY
+        can_be[list(cuts)] = False
+    candidates = np.flatnonzero(can_be)
+    for block in held_out_blocks(len(candidates), fraction, config.validation_blocks):
+        held_out[candidates[block.start : block.stop]] = True
+    if fraction == 0:
+        logger.info("no validation: `validation_fraction` is 0")
+    elif not held_out.any() and "ends" not in hashes:
+        reason = (
+            "one document is too short to be held out in part"
+            if config.reading_rules > 1
+            else "`reading_rules` 1 hold nothing out of one document"
+        )
+        logger.warning("NO VALIDATION: %s", reason)
+    return corpus, hashes, held_out
+
+
+def _find_cuts(corpus: Corpus, long: set[int], fraction: float) -> dict[int, int]:
+    """Return where the end of each long document of train begins; leave out those that are too short to be cut."""
+    cuts = {}
+    for index, text in enumerate(islice(corpus.splits["train"](), max(long, default=-1) + 1)):
+        if index in long:
+            cut = end_of(text, fraction)
+            if has_text(text[:cut]) and has_text(text[cut:]):
+                cuts[index] = cut
+    return cuts
+
+
+def _cut(corpus: Corpus, cuts: Mapping[int, int]) -> Corpus:
+    """Return the corpus with the ends of some documents of train in a split `ends`."""
+
+    def starts() -> Iterator[str]:
+        return (text[: cuts.get(index)] for index, text in enumerate(corpus.splits["train"]()))
+
+    def ends() -> Iterator[str]:
+        documents = islice(enumerate(corpus.splits["train"]()), max(cuts) + 1)
+        return (text[cuts[index] :] for index, text in documents if index in cuts)
+
+    return replace(corpus, splits={**corpus.splits, "train": starts, "ends": ends})
+
+
+def end_of(text: str, fraction: float) -> int:
+    """Return where the last `fraction` of a text begins: after the nearest white space, if there is some nearby."""
+    size = max(1, round(len(text) * fraction))
+    wanted, reach = len(text) - size, min(4096, (size + 1) // 2)
+    low = max(0, wanted - reach)
+    places = [low + space.end() for space in re.finditer(r"\s+", text[low : wanted + reach])]
+    return min(places, key=lambda place: abs(place - wanted), default=wanted)
 
 
 def held_out_blocks(num_documents: int, fraction: float, blocks: int) -> list[range]:
@@ -315,13 +408,15 @@ def _keep(pool: Hashes, kept: Mask, **elsewhere: Hashes) -> tuple[Mask, dict[str
     return kept, dropped
 
 
-def _hash_documents(documents: Iterable[str]) -> Hashes:
-    hashes = array("Q")
+def _hash_documents(documents: Iterable[str]) -> tuple[Hashes, Sizes]:
+    hashes, sizes = array("Q"), array("I")
     for text in documents:
-        hashes.append(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") if has_text(text) else 0)
-    return np.array(hashes, dtype=np.uint64)
+        raw = text.encode() if has_text(text) else b""
+        hashes.append(int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") if raw else 0)
+        sizes.append(len(raw))
+    return np.array(hashes, dtype=np.uint64), np.array(sizes, dtype=np.uint32)
 
 
 def _imdb_test_hashes() -> Hashes:
-    lines = importlib.resources.files("textgen.data").joinpath("imdb_test_sha256.txt").read_bytes().split()
+    lines = importlib.resources.files("textgen.data").joinpath("imdb_test_sha256.txt").read_text().split()
     return np.array([int(line, 16) for line in lines], dtype=np.uint64)

@@ -18,6 +18,7 @@ from textgen.data.sources import list_files
 from textgen.errors import TextgenError, in_backticks, one_line
 
 TxtDocuments = Literal["file", "line", "paragraph"]
+ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def read_documents(paths: Sequence[str], settings: DataConfig | None = None) -> Iterator[str]:
@@ -30,8 +31,8 @@ def read_documents(paths: Sequence[str], settings: DataConfig | None = None) -> 
     Raises:
         TextgenError: a path, a file or a text is not what it should be, or there are no documents.
     """
-    text: str | None = None
-    for text in filter(has_text, read_files(list(list_files(paths)), settings or DataConfig())):
+    settings, text = settings or DataConfig(), None
+    for text in filter(has_text, read_files(list(list_files(paths, rules=settings.reading_rules)), settings)):
         yield text
     if text is None:
         raise TextgenError(f"no documents in {in_backticks(paths)}")
@@ -61,6 +62,8 @@ def read_files(paths: Sequence[str], settings: DataConfig) -> Iterator[str]:
                     yield from (text for (text,) in read_csv(path, text_column))
                 case ".parquet":
                     yield from _read_parquet(path, text_column)
+                case ".arrow":
+                    yield from _read_arrow(path, text_column)
                 case _:
                     yield from _read_jsonl(path, text_column)
         except OSError as error:
@@ -151,6 +154,24 @@ def _read_parquet(path: str, text_column: str) -> Iterator[str]:
             yield from check_rows((batch.column(0).to_pylist() for batch in batches), f"`{path}`", text_column)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise TextgenError(f"`{path}` is not valid parquet with UTF-8 texts: {one_line(error)}") from error
+
+
+def _read_arrow(path: str, text_column: str) -> Iterator[str]:
+    """Yield the texts of one file of `datasets.Dataset.save_to_disk`."""
+    import pyarrow
+
+    with open(path, "rb") as file:  # the reader takes a stream that ends after any of its batches
+        file.seek(max(0, os.path.getsize(path) - len(ARROW_END)))
+        if file.read() != ARROW_END:
+            raise TextgenError(f"`{path}` is cut short: it does not end as a stream of Arrow")
+    try:
+        with pyarrow.memory_map(path) as source, pyarrow.ipc.open_stream(source) as batches:
+            if text_column not in batches.schema.names:
+                raise no_column(f"`{path}`", text_column, batches.schema.names)
+            texts = (batch.column(text_column).to_pylist() for batch in batches)
+            yield from check_rows(texts, f"`{path}`", text_column)
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise TextgenError(f"`{path}` is not a stream of Arrow with UTF-8 texts: {one_line(error)}") from error
 
 
 # Checks and messages

@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import shutil
+import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -98,7 +99,7 @@ class TokenStore:
         """
         directory = Path(directory).expanduser()
         try:
-            record = json.loads((directory / STORE_NAME).read_text(encoding="utf-8"))
+            record = json.loads((directory / STORE_NAME).read_text())
         except (OSError, ValueError) as error:
             raise TextgenError(f"`{directory}` is not a token store: no readable `{STORE_NAME}`") from error
         seen = record.get("format") if isinstance(record, dict) else None
@@ -192,8 +193,7 @@ def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: boo
     """
     if data.store is not None:
         return TokenStore.open(data.store)
-    cache = Path(data.cache_dir).expanduser()
-    cache.mkdir(parents=True, exist_ok=True)
+    cache = _make_cache(data.cache_dir)
     corpus = open_corpus(data)
     own, wanted = _wanted(tokenizer)
     index = _index_path(data, corpus, wanted)
@@ -209,8 +209,22 @@ def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: boo
         except TextgenError:
             store = _write_store(directory, key, data, clean, own, tokenizer, progress=progress)
         index.parent.mkdir(exist_ok=True)
-        index.write_text(directory.name, encoding="utf-8")
+        index.write_text(directory.name)
     return store
+
+
+def _make_cache(directory: str) -> Path:
+    """Make the folder of token stores; a home may be read-only or missing."""
+    try:
+        cache = Path(directory).expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            return cache
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TextgenError(
+            f"`{directory}` cannot be written: {reason}; name another folder for encoded text: `--data.cache_dir`"
+        ) from error
 
 
 def find_prepared(data: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus) -> TokenStore | None:
@@ -223,7 +237,7 @@ def _open_prepared(cache: Path, index: Path) -> TokenStore | None:
     if not index.exists():
         return None
     try:
-        return TokenStore.open(cache / index.read_text(encoding="utf-8"))
+        return TokenStore.open(cache / index.read_text())
     except ValueError as error:  # a TextgenError, or an index that is no text
         log.warning("%s: encoding again", error)
         return None
@@ -289,7 +303,7 @@ def _write_store(
             "normalization": data.normalization, "counts": dict(clean.counts), "digests": dict(clean.digests),
             "tokenizer": own.sha256, "vocab_size": own.vocab_size, "dtype": str(dtype), "splits": splits,
         }  # fmt: skip
-        (aside / STORE_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        (aside / STORE_NAME).write_text(json.dumps(record, indent=2) + "\n")
         shutil.rmtree(directory, ignore_errors=True)  # a damaged one
         aside.rename(directory)
     finally:

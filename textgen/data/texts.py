@@ -12,7 +12,7 @@ from textgen.data.documents import read_documents
 from textgen.data.store import TokenStore, prepare_store
 from textgen.errors import CheckpointError, TextgenError
 from textgen.runs.checkpoint import TRAINER_NAME, read_json
-from textgen.settings import build_settings
+from textgen.settings import build_settings, complete_record
 
 SPLITS = ("train", "validation", "test")
 
@@ -63,7 +63,7 @@ def store_of(checkpoint: Path) -> TokenStore:
     """
     path = checkpoint / TRAINER_NAME
     try:
-        settings = read_json(path)["config"]
+        settings = complete_record(read_json(path)["config"])
         config = build_settings(TrainConfig, {"data": settings["data"], "tokenizer": settings["tokenizer"]})
     except CheckpointError:
         raise

@@ -15,7 +15,7 @@ import yaml
 from textgen.config import TrainConfig
 from textgen.runs.directory import SETTINGS_NAME, read_status
 from textgen.runs.metrics_file import MetricsRow, read_metrics_strict
-from textgen.settings import COMMAND_SETTINGS, flatten
+from textgen.settings import COMMAND_SETTINGS, complete_record, flatten
 
 # Characters of a setting in the table. A list of prompts would fill a screen; `--json` prints all of it.
 MAX_CELL = 40
@@ -100,7 +100,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise ValueError(f"`{path}` is not YAML: {' '.join(str(error).split())[:80]}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"`{path}` holds no settings: {str(settings)[:40]}")
-    return flatten(json.loads(json.dumps(asdict(TrainConfig())))) | flatten(settings)
+    return flatten(json.loads(json.dumps(asdict(TrainConfig())))) | flatten(complete_record(settings))
 
 
 def _read_newest_trainer(run_dir: Path) -> dict[str, Any]:

@@ -40,9 +40,7 @@ def _commit() -> str | None:
     git = ["git", "-C", str(root)]
     try:
         commit, changes = (
-            subprocess.run([*git, *argv], capture_output=True, timeout=5, check=True)
-            .stdout.decode(errors="replace")
-            .strip()
+            subprocess.run([*git, *argv], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
             for argv in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.SubprocessError):

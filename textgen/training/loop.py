@@ -40,6 +40,7 @@ from textgen.training.resume import (
     checkpoint_bytes,
     checkpoints_at_a_time,
     find_resume_point,
+    keep_reading_rules,
     load_training,
     save,
     state_shapes,
@@ -121,6 +122,7 @@ def hold_run(config: TrainConfig, accelerator: Accelerator) -> Iterator[RunDirec
 
 def build_training(config: TrainConfig, accelerator: Accelerator, stop: StopSignals) -> Training:
     """Prepare the data and build the training. Collective."""
+    config = keep_reading_rules(config)
     store = prepare_store(config.data, config.tokenizer)
     launch.assert_same(accelerator, store.training_key, "the training text")
     return build(config, accelerator, store, stop)

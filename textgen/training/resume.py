@@ -35,7 +35,7 @@ from textgen.runs.checkpoint import (
     verify,
 )
 from textgen.runs.tensors import check_tensors, read_tensors
-from textgen.settings import COMMAND_SETTINGS, flatten
+from textgen.settings import COMMAND_SETTINGS, complete_record, flatten
 from textgen.tokenizer import MODEL_NAME
 from textgen.training.setup import Training
 from textgen.training.step import Learner, Progression, zero_lanes
@@ -143,6 +143,23 @@ def _describe(training: Training) -> dict[str, Any]:
         "wandb_id": training.wandb_id,
         "origin": training.origin,
     }
+
+
+def keep_reading_rules(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the reading rules of the run that they continue, so that its text stays the same."""
+    directories = [path for _, path in checkpoints(Path(config.run_dir))]
+    if config.resume != "auto" and not config.resume_override:
+        directories += [path for _, path in checkpoints(Path(config.resume))] + [Path(config.resume)]
+    for directory in directories if config.resume != "never" and config.data.reading_rules != 1 else []:
+        try:
+            rules = complete_record(read_json(directory / TRAINER_NAME)["config"])["data"]["reading_rules"]
+        except (CheckpointError, KeyError, TypeError, AttributeError):
+            continue  # `find_resume_point` says what is wrong
+        if rules == 1:
+            log.info("`%s` was begun with `--data.reading_rules 1`, and goes on with it", directory)
+            return replace(config, data=replace(config.data, reading_rules=1))
+        break
+    return config
 
 
 def find_resume_point(training: Training) -> ResumePoint | None:
@@ -324,7 +341,7 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
     """
     config = training.learner.config
     # defaults are for settings that the checkpoint's version did not have
-    saved, current = _flat(TrainConfig()) | flatten(trainer["config"]), _flat(config)
+    saved, current = _flat(TrainConfig()) | flatten(complete_record(trainer["config"])), _flat(config)
     saved["mixed_precision"] = trainer["mixed_precision"]
     current["mixed_precision"] = training.learner.accelerator.mixed_precision
     harmless = HARMLESS
