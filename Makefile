@@ -1,4 +1,4 @@
-# make train | test | test-slow | check | bench | quality | faults | scaling: each sets up .venv first; a second call does not install again.
+# make train | test | test-slow | check | docs | bench | quality | faults | scaling: each sets up .venv first; a second call does not install again.
 PYTHON ?= python3
 BIN := .venv/bin
 # Another build of torch: make TORCH_INDEX=https://... (see pytorch.org)
@@ -9,7 +9,7 @@ WORKERS ?= 2
 # Threads that wait must not spin: on a busy machine two-thread regions are many times slower otherwise.
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
-.PHONY: train test test-slow check bench quality faults scaling clean
+.PHONY: train test test-slow check docs bench quality faults scaling clean
 
 train: .venv/installed
 	$(BIN)/python train_distributed.py --config launch/presets/quick.yaml --run_dir $(RUN)
@@ -29,6 +29,10 @@ check: .venv/installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Seconds; the site is build/site/index.html. Search needs a web server: python -m http.server -d build/site
+docs: .venv/docs-installed
+	$(BIN)/python -m docs.site
+
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.train
 	$(BIN)/python -m benchmarks.prepare
@@ -39,7 +43,7 @@ bench: .venv/installed
 quality: .venv/installed
 	$(BIN)/python -m benchmarks.quality guard
 
-# An hour of kills and damage on two cores; puts the figures into docs/explanation/reliability.md.
+# An hour of kills and damage on two cores; puts the figures into docs/evidence/faults.md.
 faults: .venv/installed
 	$(BIN)/python -m benchmarks.saving
 	$(BIN)/python -m tests.faults.corruption --count 10000
@@ -60,6 +64,10 @@ scaling: .venv/installed
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install --quiet --no-deps torch -c constraints.txt --index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,export,dashboard,serve]'
+	@touch $@
+
+.venv/docs-installed: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	@touch $@
 
 clean:

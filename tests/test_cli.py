@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,9 @@ import pytest
 
 from tests.forking import server
 from textgen.cli import COMMANDS, main, train_main
+from textgen.config import TrainConfig
 from textgen.data.store import TokenStore
+from textgen.settings import settings_of
 
 ROOT = Path(__file__).parents[1]
 TEXTGEN = [sys.executable, "-m", "textgen"]
@@ -126,18 +129,39 @@ def test_help_of_every_verb_is_printed_and_exits_with_0(verb: str | None, capsys
     assert err == ""
 
 
-def test_help_of_training_names_types_and_defaults(capsys: Capture) -> None:
+def help_of_training(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> str:
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as ended:
         train_main(["--help"])
     assert ended.value.code == 0
-    out = " ".join(capsys.readouterr().out.split())
-    for told in (
-        "--batch_size BATCH_SIZE lanes of the global batch, whatever the number of processes (type: int, default: 128)",
-        "(type: float | null, default: null)",
+    return capsys.readouterr().out
+
+
+def test_help_of_training_names_values_and_defaults(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    out = " ".join(help_of_training(monkeypatch, capsys).split())
+    for text in (
+        "--batch_size N lanes of the global batch, whatever the number of processes (default: 128)",
+        "--max_grad_norm X largest norm of the gradient; larger gradients are scaled down to it (default: null)",
+        "--lr_schedule {constant,cosine,linear}",
+        "--mixed_precision {no,bf16,fp16,auto}",
+        "default: one evaluation per epoch --",
         "--dry_run [true|false]",
         "--data.files ITEM ...",
     ):
-        assert told in out
+        assert text in out
+
+
+def test_help_of_training_begins_with_a_screen_of_basics(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    groups = help_of_training(monkeypatch, capsys).split("\n\n")
+    basics = next(group for group in groups if group.startswith("the basics:"))
+    assert groups.index(basics) == 2  # after usage and description
+    assert len(basics.splitlines()) <= 24
+
+
+def test_help_of_training_has_every_setting_once(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    out = help_of_training(monkeypatch, capsys)
+    flags = re.findall(r"^  --([\w.]+)", out, re.MULTILINE)
+    assert sorted(flags) == sorted([*settings_of(TrainConfig), "config", "print_config"])
 
 
 def answers_without_torch(call: str) -> bool:

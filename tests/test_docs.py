@@ -1,4 +1,4 @@
-"""Links in every Markdown file of the repository lead somewhere."""
+"""Links in every Markdown file lead somewhere; the reference is what the command line says; the site has all pages."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
+
+from docs.site import PAGES as OUTSIDE
+from docs.site import adapt, write_pages
+from docs.write_reference import PAGES as REFERENCE
 
 ROOT = Path(__file__).parents[1]
 LISTED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
@@ -36,3 +41,47 @@ def test_links_lead_somewhere(page: str) -> None:
         if not target.exists() or (anchor and anchor not in anchors(target)):
             wrong.append(link)
     assert wrong == []
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_reference_is_what_the_command_line_says(name: str) -> None:
+    written = (ROOT / "docs" / "reference" / name).read_text()
+    assert written == REFERENCE[name](), "run `python -m docs.write_reference`"
+
+
+def test_links_between_pages_stay_and_other_files_become_text() -> None:
+    text = "[a](track.md#metrics) [b](../../launch/README.md) [c](../../textgen/config.py) ![d](../images/quick.png)"
+    assert adapt(text, source="docs/how-to/serve.md") == (
+        "[a](track.md#metrics) [b](../launch.md) c ![d](../images/quick.png)"
+    )
+    assert (
+        adapt("[e](docs/explanation/architecture.md)", source="CONTRIBUTING.md") == "[e](explanation/architecture.md)"
+    )
+
+
+def test_navigation_has_every_page(tmp_path: Path) -> None:
+    write_pages(tmp_path)
+    pages = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.md")}
+    assert set(OUTSIDE.values()) <= pages
+
+    def listed(entry: object) -> list[str]:
+        if isinstance(entry, dict):
+            entry = list(entry.values())
+        return [entry] if isinstance(entry, str) else [page for part in entry for page in listed(part)]  # type: ignore
+
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]
+    records = {page for page in pages if page.startswith("decisions/0")}
+    assert sorted(listed(navigation)) == sorted(pages - records)
+    table = (tmp_path / "decisions" / "index.md").read_text()
+    assert sorted(re.findall(r"^\| \d+ \| \[[^]]+\]\((.*?)\)", table, re.MULTILINE)) == sorted(
+        page.removeprefix("decisions/") for page in records
+    )
+
+
+def test_nobody_is_told_to_install_another_project() -> None:
+    """`textgen` on the package index is somebody else's project."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    texts = [ROOT / name for name in files if name.endswith((".md", ".py", ".html", ".js", ".toml", ".sh", ".yaml"))]
+    wrong = re.compile(r"pip3? install (-\S+ )*['\"]?textgen\b")
+    found = [str(path) for path in texts if path != Path(__file__) and wrong.search(path.read_text())]
+    assert found == []

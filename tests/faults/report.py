@@ -1,4 +1,4 @@
-"""Puts measured tables into docs/explanation/reliability.md.
+"""Puts measured tables into docs/evidence/faults.md.
 
 `python -m tests.faults.report` does so; no figure there is typed by hand.
 
@@ -19,7 +19,7 @@ from typing import Any
 from benchmarks.machine import RESULTS, describe
 
 ROOT = Path(__file__).parents[2]
-DOCUMENT = ROOT / "docs" / "explanation" / "reliability.md"
+DOCUMENT = ROOT / "docs" / "evidence" / "faults.md"
 
 
 def write_result(name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, seconds: float) -> None:

@@ -11,13 +11,14 @@ import os
 import re
 import sys
 import time
+import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from textgen.config import REMOVED_VALUES, TrainConfig
 from textgen.settings import build_settings, in_words, settings_of, unknown_setting
@@ -33,6 +34,30 @@ TRAINING = """Train an LSTM language model, alone or under `accelerate launch`.
 Flags override the file of `--config`, which overrides the defaults. If a flag is given twice, the last one counts.
 A list is written `--data.files a.txt b.txt`, a switch `--dry_run`."""
 
+# The order of `--help`: first the flags of a first training, then the rest by subject. A setting that no group names is
+# in the last group of its section.
+HELP_GROUPS = {
+    "the basics": (
+        "config", "run_dir", "data.files", "max_epochs", "max_minutes", "batch_size", "learning_rate",
+        "model.hidden_size", "model.num_layers", "dry_run",
+    ),
+    "optimization": (
+        "seq_len", "seed", "max_steps", "lr_schedule", "warmup_steps", "max_grad_norm", "weight_decay", "adam_betas",
+        "ema_decay", "early_stopping_patience",
+    ),
+    "evaluation and samples": (
+        "log_every", "evaluate_every", "evaluate_documents", "sample_prompts", "sample_temperatures", "sample_tokens",
+    ),
+    "checkpoints, and the end of a training": (
+        "save_every", "keep_last", "resume", "resume_override", "stop_signal",
+    ),
+    "processes and hardware": (
+        "gradient_accumulation_steps", "mixed_precision", "gradient_compression", "distributed_timeout",
+        "deterministic", "cuda_graph",
+    ),
+}  # fmt: skip
+METAVARS = {int: "N", float: "X", bool: "[true|false]", str: "TEXT"}
+
 
 def fail(message: str) -> NoReturn:
     """Print an error and end with exit code 2; processes other than 0 wait first, to be ended in silence."""
@@ -42,6 +67,17 @@ def fail(message: str) -> NoReturn:
         message = f"process {rank}: {message}"
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+class HelpFormatter(DefaultHelpFormatter):
+    """The help of `train`: a flag, the kind of its value, the text, and the default unless the text has it."""
+
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog, **{"max_help_position": 30, **kwargs})  # type: ignore[no-untyped-call]
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        text = super()._get_help_string(action).replace("(type: %(type)s, default:", "(default:")
+        return (action.help or "") if action.default is None and "efault:" in (action.help or "") else text
 
 
 class Parser(ArgumentParser):
@@ -114,19 +150,47 @@ def config_file(argv: Sequence[str] | None = None) -> str | None:
 
 def build_train_parser(prog: str | None = None) -> Parser:
     """Return a parser with a flag for every setting of a training."""
-    parser = Parser(prog=prog, description=TRAINING, usage="%(prog)s [--config FILE] [--SETTING VALUE] ...")
+    parser = Parser(
+        prog=prog, description=TRAINING, usage="%(prog)s [--config FILE] [--SETTING VALUE] ...",
+        formatter_class=HelpFormatter,
+    )  # fmt: skip
     parser.add_argument(
         "--config", action="config", metavar="FILE", help="YAML file of settings, or a preset's name, such as quick"
     )
     parser.add_class_arguments(TrainConfig, None, fail_untyped=True)
     kinds = settings_of(TrainConfig)
     for action in parser._actions:
-        kind = kinds.get(action.dest)
-        if typing.get_origin(kind) is tuple:
-            action.metavar = "ITEM ..."
-        elif kind is bool:
-            action.metavar = "[true|false]"
+        if action.dest in kinds:
+            action.metavar = _metavar(kinds[action.dest])
+        elif action.dest in ("data", "tokenizer", "model", "tracking"):
+            action.help = argparse.SUPPRESS  # a file of one section; `--config` is the documented way
+    _group_flags(parser)
     return parser
+
+
+def _metavar(kind: Any) -> str:
+    """Return the word for a setting's value in `--help`."""
+    if typing.get_origin(kind) is tuple:
+        return "ITEM ..."
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):  # a setting that may be null
+        return _metavar(typing.get_args(kind)[0])
+    return METAVARS.get(kind) or "{" + ",".join(map(str, typing.get_args(kind))) + "}"
+
+
+def _group_flags(parser: Parser) -> None:
+    """Sort the flags of `--help` into the groups of `HELP_GROUPS`; the other groups keep the rest."""
+    options, settings, *sections = parser._action_groups[1:]
+    settings.title = "more settings"
+    actions = {action.dest: action for action in parser._actions}
+    found: list[str] = []
+    for title, names in HELP_GROUPS.items():
+        group = parser.add_argument_group(title)
+        group._group_actions += [actions[name] for name in names]
+        found += names
+    for group in (options, settings, *sections):
+        group._group_actions[:] = [action for action in group._group_actions if action.dest not in found]
+    groups = parser._action_groups[-len(HELP_GROUPS) :]
+    parser._action_groups = [*parser._action_groups[:1], *groups, settings, *sections, options]
 
 
 def _plain_flags(argv: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
