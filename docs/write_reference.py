@@ -54,10 +54,9 @@ def settings_page() -> str:
     text = SETTINGS
     for group in build_train_parser()._action_groups:
         if actions := [action for action in group._group_actions if action.dest in kinds]:
-            rows = [
-                [f"`{action.dest}`", in_words(kinds[action.dest]), *_default_and_text(action)] for action in actions
-            ]
-            text += f"\n## {(group.title or '').rstrip('.:').capitalize()}\n\n" + _table("setting", rows)
+            rows = [[f"`{action.dest}`", _words(kinds[action.dest]), *_default_and_text(action)] for action in actions]
+            title = (group.title or "").split(". ")[0].rstrip(".:")
+            text += f"\n## {title[:1].upper()}{title[1:]}\n\n" + _table("setting", rows)
     return text
 
 

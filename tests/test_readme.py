@@ -33,14 +33,18 @@ def test_there_are_commands() -> None:
     assert len(COMMANDS) > 8
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.search(r"train_distributed\.py|^textgen prepare ", c)])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if re.search(r"train_distributed\.py|^textgen (prepare|train) ", c)]
+)
 def test_readme_training_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    flags = re.split(r"train_distributed\.py|textgen prepare", command)[1].split("`")[0].split(", then")[0]
+    flags = (
+        re.split(r"train_distributed\.py|textgen prepare|textgen train", command)[1].split("`")[0].split(", then")[0]
+    )
     parse_train_config(shlex.split(flags.replace("...", "launch/presets/quick.yaml")))
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("textgen (?!prepare)", c)])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("textgen (?!prepare|train)", c)])
 def test_readme_verbs_run(
     command: str, tiny_run: Path, reviews_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
