@@ -126,6 +126,13 @@ class DataConfig:
         _require_csv_character("csv_escape", self.csv_escape or "\\")
 
 
+# The settings of DataConfig that decide how documents are read from files, whatever they are read for.
+READING_SETTINGS = (
+    "text_column", "txt_documents", "encoding", "on_error", "max_document_bytes", "csv_delimiter", "csv_quoting",
+    "csv_escape", "reading_rules",
+)  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig:
     """The encoding of text as tokens."""

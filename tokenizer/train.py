@@ -6,11 +6,12 @@ The package knows nothing of textgen; this command alone borrows its readers of 
 """
 
 import argparse
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .tokenizer import MODEL_NAME, Tokenizer, TokenizerError
+from .tokenizer import MODEL_NAME, Tokenizer
 from .trainer import take_training_texts, train_tokenizer
 
 __all__ = ["main", "train_tokenizer"]
@@ -21,28 +22,46 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     An error is one line on standard error, exit code 2, and nothing written.
     """
-    from textgen.config import DataConfig
-    from textgen.data.documents import read_documents
-    from textgen.errors import TextgenError
+    from textgen.config import READING_SETTINGS, DataConfig
+    from textgen.console import start_log
+    from textgen.data.documents import has_text, read_files
+    from textgen.data.sources import list_files
+    from textgen.errors import TextgenError, in_backticks
+    from textgen.settings import add_flags
 
     parser = _build_parser()
+    add_flags(parser, DataConfig, READING_SETTINGS, prefix="data.")
     args = parser.parse_args(arguments)
+    start_log()
 
     def read_texts() -> Iterator[str]:
-        return read_documents(args.input, DataConfig(text_column=args.text_column, txt_documents="line"))
+        return filter(has_text, read_files(files, settings))
 
     try:
+        settings = DataConfig(**{name: getattr(args, name) for name in READING_SETTINGS})
+        files = _choose_files(list_files(args.input, rules=settings.reading_rules))
+        if next(read_texts(), None) is None:
+            raise TextgenError(f"no documents in {in_backticks(args.input)}")
         model_proto = train_tokenizer(read_texts(), vocab_size=args.vocab_size, model_type=args.model_type)
         tokenizer = Tokenizer(model_proto)
         bytes_per_token = _measure_bytes_per_token(tokenizer, read_texts())
         args.output.mkdir(parents=True, exist_ok=True)
         tokenizer.save(args.output / MODEL_NAME)
-    except (TextgenError, TokenizerError) as error:
+    except ValueError as error:  # of the settings, the files, the texts or the trainer
         parser.error(str(error))
     except OSError as error:
         parser.error(f"`{error.filename}`: {error.strerror}")
     model_path = args.output / MODEL_NAME
     print(f"{model_path}: vocab_size {tokenizer.vocab_size}, {bytes_per_token:.3f} bytes per token")
+
+
+def _choose_files(splits: Mapping[str, str]) -> list[str]:
+    """Return the files that a training on the same paths would train on, or all of them if it would find none."""
+    files = [path for path, split in splits.items() if split not in ("validation", "test")]
+    if files and len(files) < len(splits):
+        log = logging.getLogger("textgen")
+        log.info("not read, as a training holds them out: %d of %d files", len(splits) - len(files), len(splits))
+    return files or list(splits)
 
 
 def _measure_bytes_per_token(tokenizer: Tokenizer, texts: Iterator[str]) -> float:
@@ -58,9 +77,8 @@ def _build_parser() -> argparse.ArgumentParser:
         prog=f"python -m {__package__}.train", description="Train a tokenizer on files.", allow_abbrev=False
     )
     parser.add_argument(
-        "--input", nargs="+", required=True, help="txt (a document per line), jsonl, csv or parquet files, or folders"
+        "--input", nargs="+", required=True, help="files, folders or globs, as for `--data.files` of a training"
     )
-    parser.add_argument("--text_column", default="text", help="column of jsonl, csv and parquet (default: text)")
     parser.add_argument("--vocab_size", type=int, default=8192, help="number of token ids (default: 8192)")
     parser.add_argument("--model_type", choices=["unigram", "bpe", "char", "word"], default="unigram")
     parser.add_argument("--output", type=Path, required=True, help="directory for tokenizer.model")

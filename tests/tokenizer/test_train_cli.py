@@ -10,6 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from textgen.config import READING_SETTINGS, DataConfig
+from textgen.data.corpus import open_corpus
+from textgen.settings import settings_of
 from tokenizer import Tokenizer, train_tokenizer
 from tokenizer.train import main
 
@@ -40,8 +43,56 @@ WRITERS = {".txt": _write_txt, ".jsonl": _write_jsonl, ".csv": _write_csv, ".par
 def test_each_format_gives_the_same_tokenizer(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"reviews{suffix}"
     WRITERS[suffix](path)
-    main(["--input", str(path), "--model_type", "char", "--output", str(tmp_path / "out")])
-    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == train_tokenizer(TEXTS, model_type="char")
+    assert _train(path, "--txt_documents", "line") == train_tokenizer(TEXTS, model_type="char")
+
+
+def _train(path: Path, *flags: str) -> bytes:
+    output = path.parent / "out"
+    main(["--input", str(path), "--model_type", "char", "--output", str(output), *flags])
+    return (output / "tokenizer.model").read_bytes()
+
+
+def _fill(folder: Path) -> None:
+    """Write files of every kind that a training reads, and some of test."""
+    from datasets import Dataset
+
+    (folder / "test").mkdir(parents=True)
+    (folder / "test" / "a.txt").write_text("ΑΒΓΔ")
+    (folder / "book.txt").write_text("one\n\ntwo\n")
+    (folder / "a.json").write_text('{"text": "japanese 日本"}\n\n')
+    (folder / "b.tsv").write_text("id\ttext\n1\tnorsk æøå\n")
+    (folder / "C.JSONL").write_text('{"text": "upper"}\n{"text": " "}\n')
+    Dataset.from_dict({"text": ["saved §"]}).save_to_disk(folder / "saved")
+
+
+def test_a_folder_gives_the_tokenizer_of_the_documents_that_a_training_reads(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _fill(tmp_path / "corpus")
+    config = DataConfig(source="files", files=(str(tmp_path / "corpus"),))
+    texts = [text for text in open_corpus(config).splits["train"]() if text.strip()]
+    assert sorted(texts) == [
+        "japanese 日本", "norsk æøå", "one\n\ntwo\n", "saved §", "upper",
+    ]  # fmt: skip
+    assert _train(tmp_path / "corpus") == train_tokenizer(texts, model_type="char")
+    assert "not read, as a training holds them out: 1 of 6 files" in caplog.messages
+    assert _train(tmp_path / "corpus" / "saved") == train_tokenizer(["saved §"], model_type="char")
+    assert _train(tmp_path / "corpus" / "test") == train_tokenizer(["ΑΒΓΔ"], model_type="char")
+
+
+def test_flags_of_reading_are_those_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert {name for name in settings_of(DataConfig) if f"--{name} " in shown} == set(READING_SETTINGS)
+    for flags, message in {
+        ("--txt_documents", "word"): "invalid choice: 'word' (choose from 'file', 'line', 'paragraph')",
+        ("--max_document_bytes", "0"): "`max_document_bytes` must be",
+        ("--reading_rules", "3"): "invalid choice: 3 (choose from 1, 2)",
+    }.items():
+        with pytest.raises(SystemExit):
+            main(["--input", str(tmp_path), "--output", str(tmp_path / "out"), *flags])
+        assert message in capsys.readouterr().err
 
 
 def test_command_writes_a_model_and_prints_one_line(tmp_path: Path) -> None:
