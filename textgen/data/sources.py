@@ -1,6 +1,6 @@
 """The files that paths, folders and globs name, and the split that each belongs to.
 
-docs/data.md states the rules for a user. Rules 1 are those of textgen 0.1, for runs that were begun with them.
+docs/how-to/data.md states the rules for a user. Rules 1 are those of textgen 0.1, for runs that were begun with them.
 """
 
 from __future__ import annotations
