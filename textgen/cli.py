@@ -20,6 +20,7 @@ from typing import NoReturn
 
 from textgen.commands.parsing import PEER_WAIT_SECONDS, fail
 from textgen.commands.train import train_command
+from textgen.console import use_utf8
 from textgen.distributed.signals import Interrupted, end_siblings, end_with_launcher
 from textgen.distributed.world import slurm_variables
 from textgen.errors import TextgenError
@@ -116,6 +117,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the command and its flags; None for those of this process.
     """
+    if argv is None:
+        use_utf8()
     argv = sys.argv[1:] if argv is None else list(argv)
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
     if name == "train":
@@ -149,5 +152,7 @@ def train_main(argv: Sequence[str] | None = None, *, prog: str | None = None) ->
         argv: the flags; None for those of this process.
         prog: the name of the program in `--help`.
     """
+    if argv is None:
+        use_utf8()
     end_with_launcher()
     run(lambda: train_command(argv, prog=prog))

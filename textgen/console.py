@@ -7,6 +7,7 @@ escape codes.
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import os
@@ -40,6 +41,19 @@ FIGURES = {
     "valid/bits_per_byte": "valid {:.4f}",
 }
 """formats of the metrics that are shown, in this order"""
+
+
+def use_utf8() -> None:
+    """Read the arguments and write standard output as UTF-8, whatever the locale. Run before anything is read.
+
+    In a locale of another encoding this starts the interpreter again, in Python's UTF-8 mode (PEP 540): arguments and
+    file names were decoded when it started. From Python 3.15 that mode is the default. Standard error has the handler
+    `backslashreplace`: it escapes what its encoding lacks.
+    """
+    if sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    if isinstance(sys.stdout, io.TextIOWrapper):  # PYTHONIOENCODING overrides the mode
+        sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # a file name is printed byte by byte
 
 
 def start_log() -> None:

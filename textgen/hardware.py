@@ -27,7 +27,7 @@ def read_cpuinfo(path: Path = Path("/proc/cpuinfo")) -> dict[str, list[str]]:
     with large and small cores.
     """
     fields: dict[str, list[str]] = {}
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         name, value = (part.strip() for part in (*line.split(":", 1), "")[:2])
         if value not in (values := fields.setdefault(name, [])):
             values.append(value)

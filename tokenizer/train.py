@@ -23,12 +23,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     An error is one line on standard error, exit code 2, and nothing written.
     """
     from textgen.config import READING_SETTINGS, DataConfig
-    from textgen.console import start_log
+    from textgen.console import start_log, use_utf8
     from textgen.data.documents import has_text, read_files
     from textgen.data.sources import list_files
     from textgen.errors import TextgenError, in_backticks
     from textgen.settings import add_flags
 
+    if arguments is None:
+        use_utf8()
     parser = _build_parser()
     add_flags(parser, DataConfig, READING_SETTINGS, prefix="data.")
     args = parser.parse_args(arguments)

@@ -18,6 +18,7 @@ from typing import Any
 
 from textgen.commands.parsing import Parser, fail, parse_train_config
 from textgen.config import TrainConfig
+from textgen.console import use_utf8
 from textgen.settings import settings_of, unknown_setting
 
 HOME = Path(__file__).resolve().parents[2]
@@ -294,5 +295,6 @@ def _advice(args: Any, run_dir: str, job: str, again: str) -> str:
 
 # For sweep.sbatch: `NUMBER FILE [FLAG ...]` prints the flags of one training, with a zero byte after each.
 if __name__ == "__main__":
+    use_utf8()
     _flags = _pick(read_sweep(sys.argv[2], sys.argv[3:]), int(sys.argv[1]), sys.argv[2])
     sys.stdout.buffer.write(b"".join(os.fsencode(flag) + b"\0" for flag in _flags))

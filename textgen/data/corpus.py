@@ -418,5 +418,5 @@ def _hash_documents(documents: Iterable[str]) -> tuple[Hashes, Sizes]:
 
 
 def _imdb_test_hashes() -> Hashes:
-    lines = importlib.resources.files("textgen.data").joinpath("imdb_test_sha256.txt").read_text().split()
+    lines = importlib.resources.files("textgen.data").joinpath("imdb_test_sha256.txt").read_bytes().split()
     return np.array([int(line, 16) for line in lines], dtype=np.uint64)

@@ -99,7 +99,7 @@ class TokenStore:
         """
         directory = Path(directory).expanduser()
         try:
-            record = json.loads((directory / STORE_NAME).read_text())
+            record = json.loads((directory / STORE_NAME).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise TextgenError(f"`{directory}` is not a token store: no readable `{STORE_NAME}`") from error
         seen = record.get("format") if isinstance(record, dict) else None
@@ -209,7 +209,7 @@ def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: boo
         except TextgenError:
             store = _write_store(directory, key, data, clean, own, tokenizer, progress=progress)
         index.parent.mkdir(exist_ok=True)
-        index.write_text(directory.name)
+        index.write_text(directory.name, encoding="utf-8")
     return store
 
 
@@ -237,7 +237,7 @@ def _open_prepared(cache: Path, index: Path) -> TokenStore | None:
     if not index.exists():
         return None
     try:
-        return TokenStore.open(cache / index.read_text())
+        return TokenStore.open(cache / index.read_text(encoding="utf-8"))
     except ValueError as error:  # a TextgenError, or an index that is no text
         log.warning("%s: encoding again", error)
         return None
@@ -303,7 +303,7 @@ def _write_store(
             "normalization": data.normalization, "counts": dict(clean.counts), "digests": dict(clean.digests),
             "tokenizer": own.sha256, "vocab_size": own.vocab_size, "dtype": str(dtype), "splits": splits,
         }  # fmt: skip
-        (aside / STORE_NAME).write_text(json.dumps(record, indent=2) + "\n")
+        (aside / STORE_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(directory, ignore_errors=True)  # a damaged one
         aside.rename(directory)
     finally:

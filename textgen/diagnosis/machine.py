@@ -110,7 +110,7 @@ def _driver_versions() -> list[str]:
     """Return the driver's version, once per GPU; empty without a driver."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=10)
         return done.stdout.split() if done.returncode == 0 else []
     return []
 
@@ -137,8 +137,8 @@ def cpu_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
     """Return the number of processors that a container allows; infinity without a limit."""
     for name in ("cpu.max", "cpu/cpu.cfs_quota_us"):  # cgroups version 2, version 1
         with suppress(OSError, ValueError):
-            words = (cgroup / name).read_text().split()
-            period = words[1] if len(words) > 1 else (cgroup / "cpu/cpu.cfs_period_us").read_text()
+            words = (cgroup / name).read_text(encoding="utf-8").split()
+            period = words[1] if len(words) > 1 else (cgroup / "cpu/cpu.cfs_period_us").read_text(encoding="utf-8")
             return math.inf if words[0] in ("max", "-1") else int(words[0]) / int(period)
     return math.inf
 

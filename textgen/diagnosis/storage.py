@@ -102,7 +102,7 @@ def _write_probe(probe: Path) -> dict[str, float]:
     (probe / "aside").mkdir()
     (probe / "aside").rename(probe / "renamed")
     fsync_directory(probe)
-    if (probe / "replaced").read_text() != "new" or not (probe / "renamed").is_dir():
+    if (probe / "replaced").read_text(encoding="utf-8") != "new" or not (probe / "renamed").is_dir():
         raise OSError(0, "a renamed file or directory does not appear under its new name")
     return {"write_mb_per_s": len(content) / seconds / 1e6, "rename_ms": (time.perf_counter() - started) * 1e3}
 
@@ -115,7 +115,7 @@ def _look_at_probe(probe: Path) -> str:
             return "does not see the main process's files"
         time.sleep(0.02)
     try:
-        with (probe / "lock").open("r+") as lock:
+        with (probe / "lock").open("rb+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:  # the lock of the main process works on this process too
         return ""

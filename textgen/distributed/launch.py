@@ -188,7 +188,7 @@ def _assert_promised(accelerator: Accelerator, processes: int, device: str, prec
 
 def count_different(accelerator: Accelerator, value: object) -> int:
     """Return how many different values the processes hold, compared as texts. Collective."""
-    digest = int.from_bytes(hashlib.sha256(str(value).encode()).digest()[:7], "big")
+    digest = int.from_bytes(hashlib.sha256(str(value).encode(errors="surrogateescape")).digest()[:7], "big")
     return len(accelerator.gather(torch.tensor([digest], device=accelerator.device)).unique())
 
 

@@ -196,6 +196,6 @@ def _command(pid: int) -> list[str]:
 def _read_proc(pid: int, name: str) -> str:
     """Return a file of /proc/PID; empty if the process has ended or does not allow it."""
     try:
-        return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
+        return Path(f"/proc/{pid}/{name}").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""

@@ -114,10 +114,10 @@ def read_launch(pid: int) -> Launch | None:
     match = None
     while match is None:
         try:
-            match = ACCELERATE_LAUNCH.search(Path(f"/proc/{pid}/cmdline").read_text())
+            match = ACCELERATE_LAUNCH.search(os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes()))
             working_dir = os.readlink(f"/proc/{pid}/cwd") if match else ""
-            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])  # the parent's pid
-        except (OSError, UnicodeDecodeError):  # no further ancestor, or no permission to read it
+            pid = int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])  # the parent's pid
+        except OSError:  # no further ancestor, or no permission to read it
             return None
     flags = match.string[match.end() :].split("\0")[:-1]
     # Use accelerate's parser and reader: they accepted these flags when accelerate started this process.

@@ -100,7 +100,7 @@ class RunDirectory:
             try:
                 self._write(values)
             except OSError:  # perhaps a full disk, which may be the reason: overwrite the file in its block
-                with (self.path / STATUS_NAME).open("r+") as file:
+                with (self.path / STATUS_NAME).open("r+", encoding="utf-8") as file:
                     file.write(self._status(values))
                     file.truncate()
 
@@ -149,7 +149,7 @@ class RunDirectory:
 def read_status(run_dir: Path) -> dict[str, Any]:
     """Return the values of status.json; empty if the file is missing or damaged."""
     try:
-        status = json.loads((run_dir / STATUS_NAME).read_text())
+        status = json.loads((run_dir / STATUS_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) else {}

@@ -40,7 +40,9 @@ def _commit() -> str | None:
     git = ["git", "-C", str(root)]
     try:
         commit, changes = (
-            subprocess.run([*git, *argv], capture_output=True, text=True, timeout=5, check=True).stdout.strip()
+            subprocess.run([*git, *argv], capture_output=True, timeout=5, check=True)
+            .stdout.decode(errors="replace")
+            .strip()
             for argv in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
         )
     except (OSError, subprocess.SubprocessError):

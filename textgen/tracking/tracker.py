@@ -102,7 +102,7 @@ class Tracker:
             return
         row, number = {"step": step, **values}, self._number
         self._number += 1
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         for thread in self._threads:
             thread.put(lambda backend: backend.log(number, row, samples))
@@ -115,7 +115,7 @@ class Tracker:
     def sync(self) -> None:
         """Wait until all rows are on disk. A checkpoint is written after its rows, so that it never outlives them."""
         if self._main:
-            with self._path.open("a") as file:
+            with self._path.open("a", encoding="utf-8") as file:
                 os.fsync(file.fileno())
 
     def finish(self, end: RunEnd) -> None:

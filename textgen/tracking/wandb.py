@@ -242,7 +242,8 @@ def recorded_rows(run_dir: Path, run_id: str) -> int:
     rows = 0
     for path in (run_dir / "wandb").glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        listing = subprocess.run(command, capture_output=True, text=True).stdout  # ends where a kill cut the file off
+        # The listing ends where a kill cut the file off.
+        listing = subprocess.run(command, capture_output=True).stdout.decode(errors="replace")
         steps = re.findall(r'^\{"num":\d+,"type":"history".*"step":\{"num":(\d+)\}', listing, re.MULTILINE)
         rows = max([rows, *(int(step) + 1 for step in steps)])
     return rows
