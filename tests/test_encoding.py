@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from textgen.cli import main
+
 ROOT = Path(__file__).parents[1]
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 LATIN_1 = {"PYTHONIOENCODING": "latin-1"}
@@ -86,6 +88,27 @@ def test_json_and_names_of_files_are_utf8_in_an_ascii_locale(tiny_run: Path, tmp
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["prompt"] == "“é”"
     assert "“é”".encode() in done.stdout
+
+
+# --- names that are not UTF-8 ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "--sample_prompts", b"a\xe9"], "`--sample_prompts` is not UTF-8: byte 0xe9 at position 1"),
+        (["train", "--data.files", b"\xe9.txt"], "`--data.files` is not UTF-8: byte 0xe9 at position 0"),
+        (["publish", "runs/quick", "--to", b"\xe9"], "`--to` is not UTF-8: byte 0xe9 at position 0"),
+        (["sample", "runs/quick", "--prompt", b"\xe9"], "`--prompt` is not UTF-8: byte 0xe9 at position 0"),
+    ],
+)
+def test_arguments_that_are_not_utf8_are_refused_where_text_is_wanted(
+    command: list[str | bytes], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([os.fsdecode(word) for word in command])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 # --- source ----------------------------------------------------------------------------------------------------------

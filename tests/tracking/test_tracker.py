@@ -63,11 +63,16 @@ def test_a_failing_tracker_does_not_end_the_training(
 
 
 @pytest.mark.usefixtures("no_key")
-def test_a_key_is_found_in_environment_and_netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_key_is_found_in_environment_and_netrc(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     assert not has_wandb_key()
     (tmp_path / ".netrc").write_text("machine api.wandb.ai login user password secret\n")
     (tmp_path / ".netrc").chmod(0o600)
     assert has_wandb_key()
+    (tmp_path / ".netrc").write_bytes("\ufeffmachine api.wandb.ai login user password secret\n".encode("utf-16-le"))
+    assert not has_wandb_key()
+    assert "`~/.netrc` cannot be read: 'utf-8' codec can't decode byte 0xff" in caplog.text
     (tmp_path / ".netrc").unlink()
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     assert has_wandb_key()

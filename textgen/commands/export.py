@@ -56,7 +56,7 @@ def _export(args: Any) -> None:
     from textgen.distributed import launch
     from textgen.errors import TextgenError
     from textgen.evaluation import score
-    from textgen.files import make_directory, write_atomic
+    from textgen.files import decode_text, make_directory, write_atomic
 
     accelerator = launch.start("no")
     opened = open_model(args.checkpoint, best=args.best, accelerator=accelerator)
@@ -70,6 +70,8 @@ def _export(args: Any) -> None:
     plain = score(accelerator, model, documents, num_bytes, bos_id=tokenizer.bos_id, batch_size=args.batch_size)
 
     out = opened.directory if args.out is None else Path(args.out)
+    if args.to == "onnx":
+        decode_text(os.fsencode(out), f"`{out}`")  # onnxruntime opens no other path
     make_directory(out)
     path, decoders = (write_decoder if args.to == "decoder" else write_onnx_decoder)(model, out)
     bits = {"plain": plain.bits_per_byte}

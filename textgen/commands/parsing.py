@@ -21,6 +21,8 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from textgen.config import REMOVED_VALUES, TrainConfig
+from textgen.errors import TextgenError
+from textgen.files import decode_text
 from textgen.settings import build_settings, in_words, settings_of, unknown_setting
 
 # A launcher ends all processes once one has ended. Process 0 prints an error that all processes share. Another process
@@ -215,6 +217,8 @@ def _plain_flags(argv: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
             values.append(rest.pop(0))
         if kind is bool and not values:
             values = ["true"]
+        if is_list:  # YAML holds no bytes that are not text
+            values = [decode_text(os.fsencode(value), f"`{flag}`") for value in values]
         if is_list and not (len(values) == 1 and re.fullmatch(r"\[.*\]", values[0])):  # one word may be a YAML list
             values = [json.dumps([_number(v) for v in values] if typing.get_args(kind)[0] is float else values)]
         out.append(f"{flag}={values[0]}" if values else flag)
@@ -238,11 +242,11 @@ def _check_config_file(path: str) -> bool:
     """Return whether a YAML file holds any settings; fail if it cannot be read or a name in it is unknown."""
     try:
         # Only the names are checked here. jsonargparse reads the values: PyYAML reads 1e-4 as text.
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = yaml.safe_load(decode_text(Path(path).read_bytes(), f"`{path}`"))
     except OSError as error:
         fail(f"`{path}` cannot be read: {error.strerror}")
-    except UnicodeDecodeError as error:
-        fail(f"`{path}` is not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}")
+    except TextgenError as error:
+        fail(str(error))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from textgen.commands.parsing import fail
 from textgen.config import SamplingConfig
+from textgen.files import decode_text
 from textgen.settings import build_settings, in_words, unknown_setting
 
 if TYPE_CHECKING:
@@ -41,14 +42,14 @@ def read_prompts(flags: Sequence[str], file: str | None, config: SamplingConfig)
         file: the value of `--prompt_file`; `-` is standard input.
         config: the settings of all prompts.
     """
-    prompts = [Prompt(decode_utf8(os.fsencode(text), "`--prompt`"), config, "`--prompt`") for text in flags]
+    prompts = [Prompt(decode_text(os.fsencode(text), "`--prompt`"), config, "`--prompt`") for text in flags]
     if file is None and not prompts:
         if sys.stdin is None or sys.stdin.isatty():  # None: standard input is closed
             return [Prompt("", config, "`--prompt`")]
         file = "-"
     if file is not None:
         name = name_of(file)
-        text = decode_utf8(read_bytes(file), name)
+        text = decode_text(read_bytes(file), name)
         # Editors and `echo` end a file with a line break, which is not part of the prompt.
         prompts.append(Prompt(text.removesuffix("\n").removesuffix("\r"), config, name))
     return prompts
@@ -69,7 +70,7 @@ def parse_batch(raw: bytes, name: str, defaults: SamplingConfig) -> list[Prompt]
 
 
 def _parse_line(line: bytes, source: str, defaults: SamplingConfig) -> Prompt:
-    text = decode_utf8(line, source)
+    text = decode_text(line, source)
     try:
         values = json.loads(text)
     except (ValueError, RecursionError):
@@ -140,11 +141,3 @@ def read_bytes(path: str) -> bytes:
         return sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
     except OSError as error:
         fail(f"{name_of(path)} cannot be read: {error.strerror}")
-
-
-def decode_utf8(raw: bytes, source: str) -> str:
-    """Return UTF-8 bytes as text, in any locale; fail if they are not UTF-8."""
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        fail(f"{source} is not UTF-8: byte 0x{raw[error.start]:02x} at position {error.start}")

@@ -14,6 +14,7 @@ from typing import Any
 from textgen.commands.model_argument import add_model_arguments
 from textgen.commands.parsing import Parser, fail
 from textgen.errors import one_line
+from textgen.files import decode_text
 from textgen.reporting.card import CARD_NAME, HUB, build_card, read_provenance
 
 # Time limit for the hub's first answer. Later requests have the limits of the hub's client.
@@ -44,6 +45,7 @@ def publish_command(argv: Sequence[str]) -> None:
     if args.to.startswith(HUB):
         _to_hub(args, args.to.removeprefix(HUB))
     else:
+        decode_text(os.fsencode(args.to), "`--to`")  # the card names the folder
         _to_directory(args, Path(os.path.abspath(args.to)))
 
 

@@ -22,7 +22,6 @@ from textgen.commands.model_argument import add_model_arguments, open_decoder
 from textgen.commands.parsing import Parser, fail
 from textgen.commands.prompts import (
     Prompt,
-    decode_utf8,
     name_of,
     normalize_prompt,
     parse_batch,
@@ -33,6 +32,7 @@ from textgen.commands.prompts import (
 )
 from textgen.config import SamplingConfig
 from textgen.console import Progress, setup_logging
+from textgen.files import decode_text
 from textgen.settings import build_settings
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
     args = parser.parse_args(list(argv))
 
     values = {f.name: args[f.name] for f in dataclasses.fields(SamplingConfig)}
-    values["stop"] = [decode_utf8(os.fsencode(stop), "`--stop`") for stop in args.stop or ()]
+    values["stop"] = [decode_text(os.fsencode(stop), "`--stop`") for stop in args.stop or ()]
     for name in ("banned_tokens", "forced_tokens"):
         values[name] = [int(item) if re.fullmatch(r"-?\d{1,18}", item) else item for item in args[name] or ()]
     try:

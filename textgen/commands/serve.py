@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import sys
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from textgen.commands.model_argument import OpenModel, add_model_arguments, open_decoder
 from textgen.commands.parsing import Parser, fail
+from textgen.files import decode_text
 
 if TYPE_CHECKING:
     from textgen.decoding.decoders import Decoder
@@ -76,8 +78,7 @@ def _build(args: Any, opened: OpenModel, decoder: Decoder, token: str | None) ->
     server: DrainingServer  # built last, from the API, which reads its number of connections at each request
     scheduler = Scheduler(decoder, opened.tokenizer, batch_size=args.batch_size, max_waiting=args.max_waiting)
     limits = Limits(max_tokens=args.max_tokens, max_prompt_tokens=args.max_prompt_tokens, timeout=args.timeout)
-    name = args.name or Path(args.checkpoint).resolve().name
-    api = Api(name, opened.normalization, scheduler, limits, lambda: len(server.server_state.connections))
+    api = Api(_model_name(args), opened.normalization, scheduler, limits, lambda: len(server.server_state.connections))
     app = AccessMiddleware(
         api.app(),
         hosts=[*LOOPBACK_NAMES, _in_url(args.host), *(name.lower() for name in args.allowed_hosts or ())],
@@ -141,6 +142,11 @@ def _parse(argv: Sequence[str]) -> Any:
     return args
 
 
+def _model_name(args: Any) -> str:
+    """Return the model's name as text: JSON has no bytes that are not UTF-8, as the name of a folder may."""
+    return os.fsencode(args.name or Path(args.checkpoint).resolve().name).decode(errors="replace")
+
+
 def _is_loopback(host: str) -> bool:
     """Return whether only this machine can reach a host; False for any other name without looking it up."""
     try:
@@ -159,11 +165,9 @@ def _read_token(path: str | None) -> str | None:
     if path is None:
         return None
     try:
-        token = Path(path).read_text(encoding="utf-8").strip()
+        token = decode_text(Path(path).read_bytes(), f"`{path}`").strip()
     except OSError as error:
         fail(f"`{path}` cannot be read: {error.strerror}")
-    except UnicodeDecodeError:
-        fail(f"`{path}` is not UTF-8")
     if len(token) < MIN_TOKEN_LENGTH or not token.isascii() or not token.isprintable() or " " in token:
         fail(f"`{path}` must contain a token of at least {MIN_TOKEN_LENGTH} letters, digits and signs")
     return token

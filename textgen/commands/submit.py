@@ -19,6 +19,8 @@ from typing import Any
 from textgen.commands.parsing import Parser, fail, parse_train_config
 from textgen.config import TrainConfig
 from textgen.console import use_utf8
+from textgen.errors import TextgenError
+from textgen.files import UTF8_MARK, decode_text, refuse_wide
 from textgen.settings import settings_of, unknown_setting
 
 HOME = Path(__file__).resolve().parents[2]
@@ -175,11 +177,11 @@ def read_sweep(path: str, common: Sequence[str] = ()) -> list[list[str]]:
         common: flags of all trainings; those of a line override them.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = decode_text(Path(path).read_bytes(), f"`{path}`").splitlines()
     except OSError as error:
         fail(f"`{path}` cannot be read: {error.strerror}")
-    except UnicodeDecodeError as error:
-        fail(f"`{path}` is not UTF-8: byte 0x{error.object[error.start]:02x} at position {error.start}")
+    except TextgenError as error:  # this is also a script, without the handler of textgen/cli.py
+        fail(str(error))
     trainings = []
     for number, line in enumerate(lines, 1):
         try:
@@ -218,6 +220,11 @@ def read_site(path: Path) -> dict[str, str]:
     """Return the environment with the exports of the site's file; fail if the file fails."""
     if not path.exists():
         return dict(os.environ)
+    raw = path.read_bytes()
+    refuse_wide(raw, f"`{path}`", "wanted UTF-8")
+    if raw.startswith(UTF8_MARK) or b"\r\n" in raw:
+        what = "begins with a byte order mark" if raw.startswith(UTF8_MARK) else "has Windows line ends"
+        fail(f"`{path}` {what}, which bash takes as part of a command: save it as UTF-8 without them")
     reader = ["bash", "-c", 'source "$0" 1>&2 && env --null', str(path)]
     done = subprocess.run(reader, capture_output=True, check=False)
     if done.returncode != 0:

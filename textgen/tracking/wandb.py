@@ -42,13 +42,16 @@ MIN_FREE_BYTES = 1 << 16
 
 
 def has_wandb_key() -> bool:
-    """Return whether a W&B API key exists, in the environment or in ~/.netrc."""
+    """Return whether a W&B API key exists, in the environment or in ~/.netrc; warn of a file that has no such form."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
-    except (OSError, netrc.NetrcParseError):
+    except OSError:
+        return False
+    except (netrc.NetrcParseError, UnicodeDecodeError) as error:  # a byte order mark too: W&B does not read it either
+        log.warning("`%s` cannot be read: %s", os.environ.get("NETRC", "~/.netrc"), first_line(error))
         return False
 
 
