@@ -310,6 +310,62 @@ def test_a_file_of_samples_is_continued_from_wherever_it_ends(
         assert run() == whole, end
 
 
+EQUAL: list[dict[str, Any]] = [
+    {"prompt": ["The", "I saw", "The"][i % 3], "id": i, "max_new_tokens": 12, "seed": i // 6} for i in range(12)
+]
+
+
+def test_prompts_given_several_times_get_the_samples_of_num_samples(sample: Sampler) -> None:
+    flags = ["--max_new_tokens", "20", "--seed", "3", "--json"]
+    got = objects(sample("--prompt", "The", "--prompt", "I", "--prompt", "The", "--prompt", "The", *flags))
+    assert [record["number"] for record in got] == [0, 0, 1, 2]
+    assert [got[0], *got[2:]] == objects(sample("--prompt", "The", "--num_samples", "3", *flags))
+    assert len({record["text"] for record in got}) == 4
+    assert got[1:2] == objects(sample("--prompt", "I", *flags))
+
+
+@pytest.mark.parametrize("flags", [["--num_samples", "2"], ["--best_of", "2", "--num_samples", "1"]])
+def test_equal_prompts_of_a_file_are_numbered_over_the_whole_file_also_when_it_goes_on(
+    sample: Sampler, tmp_path: Path, flags: list[str]
+) -> None:
+    file, out = write_prompts(tmp_path / "prompts.jsonl", EQUAL), tmp_path / "out.jsonl"
+
+    def run() -> bytes:
+        sample("--batch_file", str(file), "--out", str(out), *flags, *PLAIN)
+        return out.read_bytes()
+
+    whole = run()
+    lines = whole.splitlines(keepends=True)
+    for start, seed in ((0, 0), (len(lines) // 2, 1)):
+        half = objects(b"".join(lines[start : start + len(lines) // 2]).decode())
+        equal = [record for record in half if record["prompt"] == "The"]
+        # best of 2: the better one of the numbers 0 and 1, of 2 and 3, ...
+        more = objects(sample("--prompt", "The", "--seed", str(seed), "--max_new_tokens", "12", "--num_samples", "8",
+                              "--json", *PLAIN))  # fmt: skip
+        assert [record["text"] for record in equal] == [more[record["number"]]["text"] for record in equal]
+        assert len({record["number"] for record in equal}) == len(equal)
+        assert max(record["number"] for record in equal) >= 6
+    for done in (1, 5, len(lines) - 1):
+        out.write_bytes(b"".join(lines[:done]))
+        assert run() == whole, done
+
+
+def test_a_file_with_equal_prompts_of_an_earlier_version_is_not_continued(
+    sample: Sampler, refuse: Sampler, prompts_file: Path, tmp_path: Path
+) -> None:
+    equal, out = write_prompts(tmp_path / "equal.jsonl", EQUAL), tmp_path / "out.jsonl"
+    beside = tmp_path / "out.jsonl.origin.json"
+    sample("--batch_file", str(equal), "--out", str(out))
+    origin = json.loads(beside.read_text())
+    del origin["numbering"]  # an earlier version drew equal samples for equal prompts, and recorded no numbering
+    beside.write_text(json.dumps(origin))
+    line = refuse("--batch_file", str(equal), "--out", str(out))
+    assert line == f"`{out}` was begun with other numbering: name another file"
+    out.unlink()
+    sample("--batch_file", str(prompts_file), "--out", str(out))
+    assert "numbering" not in json.loads(beside.read_text()), "a file whose prompts all differ goes on as before"
+
+
 @pytest.mark.slow
 def test_nothing_is_lost_or_doubled_by_kills_and_interrupts(tiny_run: Path, tmp_path: Path) -> None:
     prompts = [{"prompt": f"The plot {i}", "max_new_tokens": 20 + i % 7} for i in range(150)]

@@ -23,6 +23,7 @@ from textgen.decoding.generation import (
     _sample_number,
     generate,
     generate_stream,
+    number_requests,
     sample_all,
 )
 from textgen.decoding.sampling import draw, new_sampling_state, process_logits, record_tokens
@@ -128,6 +129,23 @@ def test_a_sample_is_the_same_alone_in_a_batch_and_among_others(
     assert several[::3] == list(alone.values())
     assert [(sample.prompt, sample.number) for sample in several] == [(p, j) for p in PROMPTS for j in range(3)]
     assert several[3:6] == sample_all(model, tokenizer, PROMPTS[1:2], config, num_samples=3)
+
+
+def test_equal_prompts_of_a_list_are_samples_with_numbers_that_go_on(
+    model: LSTMLanguageModel, tokenizer: Tokenizer
+) -> None:
+    config = SamplingConfig(max_new_tokens=20)
+    got = sample_all(model, tokenizer, ["it was", "", "it was", "it was"], config, num_samples=2)
+    assert [sample.number for sample in got] == [0, 1, 0, 1, 2, 3, 4, 5]
+    assert got[:2] + got[4:] == sample_all(model, tokenizer, ["it was"], config, num_samples=6)
+    assert len({sample.text for sample in got[:2] + got[4:]}) == 6
+
+
+def test_prompts_are_equal_with_the_same_settings_and_seed_alone() -> None:
+    config, other = SamplingConfig(seed=1), SamplingConfig(seed=2)
+    prompts = [("a", config), ("a", other), ("a", SamplingConfig(seed=1)), ("b", config), ("a", other)]
+    numbers = [request.number for request in number_requests(prompts, 3)]
+    assert numbers == [0, 1, 2, 0, 1, 2, 3, 4, 5, 0, 1, 2, 3, 4, 5]
 
 
 def test_samples_prompts_and_seeds_draw_other_noise(model: LSTMLanguageModel, tokenizer: Tokenizer) -> None:

@@ -72,7 +72,11 @@ def sample_command(argv: Sequence[str]) -> None:
         sampler = _Sampler(args, decoder, opened.tokenizer, prompts, interrupted)
         if args.batch_file is not None:
             settings = [dataclasses.asdict(config), args.num_samples, args.best_of, args.decoder]
-            _write_batch(sampler, Path(args.out), origin_of(raw, settings, opened.directory))
+            origin = origin_of(raw, settings, opened.directory)
+            if len({(prompt.text, prompt.config) for prompt in prompts}) < len(prompts):
+                # An earlier version drew equal samples for equal prompts: its files must not be continued.
+                origin["numbering"] = "counts equal prompts"
+            _write_batch(sampler, Path(args.out), origin)
         elif args.json:
             for records in sampler.records():
                 print("\n".join(_json_line(record) for record in records), flush=True)
@@ -179,14 +183,15 @@ class _Sampler:
         )
 
     def _requests(self) -> Iterator[Request]:
-        from textgen.decoding.generation import Request
+        from textgen.decoding.generation import number_requests
 
-        for prompt in self._prompts:
-            config = prompt.config
-            if self._best_of is not None and config.logprobs is None:
-                config = dataclasses.replace(config, logprobs=0)  # `best` compares log-probabilities
-            for number in range(self._drawn):
-                yield Request(prompt.text, config, number)
+        def config_of(prompt: Prompt) -> SamplingConfig:
+            if self._best_of is not None and prompt.config.logprobs is None:
+                return dataclasses.replace(prompt.config, logprobs=0)  # `best` compares log-probabilities
+            return prompt.config
+
+        # All prompts are numbered, also those whose samples an earlier run has drawn: the numbers count equal prompts.
+        return number_requests(((prompt.text, config_of(prompt)) for prompt in self._prompts), self._drawn)
 
     def groups(self, skip: int = 0) -> Iterator[list[Sample]]:
         """Yield the samples of each group, in order, but for the first `skip` groups.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -103,15 +104,29 @@ def generate(
 ) -> Iterator[tuple[int, str | Sample]]:
     """Continue every prompt `num_samples` times.
 
-    The noise of sample j of a prompt depends on the seed, the prompt and j alone, so its text does not depend on the
-    other samples.
+    The noise of a sample depends on the seed, the prompt and the number of `number_requests` alone, so its text does
+    not depend on the samples of other prompts.
 
     Yields:
         (index, piece of text) as it is drawn, whole characters only, and once per sample (index, Sample) when it ends.
-        The index is prompt index x `num_samples` + j.
+        Sample i of a prompt has the index prompt index x `num_samples` + i.
     """
-    requests = (Request(prompt, config, j) for prompt in prompts for j in range(num_samples))
+    requests = number_requests(((prompt, config) for prompt in prompts), num_samples)
     return generate_stream(model, tokenizer, requests, batch_size=batch_size)
+
+
+def number_requests(prompts: Iterable[tuple[str, SamplingConfig]], num_samples: int) -> Iterator[Request]:
+    """Yield the requests for `num_samples` samples of each prompt of a list, in order.
+
+    Sample i of a prompt has the number `num_samples` x (earlier entries with the same prompt and settings) + i. So a
+    prompt that is in the list k times has k different texts: those of one entry with k times `num_samples`.
+    """
+    earlier: Counter[tuple[str, SamplingConfig]] = Counter()
+    for prompt, config in prompts:
+        first = num_samples * earlier[prompt, config]
+        earlier[prompt, config] += 1
+        for i in range(num_samples):
+            yield Request(prompt, config, first + i)
 
 
 def sample_all(

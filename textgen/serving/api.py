@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from starlette.applications import Starlette
@@ -17,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from textgen.data.corpus import normalize
+from textgen.decoding.generation import number_requests
 from textgen.serving.completion import EventStream, PendingChoice, PendingCompletion, cancel_on_disconnect
 from textgen.serving.protocol import ApiError, CompletionRequest, Limits, describe_api, parse_request, read_body
 from textgen.serving.scheduler import Delta, Scheduler, Stream
@@ -138,7 +140,7 @@ class Api:
         self.metrics.prompt_tokens += completion.num_prompt_tokens
         if parsed.stream:
             options = parsed.stream_options
-            return EventStream(completion, include_usage=options is not None and options.include_usage)
+            return EventStream(completion, include_usage=options is not None and options.include_usage is True)
         with closing(completion):
             return JSONResponse(await cancel_on_disconnect(request.receive, completion.result()))
 
@@ -149,18 +151,20 @@ class Api:
             ApiError: a prompt has too many tokens.
         """
         completion, config = PendingCompletion(self._name, self._scheduler), request.config(self._normalization)
-        limit = self._limits.max_prompt_tokens
-        for prompt in request.prompts:
-            text = normalize(prompt, self._normalization)
-            tokens = self._scheduler.tokenizer.encode(text)
+        limit, n = self._limits.max_prompt_tokens, request.n or 1
+        texts = [normalize(prompt, self._normalization) for prompt in request.prompts]
+        samples = number_requests(((text, config) for text in texts), n)
+        for i, prompt in enumerate(request.prompts):
+            tokens = self._scheduler.tokenizer.encode(texts[i])
             if len(tokens) > limit:
-                message = f"`prompt` must have at most {limit} tokens: {len(tokens)}"
-                raise ApiError(400, message, code="context_length_exceeded", param="prompt")
+                name = f"prompt[{i}]" if isinstance(request.prompt, list) else "prompt"
+                message = f"`{name}` has {len(tokens)} tokens; at most {limit}"
+                raise ApiError(400, message, code="context_length_exceeded", param=name)
             completion.num_prompt_tokens += len(tokens)
             echo = prompt if request.echo else ""
-            for number in range(request.n or 1):
+            for sample in islice(samples, n):
                 index = len(completion.choices)
-                stream = self._scheduler.new_stream(text, tokens, config, number, (completion, index))
+                stream = self._scheduler.new_stream(sample, tokens, (completion, index))
                 completion.choices.append(PendingChoice(index, stream, len(echo), echo))
         return completion
 
@@ -205,7 +209,10 @@ async def _on_api_error(_: Request, error: Exception) -> Response:
 
 async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    response = ApiError(error.status_code, error.detail).response
+    detail = error.detail
+    if error.status_code == 404:
+        detail = "no API has this path; `POST /v1/completions` continues texts, there are no chats"
+    response = ApiError(error.status_code, detail).response
     response.headers.update(error.headers or {})
     return response
 

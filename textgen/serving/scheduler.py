@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from textgen.config import SamplingConfig
 from textgen.decoding.decoders import Decoder
 from textgen.decoding.generation import Batch, Prefilled, Request, RunningSample, Sample, TokenLogprobs
 from textgen.tokenizer import Tokenizer
@@ -140,17 +139,14 @@ class Scheduler:
         """Wait at most `seconds` for the decoding thread to end."""
         self._thread.join(seconds)
 
-    def new_stream(self, prompt: str, tokens: list[int], config: SamplingConfig, number: int, owner: Any) -> Stream:
+    def new_stream(self, request: Request, tokens: list[int], owner: Any) -> Stream:
         """Return a sample for `submit`.
 
         Args:
-            prompt: text, normalized.
+            request: its prompt is normalized.
             tokens: the prompt's.
-            config: sampling settings.
-            number: the sample's number among the samples of the prompt.
             owner: identifies the sample for the caller.
         """
-        request = Request(prompt, config, number)
         ids = [self.tokenizer.bos_id, *tokens]
         running = RunningSample(index=next(self._indices), request=request, tokenizer=self.tokenizer, prompt_ids=ids)
         return Stream(running, owner)
