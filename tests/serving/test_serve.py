@@ -149,6 +149,78 @@ def test_penalties_and_top_k_reach_the_draw(server: Running, alone: Alone) -> No
     assert server.complete(**asked, top_k=1)["choices"][0]["text"] == likeliest
 
 
+@pytest.mark.parametrize("settings", [{}, {"seed": 7}, {"n": 2, "seed": 7}])
+def test_equal_prompts_of_a_list_get_different_texts_those_of_n(
+    client: openai.OpenAI, alone: Alone, settings: dict[str, Any]
+) -> None:
+    prompts = ["The plot", "The", "The plot", "The plot"]
+    answer = client.completions.create(model="tiny", prompt=prompts, max_tokens=30, **settings)
+    n = settings.get("n", 1)
+    texts = [choice.text for choice in answer.choices]
+    equal = texts[:n] + texts[2 * n :]
+    assert len(set(equal)) == 3 * n
+    if "seed" in settings:
+        more = client.completions.create(model="tiny", prompt="The plot", max_tokens=30, n=3 * n, seed=7)
+        assert equal == [choice.text for choice in more.choices]
+        assert equal == [alone("The plot", number, seed=7, max_new_tokens=30).text for number in range(3 * n)]
+        assert texts[n] == alone("The", seed=7, max_new_tokens=30).text
+
+
+def test_nothing_is_counted_across_requests(server: Running) -> None:
+    asked = {"prompt": ["The", "The"], "seed": 3, "max_tokens": 30}
+    first, second = server.complete(**asked), server.complete(**asked)
+    assert first["choices"] == second["choices"]
+    assert server.complete(prompt="The", seed=3, max_tokens=30)["choices"][0] == first["choices"][0]
+
+
+def test_a_list_of_as_many_prompts_as_the_queue_holds_is_done(client: openai.OpenAI, alone: Alone) -> None:
+    prompts = [f"The plot {i % 40}" for i in range(64)]
+    answer = client.completions.create(model="tiny", prompt=prompts, max_tokens=5, seed=7, stop=["@", *"ABCDEFGHIJKLM"])
+    assert len(answer.choices) == 64
+    for i in (0, 39, 40, 63):
+        wanted = alone(prompts[i], i // 40, seed=7, max_new_tokens=5, stop=("@", *"ABCDEFGHIJKLM")).text
+        assert answer.choices[i].text == wanted
+    limit = "at most 64, by the server's flag `--max_waiting`"
+    for prompt, n, message in [
+        (prompts * 5, 1, f"`prompt` has 320 items; {limit}"),
+        (prompts[:20], 4, f"`prompt` has 20 items and `n` is 4: 80 samples; {limit}"),
+        ("The", 65, f"`n` is 65; {limit}"),
+    ]:
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.completions.create(model="tiny", prompt=prompt, n=n)
+        assert refused.value.body == {
+            "message": message,
+            "type": "invalid_request_error",
+            "param": "prompt",
+            "code": None,
+        }
+
+
+def test_values_that_ask_for_nothing_change_nothing(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": "The", "seed": 7, "max_tokens": 20}
+    nothing: dict[str, Any] = {
+        "best_of": 1, "suffix": None, "logit_bias": {}, "n": 1, "echo": False, "logprobs": None, "user": "u",
+        "presence_penalty": 0, "frequency_penalty": 0, "stop": [], "stream": False, "stream_options": {},
+        "extra_body": {
+            "tools": [], "tool_choice": "auto", "functions": [], "function_call": "none", "parallel_tool_calls": True,
+            "response_format": {"type": "text"}, "store": False, "metadata": {}, "service_tier": "auto",
+            "messages": [], "top_logprobs": None, "modalities": None,
+        },
+    }  # fmt: skip
+    wanted = client.completions.create(**asked)
+    answer = client.completions.create(**asked, **nothing)
+    assert answer.choices == wanted.choices
+    assert client.completions.create(**asked, suffix="").choices == wanted.choices
+    options = {"include_obfuscation": False, "include_usage": False}
+    events = client.completions.create(**asked, stream=True, stream_options=options)
+    assert "".join(event.choices[0].text for event in events) == wanted.choices[0].text
+
+
+def test_a_request_for_a_chat_says_where_texts_are_continued(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError, match="`POST /v1/completions` continues texts, there are no chats"):
+        client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hello"}])
+
+
 def test_null_is_as_good_as_nothing(server: Running) -> None:
     fields = json.loads(server.ask("GET", "/openapi.json")[2])["components"]["schemas"]["CompletionRequest"][
         "properties"
@@ -312,7 +384,7 @@ def test_the_log_holds_neither_prompts_nor_texts(server: Running) -> None:
         (["--host", "example.org"], "`host` example.org is not a loopback address: set `token_file`"),
         (["--token_file", "short"], "`short` must contain a token of at least 16 letters, digits and signs"),
         (["--token_file", "none"], "`none` cannot be read: No such file or directory"),
-        (["--max_waiting", "63"], "`max_waiting` must be at least 64: 63"),
+        (["--max_waiting", "0"], "`max_waiting` must be at least 1: 0"),
         (["--port", "65536"], "`port` must be at most 65535: 65536"),
         (["--threads", "0"], "`threads` must be at least 1: 0"),
         (["--timeout", "0"], "`timeout` must be above 0 and at most 86400: 0.0"),

@@ -32,8 +32,6 @@ LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
 # `textgen[serve]`: outside a checkout pip would look for that name in an index, where it is another project.
 PACKAGES = {"pydantic": ">=2.12,<3", "starlette": ">=1.10,<2", "uvicorn": ">=0.54,<0.55"}
 
-# The largest number of samples of one request: prompts times `n`. The queue must have room for them.
-MAX_REQUEST_SAMPLES = 64
 MIN_TOKEN_LENGTH = 16
 
 
@@ -77,7 +75,12 @@ def _build(args: Any, opened: OpenModel, decoder: Decoder, token: str | None) ->
 
     server: DrainingServer  # built last, from the API, which reads its number of connections at each request
     scheduler = Scheduler(decoder, opened.tokenizer, batch_size=args.batch_size, max_waiting=args.max_waiting)
-    limits = Limits(max_tokens=args.max_tokens, max_prompt_tokens=args.max_prompt_tokens, timeout=args.timeout)
+    limits = Limits(
+        max_tokens=args.max_tokens,
+        max_prompt_tokens=args.max_prompt_tokens,
+        max_samples=args.max_waiting,
+        timeout=args.timeout,
+    )
     api = Api(_model_name(args), opened.normalization, scheduler, limits, lambda: len(server.server_state.connections))
     app = AccessMiddleware(
         api.app(),
@@ -124,7 +127,7 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--max_prompt_tokens", type=int, default=2048, help="maximum number of tokens of a prompt")
     parser.add_argument("--timeout", type=float, default=300.0, help="maximum number of seconds of a request")
     args = parser.parse_args(list(argv))
-    least = {"batch_size": 1, "max_waiting": MAX_REQUEST_SAMPLES, "max_tokens": 1, "max_prompt_tokens": 1, "port": 0}
+    least = {"batch_size": 1, "max_waiting": 1, "max_tokens": 1, "max_prompt_tokens": 1, "port": 0}
     for name, value in least.items():
         if args[name] < value:
             parser.error(f"`{name}` must be at least {value}: {args[name]}")

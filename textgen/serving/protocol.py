@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import difflib
+import json
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    WithJsonSchema,
+    field_validator,
+)
 from pydantic.json_schema import models_json_schema
+from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -17,6 +29,7 @@ from textgen.data.corpus import normalize
 
 BODY_BYTES = 1 << 20
 BODY_SECONDS = 10.0
+MAX_N = 128  # as with OpenAI
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +40,8 @@ class Limits:
     """tokens of a sample"""
     max_prompt_tokens: int = 2048
     """tokens of a prompt"""
+    max_samples: int = 256
+    """samples of a request, which are queued together"""
     timeout: float = 300.0
     """seconds from a request to its last token"""
 
@@ -37,25 +52,97 @@ Text = Annotated[str, Field(max_length=16384)]
 Stop = Annotated[str, Field(min_length=1, max_length=64)]
 
 
+def _require_false(value: bool) -> bool:
+    if value:
+        raise PydanticCustomError("unsupported", "must be false")
+    return value
+
+
+# `Literal[False]` would take 0 as well.
+Off = Annotated[bool, AfterValidator(_require_false), WithJsonSchema({"const": False})]
+EmptyList = Annotated[list[Any], Field(max_length=0)]
+EmptyObject = Annotated[dict[str, Any], Field(max_length=0)]
+
+
 class StreamOptions(BaseModel):
     """Options of a stream."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    include_usage: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: Off | None = None
 
 
-class CompletionRequest(BaseModel):
+class ResponseFormat(BaseModel):
+    """The form of a chat's response."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    type: Literal["text"] | None = None
+
+
+class UnsupportedFields(BaseModel):
+    """Fields of OpenAI's completions and chats without a function here.
+
+    Clients send some of them always. Each takes the values that ask for nothing, and any other value is refused. Types
+    are those of `openai.types.completion_create_params` and `openai.types.chat.completion_create_params` (3.54).
+    """
+
+    best_of: int | None = Field(None, ge=1, le=1)
+    suffix: Literal[""] | None = None
+    logit_bias: EmptyObject | None = None
+    messages: EmptyList | None = None
+    tools: EmptyList | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: EmptyList | None = None
+    function_call: Literal["none", "auto"] | None = None
+    response_format: ResponseFormat | None = None
+    store: Off | None = None
+    metadata: EmptyObject | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    top_logprobs: None = None
+    max_completion_tokens: None = None
+    modalities: None = None
+    audio: None = None
+    moderation: None = None
+    prediction: None = None
+    prompt_cache_key: None = None
+    prompt_cache_options: None = None
+    prompt_cache_retention: None = None
+    reasoning_effort: None = None
+    safety_identifier: None = None
+    verbosity: None = None
+    web_search_options: None = None
+
+
+def _add_conditions(schema: dict[str, Any]) -> None:
+    """Describe the combinations of fields that `parse_request` refuses, in the schema of a request."""
+
+    def sets(**fields: dict[str, Any]) -> dict[str, Any]:
+        return {"required": list(fields), "properties": fields}
+
+    usage = sets(stream_options={"type": "object"} | sets(include_usage={"const": True}))
+    refused = [
+        sets(echo={"const": True}, logprobs={"type": "number"}),
+        sets(best_of={"const": 1}, n={"type": "number", "minimum": 2}),
+        usage | {"not": sets(stream={"const": True})},
+    ]
+    schema["allOf"] = [{"not": condition} for condition in refused]
+
+
+class CompletionRequest(UnsupportedFields):
     """The body of `POST /v1/completions`."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, json_schema_extra=_add_conditions)
 
     # As with OpenAI, null is the same as an absent field.
     model: str | None = Field(None, description="the name in `/v1/models`")
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=8)] | None = Field(
+    # `fail_fast`: a body has room for 500,000 wrong items, and an error for each would hold the server up for seconds.
+    prompt: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None = Field(
         None, description="an absent or empty prompt starts a text"
     )
-    n: int | None = Field(None, ge=1, le=8, description="samples of each prompt; default 1")
+    n: int | None = Field(None, ge=1, le=MAX_N, description="samples of each prompt; default 1")
     max_tokens: int | None = Field(None, ge=1, description="default 16")
     temperature: float | None = Field(None, ge=0, le=2, description="default 1")
     top_p: float | None = Field(None, gt=0, le=1)
@@ -63,15 +150,15 @@ class CompletionRequest(BaseModel):
     min_p: float | None = Field(None, ge=0, le=1, description="an extension")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=0, lt=1 << 63, description="fixes the samples; random for each request if absent")
     logprobs: int | None = Field(None, ge=0, le=10, description="number of most likely tokens to return per token")
-    echo: bool | None = Field(None, description="return the prompt before the text")
+    echo: bool | None = Field(None, description="return the prompt before the text; not with `logprobs`")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=256)] | None = Field(None, description="ignored")
 
-    @field_validator("n", "max_tokens", "top_k", "seed", "logprobs", mode="before")
+    @field_validator("best_of", "n", "max_tokens", "top_k", "seed", "logprobs", mode="before")
     @classmethod
     def _integral_float(cls, value: object) -> object:
         """Accept 1.0 as an integer: in JSON Schema it is one."""
@@ -125,23 +212,88 @@ def parse_request(body: bytes, limits: Limits) -> CompletionRequest:
     """Parse the body of a completions request.
 
     Raises:
-        ApiError: the body is not JSON, or a field is unknown or invalid. The message names the first one.
+        ApiError: the body is not JSON, a field is unknown or invalid, or fields do not go together. The message names
+            the first one.
     """
     try:
         request = CompletionRequest.model_validate_json(body)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        if not first["loc"]:
-            raise ApiError(400, f"the body: {first['msg']}") from None
-        name = str(first["loc"][0])[:64]
-        if first["type"] == "extra_forbidden":
-            raise ApiError(400, f"unknown field `{name}`", param=name) from None
-        value = "" if isinstance(first["input"], (list, dict)) else f": {str(first['input'])[:40]}"
-        raise ApiError(400, f"`{name}`: {first['msg']}{value}", param=name) from None
+        raise _field_error(error.errors(include_url=False)) from None
+    n, prompts = request.n or 1, len(request.prompts)
+    wants_usage = request.stream_options is not None and request.stream_options.include_usage
     if request.max_tokens is not None and request.max_tokens > limits.max_tokens:
-        message = f"`max_tokens` must be at most {limits.max_tokens}: {request.max_tokens}"
-        raise ApiError(400, message, param="max_tokens")
-    return request
+        wrong = "max_tokens", f"`max_tokens` must be at most {limits.max_tokens}: {request.max_tokens}"
+    elif n * prompts > limits.max_samples:
+        items, times = f"`prompt` has {prompts} items", f"`n` is {n}"
+        seen = items if n == 1 else times if prompts == 1 else f"{items} and {times}: {n * prompts} samples"
+        wrong = "prompt", f"{seen}; at most {limits.max_samples}, by the server's flag `--max_waiting`"
+    elif request.echo and request.logprobs is not None:
+        wrong = "echo", "`echo` does not go with `logprobs`: prompts are not scored"
+    elif request.best_of is not None and n > 1:
+        wrong = "best_of", f"`best_of` must be at least `n` {n}: {request.best_of}"
+    elif wants_usage and not request.stream:
+        wrong = "stream_options", "`stream_options.include_usage` needs `stream`"
+    else:
+        return request
+    raise ApiError(400, wrong[1], param=wrong[0])
+
+
+# The error of a wrong value, by pydantic's name of the error. `bound` is the violated limit, `size` what the value has.
+VALUE_ERRORS = {
+    "int_type": "must be an integer",
+    "float_type": "must be a number",
+    "bool_type": "must be true or false",
+    "string_type": "must be a string",
+    "list_type": "must be a list",
+    "dict_type": "must be an object",
+    "model_type": "must be an object",
+    "finite_number": "must be finite",
+    "greater_than_equal": "must be at least {bound}",
+    "greater_than": "must be above {bound}",
+    "less_than_equal": "must be at most {bound}",
+    "less_than": "must be below {bound}",
+}
+SIZE_ERRORS = {
+    "string_too_short": "is an empty string",
+    "too_short": "is an empty list",
+    "string_too_long": "has {size} characters; at most {bound}",
+    "too_long": "has {size} items; at most {bound}",
+}
+UNIONS = ("prompt", "stop")  # fields that take a string or a list of strings
+
+
+def _field_error(errors: Sequence[ErrorDetails]) -> ApiError:
+    """Return the response for the errors of the first wrong field."""
+    field = errors[0]["loc"][:1]
+    errors = [error for error in errors if error["loc"][:1] == field]
+    # A union reports an error of each type that it takes. Those of the type that the value has are the telling ones.
+    fitting = [error for error in errors if len(error["loc"]) != 2 or not error["type"].endswith("_type")]
+    error = (fitting or errors)[0]
+    kind, value, context = error["type"], error["input"], error.get("ctx", {})
+    if not field:
+        return ApiError(400, "the body " + VALUE_ERRORS.get(kind, f"is not JSON: {context.get('error')}"))
+
+    path = error["loc"][2:] if field[0] in UNIONS else error["loc"][1:]
+    name = str(field[0])[:64] + "".join(f"[{part}]" if isinstance(part, int) else f".{part[:64]}" for part in path)
+    name = json.dumps(name, ensure_ascii=False)[1:-1]  # without line breaks
+    shown = "" if isinstance(value, (list, dict)) else f": {json.dumps(value, ensure_ascii=False)[:40]}"
+    bound = next((context[key] for key in ("ge", "gt", "le", "lt", "max_length") if key in context), None)
+    if kind == "extra_forbidden":
+        known = sorted({*CompletionRequest.model_fields} - {*UnsupportedFields.model_fields})
+        nearest = [] if path else difflib.get_close_matches(name, known, n=1)
+        message = f"unknown field `{name}`" + "".join(f"; the nearest is `{other}`" for other in nearest)
+    elif field[0] in UNIONS and not fitting:
+        message = f"`{name}` must be a string or a list of strings{shown}"
+    elif field[0] == "prompt" and type(value) in (int, list) and kind == "string_type":
+        message = f"`{name}` must be a string{shown}; token ids are not supported"
+    elif kind in SIZE_ERRORS and bound != 0:
+        message = f"`{name}` " + SIZE_ERRORS[kind].format(bound=bound, size=len(value))
+    elif kind in VALUE_ERRORS:
+        limit = f"{bound:g}" if isinstance(bound, float) else bound
+        message = f"`{name}` {VALUE_ERRORS[kind].format(bound=limit)}{shown}"
+    else:
+        message = f"`{name}` is not supported{shown}; leave it out"
+    return ApiError(400, message, param=name)
 
 
 # --- responses -------------------------------------------------------------------------------------------------------
@@ -297,6 +449,8 @@ def _schemas(name: str, limits: Limits) -> dict[str, Any]:
     fields = schemas["CompletionRequest"]["properties"]
     fields["model"]["anyOf"][0]["enum"] = [name]
     fields["max_tokens"]["anyOf"][0]["maximum"] = limits.max_tokens
+    fields["prompt"]["anyOf"][1]["maxItems"] = limits.max_samples
+    fields["n"]["anyOf"][0]["maximum"] = min(limits.max_samples, MAX_N)
     return schemas
 
 

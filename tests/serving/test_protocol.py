@@ -1,0 +1,114 @@
+"""What the protocol refuses, and how it says so: no field of a request is done by half or left out in silence."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, get_type_hints
+
+import pytest
+from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
+from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
+
+from textgen.serving.protocol import ApiError, CompletionRequest, Limits, UnsupportedFields, parse_request
+
+
+def refused(fields: dict[str, Any] | str) -> tuple[str, str | None]:
+    """Return message and `param` of the error that a request must get."""
+    body = fields if isinstance(fields, str) else json.dumps(fields)
+    with pytest.raises(ApiError) as error:
+        parse_request(body.encode(), Limits())
+    assert error.value.status == 400
+    return str(error.value), error.value.param
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": 1}, "`prompt` must be a string or a list of strings: 1"),
+        ({"prompt": {"a": 1}}, "`prompt` must be a string or a list of strings"),
+        ({"prompt": []}, "`prompt` is an empty list"),
+        ({"prompt": ["a"] * 300}, "`prompt` has 300 items; at most 256, by the server's flag `--max_waiting`"),
+        ({"prompt": "a" * 16385}, "`prompt` has 16385 characters; at most 16384"),
+        ({"stop": ["a"] * 17}, "`stop` has 17 items; at most 16"),
+        ({"stop": ""}, "`stop` is an empty string"),
+        ({"stop": True}, "`stop` must be a string or a list of strings: true"),
+        ({"n": "2"}, '`n` must be an integer: "2"'),
+        ({"n": True}, "`n` must be an integer: true"),
+        ({"n": 129}, "`n` must be at most 128: 129"),
+        ({"temperature": 2.5}, "`temperature` must be at most 2: 2.5"),
+        ({"top_p": 0}, "`top_p` must be above 0: 0"),
+        ({"seed": -1}, "`seed` must be at least 0: -1"),
+        ({"seed": 1 << 63}, f"`seed` must be below {1 << 63}: {1 << 63}"),
+        ({"echo": "yes"}, '`echo` must be true or false: "yes"'),
+        ({"logprobs": True}, "`logprobs` must be an integer: true"),
+        ({"max_tokens": 0, "echo": True}, "`max_tokens` must be at least 1: 0"),
+        ({"max_tokens": 1025}, "`max_tokens` must be at most 1024: 1025"),
+        ({"stream_options": True}, "`stream_options` must be an object: true"),
+        ({"temprature": 1}, "unknown field `temprature`; the nearest is `temperature`"),
+        ({"a\nb": 1}, "unknown field `a\\nb`"),
+        ({"suffix": "end"}, '`suffix` is not supported: "end"; leave it out'),
+        ({"best_of": 3}, "`best_of` must be at most 1: 3"),
+        ({"logit_bias": {"50256": -100}}, "`logit_bias` is not supported; leave it out"),
+        ({"tools": [{"type": "function"}]}, "`tools` is not supported; leave it out"),
+        ({"store": True}, "`store` is not supported: true; leave it out"),
+        ({"store": 0}, "`store` must be true or false: 0"),
+        ({"metadata": {"a": "b"}}, "`metadata` is not supported; leave it out"),
+        ('{"temperature": NaN}', "`temperature` must be finite: NaN"),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_is_named_in_one_line_with_what_is_wanted(fields: dict[str, Any] | str, message: str) -> None:
+    names = [*json.loads(fields)] if isinstance(fields, str) else [*fields]
+    assert refused(fields) == (message, message.split("`")[1])
+    assert message.split("`")[1] in (names[0], "a\\nb")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": [1, 2]}, "`prompt[0]` must be a string: 1; token ids are not supported"),
+        ({"prompt": ["a", [1]]}, "`prompt[1]` must be a string; token ids are not supported"),
+        ({"prompt": ["a", "b", None]}, "`prompt[2]` must be a string: null"),
+        ({"prompt": ["a", "b" * 16385]}, "`prompt[1]` has 16385 characters; at most 16384"),
+        ({"stop": ["a", "b" * 65]}, "`stop[1]` has 65 characters; at most 64"),
+        ({"stop": ["a", ""]}, "`stop[1]` is an empty string"),
+        ({"stream_options": {"foo": 1}}, "unknown field `stream_options.foo`"),
+        ({"stream_options": {"include_usage": 1}}, "`stream_options.include_usage` must be true or false: 1"),
+        ({"stream_options": {"include_obfuscation": True}},
+         "`stream_options.include_obfuscation` is not supported: true; leave it out"),
+        ({"response_format": {"type": "json_object"}},
+         '`response_format.type` is not supported: "json_object"; leave it out'),
+    ],
+)  # fmt: skip
+def test_a_wrong_value_in_a_list_or_object_is_named_by_its_whole_path(fields: dict[str, Any], message: str) -> None:
+    assert refused(fields) == (message, message.split("`")[1])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"echo": True, "logprobs": 1, "max_tokens": 1}, "`echo` does not go with `logprobs`: prompts are not scored"),
+        ({"echo": True, "logprobs": 0}, "`echo` does not go with `logprobs`: prompts are not scored"),
+        ({"stream_options": {"include_usage": True}}, "`stream_options.include_usage` needs `stream`"),
+        ({"best_of": 1, "n": 2}, "`best_of` must be at least `n` 2: 1"),
+        ({"prompt": ["a"] * 100, "n": 3},
+         "`prompt` has 100 items and `n` is 3: 300 samples; at most 256, by the server's flag `--max_waiting`"),
+    ],
+)  # fmt: skip
+def test_fields_that_do_not_go_together_are_refused(fields: dict[str, Any], message: str) -> None:
+    assert refused(fields)[0] == message
+    for name in [*fields][:2]:  # each of the two alone
+        parse_request(json.dumps({**fields, name: None}).encode(), Limits())
+
+
+def test_a_body_that_is_no_request_is_named() -> None:
+    for body in ("[]", "null", '"x"'):
+        assert refused(body) == ("the body must be an object", None)
+    assert refused('{"prompt": "x')[0] == "the body is not JSON: EOF while parsing a string at line 1 column 13"
+
+
+def test_null_is_nothing_for_every_field_of_openais_completions_and_chats() -> None:
+    names = {*get_type_hints(CompletionParams), *get_type_hints(ChatParams)}
+    assert {"best_of", "suffix", "tools", "verbosity"} < names
+    assert names < {*CompletionRequest.model_fields}
+    assert {*UnsupportedFields.model_fields} < names
+    parse_request(json.dumps(dict.fromkeys(names)).encode(), Limits())
