@@ -3,6 +3,8 @@
 - `generation`: the loop; samples in a batch whose rows are refilled
 - `sampling`: filters on logits and the draw, as pure functions
 - `decoders`: one step of a model
+- `reading`: a text that was read, so that others can begin with it
+- `scoring`: log-probabilities of a given text
 - `products`: matrix products on packed weights
 - `choose`: the choice of a decoder
 - `cuda_graphs`: many steps with one launch

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +18,10 @@ from torch.nn import functional as F
 
 from textgen.decoding.products import Int8Product, PackedProduct, PlainProduct, Product, has_packed_product
 from textgen.kernels import decoding as decoding_kernels
-from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
+from textgen.model.lstm import LSTMLanguageModel, LSTMLayer, State
+
+if TYPE_CHECKING:
+    from textgen.decoding.reading import ReadState
 
 CellDtype = Literal["float32", "bfloat16", "int8"]
 
@@ -57,11 +60,17 @@ class Decoder:
         return f"{self.name} decoder on {device}" + (f": {self._why}" if self._why else "")
 
     @torch.inference_mode()
-    def prefill(self, tokens: Sequence[int]) -> DecoderState:
-        """Return the state (1, ...) after all tokens of a prompt but the last one, which the first `step` reads."""
-        model = self.model
-        ids, state = torch.tensor([tokens[:-1]], dtype=torch.int64, device=self.device), model.zero_state(1)
-        for start in range(0, ids.shape[1], PREFILL_WINDOW):
+    def prefill(self, tokens: Sequence[int], *, read: ReadState | None = None) -> DecoderState:
+        """Return the state (1, ...) after all tokens of a prompt but the last one, which the first `step` reads.
+
+        Args:
+            tokens: of the prompt.
+            read: a state after some first tokens of the prompt, which are not read again.
+        """
+        model, start = self.model, read.num_read if read is not None else 0
+        ids = torch.tensor([tokens[:-1]], dtype=torch.int64, device=self.device)
+        state = model_state(model, read.state if read is not None else [])
+        for start in range(start, ids.shape[1], PREFILL_WINDOW):
             window = ids[:, start : start + PREFILL_WINDOW]
             # targets of -1 are not scored, so the model computes no logits
             _, state = model(window, state, torch.full_like(window, -1))
@@ -77,8 +86,16 @@ class Decoder:
         Returns:
             Logits (batch, vocab_size), float32, and the new state.
         """
-        logits, (hidden, cell) = self.model(tokens[:, None], (torch.stack(state[::2]), torch.stack(state[1::2])))
+        logits, (hidden, cell) = self.model(tokens[:, None], model_state(self.model, state))
         return logits[:, 0], [part[i] for i in range(len(hidden)) for part in (hidden, cell)]
+
+
+def model_state(model: LSTMLanguageModel, state: DecoderState) -> State:
+    """Return a decoder's state as the model's: hidden and cell, each (num_layers, batch, hidden_size).
+
+    An empty state is that of one row at its first token.
+    """
+    return (torch.stack(state[::2]), torch.stack(state[1::2])) if state else model.zero_state(1)
 
 
 class CellDecoder(Decoder):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from textgen.config import SamplingConfig
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
+from textgen.decoding.reading import ReadState
 from textgen.decoding.sampling import (
     SamplingState,
     draw,
@@ -55,6 +56,13 @@ class Request:
     prompt: str
     config: SamplingConfig
     number: int = 0
+    read: ReadState | None = None
+    """text before the prompt, read earlier; the sample is that of the prompt `text`, with the tokens of both parts"""
+
+    @property
+    def text(self) -> str:
+        """Everything before the sample."""
+        return self.prompt if self.read is None else self.read.text + self.prompt
 
 
 @dataclass(frozen=True)
@@ -257,7 +265,8 @@ class RunningSample:
             ValueError: the request is impossible, see `require_drawable`.
         """
         require_drawable(request.config, tokenizer)
-        prompt_ids = [tokenizer.bos_id, *tokenizer.encode(request.prompt)]
+        before = (tokenizer.bos_id,) if request.read is None else request.read.ids
+        prompt_ids = [*before, *tokenizer.encode(request.prompt)]
         return cls(index=index, request=request, tokenizer=tokenizer, prompt_ids=prompt_ids)
 
     def begin(self) -> Iterator[str | Sample]:
@@ -368,7 +377,8 @@ class Batch:
         """
         states: Prefilled = {} if prefilled is None else prefilled
         prompts = [(*sample.prompt_ids, *sample.request.config.forced_tokens) for sample in samples]
-        states |= _prefill(decoder, [ids for ids in dict.fromkeys(prompts) if ids not in states])
+        read = {ids: s.request.read for ids, s in zip(prompts, samples, strict=True) if s.request.read is not None}
+        states |= _prefill(decoder, [ids for ids in dict.fromkeys(prompts) if ids not in states], read)
         # a batch of one row for each new sample, then one batch of all
         parts = [] if beside is None else [beside]
         for sample, ids in zip(samples, prompts, strict=True):
@@ -393,7 +403,7 @@ class Batch:
         sampling = new_sampling_state(
             request.config,
             sample.prompt_ids[1:],
-            _sample_number(request.prompt, request.number),
+            _sample_number(request.text, request.number),
             vocab_size=decoder.vocab_size,
             device=device,
         )
@@ -462,16 +472,24 @@ class Batch:
         )
 
 
-def _prefill(decoder: Decoder, prompts: Sequence[tuple[int, ...]]) -> Prefilled:
+def _prefill(
+    decoder: Decoder, prompts: Sequence[tuple[int, ...]], read: Mapping[tuple[int, ...], ReadState] | None = None
+) -> Prefilled:
     """Return the states (1, ...) after all tokens but the last of each prompt.
 
     A prompt's length alone decides whether the model or decoder steps read it, not the prompts that arrive with it:
     steps may round differently, and a sample's text must not depend on the others.
+
+    Args:
+        decoder: reads the prompts.
+        prompts: their tokens.
+        read: by prompt, a state after its first tokens, which the model does not read again.
     """
     by_steps = isinstance(decoder, CellDecoder) and decoder.device.type == "cpu"
     longest_first = sorted(prompts, key=len, reverse=True)
     num_alone = sum(len(ids) > SHORT_PROMPT for ids in prompts) if by_steps else len(prompts)
-    alone = {ids: decoder.prefill(ids) for ids in longest_first[:num_alone]}
+    first, read = longest_first[:num_alone], read or {}
+    alone = {ids: decoder.prefill(ids, read=read[ids]) if ids in read else decoder.prefill(ids) for ids in first}
     return alone | _prefill_together(decoder, longest_first[num_alone:])
 
 
