@@ -9,7 +9,6 @@ Exit codes: 0 done, 1 a fault of the program, 2 wrong input, 130 Ctrl-C, 141 the
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import time
@@ -23,13 +22,7 @@ from textgen.commands.train import train_command
 from textgen.console import use_utf8
 from textgen.distributed.signals import Interrupted, end_siblings, end_with_launcher
 from textgen.distributed.world import slurm_variables
-from textgen.errors import TextgenError
-
-# Errors of the disk and of permissions: the user can correct them.
-DISK_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
-    errno.EIO, errno.ESTALE,
-)  # fmt: skip
+from textgen.errors import user_error
 
 # Command NAME is the function NAME_command of textgen/commands/NAME.py.
 COMMAND_GROUPS = {
@@ -88,16 +81,10 @@ def _try(action: Callable[[], None]) -> None:
     except BrokenPipeError:  # the reader has closed the pipe, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that the flush at exit does not fail
         raise SystemExit(141) from None  # 128 + SIGPIPE: the code of a program that does not catch the signal
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            _crash()
-        fail(f"{error.strerror or error}" + (f": `{error.filename}`" if error.filename else ""))
     except Exception as error:
-        from textgen.tokenizer import TokenizerError  # not a TextgenError: the tokenizer does not import textgen
-
-        if not isinstance(error, TextgenError | TokenizerError):
+        if (line := user_error(error)) is None:
             _crash()
-        fail(str(error))
+        fail(line)
 
 
 def _crash() -> NoReturn:

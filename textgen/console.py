@@ -3,6 +3,8 @@
 In a terminal, progress is a few lines below all other text, and they disappear at the end of the work. Elsewhere (a
 pipe, a file, a Slurm log, a dumb terminal) progress is an occasional line of the log, without carriage returns or
 escape codes.
+
+The Python API calls `as_library`: results go to the log then, and nothing is shown unless the user asks for it.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TextIO
@@ -67,9 +70,41 @@ def setup_logging(*, main: bool) -> None:
     log.setLevel(logging.INFO if main else logging.ERROR)
 
 
+# Whether this process is somebody else's program, whose standard output and terminal are not for textgen.
+_is_library = False
+_draws_as_library = False
+
+
+@contextmanager
+def as_library(*, progress: bool) -> Iterator[None]:
+    """Leave standard output and terminal alone: results are lines of the log.
+
+    Args:
+        progress: send the log to standard error, and draw progress if that is a terminal.
+    """
+    global _is_library, _draws_as_library
+    before, level, handler = (_is_library, _draws_as_library), log.level, _Handler()
+    if progress:
+        log.setLevel(logging.INFO)
+        shown = (one for one in logging.getLogger().handlers if isinstance(one, logging.StreamHandler))
+        if not any(one.stream in (sys.stdout, sys.stderr) for one in shown):  # else the program shows the log itself
+            log.addHandler(handler)
+    _is_library, _draws_as_library = True, progress
+    try:
+        yield
+    finally:
+        _is_library, _draws_as_library = before
+        log.setLevel(level)
+        log.removeHandler(handler)
+
+
 def say(accelerator: Accelerator, message: str) -> None:
-    """Print a line of results to standard output, in the main process only."""
-    if accelerator.is_main_process:
+    """Print a line of results to standard output, in the main process only; as a library, log it."""
+    if not accelerator.is_main_process:
+        return
+    if _is_library:
+        log.info("%s", message)
+    else:
         _print(message, sys.stdout)
 
 
@@ -207,7 +242,9 @@ class Progress:
 
 
 def has_terminal() -> bool:
-    """Return whether standard error is a terminal that can move its cursor."""
+    """Return whether standard error is a terminal that can move its cursor, and that textgen may use."""
+    if _is_library and not _draws_as_library:
+        return False
     able = os.environ.get("TERM", "dumb") not in ("dumb", "unknown")
     return able and sys.stderr is not None and sys.stderr.isatty()
 

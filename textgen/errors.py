@@ -6,7 +6,14 @@ with exit code 2.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
+
+# Errors of the disk and of permissions: the user can correct them.
+DISK_ERRORS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
+    errno.EIO, errno.ESTALE,
+)  # fmt: skip
 
 
 class TextgenError(ValueError):
@@ -19,6 +26,15 @@ class CheckpointError(TextgenError):
 
 class UnreadableError(CheckpointError):
     """A checkpoint that cannot be read here and now; its content may be whole."""
+
+
+def user_error(error: BaseException) -> str | None:
+    """Return the line of an error that is the user's to mend; None of a fault of the program."""
+    from textgen.tokenizer import TokenizerError  # not a TextgenError: the tokenizer does not import textgen
+
+    if isinstance(error, OSError) and error.errno in DISK_ERRORS:
+        return f"{error.strerror or error}" + (f": `{error.filename}`" if error.filename else "")
+    return str(error) if isinstance(error, TextgenError | TokenizerError) else None
 
 
 def first_line(error: BaseException) -> str:

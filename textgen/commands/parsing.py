@@ -123,6 +123,11 @@ class Parser(ArgumentParser):
         return " ".join(message.split())
 
 
+class _RaisingParser(Parser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise TextgenError(self._explain(message, ex))
+
+
 def parse_train_config(argv: Sequence[str] | None = None, *, prog: str | None = None) -> TrainConfig:
     """Parse the settings of a training; end with exit code 2 if one is wrong.
 
@@ -132,8 +137,23 @@ def parse_train_config(argv: Sequence[str] | None = None, *, prog: str | None = 
         argv: the flags; None for those of this process.
         prog: the name of the program in `--help`.
     """
-    parser = build_train_parser(prog)
-    flags = _plain_flags(sys.argv[1:] if argv is None else argv, settings_of(TrainConfig))
+    try:
+        return _parse_settings(build_train_parser(prog), sys.argv[1:] if argv is None else argv)
+    except TextgenError as error:
+        fail(str(error))
+
+
+def read_config_file(name: str) -> TrainConfig:
+    """Return the settings of a YAML file or a preset.
+
+    Raises:
+        TextgenError: the file cannot be read, or a setting is wrong.
+    """
+    return _parse_settings(_add_settings(_RaisingParser()), [f"--config={name}"])
+
+
+def _parse_settings(parser: Parser, argv: Sequence[str]) -> TrainConfig:
+    flags = _plain_flags(argv, settings_of(TrainConfig))
     files = [_preset_or_file(flag.partition("=")[2]) for flag in flags if flag.startswith("--config=")]
     files = [f"--config={path}" for path in files if _check_config_file(path)]
     # Files come first, so that every flag overrides them, also a flag that was given before `--config`.
@@ -156,6 +176,10 @@ def build_train_parser(prog: str | None = None) -> Parser:
         prog=prog, description=TRAINING, usage="%(prog)s [--config FILE] [--SETTING VALUE] ...",
         formatter_class=HelpFormatter,
     )  # fmt: skip
+    return _add_settings(parser)
+
+
+def _add_settings(parser: Parser) -> Parser:
     parser.add_argument(
         "--config", action="config", metavar="FILE", help="YAML file of settings, or a preset's name, such as quick"
     )
@@ -239,29 +263,31 @@ def _preset_or_file(name: str) -> str:
 
 
 def _check_config_file(path: str) -> bool:
-    """Return whether a YAML file holds any settings; fail if it cannot be read or a name in it is unknown."""
+    """Return whether a YAML file holds any settings; raise TextgenError if it cannot be read or a name is unknown."""
     try:
         # Only the names are checked here. jsonargparse reads the values: PyYAML reads 1e-4 as text.
         content = yaml.safe_load(decode_text(Path(path).read_bytes(), f"`{path}`"))
     except OSError as error:
-        fail(f"`{path}` cannot be read: {error.strerror}")
-    except TextgenError as error:
-        fail(str(error))
+        raise TextgenError(f"`{path}` cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""
-        fail(f"`{path}`{line} is not YAML: {getattr(error, 'problem', None) or ' '.join(str(error).split())}")
+        raise TextgenError(
+            f"`{path}`{line} is not YAML: {getattr(error, 'problem', None) or ' '.join(str(error).split())}"
+        ) from error
     if content is None:
         return False
     if not isinstance(content, dict):
-        fail(f"`{path}` is not a mapping of settings such as `batch_size: 128`: {str(content)[:40]}")
+        raise TextgenError(f"`{path}` is not a mapping of settings such as `batch_size: 128`: {str(content)[:40]}")
     kinds = settings_of(TrainConfig)
     for name, value in content.items():
         group = {kind for kind in kinds if kind.startswith(f"{name}.")}
         if group and not isinstance(value, dict):
-            fail(f"`{name}` in `{path}` must be a group of settings: {'null' if value is None else value}")
+            raise TextgenError(
+                f"`{name}` in `{path}` must be a group of settings: {'null' if value is None else value}"
+            )
         for full in [f"{name}.{key}" for key in value] if group else [str(name)]:
             if full not in kinds:
                 groups = {kind.split(".")[0] for kind in kinds}
-                fail(unknown_setting(full, [*kinds, *groups], f" in `{path}`"))
+                raise TextgenError(unknown_setting(full, [*kinds, *groups], f" in `{path}`"))
     return True

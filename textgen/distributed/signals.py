@@ -32,6 +32,8 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.number = number
+        self.saved = False
+        """whether the training was saved"""
 
     @property
     def exit_code(self) -> int:
@@ -49,12 +51,15 @@ class StopSignals:
 
     Args:
         more: name of a further signal, for example `SIGUSR1`; None for none.
+        owns_process: whether the process may be ended. If not, as in a notebook, no thread watches, and a second SIGINT
+            raises KeyboardInterrupt.
     """
 
-    def __init__(self, more: str | None = None) -> None:
+    def __init__(self, more: str | None = None, *, owns_process: bool = True) -> None:
         names = ["SIGTERM", "SIGINT", *([more] if more else [])]
         self._numbers = [getattr(signal, name) for name in names]
         self._before: dict[int, Any] = {}
+        self._owns_process, self._noted_at = owns_process, 0.0
         self.deferred = False
         """whether a signal is only noted"""
         self._pipe: tuple[int, int] | None = None
@@ -71,6 +76,8 @@ class StopSignals:
         try:
             self._before = {number: signal.signal(number, self._note) for number in self._numbers}
         except ValueError:  # not the main thread
+            return self
+        if not self._owns_process:
             return self
         # Python writes the number of each signal into this pipe, even during a long call of the main thread.
         self._pipe = os.pipe()
@@ -91,10 +98,13 @@ class StopSignals:
             self._timer.cancel()
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
         if self.number is None:
-            self.number = number
+            self.number, self._noted_at = number, now
             if not self.deferred:
                 raise Interrupted(number)
+        elif not self._owns_process and number == signal.SIGINT and now - self._noted_at > SAME_KEYPRESS_SECONDS:
+            raise KeyboardInterrupt
 
     def _watch(self, reader: int) -> None:
         """End this process if its main thread does not react to a signal.

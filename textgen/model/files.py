@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import typing
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from textgen.config import ModelConfig
+from textgen.console import has_terminal
 from textgen.errors import CheckpointError, TextgenError, first_line
 from textgen.files import JSON_BYTES, parse_json
 from textgen.model.lstm import LSTMLanguageModel
@@ -126,10 +126,10 @@ def resolve_model_directory(name: str | Path) -> Path:
 
 
 def draw_bars_in_terminals_only() -> None:
-    """Turn off the progress bars of the hub's client if stderr is a file or a pipe."""
+    """Turn off the progress bars of the hub's client unless stderr is a terminal that textgen may use."""
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    if sys.stderr is None or not sys.stderr.isatty():
+    if not has_terminal():
         disable_progress_bars()
 
 

@@ -6,6 +6,8 @@ running, failed or damaged has a report too.
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import logging
 import math
@@ -30,6 +32,7 @@ from textgen.settings import COMMAND_SETTINGS, flatten
 log = logging.getLogger("textgen")
 
 REPORT_NAME = "report.html"
+CURVE_NAME = "loss.png"
 MEASURES_NAME = "measures.json"
 MEASURES_FORMAT = "textgen.measures.1"
 
@@ -114,6 +117,22 @@ def write_report(run_dirs: Sequence[Path], path: Path) -> None:
     runs = [read_run_files(path, name) for path, name in zip(run_dirs, names, strict=True)]
     text = page.from_string(template).render(page_values(runs))
     write_atomic(path, text.encode(errors="replace").decode())  # the name of a folder need not be UTF-8
+
+
+def report_summary(run_dir: Path) -> str:
+    """Return state, figures and loss curve of a run as a piece of HTML without style or script, for a notebook."""
+    run = read_run_files(run_dir, run_dir.resolve().name)
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{html.escape(figure)}</td></tr>"
+        for name, figure in _figures(run.summary).items()
+        if figure != MISSING
+    )
+    picture = ""
+    if (curve := run_dir / CURVE_NAME).exists():
+        encoded = base64.b64encode(curve.read_bytes()).decode()
+        picture = f'<img alt="losses" width="560" src="data:image/png;base64,{encoded}">'
+    title = f"<b>{html.escape(run.name)}</b>: {html.escape(_describe_state(run))}"
+    return f"<div><p>{title}</p><table>{rows}</table>{picture}</div>"
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -403,15 +422,13 @@ def draw_loss_curve(run_dirs: Mapping[str, Path], path: Path) -> None:
         run_dirs: folders of runs by their names in the legend.
         path: of the PNG file.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # not pyplot, whose figures and backend are a notebook's
 
     runs = [read_run_files(run_dir, name) for name, run_dir in run_dirs.items()]
     lossless = any("train/bits_per_byte" in row for run in runs for row in run.rows)
     unit = "bits_per_byte" if lossless else "loss"
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes: Any = figure.subplots()
     for index, (run, scale) in enumerate(zip(runs, _step_scales(runs), strict=True)):
         for part, style, width in (("train", "-", 1.0), ("valid", "o-", 2.0)):
             points = metric_points(run, f"{part}/{unit}", scale)
@@ -434,4 +451,3 @@ def draw_loss_curve(run_dirs: Mapping[str, Path], path: Path) -> None:
         axes.set_ylim(min(last) - 0.1, min(highest, min(last) + 2.0) + 0.1)
         axes.legend()
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)

@@ -78,12 +78,20 @@ class Tracker:
         first_step: the last step of the training that is kept. Training rows of later steps are dropped from the file,
             since the training makes them again.
         evaluated_step: the last evaluation that is kept. An evaluation may have been interrupted before it was saved.
+        on_row: called with each new row, in the thread that trains. What it raises ends the training.
     """
 
     def __init__(
-        self, run_dir: Path, backends: Mapping[str, Backend], *, main: bool, first_step: int, evaluated_step: int
+        self,
+        run_dir: Path,
+        backends: Mapping[str, Backend],
+        *,
+        main: bool,
+        first_step: int,
+        evaluated_step: int,
+        on_row: Callable[[dict[str, float]], None] | None = None,
     ) -> None:
-        self._main, self._path = main, run_dir / METRICS_NAME
+        self._main, self._path, self._on_row = main, run_dir / METRICS_NAME, on_row
         self._threads: list[TrackerThread] = []
         if not main:
             return
@@ -106,6 +114,8 @@ class Tracker:
             file.write(json.dumps(row) + "\n")
         for thread in self._threads:
             thread.put(lambda backend: backend.log(number, row, samples))
+        if self._on_row is not None:
+            self._on_row(dict(row))
 
     def checkpoint(self, path: Path, *, best: bool, metadata: Mapping[str, Any]) -> None:
         """Pass a checkpoint that is on disk to the trackers."""

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -57,28 +57,42 @@ NONFINITE_NAME = "nonfinite.json"
 MAX_SKIPS_IN_A_ROW = 30
 
 
-def train(config: TrainConfig, *, config_file: str | None = None) -> None:
+def train(
+    config: TrainConfig,
+    *,
+    config_file: str | None = None,
+    on_row: Callable[[dict[str, float]], None] | None = None,
+    owns_process: bool = True,
+) -> None:
     """Train with the given settings, or resume from the run's newest valid checkpoint. Collective.
 
     Args:
         config: all settings.
         config_file: name of the settings for the first line of the log.
+        on_row: called with each row of metrics on the main process; what it raises ends the training.
+        owns_process: whether a signal may end the process; see `StopSignals`.
 
     Raises:
         TextgenError: a setting, the data or a checkpoint cannot be used; the message is one line.
         Interrupted: a signal asked to stop. The training is saved if it had started.
     """
-    with StopSignals(config.stop_signal) as stop:
+    with StopSignals(config.stop_signal, owns_process=owns_process) as stop:
         accelerator = start_processes(config)
         log.info("%s, %s", launch.describe(accelerator), describe_request(config, config_file))
-        run_training(config, accelerator, stop)
+        run_training(config, accelerator, stop, on_row=on_row)
         # DDP is freed by now, while Accelerate still holds the process group. As its last owner, DDP would destroy the
         # group with the GIL held, and gloo's destructor waits for a thread that may need the GIL: a process that had
         # trained hung there now and then (seen in a debugger with torch 2.13, 2026-11-29).
         accelerator.end_training()
 
 
-def run_training(config: TrainConfig, accelerator: Accelerator, stop: StopSignals) -> None:
+def run_training(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    stop: StopSignals,
+    *,
+    on_row: Callable[[dict[str, float]], None] | None = None,
+) -> None:
     """Train, or print what a training would cost. Collective. Nothing of the training is left after the return."""
     if config.dry_run:
         training = build_training(config, accelerator, stop)
@@ -86,6 +100,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator, stop: StopSignal
         return
     with hold_run(config, accelerator) as run, _status_of_the_end(run, stop):
         training = build_training(config, accelerator, stop)
+        training.on_row = on_row
         with _name_in_errors(run.path):
             train_and_save(training, run)
 
@@ -160,6 +175,7 @@ def train_and_save(training: Training, run: RunDirectory) -> None:
         save(training)
         finish_saving(training)
         run.write_status("preempted", step=progress.step, total_steps=progress.total_steps, reason=str(interrupted))
+        interrupted.saved = True
         log.info("%s: saved at step %d; the same command goes on from there", interrupted, progress.step)
         raise
     finally:
@@ -341,7 +357,9 @@ def write_run_files(training: Training) -> None:
     run_dir = Path(config.run_dir)
     settings = json.loads(json.dumps(asdict(config)))  # YAML gets lists for tuples
     write_atomic(run_dir / SETTINGS_NAME, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-    write_atomic(run_dir / DATA_NAME, json.dumps(training.store.record, indent=2) + "\n")
+    # Equal texts have one store, whose record names the source that they came from first.
+    record = training.store.record | ({"source": "memory"} if config.data.source == "memory" else {})
+    write_atomic(run_dir / DATA_NAME, json.dumps(record, indent=2) + "\n")
     write_atomic(run_dir / ENVIRONMENT_NAME, json.dumps(describe_environment(), indent=2) + "\n")
 
 
@@ -372,6 +390,7 @@ def start_tracking(training: Training, run: RunDirectory) -> Tracker:
         main=accelerator.is_main_process,
         first_step=progress.step,
         evaluated_step=progress.evaluated_step,
+        on_row=training.on_row,
     )
 
 

@@ -344,6 +344,8 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
     saved, current = _flat(TrainConfig()) | flatten(complete_record(trainer["config"])), _flat(config)
     saved["mixed_precision"] = trainer["mixed_precision"]
     current["mixed_precision"] = training.learner.accelerator.mixed_precision
+    if saved["data.source"] == current["data.source"] == "memory":  # the store's name is a hash of the texts
+        saved["data.store"] = current["data.store"]
     harmless = HARMLESS
     if config.early_stopping_patience is not None:
         harmless = harmless - {"evaluate_every", "evaluate_documents"}  # they decide when the training stops

@@ -42,6 +42,8 @@ class Training:
     wandb_id: str | None = None
     origin: str | None = None
     """checkpoint of another run that this one started from"""
+    on_row: Callable[[dict[str, float]], None] | None = None
+    """called with each row of metrics on the main process"""
 
 
 def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop: StopSignals) -> Training:

@@ -14,7 +14,7 @@ from textgen.decoding.generation import Sample, generate
 from textgen.distributed import launch
 from textgen.errors import TextgenError
 from textgen.evaluation import Score, score, split_documents
-from textgen.reporting.report import draw_loss_curve
+from textgen.reporting.report import CURVE_NAME, draw_loss_curve
 from textgen.runs.directory import RunDirectory
 from textgen.runs.samples import SampledText, save_samples
 from textgen.tracking.tracker import Tracker
@@ -113,7 +113,7 @@ def log_validation(training: Training, validation: Validation, tracker: Tracker,
 def draw_curve(run: RunDirectory) -> None:
     """Draw loss.png; log an error and continue, since a picture must not end a training."""
     try:
-        draw_loss_curve({"": run.path}, run.path / "loss.png")
+        draw_loss_curve({"": run.path}, run.path / CURVE_NAME)
     except Exception as error:
         log.warning("no loss.png: %s", error)
 

@@ -1,0 +1,79 @@
+"""Documents that a program holds in memory, as a corpus."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from textgen.config import DataConfig
+from textgen.data.corpus import Corpus, fingerprint, require_splits
+from textgen.data.documents import check_rows
+from textgen.errors import TextgenError, in_backticks
+
+SPLITS = ("train", "unsupervised", "validation", "test")
+
+
+def corpus_of_texts(texts: Sequence[str] | Mapping[str, Sequence[str]], config: DataConfig) -> Corpus:
+    """Return texts as a corpus.
+
+    Args:
+        texts: one document each, all of them to train on, or several lists by split.
+        config: the settings of data.
+
+    Raises:
+        TextgenError: there is no list of texts, or something in it is no text.
+    """
+    splits = {}
+    for split, documents in _by_split(texts, "texts").items():
+        if isinstance(documents, str | bytes | Mapping) or not hasattr(documents, "__iter__"):
+            raise TextgenError(f"`texts` must be a list of texts: {str(documents)[:40]!r}")
+        # a list, since the texts are read several times
+        splits[split] = partial(check_rows, [list(documents)], f"`texts` of {split}", "text")
+    return _corpus(splits, config)
+
+
+def corpus_of_dataset(dataset: Any, config: DataConfig) -> Corpus:
+    """Return a `datasets.Dataset`, or a `datasets.DatasetDict`, as a corpus; its texts stay where they are.
+
+    Args:
+        dataset: with the column `text_column` of `config`.
+        config: the settings of data.
+
+    Raises:
+        TextgenError: it is another object, or lacks the column.
+    """
+    splits = {}
+    for split, rows in _by_split(dataset, "dataset").items():
+        if not hasattr(rows, "select_columns") or not hasattr(rows, "__len__"):
+            raise TextgenError(
+                f"`dataset` must be a datasets.Dataset, not {type(rows).__name__}; a name on the hub is the setting "
+                "`data.dataset`"
+            )
+        if config.text_column not in rows.column_names:
+            have = in_backticks(rows.column_names)
+            raise TextgenError(f"`dataset` has no column `{config.text_column}`; it has {have}: see `data.text_column`")
+        splits[split] = partial(_read_dataset, rows, config.text_column, split)
+    return _corpus(splits, config)
+
+
+def _read_dataset(rows: Any, column: str, split: str) -> Iterator[str]:
+    batches = rows.select_columns([column]).iter(batch_size=256)
+    return check_rows((batch[column] for batch in batches), f"`dataset` of {split}", column)
+
+
+def _by_split(given: Any, name: str) -> dict[str, Any]:
+    splits = dict(given) if isinstance(given, Mapping) else {"train": given}
+    if unknown := [split for split in splits if split not in SPLITS]:
+        raise TextgenError(f"`{name}` has a split `{unknown[0]}`; those of textgen are {in_backticks(SPLITS)}")
+    return splits
+
+
+def _corpus(splits: dict[str, Any], config: DataConfig) -> Corpus:
+    require_splits(config, splits, "memory")
+    digest = hashlib.sha256()
+    for split, read in splits.items():
+        for text in read():
+            digest.update(f"{split} {len(text)} {text}\n".encode())
+    return Corpus(description="memory", fingerprint=fingerprint(config, digest.hexdigest()), splits=splits)
