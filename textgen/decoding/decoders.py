@@ -67,10 +67,10 @@ class Decoder:
             tokens: of the prompt.
             read: a state after some first tokens of the prompt, which are not read again.
         """
-        model, start = self.model, read.num_read if read is not None else 0
+        model, num_read = self.model, read.num_read if read is not None else 0
         ids = torch.tensor([tokens[:-1]], dtype=torch.int64, device=self.device)
         state = model_state(model, read.state if read is not None else [])
-        for start in range(start, ids.shape[1], PREFILL_WINDOW):
+        for start in range(num_read, ids.shape[1], PREFILL_WINDOW):
             window = ids[:, start : start + PREFILL_WINDOW]
             # targets of -1 are not scored, so the model computes no logits
             _, state = model(window, state, torch.full_like(window, -1))

@@ -1,0 +1,538 @@
+"""What `import textgen` offers: train, load, generate, score. It returns values and prints nothing.
+
+Same settings and seed, same losses and texts as on the command line. Every error that a user can mend is a TextgenError
+with one line. The log goes to the logger `textgen`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import random
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, overload
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from textgen.commands.model_argument import OpenModel, open_decoder
+from textgen.commands.parsing import read_config_file
+from textgen.config import SamplingConfig, TrainConfig
+from textgen.console import as_library
+from textgen.data.corpus import normalize
+from textgen.data.memory import corpus_of_dataset, corpus_of_texts
+from textgen.data.store import prepare_store
+from textgen.decoding.cuda_graphs import GraphRunner
+from textgen.decoding.generation import BATCH_SIZE, Request, Sample, TokenLogprobs, generate_stream, require_drawable
+from textgen.decoding.reading import ReadState, read_tokens
+from textgen.decoding.scoring import TextScore, token_logprobs
+from textgen.distributed.signals import Interrupted
+from textgen.distributed.world import slurm_variables
+from textgen.errors import TextgenError, user_error
+from textgen.reporting.compare import read_settings
+from textgen.reporting.report import report_summary
+from textgen.runs.checkpoint import TRAINER_NAME, checkpoints, find_checkpoint, read_json
+from textgen.runs.directory import SETTINGS_NAME, STATUS_NAME, read_status
+from textgen.runs.metrics_file import METRICS_NAME, read_metrics
+from textgen.settings import build_settings, flatten, settings_of, unknown_setting
+
+if TYPE_CHECKING:
+    import pandas
+
+    from textgen.decoding.decoders import Decoder
+
+__all__ = [
+    "LanguageModel", "Metrics", "ReadState", "Run", "Sample", "TextScore", "TokenLogprobs", "load", "train",
+]  # fmt: skip
+
+# Without it Python would print warnings of a program that configures no logging.
+logging.getLogger("textgen").addHandler(logging.NullHandler())
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """Raise every error that the user can mend as a TextgenError; leave faults of the program as they are."""
+    try:
+        yield
+    except TextgenError:
+        raise
+    except Exception as error:
+        if (line := user_error(error)) is None:
+            raise
+        raise TextgenError(line) from error
+
+
+def _plain(value: Any) -> Any:
+    """Return a setting as JSON would hold it: paths as texts, numbers of numpy as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, np.generic):
+        return value.item()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def train(
+    config: str | os.PathLike[str] | TrainConfig | None = None,
+    *,
+    files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
+    texts: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
+    dataset: Any = None,
+    tracking: bool | Mapping[str, Any] | None = None,
+    progress: bool = False,
+    on_row: Callable[[dict[str, float]], None] | None = None,
+    **settings: Any,
+) -> Run:
+    """Train in this process, and return the run. A `run_dir` that holds a training goes on from its newest checkpoint.
+
+    Ctrl-C, or a notebook's stop button, saves a checkpoint and returns the run; a second one gives up at once. Before
+    the first step there is nothing to save, and KeyboardInterrupt is raised. Another signal that stops a training
+    saves, and then has its usual effect on the process.
+
+    What a training sets in the process (environment, random generators, torch's switches, signal handlers, Accelerate's
+    state) is as before when it returns, but for one thing: on Linux, memory that is freed stays with the process.
+
+    Args:
+        config: a preset such as `quick`, a YAML file, or all settings; the default settings without it.
+        files: txt, jsonl, csv or parquet files, folders or globs. At most one of `files`, `texts` and `dataset` is
+            given; without them, the settings of data name the source.
+        texts: documents in memory, or lists of them by split (`train`, `validation`, `test`).
+        dataset: a `datasets.Dataset` with the column `data.text_column`, or a `datasets.DatasetDict`.
+        tracking: False for no tracker, or settings of tracking.
+        progress: show the log on standard error, and progress in a terminal, as the command line does.
+        on_row: called with each row of metrics.jsonl; an exception in it ends the training.
+        **settings: the command line's flags: `learning_rate=0.002`, groups as `model={"hidden_size": 256}` or
+            `**{"model.hidden_size": 256}`. They override `config`.
+
+    Raises:
+        TextgenError: a setting, the data or a checkpoint cannot be used.
+    """
+    with _user_errors():
+        _refuse_processes()
+        made = _settings_of_training(config, files=files, tracking=tracking, settings=settings)
+        if sum(source is not None for source in (files, texts, dataset)) > 1:
+            raise TextgenError("`files`, `texts` and `dataset`: give one of them")
+        stopped = None
+        with _process_as_before(), as_library(progress=progress):
+            if texts is not None or dataset is not None:
+                made = _with_store(made, texts, dataset)
+            name = None if config is None or isinstance(config, TrainConfig) else os.fspath(config)
+            try:
+                from textgen.training.loop import train as train_run
+
+                train_run(made, config_file=name or "from Python", on_row=on_row, owns_process=False)
+            except Interrupted as interrupted:
+                stopped = interrupted
+    if stopped is not None and stopped.number != signal.SIGINT:
+        signal.raise_signal(stopped.number)
+    if stopped is not None and not stopped.saved:
+        raise KeyboardInterrupt
+    return Run(made.run_dir)
+
+
+def _refuse_processes() -> None:
+    """Raise TextgenError if a launcher has started several processes, of which this is one."""
+    world = os.environ | slurm_variables(os.environ)
+    if world.get("WORLD_SIZE", "1") != "1":
+        raise TextgenError(
+            f"`textgen.train` trains in one process, and a launcher started {world['WORLD_SIZE']}: launch "
+            "`train_distributed.py`, or `--module textgen train`"
+        )
+
+
+def _settings_of_training(
+    config: str | os.PathLike[str] | TrainConfig | None, *, files: Any, tracking: Any, settings: Mapping[str, Any]
+) -> TrainConfig:
+    """Return the settings of a training from the arguments of `train`.
+
+    Raises:
+        TextgenError: a setting is unknown or wrong.
+    """
+    base = config or TrainConfig()
+    if isinstance(base, str | os.PathLike):
+        base = read_config_file(os.fspath(base))
+    if not isinstance(base, TrainConfig):
+        raise TextgenError(f"`config` must be a preset, a YAML file or a TrainConfig: {str(base)[:40]}")
+    given = flatten(_plain(settings))
+    if isinstance(tracking, Mapping):
+        given |= flatten({"tracking": _plain(tracking)})
+    elif tracking is False:
+        given["tracking.mode"] = "disabled"
+    elif tracking not in (None, True):
+        raise TextgenError(f"`tracking` must be true, false or settings of tracking: {str(tracking)[:40]}")
+    known = settings_of(TrainConfig)
+    groups = {name.partition(".")[0] for name in known}
+    if unknown := [name for name in given if name not in known]:
+        raise TextgenError(unknown_setting(unknown[0], [*known, *groups]))
+    if given.get("dry_run"):
+        raise TextgenError("`dry_run` prints what a training costs: use the command line")
+    if files is not None:
+        named = [files] if isinstance(files, str | os.PathLike) else list(files)
+        given = _source("files", files=_plain(named)) | given
+    nested: dict[str, Any] = {}
+    for name, value in (flatten(dataclasses.asdict(base)) | given).items():
+        group, _, field = name.rpartition(".")
+        (nested.setdefault(group, {}) if group else nested)[field] = value
+    try:
+        return build_settings(TrainConfig, nested)
+    except ValueError as error:
+        raise TextgenError(str(error)) from None
+
+
+def _source(source: str, *, files: Sequence[str] = (), store: str | None = None) -> dict[str, Any]:
+    """Return the settings that decide where documents come from, by dotted name."""
+    values = {"source": source, "files": files, "store": store, "dataset": None, "dataset_config": None}
+    return {f"data.{name}": value for name, value in values.items()}
+
+
+def _with_store(config: TrainConfig, texts: Any, dataset: Any) -> TrainConfig:
+    """Return the settings of a training on texts in memory: on their token store, which is made if it is missing."""
+    place = {name.partition(".")[2]: value for name, value in _source("memory").items()}
+    data = dataclasses.replace(config.data, **place | {"files": ()})
+    corpus = corpus_of_texts(texts, data) if texts is not None else corpus_of_dataset(dataset, data)
+    store = prepare_store(data, config.tokenizer, corpus=corpus)
+    return dataclasses.replace(config, data=dataclasses.replace(data, store=str(store.directory)))
+
+
+@contextmanager
+def _process_as_before() -> Iterator[None]:
+    """Leave this process as it was: environment, random generators, torch's switches, Accelerate's state.
+
+    Accelerate's states are class attributes, and an `Accelerator` of another precision is refused while they are set.
+    """
+    environment = dict(os.environ)
+    states = [PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state]
+    kept = [dict(state) for state in states]
+    python, numpy_state, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    tf32 = torch.backends.cudnn.allow_tf32
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(gpus))
+        for state in states:
+            state.clear()
+        try:
+            yield
+        finally:
+            for state, values in zip(states, kept, strict=True):
+                state.clear()
+                state.update(values)
+            for name in os.environ.keys() - environment.keys():
+                del os.environ[name]
+            os.environ.update(environment)
+            random.setstate(python)
+            np.random.set_state(numpy_state)
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
+            torch.backends.cudnn.allow_tf32 = tf32
+
+
+# --- what a training left --------------------------------------------------------------------------------------------
+
+
+class Metrics(list[dict[str, float]]):
+    """Rows of metrics.jsonl, oldest first: `step`, and figures by name, such as `train/loss` in nats per token."""
+
+    def to_pandas(self) -> pandas.DataFrame:
+        """Return the rows as a table with a column for each figure; NaN where a row lacks it.
+
+        Raises:
+            TextgenError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError:
+            raise TextgenError("`to_pandas` needs pandas: pip install pandas") from None
+        return pandas.DataFrame(self)
+
+
+class Run(os.PathLike[str]):
+    """What a training left in its folder. Every property reads the files as they are now.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        TextgenError: it is no run folder.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not any((self.path / name).exists() for name in (SETTINGS_NAME, METRICS_NAME, STATUS_NAME)):
+            problem = "is no run folder" if self.path.exists() else "does not exist"
+            raise TextgenError(f"`{self.path}` {problem}")
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def metrics(self) -> Metrics:
+        """All rows of metrics.jsonl."""
+        return Metrics(read_metrics(self.path))
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """Content of status.json: `state`, `step`, `total_steps`, `reason`; empty if it is missing or damaged."""
+        return read_status(self.path)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All settings by dotted name.
+
+        Raises:
+            TextgenError: config.yaml is missing or damaged.
+        """
+        try:
+            return read_settings(self.path / SETTINGS_NAME)
+        except (OSError, ValueError) as error:
+            raise TextgenError(f"`{self.path}` has no readable `{SETTINGS_NAME}`: {error}") from error
+
+    @property
+    def newest(self) -> Path | None:
+        """Directory of the newest valid checkpoint; None before the first one.
+
+        Raises:
+            TextgenError: no checkpoint is valid.
+        """
+        with _user_errors():
+            return find_checkpoint(self.path) if checkpoints(self.path) else None
+
+    @property
+    def best(self) -> Path | None:
+        """Directory of the checkpoint with the lowest validation loss; None if nothing was validated.
+
+        Raises:
+            TextgenError: no checkpoint is valid, or the best one is not.
+        """
+        newest = self.newest
+        with _user_errors():
+            if newest is None or read_json(newest / TRAINER_NAME)["progression"]["best_step"] is None:
+                return None
+            return find_checkpoint(self.path, best=True)
+
+    def load(self, *, best: bool = False) -> LanguageModel:
+        """Open the model of the newest checkpoint, or of the best one; see `load`."""
+        return load(self.path, best=best)
+
+    def __repr__(self) -> str:
+        status = self.status
+        step, total = status.get("step"), status.get("total_steps")
+        place = "" if step is None else f", step {step}" + (f" of {total}" if total else "")
+        return f"<textgen.Run {str(self.path)!r}: {status.get('state') or 'of unknown state'}{place}>"
+
+    def _repr_html_(self) -> str:
+        return report_summary(self.path)
+
+
+# --- using a model ---------------------------------------------------------------------------------------------------
+
+
+def load(name: str | os.PathLike[str], *, best: bool = False, decoder: str = "auto") -> LanguageModel:
+    """Open a trained model, on the GPU if there is one.
+
+    Args:
+        name: a run folder or a `Run`, a checkpoint, a published model, or `hub:OWNER/NAME`.
+        best: of a run, the best checkpoint instead of the newest.
+        decoder: computes the steps, as the command line's `--decoder`; `plain` is the model itself in float32.
+
+    Raises:
+        TextgenError: the model is not found, is damaged, or the decoder does not run here.
+    """
+    with _user_errors(), as_library(progress=False):
+        return LanguageModel(*open_decoder(os.fspath(name), decoder, best=best))
+
+
+class LanguageModel:
+    """A trained model with its tokenizer, as `load` returns it. Texts and settings in, texts and figures out."""
+
+    def __init__(self, opened: OpenModel, decoder: Decoder) -> None:
+        self._tokenizer, self._normalization = opened.tokenizer, opened.normalization
+        self._decoder = decoder
+        self.path = opened.directory
+        """directory of the model's files"""
+
+    def __repr__(self) -> str:
+        return (
+            f"<textgen.LanguageModel {str(self.path)!r}: {self._decoder.model.num_parameters:,} parameters, "
+            f"{self._tokenizer.vocab_size:,} tokens, {self._decoder.description}>"
+        )
+
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[str] = ...,
+        *,
+        n: int = ...,
+        config: SamplingConfig | None = ...,
+        state: ReadState | None = ...,
+        details: Literal[False] = ...,
+        **settings: Any,
+    ) -> list[str]: ...
+    @overload
+    def generate(
+        self,
+        prompt: str | Sequence[str] = ...,
+        *,
+        n: int = ...,
+        config: SamplingConfig | None = ...,
+        state: ReadState | None = ...,
+        details: Literal[True],
+        **settings: Any,
+    ) -> list[Sample]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        n: int = 1,
+        config: SamplingConfig | None = None,
+        state: ReadState | None = None,
+        details: bool = False,
+        **settings: Any,
+    ) -> list[str] | list[Sample]:
+        """Continue a prompt, or several. The texts are those of `textgen sample` with the same settings.
+
+        Args:
+            prompt: text to continue; an empty one starts a text. Several prompts are drawn side by side.
+            n: samples of each prompt.
+            config: the settings of sampling.
+            state: text before the prompt, from `read`.
+            details: return `Sample` objects: the text, its number of tokens, how it ended, log-probabilities.
+            **settings: fields of `SamplingConfig` by name, which override `config`: `temperature=0.8`.
+
+        Returns:
+            The continuations, without their prompts: `n` of the first prompt, then `n` of the second.
+
+        Raises:
+            TextgenError: a setting is unknown or wrong, a prompt is no text, or the state is of another model.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, Sequence):
+            raise TextgenError(f"`prompt` must be a text or a list of texts: {str(prompt)[:40]}")
+        if type(n) is not int or n < 1:
+            raise TextgenError(f"`n` must be an integer of at least 1: {n}")
+        requests = self._requests(prompts, n, config, state, settings)
+        with _user_errors():
+            samples = {index: event for index, event in self._events(requests) if isinstance(event, Sample)}
+        ordered = [samples[index] for index in range(len(requests))]
+        return ordered if details else [sample.text for sample in ordered]
+
+    def stream(
+        self, prompt: str = "", *, config: SamplingConfig | None = None, state: ReadState | None = None, **settings: Any
+    ) -> Iterator[str]:
+        """Return the pieces of one continuation as they are drawn; joined they are the text of `generate`.
+
+        Args and errors are those of `generate`. A piece is whole characters and never empty.
+        """
+        requests = self._requests(
+            [prompt], 1, config, state, settings
+        )  # wrong input fails here, not at the first piece
+        return (event for _, event in self._events(requests) if isinstance(event, str))
+
+    def read(self, text: str, *, state: ReadState | None = None) -> ReadState:
+        """Read a text once, for many continuations and scores.
+
+        `generate(b, state=read(a))` is, bit for bit, the continuation of the tokens of `a` followed by the tokens of
+        `b`. The two texts are encoded apart: no token spans the cut. A cut between words, before the space, is where
+        the tokens of `a + b` are mostly cut too, and then the result is also that of `generate(a + b)`.
+
+        Args:
+            text: at least one character that is no space.
+            state: what comes before it, from an earlier `read`.
+
+        Raises:
+            TextgenError: the text is empty or no text, or the state is of another model.
+        """
+        self._require_own(state)
+        text = self._text(text, "`text`")
+        if not text:
+            raise TextgenError("`text` is empty: there is nothing to read")
+        bos = [self._tokenizer.bos_id] if state is None else []
+        return read_tokens(self._decoder, text, [*bos, *self._tokenizer.encode(text)], after=state)
+
+    def score(self, text: str, *, state: ReadState | None = None, end: bool = True) -> TextScore:
+        """Return the log-probability of each token of a text, and its bits per byte.
+
+        The model itself computes them in float32, whatever the decoder, as `textgen evaluate` does.
+
+        Args:
+            text: at least one character that is no space.
+            state: what comes before it, from `read`; it is not scored.
+            end: score the end of the text too, as a whole document; False for a part of a document.
+
+        Raises:
+            TextgenError: the text is empty or no text, the state is of another model, or the tokenizer loses text.
+        """
+        self._require_own(state)
+        text, tokenizer = self._text(text, "`text`"), self._tokenizer
+        if not text:
+            raise TextgenError("`text` is empty: there is nothing to score")
+        if not tokenizer.is_lossless:
+            raise TextgenError(f"`{self.path}` has a word tokenizer, which loses text: it has no bits per byte")
+        before = (tokenizer.bos_id,) if state is None else state.ids
+        ids = (*tokenizer.encode(text), *((tokenizer.eos_id,) if end else ()))
+        return TextScore(
+            text=text,
+            tokens=tuple(tokenizer.token_bytes(token).decode(errors="backslashreplace") for token in ids),
+            ids=ids,
+            logprobs=token_logprobs(self._decoder, [*before, *ids], given=len(before), read=state),
+            num_bytes=len(text.encode()),
+        )
+
+    def _events(self, requests: Sequence[Request]) -> Iterator[tuple[int, str | Sample]]:
+        run = GraphRunner(self._decoder) if self._decoder.in_graphs else None
+        return generate_stream(self._decoder, self._tokenizer, requests, batch_size=BATCH_SIZE, run=run)
+
+    def _requests(
+        self,
+        prompts: Sequence[str],
+        n: int,
+        config: SamplingConfig | None,
+        state: ReadState | None,
+        settings: Mapping[str, Any],
+    ) -> list[Request]:
+        """Return the requests of samples, checked."""
+        self._require_own(state)
+        known = [field.name for field in dataclasses.fields(SamplingConfig)]
+        if unknown := [name for name in settings if name not in known]:
+            raise TextgenError(unknown_setting(unknown[0], known))
+        if config is not None and not isinstance(config, SamplingConfig):
+            raise TextgenError(f"`config` must be a SamplingConfig: {str(config)[:40]}")
+        try:
+            made = build_settings(SamplingConfig, dataclasses.asdict(config or SamplingConfig()) | _plain(settings))
+            require_drawable(made, self._tokenizer)
+        except ValueError as error:
+            raise TextgenError(str(error)) from None
+        made = dataclasses.replace(made, stop=tuple(self._text(stop, "`stop`", spaces=True) for stop in made.stop))
+        texts = [self._text(prompt, "`prompt`") for prompt in prompts]
+        return [Request(text, made, number, state) for text in texts for number in range(n)]
+
+    def _text(self, text: object, name: str, *, spaces: bool = False) -> str:
+        """Return a user's text, normalized as the training text was; refuse what is no text, or spaces alone."""
+        if not isinstance(text, str):
+            raise TextgenError(f"{name} must be a text: {str(text)[:40]}")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise TextgenError(f"{name} holds a lone surrogate, which is no text") from None
+        if text.isspace() and not spaces:  # the tokenizer reads it as an empty one
+            raise TextgenError(f"{name} is only spaces; an empty prompt starts a text")
+        return normalize(text, self._normalization)
+
+    def _require_own(self, state: ReadState | None) -> None:
+        if state is None:
+            return
+        if not isinstance(state, ReadState):
+            raise TextgenError(f"`state` must be what `read` returns: {str(state)[:40]}")
+        if state.decoder is not self._decoder:
+            raise TextgenError("`state` was read by another model: call `read` of this one")
