@@ -163,6 +163,7 @@ def test_samples_are_in_the_order_of_their_prompts(lm: textgen.LanguageModel) ->
     assert [(sample.prompt, sample.number) for sample in samples] == [(p, j) for p in prompts for j in range(2)]
     assert lm.generate(prompts, n=2, max_new_tokens=20) == [sample.text for sample in samples]
     assert all(sample.logprobs is not None for sample in samples)
+    assert lm.generate([PROMPT, PROMPT], max_new_tokens=20) == lm.generate(PROMPT, n=2, max_new_tokens=20)
 
 
 @pytest.mark.parametrize("decoder", ["plain", "float32", "bfloat16", "int8"])
@@ -262,7 +263,7 @@ def test_a_state_of_another_model_is_refused(lm: textgen.LanguageModel, tiny_run
 
 
 def test_nothing_to_open_is_refused(tiny_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(textgen.TextgenError, match="has no `config.json`: not a checkpoint directory"):
+    with pytest.raises(textgen.TextgenError, match=r"has no `config.json`: not a checkpoint directory"):
         textgen.load(tmp_path)
     with pytest.raises(textgen.TextgenError, match="does not exist"):
         textgen.Run(tmp_path / "nothing")

@@ -63,6 +63,26 @@ def test_readme_verbs_run(
     main(words[1:])
 
 
+@pytest.mark.parametrize("document", ["README.md", "docs/how-to/python.md"])
+def test_python_of_a_document_runs(
+    document: str,
+    reviews_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """All blocks of a page, one after the other, with two steps in place of two minutes."""
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / document).read_text(), re.MULTILINE | re.DOTALL)
+    program = "".join(blocks)
+    assert program.count("max_minutes=2") == 1
+    (tmp_path / "reviews").mkdir()
+    shutil.copy(reviews_file, tmp_path / "reviews")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    exec(program.replace("max_minutes=2", 'max_minutes=None, max_steps=2, tokenizer={"vocab_size": 400}'), {})
+    assert len(capsys.readouterr().out) > 2
+
+
 def test_tables_of_faults_are_what_was_measured() -> None:
     """`python -m tests.faults.report` puts them there; nobody types a figure."""
     text = DOCUMENT.read_text()

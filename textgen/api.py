@@ -28,7 +28,15 @@ from textgen.data.corpus import normalize
 from textgen.data.memory import corpus_of_dataset, corpus_of_texts
 from textgen.data.store import prepare_store
 from textgen.decoding.cuda_graphs import GraphRunner
-from textgen.decoding.generation import BATCH_SIZE, Request, Sample, TokenLogprobs, generate_stream, require_drawable
+from textgen.decoding.generation import (
+    BATCH_SIZE,
+    Request,
+    Sample,
+    TokenLogprobs,
+    generate_stream,
+    number_requests,
+    require_drawable,
+)
 from textgen.decoding.reading import ReadState, read_tokens
 from textgen.decoding.scoring import TextScore, token_logprobs
 from textgen.distributed.signals import Interrupted
@@ -515,7 +523,8 @@ class LanguageModel:
             raise TextgenError(str(error)) from None
         made = dataclasses.replace(made, stop=tuple(self._text(stop, "`stop`", spaces=True) for stop in made.stop))
         texts = [self._text(prompt, "`prompt`") for prompt in prompts]
-        return [Request(text, made, number, state) for text in texts for number in range(n)]
+        numbered = number_requests(((text, made) for text in texts), n)
+        return [dataclasses.replace(request, read=state) for request in numbered]
 
     def _text(self, text: object, name: str, *, spaces: bool = False) -> str:
         """Return a user's text, normalized as the training text was; refuse what is no text, or spaces alone."""
