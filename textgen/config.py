@@ -128,10 +128,12 @@ class DataConfig:
         _require_csv_character("csv_escape", self.csv_escape or "\\")
 
 
+SPLITS = ("train", "validation", "test")  # of a training's text
+
 # The settings of DataConfig that decide how documents are read from files, whatever they are read for.
 READING_SETTINGS = (
     "text_column", "txt_documents", "encoding", "on_error", "max_document_bytes", "csv_delimiter", "csv_quoting",
-    "csv_escape", "reading_rules",
+    "csv_escape",
 )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import re
@@ -52,28 +51,6 @@ def settings_of(settings: type, prefix: str = "") -> dict[str, Any]:
         else:
             kinds[prefix + name] = kind
     return kinds
-
-
-def add_flags(parser: argparse.ArgumentParser, settings: type, names: Iterable[str], *, prefix: str) -> None:
-    """Add flags for some settings of a dataclass to the parser of another command than `train`.
-
-    Args:
-        parser: the parser.
-        settings: the dataclass; the defaults are its own.
-        names: the settings, each a text, an integer or one of some values.
-        prefix: of the flags of a training, which the help refers to.
-    """
-    kinds, fields = settings_of(settings), {field.name: field for field in dataclasses.fields(settings)}
-    for name in names:
-        options = typing.get_args(kinds[name])
-        is_choice = typing.get_origin(kinds[name]) is Literal
-        parser.add_argument(
-            f"--{name}",
-            type=int if int in options or (is_choice and type(options[0]) is int) else str,
-            choices=options if is_choice else None,
-            default=fields[name].default,
-            help=f"as `--{prefix}{name}` of a training (default: %(default)s)",
-        )
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

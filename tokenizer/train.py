@@ -9,7 +9,7 @@ import argparse
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from .tokenizer import MODEL_NAME, Tokenizer
 from .trainer import take_training_texts, train_tokenizer
@@ -27,12 +27,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from textgen.data.documents import has_text, read_files
     from textgen.data.sources import list_files
     from textgen.errors import TextgenError, in_backticks
-    from textgen.settings import add_flags
+    from textgen.settings import settings_of
 
     if arguments is None:
         use_utf8()
     parser = _build_parser()
-    add_flags(parser, DataConfig, READING_SETTINGS, prefix="data.")
+    kinds, defaults = settings_of(DataConfig), DataConfig()
+    for name in READING_SETTINGS:
+        _add_flag(parser, name, kinds[name], getattr(defaults, name))
     args = parser.parse_args(arguments)
     start_log()
 
@@ -85,6 +87,19 @@ def _build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model_type", choices=["unigram", "bpe", "char", "word"], default="unigram")
     parser.add_argument("--output", type=Path, required=True, help="directory for tokenizer.model")
     return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, name: str, kind: Any, default: object) -> None:
+    """Add a flag of a training's setting: a text, an integer, or one of some values."""
+    values = get_args(kind)
+    is_choice = get_origin(kind) is Literal
+    parser.add_argument(
+        f"--{name}",
+        type=int if int in values else str,
+        choices=values if is_choice else None,
+        default=default,
+        help=f"as `--data.{name}` of a training (default: %(default)s)",
+    )
 
 
 class _Parser(argparse.ArgumentParser):

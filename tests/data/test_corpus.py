@@ -139,9 +139,7 @@ def test_the_end_of_a_single_document_is_held_out(folder: Path, caplog: pytest.L
         "train_documents": 1, "validation_documents": 1, "dropped_in_test": 0, "dropped_in_validation": 0,
         "dropped_duplicates": 0, "dropped_empty": 0,
     }  # fmt: skip
-    wanted = (
-        f"validation: the ends of 1 documents that are long beside the others, {len(end)} of their {len(text)} bytes"
-    )
+    wanted = f"validation: the ends of long documents (1 of 1), {len(end):,} of their {len(text):,} bytes"
     assert wanted in caplog.messages
     (folder / "book.txt").write_text(start + end.upper())
     changed = clean(folder)

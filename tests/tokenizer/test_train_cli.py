@@ -88,7 +88,7 @@ def test_flags_of_reading_are_those_of_a_training(tmp_path: Path, capsys: pytest
     for flags, message in {
         ("--txt_documents", "word"): "invalid choice: 'word' (choose from 'file', 'line', 'paragraph')",
         ("--max_document_bytes", "0"): "`max_document_bytes` must be",
-        ("--reading_rules", "3"): "invalid choice: 3 (choose from 1, 2)",
+        ("--csv_delimiter", "ab"): "`csv_delimiter` must be one character",
     }.items():
         with pytest.raises(SystemExit):
             main(["--input", str(tmp_path), "--output", str(tmp_path / "out"), *flags])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from textgen.commands.model_argument import add_model_arguments, open_model
-from textgen.commands.parsing import Parser
+from textgen.commands.parsing import Parser, add_reading_flags, reading_settings
 from textgen.config import Precision
 from textgen.console import start_log
 
@@ -37,7 +37,7 @@ def _parse(argv: Sequence[str]) -> Any:
         default="validation",
         help="a file, folder or glob, or a split of the training's data: train, validation, test",
     )
-    parser.add_argument("--text_column", default="text", help="column of the text in csv, jsonl and parquet files")
+    add_reading_flags(parser)
     parser.add_argument("--limit", type=int | None, default=None, help="score the first N documents only")
     parser.add_argument(
         "--batch_size", type=int, default=64, help="documents that are read side by side; does not change the figures"
@@ -50,6 +50,7 @@ def _parse(argv: Sequence[str]) -> Any:
     )
     parser.add_argument("--json", action="store_true", help="print JSON and nothing else")
     args = parser.parse_args(list(argv))
+    args.reading = reading_settings(args)
     for name in ("limit", "batch_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"`{name}` must be at least 1: {getattr(args, name)}")
@@ -68,7 +69,7 @@ def _evaluate(accelerator: Accelerator, args: Any) -> dict[str, float]:
     if not tokenizer.is_lossless:
         raise TextgenError(f"`{args.checkpoint}` has a word tokenizer, which loses text: it has no bits per byte")
     texts = texts_to_score(
-        opened.checkpoint, args.data, args.text_column, limit=args.limit, normalization=opened.normalization
+        opened.checkpoint, args.data, args.reading, limit=args.limit, normalization=opened.normalization
     )
     documents, num_bytes = encode_documents(tokenizer, texts), sum(len(text.encode()) for text in texts)
     result = score(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from textgen.commands.model_argument import add_model_arguments, open_model
-from textgen.commands.parsing import Parser
+from textgen.commands.parsing import Parser, add_reading_flags, reading_settings
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
@@ -31,10 +31,11 @@ def _parse(argv: Sequence[str]) -> Any:
         default="validation",
         help="documents to score: a file, folder or glob, or a split of the training's data",
     )
-    parser.add_argument("--text_column", default="text", help="column of the text in csv, jsonl and parquet files")
+    add_reading_flags(parser)
     parser.add_argument("--limit", type=int, default=200, help="score the first N documents only")
     parser.add_argument("--batch_size", type=int, default=128, help="documents that are read side by side")
     args = parser.parse_args(list(argv))
+    args.reading = reading_settings(args)
     for name in ("limit", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"`{name}` must be at least 1: {getattr(args, name)}")
@@ -64,7 +65,7 @@ def _export(args: Any) -> None:
     if not tokenizer.is_lossless:
         raise TextgenError(f"`{args.checkpoint}` has a word tokenizer, which loses text: it has no bits per byte")
     texts = texts_to_score(
-        opened.checkpoint, args.data, args.text_column, limit=args.limit, normalization=opened.normalization
+        opened.checkpoint, args.data, args.reading, limit=args.limit, normalization=opened.normalization
     )
     documents, num_bytes = encode_documents(tokenizer, texts), sum(len(text.encode()) for text in texts)
     plain = score(accelerator, model, documents, num_bytes, bos_id=tokenizer.bos_id, batch_size=args.batch_size)

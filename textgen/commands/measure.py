@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textgen.commands.model_argument import OpenModel, add_model_arguments, open_decoder
-from textgen.commands.parsing import Parser, fail
-from textgen.config import SamplingConfig
+from textgen.commands.parsing import Parser, add_reading_flags, fail, reading_settings
+from textgen.config import SPLITS, SamplingConfig
 from textgen.console import Progress, setup_logging
 from textgen.files import write_atomic
 from textgen.reporting.report import MEASURES_FORMAT, MEASURES_NAME, leave_report
@@ -113,11 +113,12 @@ def _parse(argv: Sequence[str]) -> Any:
         "--max_new_tokens", type=int, default=1024, help="tokens after which a text is cut, generated or human"
     )
     parser.add_argument("--data", default="validation", help="human texts: a file, folder or glob, or a split")
-    parser.add_argument("--text_column", default="text", help="column of the text in csv, jsonl and parquet files")
+    add_reading_flags(parser)
     parser.add_argument("--batch_size", type=int, default=64, help="texts that are drawn at a time")
     parser.add_argument("--seed", type=int, default=42, help="seed of the draws")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args(list(argv))
+    args.reading = reading_settings(args)
     for name, least in (("texts", 2), ("words", 4), ("batch_size", 1)):
         if args[name] < least:
             parser.error(f"`{name}` must be at least {least}: {args[name]}")
@@ -146,14 +147,14 @@ def _open(args: Any) -> tuple[OpenModel, Decoder]:
 
 def _human_texts(args: Any, opened: OpenModel, store: TokenStore) -> _Set:
     """Return the human texts to measure; fail if too few have enough words."""
-    from textgen.data.texts import SPLITS, read_split, texts_to_score
+    from textgen.data.texts import read_split, texts_to_score
     from textgen.reporting.measures import words
 
     if args.data in SPLITS:
         texts = list(read_split(store, args.data))
     else:
         texts = texts_to_score(
-            opened.directory, args.data, args.text_column, limit=None, normalization=opened.normalization
+            opened.directory, args.data, args.reading, limit=None, normalization=opened.normalization
         )
     human = [words(_cut(text, opened.tokenizer, args.max_new_tokens)) for text in texts]
     chosen = _evenly(_long(human, args.words), args.texts)

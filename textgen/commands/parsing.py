@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from textgen.config import REMOVED_VALUES, TrainConfig
+from textgen.config import READING_SETTINGS, REMOVED_VALUES, SPLITS, DataConfig, TrainConfig
 from textgen.errors import TextgenError
 from textgen.files import decode_text
 from textgen.settings import build_settings, in_words, settings_of, unknown_setting
@@ -162,6 +162,33 @@ def _parse_settings(parser: Parser, argv: Sequence[str]) -> TrainConfig:
         return build_settings(TrainConfig, parsed.as_dict())
     except ValueError as error:
         parser.error(str(error))
+
+
+def add_reading_flags(parser: Parser) -> None:
+    """Add the flags of a training that say how documents are read from files."""
+    kinds, defaults = settings_of(DataConfig), DataConfig()
+    for name in READING_SETTINGS:
+        help_text = f"as `--data.{name}` of a training"
+        parser.add_argument(f"--{name}", type=kinds[name], default=getattr(defaults, name), help=help_text)
+
+
+def reading_settings(args: Any) -> DataConfig:
+    """Return the settings that these flags give for the files of `--data`.
+
+    Raises:
+        TextgenError: a value is not allowed, or `--data` is a split, which is read as the training read it.
+    """
+    values = {name: args[name] for name in READING_SETTINGS}
+    try:
+        settings = DataConfig(**values)
+    except ValueError as error:
+        raise TextgenError(str(error)) from error
+    for name, value in values.items():
+        if args.data in SPLITS and value != getattr(DataConfig(), name):
+            raise TextgenError(
+                f"`{name}` {value} is for files; the split `{args.data}` is read as the training read it"
+            )
+    return settings
 
 
 def config_file(argv: Sequence[str] | None = None) -> str | None:

@@ -322,9 +322,12 @@ def _hold_out(
             ends, end_sizes = _hash_documents(corpus.splits["ends"]())
             hashes = hashes | {"train": _hash_documents(corpus.splits["train"]())[0], "ends": ends}
             logger.info(
-                "validation: the ends of %d documents that are long beside the others, %d of their %d bytes",
-                len(cuts), end_sizes.sum(), sizes[list(cuts)].sum(),
-            )  # fmt: skip
+                "validation: the ends of long documents (%d of %d), %s of their %s bytes",
+                len(cuts),
+                int((train != EMPTY).sum()),
+                f"{end_sizes.sum():,}",
+                f"{sizes[list(cuts)].sum():,}",
+            )
         can_be = train != EMPTY
         can_be[list(cuts)] = False
     candidates = np.flatnonzero(can_be)

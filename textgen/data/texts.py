@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from textgen.config import DataConfig, TrainConfig
+from textgen.config import SPLITS, DataConfig, TrainConfig
 from textgen.data.corpus import normalize
 from textgen.data.documents import read_documents
 from textgen.data.store import TokenStore, prepare_store
@@ -14,18 +14,16 @@ from textgen.errors import CheckpointError, TextgenError
 from textgen.runs.checkpoint import TRAINER_NAME, read_json
 from textgen.settings import build_settings, complete_record
 
-SPLITS = ("train", "validation", "test")
-
 
 def texts_to_score(
-    checkpoint: Path | None, data: str, text_column: str, *, limit: int | None, normalization: str
+    checkpoint: Path | None, data: str, settings: DataConfig, *, limit: int | None, normalization: str
 ) -> list[str]:
     """Return documents of files, or of a split of the data that a checkpoint was trained on.
 
     Args:
         checkpoint: its directory; None of a model that does not say what it was trained on.
         data: a file, folder or glob, or a split.
-        text_column: of csv, jsonl and parquet files.
+        settings: how files are read.
         limit: the first ones only.
         normalization: what the model reads of texts.
 
@@ -37,7 +35,7 @@ def texts_to_score(
             raise TextgenError(f"the model does not say what it was trained on: give `--data` a file, not `{data}`")
         texts = _split_texts(checkpoint, data, limit)
     else:
-        documents = (text for text in read_documents([data], DataConfig(text_column=text_column)) if text.strip())
+        documents = (text for text in read_documents([data], settings) if text.strip())
         texts = [normalize(text, normalization) for text in islice(documents, limit)]
     if not texts:
         raise TextgenError(f"`{data}` holds no documents")
