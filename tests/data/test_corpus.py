@@ -201,7 +201,15 @@ def test_no_validation_is_said_in_the_log(folder: Path, caplog: pytest.LogCaptur
 def test_documents_without_text_are_not_held_out(folder: Path) -> None:
     path = write_jsonl(folder / "a.jsonl", ["a", "", "b"])
     assert list(clean(path).documents("validation")) == ["a"]
-    assert list(clean(path, reading_rules=1).documents("validation")) == []
+    with pytest.raises(TextgenError, match="validation holds no text"):
+        clean(path, reading_rules=1)
+
+
+def test_a_validation_split_without_text_is_refused(folder: Path) -> None:
+    write_jsonl(folder / "a.jsonl", ["a", "b"])
+    write_jsonl(folder / "valid.jsonl", ["", " "])
+    with pytest.raises(TextgenError, match=r"2 files: .*: validation holds no text; without files"):
+        clean(folder)
 
 
 def test_a_long_document_that_is_also_in_test_is_not_trained_on(folder: Path) -> None:
@@ -241,6 +249,8 @@ def test_a_saved_dataset_is_opened_by_its_folder(folder: Path) -> None:
     config = DataConfig(dataset=str(folder / "y"))
     assert list(clean_corpus(open_corpus(config), config).documents("train")) == ["d"]
     assert list(clean(folder / "y").documents("train")) == ["d"]
+    with pytest.raises(TextgenError, match="/y` was saved without configurations: plain"):
+        open_corpus(DataConfig(dataset=str(folder / "y"), dataset_config="plain"))
 
 
 def test_training_loses_what_stands_in_validation_or_test_or_earlier(folder: Path) -> None:

@@ -102,6 +102,8 @@ def open_corpus(config: DataConfig) -> Corpus:
     if config.source == "files":
         corpus = _open_files(config, config.files)
     elif config.dataset is not None and is_saved_dataset(config.dataset):
+        if config.dataset_config is not None:
+            raise TextgenError(f"`{config.dataset}` was saved without configurations: {config.dataset_config}")
         corpus = _open_files(config, [config.dataset])
     elif config.source == "package":
         corpus = _open_package(config)
@@ -280,6 +282,10 @@ def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
     summary = ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in counts.items())
     if not kept.any():
         raise TextgenError(f"{corpus.description}: no documents to train on; {len(pool)} read, {summary}")
+    if counts.get("validation_documents") == 0:
+        raise TextgenError(
+            f"{corpus.description}: validation holds no text; without files for it, a part of train is held out"
+        )
     logger.info("documents: %s", summary)
     digests = {}
     for split, masks in parts.items():
@@ -316,7 +322,8 @@ def _hold_out(
     can_be = np.ones(len(train), dtype=np.bool_)
     if config.reading_rules > 1 and fraction > 0:
         total = int(sizes.sum(dtype=np.int64))
-        long = np.flatnonzero((sizes > max(fraction, LONG_SHARE) * total) & ~np.isin(train, test))
+        long = np.flatnonzero(sizes > max(fraction, LONG_SHARE) * total)
+        long = long[~np.isin(train[long], test)]  # training drops those in test whole
         if cuts := _find_cuts(corpus, set(long.tolist()), fraction):
             corpus = _cut(corpus, cuts)
             ends, end_sizes = _hash_documents(corpus.splits["ends"]())
