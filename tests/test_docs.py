@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -12,6 +13,7 @@ import yaml
 from docs.site import PAGES as OUTSIDE
 from docs.site import adapt, write_pages
 from docs.write_reference import PAGES as REFERENCE
+from textgen.serving.protocol import CompletionRequest
 
 ROOT = Path(__file__).parents[1]
 LISTED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True).stdout.split()
@@ -47,6 +49,31 @@ def test_links_lead_somewhere(page: str) -> None:
 def test_reference_is_what_the_command_line_says(name: str) -> None:
     written = (ROOT / "docs" / "reference" / name).read_text()
     assert written == REFERENCE[name](), "run `python -m docs.write_reference`"
+
+
+def names_in(page: str) -> set[str]:
+    """Return all that a page of the reference has in backticks."""
+    return set(re.findall(r"`([^`\n]+)`", (ROOT / "docs" / "reference" / page).read_text()))
+
+
+def test_metrics_page_has_every_metric_of_a_run(tiny_run: Path) -> None:
+    rows = [json.loads(line) for line in (tiny_run / "metrics.jsonl").read_text().splitlines()]
+    found = {re.sub(r"machine/\d+/", "machine/N/", name) for row in rows for name in row}
+    assert "train/loss" in found
+    assert sorted(found - names_in("metrics.md")) == []
+
+
+def test_files_page_has_every_file_of_a_run(tiny_run: Path) -> None:
+    (checkpoint, *_) = (tiny_run / "checkpoints").iterdir()
+    found = {path.name for folder in (tiny_run, checkpoint) for path in folder.iterdir() if path.is_file()}
+    assert "manifest.json" in found
+    assert sorted(found - names_in("run-directory.md")) == []
+
+
+def test_http_page_has_every_field_of_a_completion() -> None:
+    fields = set(CompletionRequest.__annotations__)  # without those that are refused
+    assert "prompt" in fields
+    assert sorted(fields - names_in("http-api.md")) == []
 
 
 def test_links_between_pages_stay_and_other_files_become_text() -> None:

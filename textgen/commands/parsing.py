@@ -72,7 +72,7 @@ def fail(message: str) -> NoReturn:
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """The help of `train`: a flag, the kind of its value, the text, and the default unless the text has it."""
+    """Prints flag, kind of value, text, and the default unless the text has it."""
 
     def __init__(self, prog: str, **kwargs: Any) -> None:
         super().__init__(prog, **{"max_help_position": 30, **kwargs})  # type: ignore[no-untyped-call]
@@ -87,7 +87,7 @@ class Parser(ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         set_parsing_settings(docstring_parse_attribute_docstrings=True)
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print one line and end with exit code 2."""
@@ -199,10 +199,7 @@ def config_file(argv: Sequence[str] | None = None) -> str | None:
 
 def build_train_parser(prog: str | None = None) -> Parser:
     """Return a parser with a flag for every setting of a training."""
-    parser = Parser(
-        prog=prog, description=TRAINING, usage="%(prog)s [--config FILE] [--SETTING VALUE] ...",
-        formatter_class=HelpFormatter,
-    )  # fmt: skip
+    parser = Parser(prog=prog, description=TRAINING, usage="%(prog)s [--config FILE] [--SETTING VALUE] ...")
     return _add_settings(parser)
 
 
