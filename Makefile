@@ -1,4 +1,4 @@
-# make train | test | test-slow | check | docs | bench | quality | faults | scaling: each sets up .venv first; a second call does not install again.
+# make install | train | test | test-slow | check | docs | bench | quality | faults | scaling: each sets up .venv first; a second call does not install again.
 PYTHON ?= python3
 BIN := .venv/bin
 # Another build of torch: make TORCH_INDEX=https://... (see pytorch.org)
@@ -9,13 +9,15 @@ WORKERS ?= 2
 # Threads that wait must not spin: on a busy machine two-thread regions are many times slower otherwise.
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
-.PHONY: train test test-slow check docs bench quality faults scaling clean
+.PHONY: install train test test-slow check docs bench quality faults scaling clean
 
 train: .venv/installed
 	$(BIN)/python train_distributed.py --config launch/presets/quick.yaml --run_dir $(RUN)
 	$(BIN)/textgen evaluate $(RUN) --data validation
 	@cat $(RUN)/samples.md | sed -n '/^## /h;/^## /!H;$${x;p;}'
 	@echo "loss curve: $(RUN)/loss.png, report: $(RUN)/report.html"
+
+install: .venv/installed
 
 test: .venv/installed
 	$(TEST_ENV) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow and not gpu"
