@@ -33,7 +33,7 @@ check: .venv/installed
 
 # Seconds; the site is build/site/index.html. Search needs a web server: python -m http.server -d build/site
 docs: .venv/docs-installed
-	$(BIN)/python -m docs.site
+	$(BIN)/python -m docs.write_site
 
 bench: .venv/installed
 	$(BIN)/python -m benchmarks.train

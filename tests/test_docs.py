@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from docs.site import PAGES as OUTSIDE
-from docs.site import adapt, write_pages
 from docs.write_reference import PAGES as REFERENCE
+from docs.write_site import PAGES as OUTSIDE
+from docs.write_site import adapt, write_pages
 from textgen.serving.protocol import CompletionRequest
 
 ROOT = Path(__file__).parents[1]
