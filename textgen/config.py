@@ -6,6 +6,7 @@ constant learning rate, seed 42.
 
 from __future__ import annotations
 
+import codecs
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -38,11 +39,15 @@ def _require_within(owner: object, low: float, high: float, *names: str) -> None
             raise ValueError(f"`{name}` must be at least {low:g}{above}: {value}")
 
 
+# Codecs of host names and of source code, which no file has and which know no handler of errors.
+NO_FILE_CODECS = ("idna", "punycode", "unicode-escape", "raw-unicode-escape")
+
+
 def _is_text_encoding(name: str) -> bool:
-    """Return whether Python decodes bytes to text by a codec of this name."""
+    """Return whether a codec of this name encodes text as bytes."""
     try:
-        return isinstance(b"".decode(name), str)
-    except (LookupError, ValueError):  # unknown; a codec of bytes such as base64; a name with a null character
+        return bool("a".encode(name)) and codecs.lookup(name).name.replace("_", "-") not in NO_FILE_CODECS
+    except (LookupError, ValueError):  # unknown, or a name with a null character
         return False
 
 
@@ -124,8 +129,12 @@ class DataConfig:
                 f"`max_document_bytes` must be at least 1024 and at most {MAX_DOCUMENT_BYTES}: "
                 f"{self.max_document_bytes}"
             )
-        _require_csv_character("csv_delimiter", (self.csv_delimiter or ",").removesuffix(" ") or " ")
-        _require_csv_character("csv_escape", self.csv_escape or "\\")
+        if (delimiter := self.csv_delimiter) is not None:
+            _require_csv_character("csv_delimiter", delimiter[:1] if delimiter[1:] == " " else delimiter)
+        if self.csv_escape is not None:
+            _require_csv_character("csv_escape", self.csv_escape)
+            if self.csv_escape == (delimiter or "")[:1]:
+                raise ValueError(f"`csv_escape` and `csv_delimiter` are the same: {self.csv_escape!r}")
 
 
 SPLITS = ("train", "validation", "test")  # of a training's text

@@ -57,9 +57,14 @@ def decode_text(raw: bytes, source: str) -> str:
 
 def refuse_wide(raw: bytes, source: str, wanted: str) -> None:
     """Raise TextgenError if bytes begin with the byte order mark of UTF-16 or UTF-32; `wanted` ends its message."""
-    for mark, name in MARKS:
-        if raw.startswith(mark):
-            raise TextgenError(f"{source} is {name} (it begins with {mark.hex(' ')}): {wanted}")
+    if (wide := wide_mark(raw)) is not None:
+        name, mark = wide
+        raise TextgenError(f"{source} is {name} (it begins with {mark.hex(' ')}): {wanted}")
+
+
+def wide_mark(raw: bytes) -> tuple[str, bytes] | None:
+    """Return the encoding and the byte order mark that bytes begin with; None if it is neither UTF-16 nor UTF-32."""
+    return next(((name, mark) for mark, name in MARKS if raw.startswith(mark)), None)
 
 
 def make_directory(path: Path) -> None:

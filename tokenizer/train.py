@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from textgen.console import start_log, use_utf8
     from textgen.data.documents import has_text, read_files
     from textgen.data.sources import list_files
+    from textgen.data.tally import Tally
     from textgen.errors import TextgenError, in_backticks
     from textgen.settings import settings_of
 
@@ -38,8 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     start_log()
 
+    tally = Tally()
+
     def read_texts() -> Iterator[str]:
-        return filter(has_text, read_files(files, settings))
+        return filter(has_text, read_files(files, settings, tally))
 
     try:
         settings = DataConfig(**{name: getattr(args, name) for name in READING_SETTINGS})

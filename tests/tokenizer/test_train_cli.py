@@ -143,7 +143,7 @@ BAD_INPUTS: list[tuple[Callable[[Path], list[str]], str]] = [
     (_write("a.csv", b'text\n"open\n'), "a.csv` line 2 is not valid CSV: unexpected end of data"),
     (_write("a.jsonl", b'{"text": "a"}\n{"body": 1}\n'), "a.jsonl` line 2 has no column `text`; it has `body`"),
     (_write("a.jsonl", b'{"text": 3}\n'), "a.jsonl` line 1: `text` is not a string: 3"),
-    (_write("a.jsonl", b"{\n"), "a.jsonl` line 1 is not valid JSON"),
+    (_write("a.jsonl", b"{\n"), "a.jsonl` line 2 is not valid JSON"),
     (_write("a.jsonl", b"[1]\n"), "a.jsonl` line 1 is not a JSON object"),
     (_write("a.jsonl", b'{"text": "\\ud800"}\n'), "a.jsonl` line 1: `text` holds a lone surrogate"),
     (_write("a.parquet", b"no"), "a.parquet` is not valid parquet"),

@@ -1,7 +1,14 @@
 """Text to batches: documents, corpus, token store, lanes and windows.
 
 - `sources`: the files that paths, folders and globs name, and their splits
-- `documents`: the documents of txt, jsonl, csv and parquet files
+- `documents`: the documents of txt, jsonl, json, csv and parquet files
+- `csv_files`: those of csv and tsv files
+- `json_files`: those of jsonl and json files
+- `rows`: the lines of files, and the check of a row's text
+- `encodings`: a text file as a stream of UTF-8
+- `decompression`: compressed files
+- `cutting`: long documents in parts
+- `tally`: the counts of reading, logged once
 - `corpus`: where documents come from, which are dropped, how they are split
 - `memory`: documents of a program as a corpus
 - `store`: the encoded corpus on disk

@@ -28,8 +28,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from textgen.config import IMDB, DataConfig
-from textgen.data.documents import check_rows, has_text, no_column, read_csv, read_files
+from textgen.data.csv_files import read_csv
+from textgen.data.documents import has_text, read_batches, read_files
+from textgen.data.rows import no_column
 from textgen.data.sources import is_saved_dataset, list_files
+from textgen.data.tally import Tally
 from textgen.errors import TextgenError, in_backticks, one_line
 
 Hashes = NDArray[np.uint64]  # first 8 bytes of the sha256 of each document's UTF-8 text
@@ -158,7 +161,7 @@ def _open_files(config: DataConfig, files: Sequence[str]) -> Corpus:
     return Corpus(
         description=f"{len(found)} files: {', '.join(parts)}",
         fingerprint=fingerprint(config, *seen),
-        splits={split: partial(read_files, paths, config) for split, paths in splits.items()},
+        splits={split: partial(read_files, paths, config, Tally()) for split, paths in splits.items()},
     )
 
 
@@ -172,15 +175,16 @@ def _open_hub(config: DataConfig, name: str) -> Corpus:
         if config.text_column not in rows.column_names:
             raise no_column(f"split `{split}` of dataset `{title}`", config.text_column, rows.column_names)
 
-    def read(rows: Any) -> Iterator[str]:
+    def read(rows: Any, tally: Tally) -> Iterator[str]:
         batches = rows.select_columns([config.text_column]).iter(batch_size=256)
-        return check_rows((batch[config.text_column] for batch in batches), f"dataset `{title}`", config.text_column)
+        texts = (batch[config.text_column] for batch in batches)
+        return read_batches(texts, f"dataset `{title}`", config, tally)
 
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
     return Corpus(
         description=f"dataset {title} ({origin}): {sizes}",
         fingerprint=fingerprint(config, name, [(split, rows._fingerprint) for split, rows in splits.items()]),
-        splits={split: partial(read, rows) for split, rows in splits.items()},
+        splits={split: partial(read, rows, Tally()) for split, rows in splits.items()},
     )
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from textgen.config import DataConfig
 from textgen.data.corpus import Corpus, fingerprint, require_splits
-from textgen.data.documents import check_rows
+from textgen.data.documents import read_batches
+from textgen.data.tally import Tally
 from textgen.errors import TextgenError, in_backticks
 
 SPLITS = ("train", "unsupervised", "validation", "test")
@@ -30,7 +32,8 @@ def corpus_of_texts(texts: Sequence[str] | Mapping[str, Sequence[str]], config: 
         if isinstance(documents, str | bytes | Mapping) or not hasattr(documents, "__iter__"):
             raise TextgenError(f"`texts` must be a list of texts: {str(documents)[:40]!r}")
         # a list, since the texts are read several times
-        splits[split] = partial(check_rows, [list(documents)], f"`texts` of {split}", "text")
+        settings = replace(config, text_column="text")
+        splits[split] = partial(read_batches, [list(documents)], f"`texts` of {split}", settings, Tally())
     return _corpus(splits, config)
 
 
@@ -54,13 +57,14 @@ def corpus_of_dataset(dataset: Any, config: DataConfig) -> Corpus:
         if config.text_column not in rows.column_names:
             have = in_backticks(rows.column_names)
             raise TextgenError(f"`dataset` has no column `{config.text_column}`; it has {have}: see `data.text_column`")
-        splits[split] = partial(_read_dataset, rows, config.text_column, split)
+        splits[split] = partial(_read_dataset, rows, split, config, Tally())
     return _corpus(splits, config)
 
 
-def _read_dataset(rows: Any, column: str, split: str) -> Iterator[str]:
+def _read_dataset(rows: Any, split: str, config: DataConfig, tally: Tally) -> Iterator[str]:
+    column = config.text_column
     batches = rows.select_columns([column]).iter(batch_size=256)
-    return check_rows((batch[column] for batch in batches), f"`dataset` of {split}", column)
+    return read_batches((batch[column] for batch in batches), f"`dataset` of {split}", config, tally)
 
 
 def _by_split(given: Any, name: str) -> dict[str, Any]:
