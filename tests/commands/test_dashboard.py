@@ -13,6 +13,7 @@ import pytest
 from tests.tracking.wandb_server import wandb_server
 from textgen.cli import main
 from textgen.commands.dashboard import SECTIONS
+from textgen.packages import HOME
 from textgen.runs.metrics_file import read_metrics
 
 # of wandb-workspaces itself
@@ -98,5 +99,5 @@ def test_a_missing_package_is_a_line(monkeypatch: pytest.MonkeyPatch, capsys: py
     with pytest.raises(SystemExit, match="2"):
         main(["dashboard", "--print"])
     assert capsys.readouterr().err == (
-        "error: the package wandb-workspaces is not installed: run `pip install -e '.[dashboard]'` in the checkout\n"
+        f"error: `textgen dashboard` needs `wandb-workspaces`: run `pip install -e '.[dashboard]'` in `{HOME}`\n"
     )

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import tomllib
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,11 +21,12 @@ import pytest
 from pydantic import BaseModel
 
 from tests.serving.servers import Running, running
-from textgen.commands import serve
+from textgen.cli import main
 from textgen.config import SamplingConfig
 from textgen.decoding.choose import choose_decoder
 from textgen.decoding.generation import Sample, sample_all
 from textgen.model.files import load_model
+from textgen.packages import HOME
 from textgen.serving import protocol
 
 PROMPTS = ["The plot was", "Ça va, très café", "", "I watched this 🙂"]
@@ -402,15 +402,12 @@ def test_what_cannot_be_served_is_said_in_a_line(
     assert capsys.readouterr().err == f"error: {said}\n"
 
 
-def test_a_missing_package_is_named_with_the_versions_of_the_extra(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(serve, "find_spec", lambda name: None if name == "uvicorn" else name)
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(SystemExit, match="2"):
-        serve.serve_command(["nowhere"])
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    wanted = " ".join(f"'{package}'" for package in project["optional-dependencies"]["serve"])
-    assert capsys.readouterr().err == f"error: `textgen serve` needs `uvicorn`: pip install {wanted}\n"
+        main(["serve", "nowhere"])
+    command = f"run `pip install -e '.[serve]'` in `{HOME}`"
+    assert capsys.readouterr().err == f"error: `textgen serve` needs `uvicorn`: {command}\n"
 
 
 def test_a_port_that_is_taken_is_said_in_a_line(server: Running, tiny_run: Path) -> None:

@@ -20,6 +20,7 @@ import pytest
 
 from tests.forking import run_script
 from textgen.cli import train_main
+from textgen.packages import HOME
 from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics_file import MetricsRow, read_metrics
 from textgen.runs.samples import SampledText
@@ -360,7 +361,7 @@ def test_a_tracker_that_is_not_installed_is_one_line(
         train_main([*flags, "--tracking.backends", "wandb", "trackio"])
     assert refused.value.code == 2
     assert capsys.readouterr().err.endswith(
-        "error: `tracking.backends` names trackio, which is not installed: `pip install trackio`\n"
+        f"error: `tracking.backends` trackio needs `trackio`: run `pip install -e '.[trackio]'` in `{HOME}`\n"
     )
     assert not (tmp_path / "run").exists()
 

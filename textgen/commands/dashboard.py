@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from textgen.commands.parsing import Parser, fail
 from textgen.config import TrackingConfig
 from textgen.errors import first_line
+from textgen.packages import require_packages
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -71,10 +72,7 @@ def dashboard_command(argv: Sequence[str]) -> None:
     parser.add_argument("--entity", type=str | None, default=None, help="W&B user or team; default: the key's")
     parser.add_argument("--print", action="store_true", help="print the specification as JSON and send nothing")
     args = parser.parse_args(list(argv))
-    try:
-        import wandb_workspaces  # noqa: F401
-    except ImportError:
-        fail("the package wandb-workspaces is not installed: run `pip install -e '.[dashboard]'` in the checkout")
+    require_packages("`textgen dashboard`", "wandb-workspaces", extra="dashboard")
     if args.print:
         print(json.dumps(specification(build_workspace(args.project, args.entity or "")), indent=2))
         return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
@@ -12,8 +11,7 @@ from typing import Any, Literal
 
 from textgen.commands.model_argument import add_model_arguments, open_model
 from textgen.commands.parsing import Parser, add_reading_flags, reading_settings
-
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+from textgen.packages import require_packages
 
 
 def export_command(argv: Sequence[str]) -> None:
@@ -39,12 +37,8 @@ def _parse(argv: Sequence[str]) -> Any:
     for name in ("limit", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"`{name}` must be at least 1: {getattr(args, name)}")
-    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
-    if args.to == "onnx" and missing:
-        parser.error(
-            f"`--to onnx` needs packages that are not installed: {', '.join(missing)}; "
-            "run `pip install -e '.[export]'` in the checkout"
-        )
+    if args.to == "onnx":
+        require_packages("`--to onnx`", "onnx", "onnxscript", "onnxruntime", extra="export")
     return args
 
 

@@ -12,13 +12,13 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textgen.commands.model_argument import OpenModel, add_model_arguments, open_decoder
 from textgen.commands.parsing import Parser, fail
 from textgen.files import decode_text
+from textgen.packages import require_packages
 
 if TYPE_CHECKING:
     from textgen.decoding.decoders import Decoder
@@ -27,10 +27,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("textgen")
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
-
-# The versions of the extra `serve` in pyproject.toml. The message about a missing package names them all, not
-# `textgen[serve]`: outside a checkout pip would look for that name in an index, where it is another project.
-PACKAGES = {"pydantic": ">=2.12,<3", "starlette": ">=1.10,<2", "uvicorn": ">=0.54,<0.55"}
 
 MIN_TOKEN_LENGTH = 16
 
@@ -139,9 +135,7 @@ def _parse(argv: Sequence[str]) -> Any:
         parser.error(f"`timeout` must be above 0 and at most 86400: {args.timeout}")
     if args.token_file is None and not _is_loopback(args.host):
         parser.error(f"`host` {args.host} is not a loopback address: set `token_file`")
-    if missing := [name for name in PACKAGES if find_spec(name) is None]:
-        wanted = " ".join(f"'{name}{versions}'" for name, versions in PACKAGES.items())
-        fail(f"`textgen serve` needs {', '.join(f'`{name}`' for name in missing)}: pip install {wanted}")
+    require_packages("`textgen serve`", "pydantic", "starlette", "uvicorn", extra="serve")
     return args
 
 

@@ -21,6 +21,7 @@ import torch
 from textgen.diagnosis.process_group import ProcessGroup
 from textgen.diagnosis.results import Check
 from textgen.distributed.world import env_flag
+from textgen.packages import HOME, foreign_version, how_to_install
 
 PACKAGE = Path(__file__).parents[1]
 """the folder of textgen"""
@@ -53,10 +54,16 @@ def check_versions(group: ProcessGroup) -> Check:
     missing = sorted({name for one in everyone for name, version in one.items() if version == "missing"})
     different = [name for name in versions if len({one[name] for one in everyone}) > 1]
     if missing:
-        advice = f"install {', '.join(missing)}: `pip install -e .`"
+        advice = f"missing {', '.join(missing)}: {how_to_install(*missing)}"
     elif different:
         listed = (f"{name} ({', '.join(sorted({one[name] for one in everyone}))})" for name in different)
         advice = f"not the same on all processes: {', '.join(listed)}; start them from one environment"
+    elif (foreign := foreign_version()) is not None:
+        advice = (
+            f"the installed `textgen` {foreign} is another project of this name: run `pip uninstall textgen`, then "
+            f"`pip install -e .` in `{HOME}`"
+        )
+        return Check("versions", "warn", versions, advice)
     else:
         return Check("versions", "ok", versions)
     return Check("versions", "fail", versions, advice)

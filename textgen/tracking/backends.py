@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from textgen.config import TrackingConfig
-from textgen.errors import TextgenError
+from textgen.packages import require_packages
 from textgen.tracking.accelerate_trackers import AccelerateTracker
 from textgen.tracking.tracker import Backend
 from textgen.tracking.wandb import WandbRun
@@ -30,8 +29,8 @@ SLURM_VARIABLES = (
 def assert_installed(config: TrackingConfig) -> None:
     """Raise TextgenError if a tracker that the settings name is not installed."""
     for name in config.backends:
-        if config.mode != "disabled" and importlib.util.find_spec(name) is None:
-            raise TextgenError(f"`tracking.backends` names {name}, which is not installed: `pip install {name}`")
+        if config.mode != "disabled":
+            require_packages(f"`tracking.backends` {name}", name, extra=None if name == "wandb" else name)
 
 
 def build_trackers(
