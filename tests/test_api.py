@@ -465,7 +465,7 @@ def test_an_exception_of_on_row_ends_the_training(settings: dict[str, Any], docu
         ({"config": 3}, "`config` must be a preset, a YAML file or a TrainConfig: 3"),
         ({"texts": ["a"], "files": "b"}, "`files`, `texts` and `dataset`: give one of them"),
         ({"texts": "a"}, "`texts` must be a list of texts: 'a'"),
-        ({"texts": ["a", None]}, "`texts` of train row 2: `text` is not a string: None"),
+        ({"texts": ["a", 5]}, "`texts` of train row 2: `text` is not a string: 5"),
         ({"texts": {"training": ["a"]}}, "`texts` has a split `training`; those of textgen are"),
         ({"texts": {"test": ["a"]}}, "memory has no split `train`; it has `test`"),
         ({"texts": []}, "memory: no documents to train on; 0 read"),

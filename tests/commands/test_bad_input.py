@@ -223,7 +223,7 @@ def test_line_of_100_mb_is_refused_in_bounded_memory(tiny_flags: list[str], tmp_
         written.write(b'"}\n')
     flags = [*tiny_flags, "--data.files", str(file), "--run_dir", str(tmp_path / "run")]
     line, peak = run_refused([*TRAIN, *flags])
-    assert line == f"`{file}` line 1 is longer than a document may be: 16 MiB"
+    assert line == f"`{file}` line 1 is longer than a row may be, 32 MiB; a longer text can be a .txt file"
     assert peak - without < 80e6
     assert not (tmp_path / "run").exists()
 

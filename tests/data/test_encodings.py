@@ -94,7 +94,9 @@ def test_utf_16_without_a_mark_is_recognized(tmp_path: Path, encoding: str) -> N
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("encoding", "bad"), [("utf-8", b"\xe9"), ("cp1252", b"\x81"), ("ascii", b"\xe9")])
+@pytest.mark.parametrize(
+    ("encoding", "bad"), [("utf-8", b"\xe9"), ("utf-8", b"\xff"), ("cp1252", b"\x81"), ("ascii", b"\xe9")]
+)
 def test_bytes_of_another_encoding_are_refused_or_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, encoding: str, bad: bytes
 ) -> None:

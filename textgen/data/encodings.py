@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, cast
@@ -21,6 +22,7 @@ MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\0": ".xz"}
 
 # In place of bytes that are not of the encoding: this byte, which UTF-8 does not use, and a half of one in each of two.
 BAD = 0xFF
+MARKED = b"\xff[\x80-\x8f]{2}"
 
 
 @contextmanager
@@ -77,10 +79,11 @@ def decode(raw: bytes, settings: DataConfig) -> str:
     try:
         return raw.decode()
     except UnicodeDecodeError as error:
-        seen, start = raw[error.start], error.start
-        if seen == BAD and len(raw) > start + 2:
-            seen = (raw[start + 1] & 15) << 4 | raw[start + 2] & 15
+        start = error.start
         name = "UTF-8" if codecs.lookup(settings.encoding).name.startswith("utf-8") else settings.encoding
+        seen = raw[start]
+        if name != "UTF-8" and re.match(MARKED, raw[start : start + 3]):
+            seen = (raw[start + 1] & 15) << 4 | raw[start + 2] & 15
         raise RowError(f" is not {name}: byte 0x{seen:02x}", line=raw.count(b"\n", 0, start)) from error
 
 
