@@ -16,10 +16,10 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 from hypothesis import HealthCheck, settings
 
 from tests.forking import run_script
+from textgen.runs.lock import FileLock
 
 # Threads that wait must not spin, and wandb and the hub must not be asked, in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -112,7 +112,9 @@ def share(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config)
 
     def once(name: str, fill: Callable[[Path], object]) -> Path:
         directory, filled = root / f"shared-{name}", root / f"shared-{name}.filled"
-        with FileLock(root / f"shared-{name}.lock"):
+        lock = FileLock(root / f"shared-{name}.lock")
+        lock.acquire(seconds=None)
+        with lock.hold():
             if not filled.exists():
                 shutil.rmtree(directory, ignore_errors=True)  # a worker failed half way
                 directory.mkdir()

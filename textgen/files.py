@@ -6,6 +6,8 @@ import errno
 import json
 import math
 import os
+import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,23 +15,32 @@ from typing import Any
 from textgen.errors import TextgenError
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str, *, require: Callable[[], None] | None = None) -> None:
     """Write a file of a run so that it holds the old text or the new, whatever happens.
+
+    Args:
+        path: the file.
+        text: its content.
+        require: called just before the file is replaced; if it raises, the file stays as it is.
 
     Raises:
         OSError: it cannot be written; it names the file.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with aside.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
+        if require is not None:
+            require()
         aside.replace(path)
-    except OSError as error:  # a full disk does not say where
+    except BaseException as error:
         with suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        if isinstance(error, OSError):  # a full disk does not say where
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 # Byte order marks and their encodings. That of UTF-32 begins with that of UTF-16, so it is first.

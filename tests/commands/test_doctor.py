@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from textgen.commands.parsing import parse_train_config
 from textgen.data.store import prepare_store
 from textgen.diagnosis import inputs, machine, precision, results, storage
 from textgen.diagnosis.process_group import ProcessGroup
+from textgen.runs import lock
 
 Capture = pytest.CaptureFixture[str]
 Examine = Callable[..., tuple[int, dict[str, dict[str, Any]]]]
@@ -210,11 +213,31 @@ def test_checkpoints_are_as_large_and_as_many_as_is_said(examine: Examine, tiny_
 
 def test_lock_that_others_get_too_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert storage.check_disk(ProcessGroup(None), tmp_path).status == "ok"
-    monkeypatch.setattr(storage.fcntl, "flock", lambda *_: None)  # as where locks stay on one machine
+    monkeypatch.setattr(lock.fcntl, "flock", lambda *_: None)  # as where locks stay on one machine
     check = storage.check_disk(ProcessGroup(None), tmp_path)
     assert check.status == "fail"
     assert "gets a lock that the main process holds" in check.advice
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("tiny_run")
+def test_disk_without_locks_is_a_warning_that_names_the_lease(
+    examine: Examine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert examine()[1]["disk"]["value"]["lock"] == "flock"
+    monkeypatch.setattr(lock.fcntl, "flock", Mock(side_effect=OSError(errno.ENOSYS, "Function not implemented")))
+    code, checks = examine()
+    assert (code, checks["disk"]["status"], checks["disk"]["value"]["lock"]) == (0, "warn", "lease")
+    assert "has no locks (flock fails): a training holds its run by a lease" in checks["disk"]["advice"]
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(lock.Lease, "try_acquire", lambda *_: True)  # as where renames do not exclude each other
+    code, checks = examine()
+    assert (code, checks["disk"]["status"]) == (1, "fail")
+    assert "gets a lock that the main process holds" in checks["disk"]["advice"]
+    monkeypatch.setattr(lock.fcntl, "flock", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    code, checks = examine()
+    assert (code, checks["disk"]["status"]) == (1, "fail")
+    assert "/lock` cannot be locked: Input/output error" in checks["disk"]["advice"]
 
 
 def test_signal_ends_a_doctor_and_nothing_is_left(

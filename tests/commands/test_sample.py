@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import json
@@ -15,13 +16,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args
+from unittest.mock import Mock
 
 import pytest
 
 from textgen.cli import main
 from textgen.commands import model_argument
+from textgen.commands.batch_output import open_output
 from textgen.decoding import choose
+from textgen.errors import TextgenError
 from textgen.model.files import CONFIG_NAME, WEIGHTS_NAME
+from textgen.runs import lock
 from textgen.runs.checkpoint import checkpoints
 from textgen.tokenizer import MODEL_NAME
 
@@ -523,6 +528,32 @@ def test_a_full_disk_is_one_line(refuse: Sampler, prompts_file: Path, small_disk
     out = small_disk("8k") / "out.jsonl"
     line = refuse("--batch_file", str(prompts_file), "--out", str(out), "--num_samples", "50")
     assert line == f"`{out}` cannot be written: No space left on device"
+
+
+def test_disk_without_locks_gets_samples_of_one_process_at_a_time(
+    sample: Sampler, refuse: Sampler, prompts_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(errno.ENOLCK, "No locks available")))
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    out = tmp_path / "out.jsonl"
+    batch = ["--batch_file", str(prompts_file), "--out", str(out)]
+    other = lock.FileLock(out)
+    assert other.try_acquire()
+    line = refuse(*batch)
+    assert line.startswith(f"`{out}` is being written by process {os.getpid()} on ")
+    assert out.read_bytes() == b""
+    other.release()
+    sample(*batch)
+    assert not (tmp_path / "out.jsonl.lease").exists()
+    with open_output(tmp_path / "more", {}) as (append, _):
+        append(b"1\n")
+        thief = lock.FileLock(tmp_path / "more")
+        while not thief.try_acquire(silent=next((tmp_path / "more.lease").iterdir()).name):
+            pass  # it has beaten in between
+        with pytest.raises(TextgenError, match=r"`.*more` was taken over by process"):
+            append(b"2\n")
+    thief.release()
+    assert (tmp_path / "more").read_bytes() == b"1\n"
 
 
 def test_samples_of_other_prompts_settings_or_weights_are_not_continued(

@@ -28,6 +28,7 @@ from textgen.diagnosis import checks as all_checks
 from textgen.diagnosis import inputs, machine, network, storage
 from textgen.diagnosis.process_group import ProcessGroup
 from textgen.diagnosis.results import Check
+from textgen.runs import lock
 
 ROOT = Path(__file__).parents[2]
 CPUS = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
@@ -71,7 +72,7 @@ def examine_each_other(place: Path) -> None:
         "processors": machine.check_processors(group),
     }  # fmt: skip
     if rank == 1:
-        storage.fcntl = SimpleNamespace(LOCK_EX=2, LOCK_NB=4, flock=no_lock)  # type: ignore[assignment]
+        lock.fcntl = SimpleNamespace(LOCK_EX=2, LOCK_NB=4, flock=no_lock)  # type: ignore[assignment]
         machine.importlib.metadata.version = lambda name: f"9.{name}"
     checks |= {"local_locks": storage.check_disk(group, place), "other_versions": machine.check_versions(group)}
     found |= {name: group.gather(asdict(check)) for name, check in checks.items()}

@@ -1,8 +1,9 @@
 """Trains as train_distributed.py does, and has something go wrong at a chosen call of a chosen function.
 
 `$TEXTGEN_FAULTS` is a list in JSON of {"at": a name of PLACES, "call": from 1, "rank": null for all, "do": what}. What
-is told by `act`, such as `signal N` to this process, `signal launcher N` to its parent, or `run COMMAND`. Nothing else
-of the product is changed.
+is told by `act`, such as `signal N` to this process, `signal launcher N` to its parent, or `run COMMAND`. With
+`$TEXTGEN_NO_LOCKS` the disk has no locks, as over NFS without lockd: {"errno": of flock, "beat": seconds, "silent":
+seconds, "host": name of the machine, null for this one}. Nothing else of the product is changed.
 """
 
 from __future__ import annotations
@@ -67,12 +68,27 @@ def act(action: str, args: tuple[Any, ...]) -> None:
 
 def install() -> None:
     """Wrap the functions that faults are to happen at."""
+    if no_locks := os.environ.get("TEXTGEN_NO_LOCKS"):
+        take_locks_away(**json.loads(no_locks))
     faults = json.loads(os.environ.get("TEXTGEN_FAULTS", "[]"))
     rank = int(os.environ.get("RANK", "0"))
     for place in {fault["at"] for fault in faults}:
         here = {f["call"]: f["do"] for f in faults if f["at"] == place and f.get("rank") in (None, rank)}
         module_name, name = PLACES[place]
         wrap(importlib.import_module(module_name), name, here)
+
+
+def take_locks_away(errno: int, beat: float, silent: float, host: str | None) -> None:
+    """Let every flock fail, and make the limits of a lease short; a process of another host knows other pids."""
+    from textgen.runs import lock
+
+    def flock(*_: object) -> None:
+        raise OSError(errno, os.strerror(errno))
+
+    lock.fcntl.flock = flock
+    lock.BEAT_SECONDS, lock.SILENT_SECONDS = beat, silent
+    if host is not None:
+        lock.socket.gethostname = lambda: host
 
 
 def wrap(module: Any, name: str, actions: dict[int, str]) -> None:

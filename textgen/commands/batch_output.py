@@ -6,7 +6,6 @@ refused.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from textgen.commands.parsing import fail
 from textgen.files import write_atomic
+from textgen.runs.lock import FileLock
 
 READ_BYTES = 1 << 20  # of one read while lines are counted
 
@@ -59,26 +59,28 @@ def open_output(path: Path, origin: dict[str, str]) -> Iterator[tuple[Callable[[
         file = path.open("a+b", buffering=0)
     except OSError as error:
         _fail_to_write(path, error)
+    lock = FileLock(path)
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            fail(f"`{path}` is being written by another process")
-        beside = path.with_name(f"{path.name}.origin.json")
-        if file.seek(0, os.SEEK_END):
-            _require_origin(path, beside, origin)
-        else:
-            write_atomic(beside, json.dumps(origin) + "\n")
+        if not lock.acquire(seconds=0):
+            holder = lock.describe_holder()
+            fail(f"`{path}` is being written by {holder or 'another process'}")
+        with lock.hold():
+            beside = path.with_name(f"{path.name}.origin.json")
+            if file.seek(0, os.SEEK_END):
+                _require_origin(path, beside, origin)
+            else:
+                write_atomic(beside, json.dumps(origin) + "\n")
 
-        def append(data: bytes) -> None:
-            try:
-                while data:  # an unbuffered write may write a part
-                    data = data[file.write(data) :]
-            except OSError as error:
-                _fail_to_write(path, error)
+            def append(data: bytes) -> None:
+                lock.require()
+                try:
+                    while data:  # an unbuffered write may write a part
+                        data = data[file.write(data) :]
+                except OSError as error:
+                    _fail_to_write(path, error)
 
-        yield append, _count_lines(file)
-        os.fsync(file)
+            yield append, _count_lines(file)
+            os.fsync(file)
 
 
 def _fail_to_write(path: Path, error: OSError) -> NoReturn:

@@ -11,11 +11,12 @@ import json
 import logging
 import mmap
 import os
+import secrets
 import shutil
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,7 +26,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -33,6 +33,7 @@ from textgen.config import DataConfig, TokenizerConfig
 from textgen.console import Progress
 from textgen.data.corpus import CleanCorpus, Corpus, clean_corpus, open_corpus
 from textgen.errors import TextgenError
+from textgen.runs.lock import FileLock
 from textgen.tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
 
 log = logging.getLogger("textgen")
@@ -210,7 +211,7 @@ def prepare_store(
     corpus = corpus or open_corpus(data)
     own, wanted = _wanted(tokenizer)
     index = _index_path(data, corpus, wanted)
-    with _exclusive(cache / "prepare.lock"):
+    with _exclusive(cache / "prepare.lock") as require:
         if (found := _open_prepared(cache, index)) is not None:
             log.info("%s: encoded earlier, in `%s`", corpus.description, found.directory)
             return found
@@ -220,7 +221,7 @@ def prepare_store(
         try:
             store = TokenStore.open(directory)
         except TextgenError:
-            store = _write_store(directory, key, data, clean, own, tokenizer, progress=progress)
+            store = _write_store(directory, key, data, clean, own, tokenizer, progress=progress, require=require)
         index.parent.mkdir(exist_ok=True)
         index.write_text(directory.name, encoding="utf-8")
     return store
@@ -268,18 +269,14 @@ def _index_path(data: DataConfig, corpus: Corpus, wanted: str) -> Path:
 
 
 @contextmanager
-def _exclusive(path: Path) -> Iterator[None]:
-    """Hold a file lock; say so where another process holds it."""
+def _exclusive(path: Path) -> Iterator[Callable[[], None]]:
+    """Hold a file lock; say so where another process holds it. Yields a function that raises if the lock was lost."""
     lock = FileLock(path)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
+    if not lock.try_acquire():
         log.info("waiting for another process to prepare its text: `%s`", path)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+        lock.acquire(seconds=None)
+    with lock.hold():
+        yield lock.require
 
 
 def _digest(*parts: str) -> str:
@@ -295,11 +292,12 @@ def _write_store(
     config: TokenizerConfig,
     *,
     progress: bool,
+    require: Callable[[], None],
 ) -> TokenStore:
     """Encode all splits into a temporary directory and rename it, so that a store is whole or not there."""
     for left in directory.parent.glob(f"{directory.name}.*.tmp"):  # of killed processes: we hold the lock
         shutil.rmtree(left, ignore_errors=True)
-    aside = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")
+    aside = directory.with_name(f"{directory.name}.{secrets.token_hex(4)}.tmp")
     try:
         aside.mkdir()
         started = time.perf_counter()
@@ -317,6 +315,7 @@ def _write_store(
             "tokenizer": own.sha256, "vocab_size": own.vocab_size, "dtype": str(dtype), "splits": splits,
         }  # fmt: skip
         (aside / STORE_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        require()
         shutil.rmtree(directory, ignore_errors=True)  # a damaged one
         aside.rename(directory)
     finally:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import socket
@@ -22,6 +21,7 @@ from textgen.errors import TextgenError
 from textgen.files import fsync_directory, write_atomic
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.runs.directory import RunDirectory
+from textgen.runs.lock import SILENT_SECONDS, FileLock
 
 if TYPE_CHECKING:
     from textgen.data.store import TokenStore
@@ -47,18 +47,22 @@ def check_disk(group: ProcessGroup, run_dir: Path) -> Check:
                 _remove_stale(place)
                 probe = place / f"{PROBE}{uuid.uuid4().hex}"
                 probe.mkdir()
-                lock = os.open(probe / "lock", os.O_CREAT | os.O_RDWR)
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                written |= {"value": _write_probe(probe), "name": probe.name}
+                lock = FileLock(probe / "lock")
+                if not lock.try_acquire():
+                    raise TextgenError(f"`{place}`: a new lock is held by another process")
+                kind = "lease" if lock.is_lease else "flock"
+                written |= {"value": {"lock": kind} | _write_probe(probe), "name": probe.name}
             except OSError as error:
                 written["error"] = f"`{place}`: {error.strerror}"
+            except TextgenError as error:
+                written["error"] = str(error)
         main = group.gather(written)[0]
         problem = _look_at_probe(place / main["name"]) if main["name"] else ""
         process = f"process {group.rank} on {socket.gethostname()}"
         everyone = group.gather({"process": process, "problem": problem})
     finally:
         if lock is not None:
-            os.close(lock)
+            lock.release()
         if probe.name:
             shutil.rmtree(probe, ignore_errors=True)
     value = {"path": str(place)} | main["value"]
@@ -69,7 +73,14 @@ def check_disk(group: ProcessGroup, run_dir: Path) -> Check:
         more = f" and {len(problems) - 1} more" if len(problems) > 1 else ""
         advice = f"{problems[0]}{more}: `--run_dir` must be on a disk that all processes share and that supports locks"
         return Check("disk", "fail", value, advice)
-    return Check("disk", "ok", value | {"seen_by": len(everyone)})
+    value |= {"seen_by": len(everyone)}
+    if value["lock"] == "lease":
+        advice = (
+            f"the disk of `{place}` has no locks (flock fails): a training holds its run by a lease, and that of a "
+            f"dead machine is taken over after {SILENT_SECONDS:g} s; see docs/explanation/reliability.md"
+        )
+        return Check("disk", "warn", value, advice)
+    return Check("disk", "ok", value)
 
 
 def _existing(path: Path) -> Path:
@@ -114,13 +125,13 @@ def _look_at_probe(probe: Path) -> str:
         if time.monotonic() > deadline:
             return "does not see the main process's files"
         time.sleep(0.02)
+    lock = FileLock(probe / "lock")
     try:
-        with (probe / "lock").open("rb+") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:  # the lock of the main process works on this process too
-        return ""
-    except OSError as error:
-        return f"cannot lock the main process's files ({error.strerror})"
+        if not lock.try_acquire():  # the lock of the main process works on this process too
+            return ""
+        lock.release()
+    except (OSError, TextgenError) as error:
+        return f"cannot lock the main process's files ({error})"
     return "gets a lock that the main process holds"
 
 

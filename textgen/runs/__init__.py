@@ -1,5 +1,6 @@
 """The files of a run.
 
+- `lock`: a lock on a file, also on disks without locks
 - `directory`: the run's lock, status and free space
 - `checkpoint`: checkpoints: written, found, verified, pruned
 - `tensors`: safetensors files, written without copies and checked before they are read

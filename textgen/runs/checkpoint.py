@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
 import threading
 import time
@@ -48,34 +49,45 @@ def checkpoint_path(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:06d}"
 
 
-def write_checkpoint(directory: Path, files: Mapping[str, Iterable[bytes | memoryview]], *, step: int) -> None:
+def write_checkpoint(
+    directory: Path,
+    files: Mapping[str, Iterable[bytes | memoryview]],
+    *,
+    step: int,
+    require: Callable[[], None] | None = None,
+) -> None:
     """Write a checkpoint whole or not at all.
 
     Args:
         directory: of the checkpoint, from `checkpoint_path`. A checkpoint in it is replaced.
         files: chunks of each file's content by name.
         step: optimizer steps taken.
+        require: called just before the directory gets its name; if it raises, nothing is replaced.
 
     Raises:
         OSError: the checkpoint cannot be written; a checkpoint that was to be replaced is found as before.
     """
-    aside, replaced = directory.with_name(f".{directory.name}.tmp"), directory.with_name(f"{directory.name}.old")
+    # A name of this call alone: a next holder of the run removes the directory, and a late rename then finds nothing.
+    aside = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}.tmp")
+    replaced = directory.with_name(f"{directory.name}.old")
     try:
-        if aside.exists():
-            shutil.rmtree(aside)
         make_directory(aside)
         entries = {name: _write(aside / name, content) for name, content in files.items()}
         manifest = {"format": FORMAT, "step": step, "files": entries}
         _write(aside / MANIFEST_NAME, [json.dumps(manifest, indent=2).encode() + b"\n"])
         fsync_directory(aside)
+        if require is not None:
+            require()
         if directory.exists():  # between the two renames, `checkpoints` finds the old one as `step-*.old`
             _remove(replaced)
             directory.rename(replaced)
         aside.rename(directory)
         fsync_directory(directory.parent)
-    except OSError as error:  # the error of a full disk names no file
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(error.errno, error.strerror, str(directory)) from error
+        if isinstance(error, OSError):  # the error of a full disk names no file
+            raise OSError(error.errno, error.strerror, str(directory)) from error
+        raise
     _remove(replaced)
 
 
@@ -136,6 +148,7 @@ class Saver:
         device: device of the tensors.
         before: called in the thread before each checkpoint is written.
         after: called in the thread with the step of each checkpoint that is on disk.
+        require: called in the thread before anything is replaced or pruned; raises if the run is no longer held.
     """
 
     def __init__(
@@ -146,9 +159,10 @@ class Saver:
         device: torch.device | str = "cpu",
         before: Callable[[], None] | None = None,
         after: Callable[[int], None] | None = None,
+        require: Callable[[], None] | None = None,
     ) -> None:
         self._run_dir, self._keep_last, self._cuda = run_dir, keep_last, torch.device(device).type == "cuda"
-        self._before, self._after = before, after
+        self._before, self._after, self._require = before, after, require
         self._buffers: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
@@ -211,9 +225,11 @@ class Saver:
             started = time.perf_counter()
             if self._before is not None:
                 self._before()
-            write_checkpoint(checkpoint_path(self._run_dir, step), content, step=step)
+            write_checkpoint(checkpoint_path(self._run_dir, step), content, step=step, require=self._require)
             if self._after is not None:
                 self._after(step)
+            if self._require is not None:
+                self._require()
             prune(self._run_dir, keep_last=self._keep_last, best_step=best_step)
             seconds = time.perf_counter() - started
             log.info("step %d: checkpoint written in %.2f s, training paused %.0f ms", step, seconds, pause * 1000)

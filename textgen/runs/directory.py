@@ -13,15 +13,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from filelock import FileLock, Timeout
-
 from textgen.errors import TextgenError
 from textgen.files import make_directory, write_atomic
+from textgen.runs.lock import FileLock
 
 SETTINGS_NAME = "config.yaml"
 DATA_NAME = "data.json"
 STATUS_NAME = "status.json"
-LOCK_NAME = ".lock"
+LOCK_NAME, LEASE_NAME = ".lock", ".lock.lease"
 
 # A requeued job may start while the last moments of the job before hold the lock.
 LOCK_SECONDS = 2.0
@@ -39,11 +38,12 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, *, main: bool) -> None:
         self.path, self._main = Path(path), main
+        self._lock = FileLock(self.path / LOCK_NAME)
         self._started: object = None
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Make the directory if it is missing, and hold its lock; the kernel releases the lock when the process ends.
+        """Make the directory if it is missing, and hold its lock, which does not outlive the process.
 
         A training that fails before its first step removes a directory that it made.
 
@@ -55,20 +55,33 @@ class RunDirectory:
             return
         made = not self.path.exists()
         make_directory(self.path)
-        lock = FileLock(self.path / LOCK_NAME, timeout=LOCK_SECONDS)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise TextgenError(f"`{self.path}` is in use by {self._holder()}") from None
-        try:
+        if not self._lock.acquire(seconds=LOCK_SECONDS):
+            raise TextgenError(f"`{self.path}` is in use by {self._lock.describe_holder() or self._holder()}")
+        with self._lock.hold(), self._leave_nothing_new(made):
+            # Of killed trainings; or of a stopped one, which can then no longer replace the status.
+            for aside in self.path.glob(f".{STATUS_NAME}.*"):
+                aside.unlink(missing_ok=True)
             holder = {"started": _now(), "host": socket.gethostname(), "pid": os.getpid()}
             self._write({"state": "running", "step": None, "total_steps": None, "reason": None, **holder})
             yield
+
+    @contextmanager
+    def _leave_nothing_new(self, made: bool) -> Iterator[None]:
+        """Remove the directory if this training made it and has left nothing in it."""
+        try:
+            yield
         finally:
-            written = {entry.name for entry in self.path.iterdir()} - {LOCK_NAME, STATUS_NAME}
-            if made and not written and read_status(self.path).get("state") != "preempted":
+            written = {entry.name for entry in self.path.iterdir()} - {LOCK_NAME, LEASE_NAME, STATUS_NAME}
+            if made and not written and read_status(self.path).get("state") != "preempted" and not self.is_lost():
                 shutil.rmtree(self.path, ignore_errors=True)
-            lock.release()
+
+    def is_lost(self) -> bool:
+        """Return whether another training has taken the directory over, so that this one must write nothing more."""
+        return self._lock.is_lost()
+
+    def require_lock(self) -> None:
+        """Raise TextgenError if another training has taken the directory over."""
+        self._lock.require()
 
     def _holder(self) -> str:
         """Return a description of the process that holds the lock, from its status."""
@@ -92,13 +105,15 @@ class RunDirectory:
 
     def end(self, state: Literal["preempted", "failed"], reason: str) -> None:
         """Write the reason of the training's end, on any process, if the disk permits. The first reason is kept."""
-        with suppress(OSError), self._alone():
+        with suppress(OSError, TextgenError), self._alone():  # a TextgenError: the directory was taken over
             status = read_status(self.path)
             if status.get("state") != "running" or status.get("started") != self._started:
                 return
             values = {"state": state, "reason": reason}
             try:
                 self._write(values)
+            except FileNotFoundError:  # the next holder of the directory has removed the new text
+                return
             except OSError:  # perhaps a full disk, which may be the reason: overwrite the file in its block
                 with (self.path / STATUS_NAME).open("r+", encoding="utf-8") as file:
                     file.write(self._status(values))
@@ -117,7 +132,7 @@ class RunDirectory:
 
     def _write(self, values: dict[str, Any]) -> None:
         """Write status.json atomically: its old values, updated with `values`."""
-        write_atomic(self.path / STATUS_NAME, self._status(values))
+        write_atomic(self.path / STATUS_NAME, self._status(values), require=self.require_lock)
 
     def _status(self, values: dict[str, Any]) -> str:
         """Return the text of status.json: its old values, updated with `values` and the time."""

@@ -79,6 +79,7 @@ class Tracker:
             since the training makes them again.
         evaluated_step: the last evaluation that is kept. An evaluation may have been interrupted before it was saved.
         on_row: called with each new row, in the thread that trains. What it raises ends the training.
+        require: called before each write to metrics.jsonl; raises if the run is no longer held.
     """
 
     def __init__(
@@ -90,9 +91,11 @@ class Tracker:
         first_step: int,
         evaluated_step: int,
         on_row: Callable[[dict[str, float]], None] | None = None,
+        require: Callable[[], None] | None = None,
     ) -> None:
         self._main, self._path, self._on_row = main, run_dir / METRICS_NAME, on_row
         self._threads: list[TrackerThread] = []
+        self._require = require
         if not main:
             return
         kept = [
@@ -100,7 +103,7 @@ class Tracker:
             for row in read_metrics(run_dir)
             if row["step"] <= (first_step if "train/loss" in row else evaluated_step)
         ]
-        write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomic(self._path, "".join(json.dumps(row) + "\n" for row in kept), require=require)
         self._number = len(kept)
         self._threads = [TrackerThread(name, backend, kept) for name, backend in backends.items()]
 
@@ -111,6 +114,9 @@ class Tracker:
         row, number = {"step": step, **values}, self._number
         self._number += 1
         with self._path.open("a", encoding="utf-8") as file:
+            # After the opening: a training that takes the run over replaces the file, and a late row misses that one.
+            if self._require is not None:
+                self._require()
             file.write(json.dumps(row) + "\n")
         for thread in self._threads:
             thread.put(lambda backend: backend.log(number, row, samples))

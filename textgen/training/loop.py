@@ -146,6 +146,7 @@ def build_training(config: TrainConfig, accelerator: Accelerator, stop: StopSign
 def train_and_save(training: Training, run: RunDirectory) -> None:
     """Resume or start, take all steps, and wait until everything is on disk. Collective."""
     accelerator = training.learner.accelerator
+    run.require_lock()  # preparing the data may have taken long
     resume_or_start(training)
     progress = training.learner.progression
     if progress.finished:
@@ -181,7 +182,8 @@ def train_and_save(training: Training, run: RunDirectory) -> None:
     finally:
         if training.saver is not None:
             training.saver.settle()
-            leave_report(run.path)
+            if not run.is_lost():
+                leave_report(run.path)
         tracker.finish(_describe_end(training, sys.exception()))
 
 
@@ -239,7 +241,7 @@ def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory, b
         TextgenError: the score is nan or infinite.
     """
     started = time.perf_counter()
-    validation = validate(training)
+    validation = validate(training, run)
     update_best(training.learner.progression, validation)
     log_validation(training, validation, tracker, bar)
     pause = save(training)
@@ -391,6 +393,7 @@ def start_tracking(training: Training, run: RunDirectory) -> Tracker:
         first_step=progress.step,
         evaluated_step=progress.evaluated_step,
         on_row=training.on_row,
+        require=run.require_lock,
     )
 
 
@@ -406,7 +409,12 @@ def start_saving(training: Training, run: RunDirectory, tracker: Tracker) -> Non
 
     if accelerator.is_main_process:
         training.saver = Saver(
-            run.path, keep_last=config.keep_last, device=accelerator.device, before=tracker.sync, after=written
+            run.path,
+            keep_last=config.keep_last,
+            device=accelerator.device,
+            before=tracker.sync,
+            after=written,
+            require=run.require_lock,
         )
         training.saver.reserve(_shapes(learner))
 

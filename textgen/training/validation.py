@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 from textgen.config import SamplingConfig
 from textgen.console import Progress, say
@@ -39,12 +38,12 @@ class Validation:
     """on the main process"""
 
 
-def validate(training: Training) -> Validation:
+def validate(training: Training, run: RunDirectory) -> Validation:
     """Score the validation split and write samples. Collective.
 
     Raises:
         Interrupted: a signal came before score and samples were done. A resumed run repeats the evaluation.
-        TextgenError: the score is nan or infinite.
+        TextgenError: the score is nan or infinite, or another training has taken the run over.
     """
     learner = training.learner
     config, progress = learner.config, learner.progression
@@ -62,7 +61,7 @@ def validate(training: Training) -> Validation:
         raise TextgenError(
             f"the validation loss turned to {reported.nats_per_token} by step {progress.step}; it is not saved"
         )
-    samples = write_samples(training) if learner.accelerator.is_main_process else []
+    samples = write_samples(training, run) if learner.accelerator.is_main_process else []
     launch.raise_if_stopped(learner.accelerator, training.stop)
     return Validation(
         score=reported,
@@ -147,7 +146,7 @@ def evaluate(training: Training, limit: int | None) -> Score | None:
     )
 
 
-def write_samples(training: Training) -> list[SampledText]:
+def write_samples(training: Training, run: RunDirectory) -> list[SampledText]:
     """Sample at every temperature, and write the texts into samples.md.
 
     Sections of earlier steps are kept; those of this step and later ones, from before a resume, are replaced. If a
@@ -173,5 +172,6 @@ def write_samples(training: Training) -> list[SampledText]:
                 samples[row] = event
         written += [SampledText(temperature, samples[i].prompt, samples[i].text) for i in sorted(samples)]
     model.train()
-    save_samples(Path(config.run_dir), training.learner.progression.step, written)
+    run.require_lock()
+    save_samples(run.path, training.learner.progression.step, written)
     return written
