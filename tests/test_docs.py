@@ -108,12 +108,3 @@ def test_every_decision_is_in_the_table_with_its_title() -> None:
         number, title = re.match(r"# (\d+)\. (.*)", record.read_text()).groups()  # type: ignore[union-attr]
         assert int(number) == int(record.name[:4])
         assert f"| {number} | [{title}]({record.name}) |" in table
-
-
-def test_nobody_is_told_to_install_another_project() -> None:
-    """`textgen` on the package index is somebody else's project."""
-    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    texts = [ROOT / name for name in files if name.endswith((".md", ".py", ".html", ".js", ".toml", ".sh", ".yaml"))]
-    wrong = re.compile(r"pip3? install (-\S+ )*['\"]?textgen\b")
-    found = [str(path) for path in texts if path != Path(__file__) and wrong.search(path.read_text())]
-    assert found == []
