@@ -200,6 +200,10 @@ class ModelConfig:
         return max(self.dropout, self.weight_drop) > 0
 
 
+DEFAULT_PROJECT = "textgen"
+"""project in W&B and trackio if neither the user nor W&B's settings name one"""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
     """Weights & Biases and other trackers. `metrics.jsonl` is always written."""
@@ -207,13 +211,14 @@ class TrackingConfig:
     backends: tuple[Literal["wandb", "tensorboard", "trackio"], ...] = ("wandb",)
     """trackers that receive the metrics; tensorboard and trackio are optional packages"""
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """mode of W&B. auto: online if there is an API key and the server answers, else offline. disabled: no tracker"""
-    project: str = "textgen"
-    """project in W&B and trackio"""
+    """mode of W&B. auto: that of W&B's own settings, else online if there is an API key and the server answers, else
+    offline. disabled: no tracker"""
+    project: str | None = None
+    """project in W&B and trackio; default: the project of W&B's own settings (W&B only), else textgen"""
     group: str | None = None
-    """W&B group of the run; default: the Slurm array, if there is one"""
+    """W&B group of the run; default: that of W&B's own settings, else the Slurm array, if there is one"""
     job_type: str | None = None
-    """W&B job type; default: sweep in a W&B sweep or a Slurm array, otherwise train"""
+    """W&B job type; default: that of W&B's own settings, else sweep in a W&B sweep or a Slurm array, else train"""
     upload_checkpoints: bool = False
     """upload checkpoints as W&B artifacts; otherwise artifacts refer to their paths"""
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from textgen.commands.parsing import Parser, fail
-from textgen.config import TrackingConfig
+from textgen.config import DEFAULT_PROJECT, TrackingConfig
 from textgen.errors import first_line
 from textgen.packages import require_packages
+from textgen.tracking.wandb_settings import find_mode, setting_value
 
 if TYPE_CHECKING:
     from wandb_workspaces.workspaces import Workspace
@@ -68,23 +69,31 @@ def dashboard_command(argv: Sequence[str]) -> None:
         prog="textgen dashboard",
         description="Create a W&B workspace for the runs of a project. Its other workspaces stay as they are.",
     )
-    parser.add_argument("--project", default=TrackingConfig.project, help="W&B project")
+    parser.add_argument(
+        "--project",
+        type=str | None,
+        default=None,
+        help="W&B project; default: that of W&B's own settings, else textgen",
+    )
     parser.add_argument("--entity", type=str | None, default=None, help="W&B user or team; default: the key's")
     parser.add_argument("--print", action="store_true", help="print the specification as JSON and send nothing")
     args = parser.parse_args(list(argv))
     require_packages("`textgen dashboard`", "wandb-workspaces", extra="dashboard")
+    project = args.project or setting_value("project") or DEFAULT_PROJECT
     if args.print:
-        print(json.dumps(specification(build_workspace(args.project, args.entity or "")), indent=2))
+        print(json.dumps(specification(build_workspace(project, args.entity or "")), indent=2))
         return
 
     import wandb
 
     from textgen.tracking.wandb import has_wandb_key
 
+    if (mode := find_mode(TrackingConfig())).value == "disabled":
+        fail(f"W&B is off, by {mode.place}; `--print` needs no W&B")
     if not has_wandb_key():
         fail("no W&B key, neither of `wandb login` nor in WANDB_API_KEY; `--print` needs none")
     try:
-        workspace = build_workspace(args.project, args.entity or wandb.Api().default_entity)
+        workspace = build_workspace(project, args.entity or wandb.Api().default_entity)
         workspace.save()  # creates a new workspace
     except Exception as error:  # some of W&B's exception classes are private
         fail(f"W&B did not take the dashboard: {first_line(error)}")

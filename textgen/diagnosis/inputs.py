@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from textgen.config import TrainConfig
 from textgen.diagnosis.process_group import ProcessGroup
 from textgen.diagnosis.results import Check
-from textgen.errors import first_line
+from textgen.errors import TextgenError, first_line
 from textgen.tracking.wandb import has_wandb_key
+from textgen.tracking.wandb_settings import find_mode
 
 if TYPE_CHECKING:
     from textgen.data.store import TokenStore
@@ -76,7 +77,10 @@ def check_data(group: ProcessGroup, found: Check, store: TokenStore | None) -> C
 
 def check_wandb(config: TrainConfig) -> Check:
     """Report the mode of W&B and whether there is an API key; the key itself is never printed."""
-    mode, key = config.tracking.mode, has_wandb_key()
+    try:
+        mode, key = find_mode(config.tracking).value, has_wandb_key()
+    except TextgenError as error:
+        return Check("wandb", "fail", {}, str(error))
     if mode == "auto":
         mode = "online" if key else "offline"
     value = {"mode": mode, "key": "present" if key else "none"}

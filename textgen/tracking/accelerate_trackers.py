@@ -7,12 +7,13 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from textgen.config import TrackingConfig
-from textgen.runs.metrics_file import MetricsRow
+from textgen.config import DEFAULT_PROJECT, TrackingConfig
+from textgen.runs.metrics_file import MetricsRow, read_metrics
 from textgen.runs.samples import SampledText
 from textgen.settings import flatten
+from textgen.tracking.recorded import RecordedRows
 from textgen.tracking.tracker import FINISH_SECONDS, RunEnd
 
 log = logging.getLogger("textgen")
@@ -27,6 +28,9 @@ class AccelerateTracker:
     A training that continues a run asks the tracker for its rows and records the missing ones: each row of
     metrics.jsonl is recorded once. A trackio that sends rows to a server, or keeps them as files, cannot list its rows;
     then nothing is recorded again, and one line is logged.
+
+    A row may differ from the one that the tracker was given, if the training went back and on with other settings.
+    TensorBoard hides the old rows from there on; trackio gets a new run.
 
     Args:
         name: of the tracker, as Accelerate knows it.
@@ -54,7 +58,8 @@ class AccelerateTracker:
             k: v if isinstance(v, bool | int | float | str) else json.dumps(v) for k, v in present.items()
         }
         self._tracker: Any = None
-        self._resumed, self._recorded = resumed, set[tuple[int, str]]()
+        self._resumed, self._has = resumed, set[tuple[int, str]]()
+        self._recorded, self._given, self._seen = RecordedRows(run_dir, name), 0, 0
         self.finish_seconds: float = FINISH_SECONDS
         remote = os.environ.get("TRACKIO_SPACE_ID") or os.environ.get("TRACKIO_SERVER_URL")
         self.catches_up: bool = name == "tensorboard" or not remote
@@ -64,50 +69,86 @@ class AccelerateTracker:
         # An earlier part of the training in this process may still be writing; its rows would be recorded twice.
         while _abandoned:
             _abandoned.pop().finish()
-        self._tracker = self._open_tensorboard(rows) if self._name == "tensorboard" else self._open_trackio()
-        self._tracker.store_init_configuration(self._settings)
-        if self.catches_up:
-            for number, row in enumerate(rows):
-                self.log(number, row, ())
-        elif rows:
-            log.info("%s cannot list its rows here: rows that it lost are in `metrics.jsonl` alone", self._name)
+        continued = self._recorded.run_id
+        if self._name == "tensorboard":
+            self._open_tensorboard(rows)
+        else:
+            self._open_trackio("allow" if self._resumed else "never")
+        if not self.catches_up and rows:
+            self._given = max(self._given, len(rows))
+            new = "" if continued in (None, self._recorded.run_id) else "; this part of the training is a new run of it"
+            log.info("%s cannot list its rows here: rows that it lost are in `metrics.jsonl` alone%s", self._name, new)
+        for number, row in enumerate(rows):
+            self.log(number, row, ())
 
-    def _open_tensorboard(self, rows: Sequence[MetricsRow]) -> Any:
+    def _open_tensorboard(self, rows: Sequence[MetricsRow]) -> None:
         """Open a file that hides all figures from the first missing row on; `open` records these rows again."""
         from accelerate.tracking import TensorBoardTracker
 
         recorded = recorded_events(self._run_dir / "tensorboard") if rows else set()
         purge_step = min(
-            [self._first_step + 1, *(row["step"] for row in rows if not named_figures(row) <= recorded)],
+            [
+                self._first_step + 1,
+                *(
+                    row["step"]
+                    for number, row in enumerate(rows)
+                    if not named_figures(row) <= recorded or self._recorded.differs(number, row)
+                ),
+            ],
         )
-        self._recorded = {(step, name) for step, name in recorded if step < purge_step}
-        tracker = TensorBoardTracker("tensorboard", self._run_dir, purge_step=purge_step)
-        tracker.start()
-        return tracker
+        self._has = {(step, name) for step, name in recorded if step < purge_step}
+        self._recorded.begin("tensorboard", empty=not self._has)
+        self._tracker = TensorBoardTracker("tensorboard", self._run_dir, purge_step=purge_step)
+        self._tracker.start()
+        self._tracker.store_init_configuration(self._settings)
 
-    def _open_trackio(self) -> Any:
-        """Continue the latest run of this name if the training was resumed, else begin a new run."""
+    def _open_trackio(self, resume: Literal["allow", "never"]) -> None:
+        """Continue the latest run of this name, or begin a new one."""
         from accelerate.tracking import TrackioTracker
         from trackio.sqlite_storage import SQLiteStorage
         from trackio.utils import get_storage_mode
 
-        resume = "allow" if self._resumed else "never"
-        tracker = TrackioTracker(self._config.project, name=self._run_dir.name, resume=resume)
-        tracker.start()
-        run = tracker.run
+        project = self._config.project or DEFAULT_PROJECT
+        self._tracker = TrackioTracker(project, name=self._run_dir.name, resume=resume)
+        self._tracker.start()
+        run = self._tracker.run
         self.catches_up = run.url is None and get_storage_mode() == "sqlite"
-        if self.catches_up:
-            recorded = SQLiteStorage.get_logs(run.project, run.name, run_id=run.id)
-            self._recorded = {(row["step"], name) for row in recorded for name in row}
-        return tracker
+        logs = SQLiteStorage.get_logs(run.project, run.name, run_id=run.id) if self.catches_up else []
+        self._has = {(row["step"], name) for row in logs for name in row}
+        self._recorded.begin(run.id, empty=self.catches_up and not self._has)
+        self._given = len(self._recorded)
+        self._tracker.store_init_configuration(self._settings)
 
     def log(self, number: int, row: MetricsRow, samples: Sequence[SampledText]) -> None:
         """Record a row unless the tracker has it, and with TensorBoard the samples as text."""
-        if named_figures(row) <= self._recorded:
-            return
+        self._seen = number + 1
+        if named_figures(row) <= self._has if self.catches_up else number < self._given:
+            if not self._recorded.differs(number, row):
+                return
+            self._begin_again(number)
+        self._record(number, row, samples)
+
+    def _begin_again(self, number: int) -> None:
+        """Hide TensorBoard's figures from a row's step on, or begin a new trackio run; record the rows before."""
+        rows = read_metrics(self._run_dir)
+        self._tracker.finish()
+        if self._name == "tensorboard":
+            self._open_tensorboard(rows[: number + 1])
+        else:
+            log.warning(
+                "trackio: the run has other rows than `metrics.jsonl` from row %d on, and keeps them; a new run begins",
+                number + 1,
+            )
+            self._settings["replaces"] = self._tracker.run.id
+            self._open_trackio("never")
+        for earlier, row in enumerate(rows[:number]):
+            self.log(earlier, row, ())
+
+    def _record(self, number: int, row: MetricsRow, samples: Sequence[SampledText]) -> None:
         values = {name: value for name, value in row.items() if name != "step"}
         if samples and self._name == "tensorboard":
             values["samples"] = "\n\n".join(f"{t}: **{prompt}**{text}" for t, prompt, text in samples)
+        self._recorded.add(number, row)
         self._tracker.log(values, step=row["step"])
 
     def checkpoint(self, path: Path, *, best: bool, metadata: Mapping[str, Any]) -> None:
@@ -115,6 +156,8 @@ class AccelerateTracker:
 
     def finish(self, end: RunEnd) -> None:
         """Close the run."""
+        if self._name == "trackio" and end.state == "finished" and self._seen < self._given:
+            self._begin_again(self._seen)  # the abandoned history was longer
         self._tracker.finish()
 
     def abandon(self) -> None:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from textgen.config import TrackingConfig
+from textgen.errors import TextgenError
 from textgen.packages import require_packages
 from textgen.tracking.accelerate_trackers import AccelerateTracker
 from textgen.tracking.tracker import Backend
-from textgen.tracking.wandb import WandbRun
+from textgen.tracking.wandb import WANDB_ID, WandbRun
+from textgen.tracking.wandb_settings import find_mode, find_setting
+
+log = logging.getLogger("textgen")
 
 # Slurm's variables that identify the job of a run.
 SLURM_VARIABLES = (
@@ -26,11 +32,22 @@ SLURM_VARIABLES = (
 )
 
 
-def assert_installed(config: TrackingConfig) -> None:
-    """Raise TextgenError if a tracker that the settings name is not installed."""
-    for name in config.backends:
-        if config.mode != "disabled":
-            require_packages(f"`tracking.backends` {name}", name, extra=None if name == "wandb" else name)
+def check_trackers(config: TrackingConfig) -> None:
+    """Raise TextgenError if a tracker is not installed, or if W&B's own settings cannot be used."""
+    for name in active_trackers(config):
+        require_packages(f"`tracking.backends` {name}", name, extra=None if name == "wandb" else name)
+        run_id = find_setting("run_id")
+        if name == "wandb" and run_id and not re.fullmatch(WANDB_ID, run_id.value):
+            raise TextgenError(
+                f"{run_id.place} is {run_id.value!r}, not 1 to 64 letters, digits, underscores, hyphens and periods"
+            )
+
+
+def active_trackers(config: TrackingConfig) -> list[str]:
+    """Return the names of the trackers that the user has not switched off."""
+    if config.mode == "disabled":
+        return []
+    return [name for name in config.backends if name != "wandb" or find_mode(config).value != "disabled"]
 
 
 def build_trackers(
@@ -52,10 +69,10 @@ def build_trackers(
         resumed: whether an earlier part of the training has begun the run.
         first_step: the step that the training continues from.
     """
-    if config.mode == "disabled":
-        return {}
     trackers: dict[str, Backend] = {}
-    for name in config.backends:
+    if config.mode == "auto" and "wandb" in config.backends and (mode := find_mode(config)).value == "disabled":
+        log.info("W&B is off, by %s", mode.place)
+    for name in active_trackers(config):
         if name == "wandb":
             trackers["W&B"] = WandbRun(config, run_dir, settings, run_id=wandb_id, resumed=resumed)
         else:

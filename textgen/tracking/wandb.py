@@ -9,25 +9,29 @@ import netrc
 import os
 import re
 import secrets
+import shlex
 import shutil
 import subprocess
 import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import psutil
 
-from textgen.config import TrackingConfig
+from textgen.config import DEFAULT_PROJECT, TrackingConfig
 from textgen.errors import first_line
-from textgen.runs.metrics_file import MetricsRow
+from textgen.runs.metrics_file import MetricsRow, read_metrics
 from textgen.runs.samples import SampledText
+from textgen.tracking.recorded import RecordedRows
 from textgen.tracking.tracker import FINISH_SECONDS, RunEnd
+from textgen.tracking.wandb_settings import find_mode, find_setting, setting_value
 
 log = logging.getLogger("textgen")
 
@@ -39,13 +43,33 @@ GRACE_SECONDS = 1  # for wandb's process to end before it is killed
 # The seconds of an offline run that a kill loses at most. wandb's default is 15, with which `wandb leet` lags too.
 FLUSH_SECONDS = 2.0
 MIN_FREE_BYTES = 1 << 16
+# The id becomes part of paths and of a shell's pattern.
+WANDB_ID = r"[\w.-]{1,64}"
+# wandb's settings of every run, unless the user sets them in the environment or in a settings file.
+OUR_SETTINGS: dict[str, Any] = {
+    "silent": True,
+    "console": "off",
+    "disable_code": True,
+    "disable_git": True,  # a remote's address may hold a token; the commit is in the config
+    "init_timeout": INIT_SECONDS,
+    "finish_timeout": UPLOAD_SECONDS,
+    "x_transaction_log_flush_interval": FLUSH_SECONDS,
+}
+
+
+def server_address() -> str:
+    """Return the address of W&B's server."""
+    return setting_value("base_url") or "https://api.wandb.ai"
 
 
 def has_wandb_key() -> bool:
-    """Return whether a W&B API key exists, in the environment or in ~/.netrc; warn of a file that has no such form."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+    """Return whether a W&B API key exists: in the environment, in W&B's settings files or in ~/.netrc.
+
+    Warn of a ~/.netrc that cannot be read.
+    """
+    if setting_value("api_key") or setting_value("identity_token_file"):
         return True
-    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    host = urlsplit(server_address()).hostname or ""
     try:
         return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
     except OSError:
@@ -55,21 +79,31 @@ def has_wandb_key() -> bool:
         return False
 
 
-def choose_wandb_id(begun: str | None) -> str:
-    """Return the id of the run that was begun, else the id that a sweep's agent has set, else a new one."""
-    known = begun or os.environ.get("WANDB_RUN_ID", "")
-    return known if re.fullmatch(r"[\w-]{1,64}", known) else secrets.token_hex(4)  # the id becomes part of a path
+def choose_wandb_id(begun: str | None, run_dir: Path) -> str:
+    """Return the id of the run that was begun, else the id that the user or a sweep's agent has set, else a new one.
+
+    Args:
+        begun: the id in the checkpoint that the training resumes from; None for a new training. A run that replaced
+            the one of the checkpoint goes on.
+        run_dir: the run's folder.
+    """
+    replaced_by = RecordedRows(run_dir, "wandb").run_id if begun else None
+    for known in (replaced_by, begun, setting_value("run_id")):
+        if known and re.fullmatch(WANDB_ID, known):
+            return known
+    return secrets.token_hex(4)
 
 
 class WandbRun:
     """A run of Weights & Biases: online if a key exists and the server answers, else offline.
 
     wandb's counter is the number of the row in metrics.jsonl. From the counter a training that continues a run knows
-    which rows W&B has, and records only the rows that a kill lost: each row is recorded once.
+    which rows W&B has, and records only the rows that a kill lost: each row is recorded once. W&B cannot change a row.
+    If a row differs from the one that the run has, a new run begins, with all rows of metrics.jsonl.
 
     Args:
         config: mode, project and names.
-        run_dir: the run's folder; wandb's files go into its folder `wandb`.
+        run_dir: the run's folder; wandb's files go into its folder `wandb`, unless WANDB_DIR names another.
         settings: recorded as the run's config.
         run_id: a new id, or that of an earlier part of the training.
         resumed: whether an earlier part of the training has begun the run.
@@ -78,10 +112,14 @@ class WandbRun:
     def __init__(
         self, config: TrackingConfig, run_dir: Path, settings: Mapping[str, Any], *, run_id: str, resumed: bool
     ) -> None:
-        self._config, self._dir, self._settings = config, run_dir.resolve(), settings
+        self._config, self._dir, self._settings = config, run_dir.resolve(), dict(settings)
         self._id, self._resumed = run_id, resumed
         self._run: Any = None
-        self._next = 0
+        self._mode: Literal["online", "offline"] = "offline"
+        self._abandoned = False
+        self._next = self._seen = 0
+        self._recorded = RecordedRows(run_dir, "wandb")
+        self._base_dir = Path(os.environ.get("WANDB_DIR") or self._dir).expanduser().resolve()
         self._own_data_dir = "WANDB_DATA_DIR" not in os.environ
         self.finish_seconds: float = FINISH_SECONDS
         self.catches_up = True
@@ -90,43 +128,55 @@ class WandbRun:
         """Begin or continue the run, on the server or on disk, and record the rows that it lacks."""
         os.environ.setdefault("WANDB_SILENT", "true")
         if self._own_data_dir:  # wandb would copy artifacts into the home directory
-            os.environ["WANDB_DATA_DIR"] = str(self._dir / "wandb")
-        rows_on_disk = recorded_rows(self._dir, self._id) if self._resumed else 0
+            os.environ["WANDB_DATA_DIR"] = str(self._base_dir / "wandb")
+        known = self._recorded.run_id == self._id
+        folders = {self._base_dir / "wandb", *map(Path, self._recorded.folders if known else ())}
+        rows_on_disk = recorded_rows(folders, self._id) if self._resumed else 0
         reason = self._why_offline()
         if reason is None:
             try:
-                self._init("online")
-                self._next = self._run.step  # of a resumed run: the number of rows on the server
+                self._mode = "online"
+                self._init()
+                self._next = self._run.starting_step  # the number of rows on the server; `step` is 0 at first (0.31)
             except Exception as error:
+                if self._abandoned:
+                    raise
                 _tear_down()
-                reason = first_line(error)
+                reason, self._mode = first_line(error), "offline"
         if self._run is None:
             if reason:
                 log.warning("W&B records offline: %s", reason)
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-            self._init("offline")
+            self._init()
             self._next = rows_on_disk
-            folder = self._dir / "wandb"  # a resumed run has several parts there
-            if folder.is_relative_to(Path.cwd()):
-                folder = folder.relative_to(Path.cwd())
-            upload = f"wandb sync {folder / f'*run-*-{self._id}'}"
-            log.info("W&B offline; look with `wandb leet %s`, upload with `%s`", folder, upload)
+        if self._mode == "online":
+            self.finish_seconds += float(self._run.settings.finish_timeout)
+        if self._next and not (known or self._resumed):  # WANDB_RESUME and WANDB_RUN_ID name a run of other rows
+            self._begin_again(0)
         else:
-            log.info("W&B: %s", self._run.url)
-            self.finish_seconds += UPLOAD_SECONDS
+            self._note_folder()
         for number, row in enumerate(rows):
             self.log(number, row, ())
 
+    def _note_folder(self) -> None:
+        """Note where the run's files are, and log how to look at the run."""
+        folder = Path(self._run.dir).resolve().parents[1]  # not always WANDB_DIR, if that cannot be written
+        self._recorded.begin(self._id, str(folder), empty=not self._next)
+        if self._mode == "online":
+            log.info("W&B: %s", self._run.url)
+            return
+        shown = [shlex.quote(_shown(Path(name))) for name in self._recorded.folders]  # a resumed run has several parts
+        upload = " ".join(["wandb sync", *(f"{name}/*run-*-{self._id}" for name in shown)])
+        log.info("W&B offline; look with `wandb leet %s`, upload with `%s`", shlex.quote(_shown(folder)), upload)
+
     def _why_offline(self) -> str | None:
         """Return why the run is offline: empty if no warning is needed; None if the run can be online."""
-        mode = self._config.mode
-        if mode == "auto" and os.environ.get("WANDB_MODE") == "offline":
-            mode = "offline"
+        mode = find_mode(self._config).value
         if not has_wandb_key():
             return "there is no API key: `wandb login`, or WANDB_API_KEY" if mode == "online" else ""
         if mode == "offline":
             return ""
-        url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+        url = server_address()
         try:
             urllib.request.urlopen(url, timeout=SERVER_SECONDS).close()
         except urllib.error.HTTPError:  # the server answers, with a status of failure
@@ -135,31 +185,29 @@ class WandbRun:
             return f"{urlsplit(url).hostname} does not answer: {error}"
         return None
 
-    def _init(self, mode: Literal["online", "offline"]) -> None:
-        """Begin or continue the run in a mode, and choose the x axes of its charts."""
+    def _init(self) -> None:
+        """Begin or continue the run, and choose its charts' x axes. wandb's own settings win over our defaults."""
         import wandb
 
-        swept = "WANDB_SWEEP_ID" in os.environ or "SLURM_ARRAY_JOB_ID" in os.environ
+        swept = "WANDB_SWEEP_ID" in os.environ
         array = os.environ.get("SLURM_ARRAY_JOB_ID")
+        project, asked = setting_value("project"), self._config.project
+        if swept and project and asked not in (None, project):
+            log.warning("W&B: the sweep's runs are in the project %s, not in tracking.project %s", project, asked)
+        ours = {name: value for name, value in OUR_SETTINGS.items() if find_setting(name) is None}
+        if setting_value("save_code"):
+            ours.pop("disable_code", None)
         self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT") if "WANDB_SWEEP_ID" in os.environ else self._config.project,
-            group=self._config.group or os.environ.get("WANDB_RUN_GROUP") or (array and f"array-{array}"),
-            job_type=self._config.job_type or os.environ.get("WANDB_JOB_TYPE") or ("sweep" if swept else "train"),
-            dir=str(self._dir),
-            name=self._dir.name,
+            project=((swept and project) or asked or project or DEFAULT_PROJECT),
+            group=self._config.group or setting_value("run_group") or (array and f"array-{array}"),
+            job_type=self._config.job_type or setting_value("run_job_type") or ("sweep" if swept or array else "train"),
+            dir=str(self._base_dir),
+            name=setting_value("run_name") or self._dir.name,
             id=self._id,
-            mode=mode,
-            config=dict(self._settings),
+            mode=self._mode,
+            config=self._settings,
             resume="allow" if self._resumed else None,
-            settings=wandb.Settings(
-                silent=True,
-                console="off",
-                disable_code=True,
-                disable_git=True,  # a remote's address may hold a token; the commit is in the config
-                init_timeout=INIT_SECONDS,
-                finish_timeout=UPLOAD_SECONDS,
-                x_transaction_log_flush_interval=FLUSH_SECONDS,
-            ),
+            settings=wandb.Settings(**ours),
         )
         for name in ("step", "tokens"):
             self._run.define_metric(name, hidden=True)
@@ -167,14 +215,37 @@ class WandbRun:
         for name in ("train/bits_per_byte", "valid/bits_per_byte"):  # comparable between sizes of batches
             self._run.define_metric(name, step_metric="tokens")
 
+    def _begin_again(self, number: int) -> None:
+        """Begin a new run with the first rows of metrics.jsonl, and link the old run to it."""
+        rows = read_metrics(self._dir)[:number]
+        old, self._id = self._id, secrets.token_hex(4)
+        log.warning(
+            "W&B: run %s has other rows than `metrics.jsonl` from row %d on, and keeps them; new run: %s",
+            old, number + 1, self._id,
+        )  # fmt: skip
+        self._run.config.update({"replaced_by": self._id}, allow_val_change=True)
+        self._run.finish()
+        self._settings |= {"replaces": old}
+        self._resumed, self._next = False, 0
+        self._init()
+        self._note_folder()
+        for earlier, row in enumerate(rows):
+            self._record(earlier, row, ())
+
     def log(self, number: int, row: MetricsRow, samples: Sequence[SampledText]) -> None:
-        """Record a row of metrics.jsonl unless W&B has it, and samples as a table.
+        """Record a row of metrics.jsonl unless W&B has it, and samples as a table; begin a new run if it has another.
 
         Raises:
             OSError: the disk is full; wandb itself reports nothing then.
         """
+        self._seen = number + 1
         if number < self._next:
-            return
+            if not self._recorded.differs(number, row):
+                return
+            self._begin_again(number)
+        self._record(number, row, samples)
+
+    def _record(self, number: int, row: MetricsRow, samples: Sequence[SampledText]) -> None:
         if shutil.disk_usage(self._run.dir).free < MIN_FREE_BYTES:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._run.dir)
         values = dict(row)
@@ -183,6 +254,7 @@ class WandbRun:
 
             table = [[row["step"], *sample] for sample in samples]
             values["samples"] = wandb.Table(columns=["step", "temperature", "prompt", "text"], data=table)
+        self._recorded.add(number, row)
         self._run.log(values, step=number, commit=True)
 
     def checkpoint(self, path: Path, *, best: bool, metadata: Mapping[str, Any]) -> None:
@@ -203,6 +275,8 @@ class WandbRun:
 
     def finish(self, end: RunEnd) -> None:
         """Send an alert, record the exit code and close the run."""
+        if end.state == "finished" and self._seen < self._next:  # the abandoned history was longer
+            self._begin_again(self._seen)
         level = {"finished": "INFO", "preempted": "WARN", "failed": "ERROR"}[end.state]
         title = f"{self._dir.name[:50]} {end.state}"  # W&B allows 64 letters
         self._run.alert(title=title, text=end.reason, level=level)
@@ -217,6 +291,7 @@ class WandbRun:
         wandb is asked to end the process before it is killed. Only then does wandb wait for the process, which would
         remain as a zombie otherwise.
         """
+        self._abandoned = True
         logging.getLogger("wandb").setLevel(logging.CRITICAL)  # no tracebacks of the connection that is cut here
         teardown = threading.Thread(target=_tear_down, daemon=True)
         teardown.start()
@@ -240,10 +315,14 @@ def _tear_down() -> None:
             wandb.teardown()
 
 
-def recorded_rows(run_dir: Path, run_id: str) -> int:
+def _shown(folder: Path) -> str:
+    return str(folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder)
+
+
+def recorded_rows(folders: Iterable[Path], run_id: str) -> int:
     """Return the number of rows of metrics.jsonl that the parts of a W&B run on this disk hold."""
     rows = 0
-    for path in (run_dir / "wandb").glob(f"*run-*-{run_id}/run-{run_id}.wandb"):
+    for path in chain.from_iterable(folder.glob(f"*run-*-{run_id}/run-{run_id}.wandb") for folder in folders):
         command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
         # The listing ends where a kill cut the file off.
         listing = subprocess.run(command, capture_output=True).stdout.decode(errors="replace")

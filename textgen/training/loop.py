@@ -30,7 +30,7 @@ from textgen.reporting.report import leave_report
 from textgen.runs.checkpoint import Saver, checkpoint_path
 from textgen.runs.directory import DATA_NAME, SETTINGS_NAME, RunDirectory
 from textgen.runs.environment import ENVIRONMENT_NAME, describe_environment
-from textgen.tracking.backends import assert_installed, build_trackers, describe_launch
+from textgen.tracking.backends import build_trackers, check_trackers, describe_launch
 from textgen.tracking.tracker import RunEnd, Tracker
 from textgen.tracking.wandb import choose_wandb_id
 from textgen.training.budget import describe_cost, describe_request, describe_training, fit_steps
@@ -120,7 +120,7 @@ def start_processes(config: TrainConfig) -> Accelerator:
     settings = {n: v for n, v in asdict(config).items() if n not in ("run_dir", "data", "tokenizer", "tracking")}
     launch.assert_same(accelerator, (settings, accelerator.mixed_precision), "what flags and config file say")
     refuse_graph(config, accelerator)
-    assert_installed(config.tracking)
+    check_trackers(config.tracking)
     return accelerator
 
 
@@ -370,7 +370,7 @@ def start_tracking(training: Training, run: RunDirectory) -> Tracker:
     learner = training.learner
     config, accelerator, progress = learner.config, learner.accelerator, learner.progression
     saved_id, trackers = training.wandb_id, {}
-    training.wandb_id = choose_wandb_id(saved_id)
+    training.wandb_id = choose_wandb_id(saved_id, run.path)
     if accelerator.is_main_process:
         settings = asdict(config) | {
             "parameters": learner.unwrapped_model.num_parameters,
@@ -383,7 +383,7 @@ def start_tracking(training: Training, run: RunDirectory) -> Tracker:
             run.path,
             settings,
             wandb_id=training.wandb_id,
-            resumed=saved_id == training.wandb_id,
+            resumed=saved_id is not None,
             first_step=progress.step,
         )
     return Tracker(
