@@ -72,10 +72,16 @@ def fail(message: str) -> NoReturn:
 
 
 class HelpFormatter(DefaultHelpFormatter):
-    """Prints flag, kind of value, text, and the default unless the text has it."""
+    """Prints a short usage; of each flag the kind of its value, the text, and the default unless the text has it."""
 
     def __init__(self, prog: str, **kwargs: Any) -> None:
         super().__init__(prog, **{"max_help_position": 30, **kwargs})  # type: ignore[no-untyped-call]
+
+    def _format_usage(self, usage: str | None, actions: Any, *rest: Any) -> str:
+        if usage is None:  # argparse would list every flag
+            names = [f"{a.metavar or a.dest}{' ...' * (a.nargs == '+')}" for a in actions if not a.option_strings]
+            usage = " ".join(["%(prog)s [--FLAG VALUE] ...", *names])
+        return str(super()._format_usage(usage, actions, *rest))
 
     def _get_help_string(self, action: argparse.Action) -> str:
         text = super()._get_help_string(action).replace("(type: %(type)s, default:", "(default:")
