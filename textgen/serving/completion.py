@@ -49,7 +49,11 @@ class PendingChoice:
             logprobs = {
                 "tokens": [token.token for _, token in self.logprobs],
                 "token_logprobs": [_for_json(token.logprob) for _, token in self.logprobs],
-                "top_logprobs": [{top: _for_json(value) for top, value in token.top} for _, token in self.logprobs],
+                # As with OpenAI, the drawn token is among them, also if it is none of the most likely ones.
+                "top_logprobs": [
+                    {top: _for_json(value) for top, value in (*token.top, (token.token, token.logprob))}
+                    for _, token in self.logprobs
+                ],
                 "text_offset": [self.offset + offset for offset, _ in self.logprobs],
             }
         choice = {"index": self.index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish_reason}

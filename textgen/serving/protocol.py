@@ -308,7 +308,9 @@ class Logprobs(BaseModel):
 
     tokens: list[str]
     token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] = Field(description="the most likely tokens at each position")
+    top_logprobs: list[dict[str, float]] = Field(
+        description="the most likely tokens at each position, and the drawn one"
+    )
     text_offset: list[int] = Field(description="the token's first character in the text of all events")
 
 

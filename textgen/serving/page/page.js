@@ -152,7 +152,8 @@ function fail(message) {
 // Show the probabilities of a token and of its alternatives, the most likely first, below the token or above it.
 function showAlternatives(span, token, logprob, top) {
   const percent = (value) => `${(100 * Math.exp(value)).toPrecision(3)} %`;
-  const alternatives = Object.entries(top).sort((a, b) => b[1] - a[1]);
+  // The drawn token is an entry of `top` beyond the most likely ones if it is none of them.
+  const alternatives = Object.entries(top).sort((a, b) => b[1] - a[1]).slice(0, NUM_ALTERNATIVES);
   const rows = [[token, logprob], ...alternatives].map(([text, value], i) => {
     const row = document.createElement("div");
     const name = document.createElement("span");
