@@ -52,7 +52,9 @@ def find_store(config: TrainConfig) -> tuple[str, TokenStore | None]:
     # Imported here, so that a missing package (sentencepiece, pyarrow) fails this check and not the whole command.
     from textgen.data.corpus import open_corpus
     from textgen.data.store import TokenStore, find_prepared
+    from textgen.training.resume import keep_reading_rules
 
+    config = keep_reading_rules(config)
     if config.data.store is not None:
         store = TokenStore.open(config.data.store)
         return str(store.record["source"]), store
