@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from textgen.data.decompression import ENDINGS as COMPRESSIONS
 from textgen.errors import TextgenError, in_backticks, one_line
 from textgen.files import JSON_BYTES, parse_json
 
 TEXT_ENDINGS = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 EXTENSIONS = (*TEXT_ENDINGS, ".parquet", ".arrow")
-COMPRESSIONS = (".gz", ".zst", ".xz", ".bz2")
 COMPRESSED = tuple(ending + compression for ending in TEXT_ENDINGS for compression in COMPRESSIONS)
 WANTED = f"{in_backticks(EXTENSIONS)}, and texts compressed as {in_backticks(COMPRESSIONS)}"
 EXTENSIONS_1 = (*TEXT_ENDINGS, ".parquet")
