@@ -55,6 +55,23 @@ def test_a_row_of_many_lines_is_named_in_a_csv_file_too(
     assert (f"that of line 202 spans {lines}" in caplog.text) == is_named
 
 
+@pytest.mark.parametrize(("inner", "is_named"), [("3,c\n4,d\n5,e", True), ("a poem,\nof lines\nand words", False)])
+def test_lines_that_look_like_rows_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, inner: str, is_named: bool
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text("id,text\n" + "1,a\n" * 9 + f'2,"b\n{inner}\n6,f"\n')
+    assert read(path)[-1] == f"b\n{inner}\n6,f"
+    assert ("1 of 10 rows span several lines, that of line 11 spans 5" in caplog.text) == is_named
+
+
+def test_a_skipped_row_says_how_far_it_reaches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("id\ttext\n" + "1\ta\n" * 9 + '2\t"b\n' + "3\tc\n" * 5)
+    assert read(path, on_error="skip") == ["a"] * 9
+    assert f"skipped: `{path}` line 11 is not valid CSV: unexpected end of data at line 16" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("content", "texts", "settings"),
     [
@@ -110,7 +127,8 @@ def test_a_table_that_no_format_fits_is_refused_as_it_is(tmp_path: Path) -> None
     path.write_text("id;review\n1;a\n")
     assert refusal(path) == f"`{path}` has no column `text`; it has `id;review`"
     path.write_text("text\nhello, world\n")
-    assert refusal(path) == f"`{path}` line 2 has 2 fields; its header has 1"
+    hint = "see `--data.csv_delimiter` and `--data.csv_quoting`"
+    assert refusal(path) == f"`{path}` line 2 has 2 fields; its header has 1; {hint}"
     path.write_text('id,text\n1,"a \\"b\\" c"\n')
     assert refusal(path).endswith("; see `--data.csv_quoting` and `--data.csv_escape`")
 
@@ -118,7 +136,7 @@ def test_a_table_that_no_format_fits_is_refused_as_it_is(tmp_path: Path) -> None
 def test_rows_that_cannot_be_read_are_skipped_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "a.csv"
     path.write_text('id,text\n1,a\n2,b,c\n3,"d"e\n4,f\n5,"g\nh"\n6,i\n')
-    assert refusal(path) == f"`{path}` line 3 has 3 fields; its header has 2"
+    assert refusal(path).startswith(f"`{path}` line 3 has 3 fields; its header has 2; ")
     assert read(path, on_error="skip") == ["a", "f", "g\nh", "i"]
     assert f"`{path}`: skipped 2 of 6 documents" in caplog.text
 

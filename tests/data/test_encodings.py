@@ -107,7 +107,7 @@ def test_bytes_of_another_encoding_are_refused_or_skipped(
     path.write_bytes(lines)
     number = 3 if name in ("a.csv", "a.tsv") else 2
     shown = "UTF-8" if encoding == "utf-8" else encoding
-    message = f"`{path}` line {number} is not {shown}: byte 0x{bad.hex()}"
+    message = f"`{path}` line {number} is not {shown}: byte 0x{bad.hex()}; see `--data.encoding` and `--data.on_error`"
     assert refusal(path, encoding=encoding) == message
     assert len(read(path, encoding=encoding, on_error="skip")) == 2
     assert f"skipped: {message}" in caplog.text
@@ -118,7 +118,8 @@ def test_a_wrong_encoding_is_refused_even_if_faults_are_skipped(tmp_path: Path) 
     path = tmp_path / "a.txt"
     path.write_bytes("caf\xe9\n".encode("latin-1") * 40 + b"one\n" * 30)
     message = refusal(path, on_error="skip")
-    assert message == f"`{path}`: 40 of 70 documents cannot be read, the first: `{path}` line 1 is not UTF-8: byte 0xe9"
+    fault = f"`{path}` line 1 is not UTF-8: byte 0xe9; see `--data.encoding` and `--data.on_error`"
+    assert message == f"`{path}`: 40 of 70 documents cannot be read, the first: {fault}"
     assert len(read(path, encoding="latin-1")) == 70
 
 

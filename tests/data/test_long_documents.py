@@ -40,7 +40,7 @@ def test_a_text_of_one_long_line_is_cut_at_white_space(
     assert len(parts) == -(-len(LONG) // PART_BYTES)
     assert all(part.endswith(" ") for part in parts)
     assert parts == read(path, txt_documents=unit)
-    assert f"1 documents of more than 16,777,216 bytes were cut at white space into {len(parts)}" in caplog.text
+    assert f"cut 1 of its documents, of more than 16,777,216 bytes, at white space into {len(parts)} of" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt.gz"])

@@ -18,7 +18,7 @@ import threading
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -56,6 +56,8 @@ class Corpus:
     """equal fingerprints mean equal results of `clean_corpus`; found without reading the texts"""
     splits: Mapping[str, Callable[[], Iterator[str]]]
     """train, and where they exist unsupervised, validation, test; each call is a new pass in the same order"""
+    tallies: Mapping[str, Tally] = field(default_factory=dict)
+    """what the passes leave out and cut, by split"""
 
 
 @dataclass(frozen=True)
@@ -158,10 +160,12 @@ def _open_files(config: DataConfig, files: Sequence[str]) -> Corpus:
             more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
             logger.info("%s: %s%s", split, in_backticks(paths[:3]), more)
     seen = ((os.path.abspath(path), found[path], stat.st_size, stat.st_mtime_ns) for path, stat in stats.items())
+    tallies = {split: Tally() for split in splits}
     return Corpus(
         description=f"{len(found)} files: {', '.join(parts)}",
         fingerprint=fingerprint(config, *seen),
-        splits={split: partial(read_files, paths, config, Tally()) for split, paths in splits.items()},
+        splits={split: partial(read_files, paths, config, tallies[split]) for split, paths in splits.items()},
+        tallies=tallies,
     )
 
 
@@ -181,10 +185,12 @@ def _open_hub(config: DataConfig, name: str) -> Corpus:
         return read_batches(texts, f"dataset `{title}`", config, tally)
 
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
+    tallies = {split: Tally() for split in splits}
     return Corpus(
         description=f"dataset {title} ({origin}): {sizes}",
         fingerprint=fingerprint(config, name, [(split, rows._fingerprint) for split, rows in splits.items()]),
-        splits={split: partial(read, rows, Tally()) for split, rows in splits.items()},
+        splits={split: partial(read, rows, tallies[split]) for split, rows in splits.items()},
+        tallies=tallies,
     )
 
 
@@ -283,6 +289,8 @@ def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
             parts["validation"].append(("ends", hashes["ends"] != EMPTY))
     counts = {f"{split}_documents": sum(int(mask.sum()) for _, mask in masks) for split, masks in parts.items()}
     counts |= dropped | {"dropped_empty": sum(int((its == EMPTY).sum()) for its in hashes.values())}
+    if skipped := sum(corpus.tallies[split].skipped_in_all for split in hashed if split in corpus.tallies):
+        counts["dropped_unreadable"] = skipped
     summary = ", ".join(f"{name.replace('_', ' ')} {number}" for name, number in counts.items())
     if not kept.any():
         raise TextgenError(f"{corpus.description}: no documents to train on; {len(pool)} read, {summary}")

@@ -71,7 +71,8 @@ def read_csv(
             tally.rows += 1
             try:
                 if len(row) != len(header):
-                    raise RowError(f" has {len(row)} fields; its header has {len(header)}")
+                    hint = "; see `--data.csv_delimiter` and `--data.csv_quoting`"
+                    raise RowError(f" has {len(row)} fields; its header has {len(header)}{hint}")
                 values = [row[place] for place in places]
                 if not values[0].isascii():
                     decode(values[0].encode("utf-8", "surrogateescape"), settings)
@@ -147,7 +148,8 @@ def _read_rows(
 ) -> Iterator[tuple[int, list[str]]]:
     """Yield rows that are not empty, and the lines at which they begin; log rows that span suspiciously many lines."""
     num_rows = num_lines = num_spanning = most = where = 0
-    line = num_above + 1  # of the start of a row: an open quotation mark may swallow the rest of the file
+    line = num_above + 1  # of the start of a row
+    is_odd = form.delimiter == "\t"
     while True:
         try:
             for row in rows:
@@ -156,6 +158,7 @@ def _read_rows(
                     num_spanning += 1
                     num_lines += end - line
                     most, where = max((most, where), (end - line + 1, line))
+                    is_odd = is_odd or end - line + 1 >= MANY_LINES or _holds_rows(row, form.delimiter)
                 if row:
                     num_rows += 1
                     yield line, row
@@ -163,16 +166,24 @@ def _read_rows(
             break
         except csv.Error as error:
             tally.rows += 1
+            end = rows.line_num + num_above
             if "field limit" in str(error):
                 fault = RowError(TOO_LONG)
             else:
+                there = f" at line {end}" if end > line else ""
                 hint = "see `--data.csv_quoting` and `--data.csv_escape`"
-                fault = RowError(f" is not valid CSV: {one_line(error)}; {hint}")
+                fault = RowError(f" is not valid CSV: {one_line(error)}{there}; {hint}")
             tally.fault(path, line, fault, settings)
-            line = rows.line_num + num_above + 1
-    if num_spanning and (form.delimiter == "\t" or most >= MANY_LINES or num_lines > num_rows):
+            line = end + 1
+    if num_spanning and (is_odd or num_lines > num_rows):
         tally.say(
             "`%s`: %d of %d rows span several lines, that of line %d spans %d; if quotation marks are part of the "
             "text, set `--data.csv_quoting none`",
             path, num_spanning, num_rows - 1, where, most,
         )  # fmt: skip
+
+
+def _holds_rows(row: list[str], delimiter: str) -> bool:
+    """Return whether the lines within a field have the delimiters of rows, which an open quotation mark swallowed."""
+    lines = max(row, key=len).split("\n")[1:-1]
+    return len(lines) > 2 and len(row) > 1 and all(line.count(delimiter) == len(row) - 1 for line in lines)

@@ -12,6 +12,7 @@ import zlib
 from typing import BinaryIO, Protocol
 
 from textgen.errors import TextgenError, one_line
+from textgen.packages import how_to_install
 
 ENDINGS = (".gz", ".zst", ".xz", ".bz2")
 
@@ -112,6 +113,8 @@ class _Decompressed(io.RawIOBase):
     def _fault(self, error: Exception) -> str:
         if "memory" in str(error).lower():
             return f"needs more memory to decompress than {1 << WINDOW_LOG - 20} MiB: {one_line(error)}"
+        if not self._given:
+            return f"cannot be decompressed as `{self._ending}`: {one_line(error)}"
         return f"is damaged after {self._given:,} decompressed bytes: {one_line(error)}"
 
     def _new_member(self) -> _Decompressor:
@@ -136,8 +139,12 @@ class _Decompressed(io.RawIOBase):
                     options: dict[int, int] = {zstd.DecompressionParameter.window_log_max: WINDOW_LOG}
                     return zstd.ZstdDecompressor(options=options)
         except ImportError as error:
-            package = "backports.zstd" if self._ending == ".zst" else error.name
-            raise TextgenError(f"`{self._path}` needs the package `{package}`, which is not installed") from error
+            if self._ending != ".zst":
+                raise TextgenError(
+                    f"`{self._path}` cannot be read: this Python has no module `{error.name}`"
+                ) from error
+            how = how_to_install("backports.zstd", extra="zst")
+            raise TextgenError(f"`{self._path}` needs `backports.zstd`: {how}") from error
 
 
 class _GzipDecompressor:

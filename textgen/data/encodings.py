@@ -84,7 +84,8 @@ def decode(raw: bytes, settings: DataConfig) -> str:
         seen = raw[start]
         if name != "UTF-8" and re.match(MARKED, raw[start : start + 3]):
             seen = (raw[start + 1] & 15) << 4 | raw[start + 2] & 15
-        raise RowError(f" is not {name}: byte 0x{seen:02x}", line=raw.count(b"\n", 0, start)) from error
+        hint = "see `--data.encoding` and `--data.on_error`"
+        raise RowError(f" is not {name}: byte 0x{seen:02x}; {hint}", line=raw.count(b"\n", 0, start)) from error
 
 
 class _Transcoded(io.RawIOBase):

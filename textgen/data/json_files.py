@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from textgen.config import DataConfig
+from textgen.data.decompression import split_compression
 from textgen.data.encodings import decode
 from textgen.data.rows import ROW_BYTES, TOO_LONG, read_lines, take_text
 from textgen.data.tally import RowError, Tally
@@ -27,8 +28,7 @@ def read_json(file: io.BufferedReader, path: str, settings: DataConfig, tally: T
     Raises:
         TextgenError: the file is not JSON, or an object has no text.
     """
-    head = file.peek(1).lstrip()
-    if head.startswith(b"[") or head.partition(b"\n")[0].rstrip() == b"{":
+    if _spans_lines(file.peek(1).lstrip(), path, settings):
         yield from _read_values(file, path, settings, tally)
         return
     for number, line in read_lines(file, path, settings, tally):
@@ -47,11 +47,26 @@ def read_json(file: io.BufferedReader, path: str, settings: DataConfig, tally: T
             yield text
 
 
+def _spans_lines(head: bytes, path: str, settings: DataConfig) -> bool:
+    """Return whether a file that begins so holds an array, or objects of several lines."""
+    first, end, _ = head.partition(b"\n")
+    if first.startswith(b"[") or first.rstrip() == b"{":
+        return True
+    if not end or settings.on_error == "skip" or not split_compression(path)[0].lower().endswith(".json"):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return False
+
+
 def _text_of(row: object, column: str, tally: Tally) -> str:
     if not isinstance(row, dict):
         raise RowError(f" is not a JSON object with a key `{column}`: {str(row)[:40]}")
     if column not in row:
-        raise RowError(f" has no column `{column}`; it has {in_backticks(row)}")
+        hint = "; wanted the array alone" if any(isinstance(value, list) for value in row.values()) else ""
+        raise RowError(f" has no column `{column}`; it has {in_backticks(row)}{hint}")
     value = row[column]
     if value is None:
         tally.nulls += 1

@@ -34,13 +34,14 @@ class Tally:
     Attributes:
         rows: documents, and rows that hold none.
         nulls: rows whose text is null.
-        skipped: rows that cannot be read.
+        skipped: rows that cannot be read; `skipped_in_all` is their number after a whole pass.
         cut: documents that were cut, and `parts` the documents made of them.
     """
 
     rows: int = 0
     nulls: int = 0
     skipped: int = 0
+    skipped_in_all: int = 0
     cut: int = 0
     parts: int = 0
     _first_fault: str = ""
@@ -104,7 +105,7 @@ class Tally:
         if self.cut:
             limit, part = sizes_of(settings)
             self.say(
-                "%s: %d documents of more than %s bytes were cut at white space into %d of at most %s; "
+                "%s: cut %d of its documents, of more than %s bytes, at white space into %d of at most %s; "
                 "see `--data.max_document_bytes`",
                 where,
                 self.cut,
@@ -112,4 +113,5 @@ class Tally:
                 self.parts,
                 f"{part:,}",
             )
+        self.skipped_in_all = self.skipped
         self._logged = True
