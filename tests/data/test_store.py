@@ -29,6 +29,7 @@ from textgen.data.lanes import STRIDE, Epoch, LaneSampler, build_loader, windows
 from textgen.data.store import Split, TokenStore, encode_batches, encode_documents, prepare_store
 from textgen.errors import TextgenError
 from textgen.noise import permutation
+from textgen.runs import lock
 from textgen.tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -532,6 +533,20 @@ def test_a_killed_preparation_leaves_no_store_and_the_next_clears_its_rest(tmp_p
     again = prepare(corpus, cache)
     assert not left.exists()
     assert again.split("train").num_documents == 54_000
+
+
+def test_preparation_that_was_taken_over_replaces_no_store(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = prepare(corpus, tmp_path / "cache")
+    (store.directory / "store.json").unlink()  # else it would be found
+    before = sorted(store.directory.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(lock.FileLock, "is_lost", lambda _: True)
+        with pytest.raises(TextgenError, match=r"`.*prepare.lock` was removed"):
+            prepare(corpus, tmp_path / "cache")
+    assert sorted(store.directory.iterdir()) == before
+    assert list((tmp_path / "cache").glob("*.tmp")) == []
 
 
 def test_an_error_while_encoding_leaves_nothing(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

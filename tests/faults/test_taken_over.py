@@ -94,15 +94,17 @@ def test_stopped_training_is_taken_over_and_goes_on_to_its_last_line(
 
 
 @slow
-def test_stopped_training_finds_the_other_one_finished(jobs: Jobs, whole: Path) -> None:
-    old = jobs.start(fault(STOP, at="stepping", call=8))
+@pytest.mark.parametrize(("place", "call"), [("stepping", 8), ("sampling", 20)])
+def test_stopped_training_finds_the_other_one_finished(place: str, call: int, jobs: Jobs, whole: Path) -> None:
+    old = jobs.start(fault(STOP, at=place, call=call))
     old.wait_for("fault: signal")
     new = jobs.start()
     assert new.end() == 0, new.output
-    before = {path: path.read_bytes() for path in new.run_dir.rglob("*") if path.is_file()}
+    before = {path: path.stat() for path in new.run_dir.rglob("*") if path.is_file()}
     old.process.send_signal(signal.SIGCONT)
     assert_ends_with_a_line(old, new)
-    assert before == {path: path.read_bytes() for path in new.run_dir.rglob("*") if path.is_file()}
+    after = {path: path.stat() for path in new.run_dir.rglob("*") if path.is_file()}
+    assert {path: stat.st_mtime_ns for path, stat in before.items()} == {p: s.st_mtime_ns for p, s in after.items()}
     assert_as_if_nothing_had_happened(new.run_dir, whole)
 
 

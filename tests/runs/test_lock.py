@@ -25,7 +25,7 @@ from textgen.errors import TextgenError
 from textgen.files import write_atomic
 from textgen.runs import directory as directory_module
 from textgen.runs import lock as lock_module
-from textgen.runs.checkpoint import remove_leftovers, write_checkpoint
+from textgen.runs.checkpoint import Saver, checkpoint_path, remove_leftovers, write_checkpoint
 from textgen.runs.directory import RunDirectory, read_status
 from textgen.runs.lock import FileLock, Holder
 from textgen.tracking.tracker import Tracker
@@ -231,6 +231,30 @@ def test_holder_that_was_taken_over_learns_it_and_leaves_the_lease_alone(no_lock
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+def test_training_that_was_taken_over_writes_no_status_and_no_checkpoint_and_prunes_none(
+    no_locks: None, tmp_path: Path
+) -> None:
+    run, other = RunDirectory(tmp_path, main=True), FileLock(tmp_path / ".lock")
+    for step in (1, 2):
+        write_checkpoint(checkpoint_path(tmp_path, step), {"trainer.json": [b"{}"]}, step=step)
+    with run.hold():
+        run.read_started()
+        while not other.try_acquire(silent=os.listdir(tmp_path / ".lock.lease")[0]):
+            pass
+        status = (tmp_path / "status.json").read_bytes()
+        with pytest.raises(TextgenError, match="was taken over by process"):
+            run.write_status("running", step=1, total_steps=2)
+        run.end("failed", "late")
+        assert (tmp_path / "status.json").read_bytes() == status
+        saver = Saver(tmp_path, keep_last=1, require=run.require_lock)
+        saver.save(3, {}, {"trainer.json": b"{}"}, best_step=None, since=0.0)
+        with pytest.raises(TextgenError, match="was taken over by process"):
+            saver.wait()
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-000001", "step-000002"]
+    other.require()
+    other.release()
+
+
 def test_lost_lease_is_the_line_of_an_error_that_follows_from_it(no_locks: None, tmp_path: Path) -> None:
     lock = FileLock(tmp_path / "file")
     assert lock.try_acquire()
@@ -349,7 +373,7 @@ def run_races(place: Path) -> None:
         if at % 3:
             leave_lease(place / str(at), **({"kernel": "another"} if at % 3 == 1 else {"start": "1"}))
     context = multiprocessing.get_context("fork")
-    barrier, won = context.Barrier(RACERS, timeout=60), context.Array("i", ROUNDS * RACERS)
+    barrier, won = context.Barrier(RACERS, timeout=20), context.Array("i", ROUNDS * RACERS)
     racers = [context.Process(target=race, args=(place, number, barrier, won)) for number in range(RACERS)]
     for racer in racers:
         racer.start()
