@@ -119,7 +119,7 @@ class WandbRun:
         self._abandoned = False
         self._next = self._seen = 0
         self._recorded = RecordedRows(run_dir, "wandb")
-        self._base_dir = Path(os.environ.get("WANDB_DIR") or self._dir).expanduser().resolve()
+        self._base_dir = _base_dir(self._dir)
         self._own_data_dir = "WANDB_DATA_DIR" not in os.environ
         self.finish_seconds: float = FINISH_SECONDS
         self.catches_up = True
@@ -313,6 +313,12 @@ def _tear_down() -> None:
     if (wandb := sys.modules.get("wandb")) is not None:
         with suppress(Exception, SystemExit):
             wandb.teardown()
+
+
+def _base_dir(run_dir: Path) -> Path:
+    """Return the folder that gets W&B's folder: WANDB_DIR, or the run's. A sweep's agent sets WANDB_DIR by default."""
+    named = Path(os.environ.get("WANDB_DIR") or run_dir).expanduser().resolve()
+    return run_dir if "WANDB_SWEEP_ID" in os.environ and named == Path.cwd() else named
 
 
 def _shown(folder: Path) -> str:
