@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from accelerate import Accelerator
@@ -246,7 +247,8 @@ def test_a_wrong_request_is_refused_in_a_line(lm: textgen.LanguageModel, asked: 
 
 
 def test_numbers_of_numpy_are_numbers(lm: textgen.LanguageModel) -> None:
-    (text,) = lm.generate(PROMPT, temperature=np.float64(0.5), seed=np.int64(7), max_new_tokens=np.int32(20))
+    few = {"n": np.int64(1), "max_new_tokens": np.int32(20)}
+    (text,) = lm.generate(np.array([PROMPT]), temperature=np.float64(0.5), seed=np.int64(7), **few)
     assert [text] == lm.generate(PROMPT, temperature=0.5, seed=7, max_new_tokens=20)
 
 
@@ -265,6 +267,8 @@ def test_a_state_of_another_model_is_refused(lm: textgen.LanguageModel, tiny_run
 def test_nothing_to_open_is_refused(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(textgen.TextgenError, match=r"has no `config.json`: not a checkpoint directory"):
         textgen.load(tmp_path)
+    with pytest.raises(textgen.TextgenError, match="`name` must be a run, a checkpoint or a published model: None"):
+        textgen.load(None)
     with pytest.raises(textgen.TextgenError, match="does not exist"):
         textgen.Run(tmp_path / "nothing")
     with pytest.raises(textgen.TextgenError, match="`decoder` must be one of"):
@@ -345,8 +349,13 @@ def process() -> dict[str, Any]:
 
 @pytest.mark.parametrize("progress", [False, True])
 def test_the_process_is_as_before_and_nothing_is_printed(
-    settings: dict[str, Any], documents: list[str], progress: bool, capfd: pytest.CaptureFixture[str]
+    settings: dict[str, Any],
+    documents: list[str],
+    progress: bool,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")  # a training removes it
     kept = [dict(state) for state in STATES]
     try:
         for state in STATES:
@@ -463,8 +472,13 @@ def test_an_exception_of_on_row_ends_the_training(settings: dict[str, Any], docu
     [
         ({"config": "quik", "texts": ["a"]}, "`quik` cannot be read: No such file or directory"),
         ({"config": 3}, "`config` must be a preset, a YAML file or a TrainConfig: 3"),
-        ({"texts": ["a"], "files": "b"}, "`files`, `texts` and `dataset`: give one of them"),
-        ({"texts": "a"}, "`texts` must be a list of texts: 'a'"),
+        ({"texts": ["a"], "files": "b"}, "`files`, `texts`: give one of them"),
+        ({"texts": ["a"], "data": {"dataset": "b"}}, "`texts`, `data.dataset`: give one of them"),
+        ({"texts": "a"}, "`texts` must be a list of texts, not str"),
+        ({"texts": {"train": {"a"}}}, "`texts` must be a list of texts, not set"),
+        ({"texts": pandas.DataFrame({"text": ["a"]})}, "`texts` must be a list of texts, not DataFrame"),
+        ({"texts": ["a"], "on_row": 3}, "`on_row` must be a function of a row: 3"),
+        ({"texts": ["a"], "run_dir": __file__, "tokenizer.vocab_size": 260}, f"File exists: `{__file__}`"),
         ({"texts": ["a", 5]}, "`texts` of train row 2: `text` is not a string: 5"),
         ({"texts": {"training": ["a"]}}, "`texts` has a split `training`; those of textgen are"),
         ({"texts": {"test": ["a"]}}, "memory has no split `train`; it has `test`"),

@@ -11,7 +11,7 @@ import logging
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -41,7 +41,7 @@ from textgen.decoding.reading import ReadState, read_tokens
 from textgen.decoding.scoring import TextScore, token_logprobs
 from textgen.distributed.signals import Interrupted
 from textgen.distributed.world import slurm_variables
-from textgen.errors import TextgenError, user_error
+from textgen.errors import TextgenError, in_backticks, user_error
 from textgen.reporting.compare import read_settings
 from textgen.reporting.report import report_summary
 from textgen.runs.checkpoint import TRAINER_NAME, checkpoints, find_checkpoint, read_json
@@ -129,8 +129,9 @@ def train(
     with _user_errors():
         _refuse_processes()
         made = _settings_of_training(config, files=files, tracking=tracking, settings=settings)
-        if sum(source is not None for source in (files, texts, dataset)) > 1:
-            raise TextgenError("`files`, `texts` and `dataset`: give one of them")
+        _require_one_source(settings, files=files, texts=texts, dataset=dataset)
+        if on_row is not None and not callable(on_row):
+            raise TextgenError(f"`on_row` must be a function of a row: {str(on_row)[:40]}")
         stopped = None
         with _process_as_before(), as_library(progress=progress):
             if texts is not None or dataset is not None:
@@ -196,6 +197,15 @@ def _settings_of_training(
         return build_settings(TrainConfig, nested)
     except ValueError as error:
         raise TextgenError(str(error)) from None
+
+
+def _require_one_source(settings: Mapping[str, Any], **sources: object) -> None:
+    """Raise TextgenError if arguments of `train` name several sources of documents."""
+    given = [name for name, value in sources.items() if value is not None]
+    if given:
+        given += sorted(flatten(_plain(settings)).keys() & _source("").keys())
+    if len(given) > 1:
+        raise TextgenError(f"{in_backticks(given)}: give one of them")
 
 
 def _source(source: str, *, files: Sequence[str] = (), store: str | None = None) -> dict[str, Any]:
@@ -357,6 +367,8 @@ def load(name: str | os.PathLike[str], *, best: bool = False, decoder: str = "au
     Raises:
         TextgenError: the model is not found, is damaged, or the decoder does not run here.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise TextgenError(f"`name` must be a run, a checkpoint or a published model: {str(name)[:40]}")
     with _user_errors(), as_library(progress=False):
         return LanguageModel(*open_decoder(os.fspath(name), decoder, best=best))
 
@@ -424,9 +436,9 @@ class LanguageModel:
         Raises:
             TextgenError: a setting is unknown or wrong, a prompt is no text, or the state is of another model.
         """
-        prompts = [prompt] if isinstance(prompt, str) else prompt
-        if not isinstance(prompts, Sequence):
+        if not isinstance(prompt, Iterable):
             raise TextgenError(f"`prompt` must be a text or a list of texts: {str(prompt)[:40]}")
+        prompts, n = [prompt] if isinstance(prompt, str) else list(prompt), _plain(n)
         if type(n) is not int or n < 1:
             raise TextgenError(f"`n` must be an integer of at least 1: {n}")
         requests = self._requests(prompts, n, config, state, settings)
@@ -521,12 +533,12 @@ class LanguageModel:
             require_drawable(made, self._tokenizer)
         except ValueError as error:
             raise TextgenError(str(error)) from None
-        made = dataclasses.replace(made, stop=tuple(self._text(stop, "`stop`", spaces=True) for stop in made.stop))
-        texts = [self._text(prompt, "`prompt`") for prompt in prompts]
+        made = dataclasses.replace(made, stop=tuple(normalize(stop, self._normalization) for stop in made.stop))
+        texts = [self._text(prompt, "`prompt`", hint="; an empty prompt starts a text") for prompt in prompts]
         numbered = number_requests(((text, made) for text in texts), n)
         return [dataclasses.replace(request, read=state) for request in numbered]
 
-    def _text(self, text: object, name: str, *, spaces: bool = False) -> str:
+    def _text(self, text: object, name: str, *, hint: str = "") -> str:
         """Return a user's text, normalized as the training text was; refuse what is no text, or spaces alone."""
         if not isinstance(text, str):
             raise TextgenError(f"{name} must be a text: {str(text)[:40]}")
@@ -534,8 +546,8 @@ class LanguageModel:
             text.encode()
         except UnicodeEncodeError:
             raise TextgenError(f"{name} holds a lone surrogate, which is no text") from None
-        if text.isspace() and not spaces:  # the tokenizer reads it as an empty one
-            raise TextgenError(f"{name} is only spaces; an empty prompt starts a text")
+        if text.isspace():  # the tokenizer reads it as an empty one
+            raise TextgenError(f"{name} is only spaces{hint}")
         return normalize(text, self._normalization)
 
     def _require_own(self, state: ReadState | None) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 # Errors of the disk and of permissions: the user can correct them.
 DISK_ERRORS = (
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
-    errno.EIO, errno.ESTALE,
+    errno.EIO, errno.ESTALE, errno.EEXIST,
 )  # fmt: skip
 
 

@@ -63,6 +63,22 @@ def test_handlers_and_wakeup_and_thread_are_gone_afterwards() -> None:
     assert not any(thread.name == "signals" for thread in threading.enumerate())
 
 
+def test_a_process_of_somebody_else_is_never_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No thread watches; a second SIGINT is a KeyboardInterrupt, unless it is of the same press of the key."""
+    before = handlers()
+    with StopSignals("SIGUSR1", owns_process=False) as stop:
+        assert not any(thread.name == "signals" for thread in threading.enumerate())
+        stop.defer()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        monkeypatch.setattr("textgen.distributed.signals.SAME_KEYPRESS_SECONDS", 0.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.number == signal.SIGINT
+    assert handlers() == before
+
+
 def test_outside_the_main_thread_nothing_is_handled() -> None:
     before, seen = handlers(), []
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,8 +29,10 @@ def corpus_of_texts(texts: Sequence[str] | Mapping[str, Sequence[str]], config: 
     """
     splits = {}
     for split, documents in _by_split(texts, "texts").items():
-        if isinstance(documents, str | bytes | Mapping) or not hasattr(documents, "__iter__"):
-            raise TextgenError(f"`texts` must be a list of texts: {str(documents)[:40]!r}")
+        # a set has no order, and what a table iterates over is its columns
+        refused = isinstance(documents, str | bytes | Mapping | Set) or hasattr(documents, "columns")
+        if refused or not isinstance(documents, Iterable):
+            raise TextgenError(f"`texts` must be a list of texts, not {type(documents).__name__}")
         # a list, since the texts are read several times
         settings = replace(config, text_column="text")
         splits[split] = partial(read_batches, [list(documents)], f"`texts` of {split}", settings, Tally())
