@@ -68,7 +68,7 @@ def refusal(*paths: Path | str, **settings: Any) -> str:
 def test_path_parts_name_splits(folder: Path) -> None:
     names = {
         "train": ["a", "devices", "testimonials", "latest", "valley", "Test Pilot", "Dev Diary", "Validated claims",
-                  "test_of_time", "trainspotting", "The dev", "validity-1"],
+                  "test_of_time", "The last flight-test", "trainspotting", "The dev", "validity-1"],
         "validation": ["valid", "Validation-00", "val_1", "dev", "dev-v2.0", "TinyStoriesV2-GPT4-valid",
                        "validation_matched", "c4-validation.00000-of-00008"],
         "test": ["test", "test-00000-of-00001", "tests", "test2", "imdb_test", "wiki.test", "test.en", "test (1)",
@@ -157,6 +157,8 @@ def test_compressed_files_are_found_in_folders_and_globs_and_by_name(folder: Pat
     assert sorted(listed(folder)) == sorted(listed(folder / "*")) == sorted(names)
     assert listed(*(folder / name for name in names)) == names
     assert listed(folder, rules=1) == ["F.JSONL"]
+    wanted = "`.parquet`; `--data.reading_rules 2` reads compressed files"
+    assert refusal(folder / "a.txt.gz", reading_rules=1).endswith(wanted)
     for name in ("a.gz", "b.parquet.gz", "c.docx.gz"):
         (folder / name).write_bytes(b"x")
         assert refusal(folder / name).startswith(f"`{folder}/{name}` is not one of `.txt`")

@@ -22,7 +22,6 @@ from textgen.files import JSON_BYTES, parse_json
 TEXT_ENDINGS = (".txt", ".jsonl", ".json", ".csv", ".tsv")
 EXTENSIONS = (*TEXT_ENDINGS, ".parquet", ".arrow")
 COMPRESSED = tuple(ending + compression for ending in TEXT_ENDINGS for compression in COMPRESSIONS)
-WANTED = f"{in_backticks(EXTENSIONS)}, and texts compressed as {in_backticks(COMPRESSIONS)}"
 EXTENSIONS_1 = (*TEXT_ENDINGS, ".parquet")
 ARCHIVES = (
     ".zip", ".tar", ".7z", ".rar", ".tgz", ".tbz2", ".txz", ".tzst", *(f".tar{ending}" for ending in COMPRESSIONS)
@@ -103,7 +102,7 @@ def _expand(given: str, rules: int) -> tuple[str, list[str]]:
         found.left[".txt beside the reviews"] += len(found.files) - len(taken)
         found.files = taken
     if not found.files:
-        raise TextgenError(f"`{given}` holds no file of {WANTED}{_but(found)}")
+        raise TextgenError(f"`{given}` holds no file of {_wanted(rules)}{_but(found)}")
     if found.left:
         logger.info("not read in `%s`: %s", given, _in_words(found.left))
     for path in found.archives:
@@ -132,13 +131,19 @@ def _check_given_file(given: str, mode: int, rules: int) -> None:
     if name.endswith(ARCHIVES):
         raise TextgenError(f"`{given}` is an archive: unpack it, and give the folder of its files")
     if not name.endswith(_endings(rules)):
-        raise TextgenError(f"`{given}` is not one of {WANTED}")
+        raise TextgenError(f"`{given}` is not one of {_wanted(rules)}")
     if os.path.getsize(given) == 0:
         raise TextgenError(f"`{given}` is empty")
 
 
 def _endings(rules: int) -> tuple[str, ...]:
     return EXTENSIONS + COMPRESSED if rules > 1 else EXTENSIONS_1
+
+
+def _wanted(rules: int) -> str:
+    if rules == 1:
+        return f"{in_backticks(EXTENSIONS_1)}; `--data.reading_rules 2` reads compressed files"
+    return f"{in_backticks(EXTENSIONS)}, and texts compressed as {in_backticks(COMPRESSIONS)}"
 
 
 def _literal_folder(given: str) -> tuple[str, str]:
