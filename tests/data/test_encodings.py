@@ -91,6 +91,9 @@ def test_utf_16_without_a_mark_is_recognized(tmp_path: Path, encoding: str) -> N
     path = tmp_path / "a.txt"
     path.write_bytes("a text in ASCII, or nearly\n".encode(encoding))
     assert refusal(path).endswith(f"looks like UTF-16 (every second byte is 0): set `--data.encoding {encoding}`")
+    assert "a\0" in "".join(read(path, reading_rules=1))  # a run of 0.1 goes on with what it was begun with
+    path.write_text("one \0 in a text\n")
+    assert read(path) == ["one \0 in a text"]
 
 
 @pytest.mark.parametrize("name", NAMES)

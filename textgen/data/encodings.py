@@ -46,6 +46,8 @@ def open_text(path: str, settings: DataConfig, *, keep_mark: bool = False) -> It
         encoding = codecs.lookup(settings.encoding).name.removesuffix("-sig")
         if not encoding.startswith(("utf-16", "utf-32")):
             _require_bytes_of(head, path)
+        if encoding == "utf-8" and settings.reading_rules > 1:
+            _refuse_unmarked(head, path)
         if encoding != "utf-8" and not head.startswith(UTF8_MARK):
             stream = io.BufferedReader(_Transcoded(stream, encoding), BUFFER_BYTES)
             head = stream.peek(len(UTF8_MARK))
@@ -63,6 +65,10 @@ def _require_bytes_of(head: bytes, path: str) -> None:
             raise TextgenError(
                 f"`{path}` is compressed (it begins with {magic.hex(' ')}): its name must end in `{ending}`"
             )
+
+
+def _refuse_unmarked(head: bytes, path: str) -> None:
+    """Raise TextgenError if a file looks like UTF-16 without a byte order mark, which is also UTF-8 if it is ASCII."""
     half = len(head) // 2
     for place, name in ((1, "utf-16-le"), (0, "utf-16-be")):
         zeros, others = head[place::2].count(0), head[1 - place :: 2].count(0)
