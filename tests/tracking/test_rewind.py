@@ -15,25 +15,30 @@ from tests.tracking.wandb_server import wandb_server
 from textgen.cli import train_main
 from textgen.runs.checkpoint import checkpoint_path, checkpoints
 from textgen.runs.metrics_file import METRICS_NAME, read_metrics
+from textgen.tracking import accelerate_trackers, wandb
 from textgen.tracking.recorded import RecordedRows
 
 LOSSES = ("train/loss", "valid/loss")
 OTHER_RATE = ("--learning_rate", "0.01", "--resume_override")
 
-# The server of the tests keeps no artifacts, and a table of samples is one.
-WITHOUT_ARTIFACTS = """
+# The end of a training waits as long as a busy machine takes. The server of the tests keeps no artifacts; a table of
+# samples is one.
+SCRIPT = """
 from textgen.cli import train_main
-from textgen.tracking.wandb import WandbRun
-record = WandbRun._record
-WandbRun._record = lambda self, number, row, samples: record(self, number, row, ())
-WandbRun.checkpoint = lambda *_, **__: None
+from textgen.tracking import accelerate_trackers, wandb
+accelerate_trackers.FINISH_SECONDS = wandb.FINISH_SECONDS = wandb.SERVER_SECONDS = 120
+record = wandb.WandbRun._record
+wandb.WandbRun._record = lambda self, number, row, samples: record(self, number, row, ())
+wandb.WandbRun.checkpoint = lambda *_, **__: None
 train_main()
 """
 
 
 @pytest.fixture(autouse=True)
 def no_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """No W&B key is to be found."""
+    """No W&B key is to be found, and a busy machine is no failure."""
+    monkeypatch.setattr(accelerate_trackers, "FINISH_SECONDS", 120)
+    monkeypatch.setattr(wandb, "FINISH_SECONDS", 120)
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -87,19 +92,8 @@ def test_wandb_gets_a_new_run_for_another_history_and_keeps_it(
     assert_one_history(run_dir, new)
     (replaced,) = [run["config"]["update"].get("replaces") for run in inspect_folder(run_dir / "wandb", new)["run"]]
     assert replaced == old
-    kept = (run_dir / METRICS_NAME).read_text()
     (run_dir / METRICS_NAME).write_text(abandoned)
     assert_one_history(run_dir, old)
-    (run_dir / METRICS_NAME).write_text(kept)
-
-    # the checkpoint of step 2 names the old run, but the new one goes on; its rows are made again, the same ones
-    go_back(run_dir, 2)
-    caplog.clear()
-    train_main([*flags, *OTHER_RATE])
-    assert current_run(run_dir) == new
-    assert lines_of(caplog, "new run") == []
-    records = inspect_folder(run_dir / "wandb", new)
-    assert_each_row_once(run_dir, records, again=range(3, len(read_metrics(run_dir))))
 
 
 @pytest.mark.slow
@@ -116,6 +110,14 @@ def test_wandb_learns_of_a_history_that_it_did_not_follow_and_of_a_shorter_one(
     assert second != first
     assert_one_history(run_dir, second)
 
+    # the checkpoint of step 2 names the first run, but the second goes on; its rows are made again, the same ones
+    go_back(run_dir, 2)
+    train_main([*flags, *OTHER_RATE, "--max_steps", "8"])
+    assert current_run(run_dir) == second
+    assert len(lines_of(caplog, "new run")) == 1
+    records = inspect_folder(run_dir / "wandb", second)
+    assert_each_row_once(run_dir, records, again=range(3, len(read_metrics(run_dir))))
+
     go_back(run_dir, 2)
     train_main([*flags, *OTHER_RATE, "--max_steps", "4"])
     third = current_run(run_dir)
@@ -127,7 +129,7 @@ def test_wandb_learns_of_a_history_that_it_did_not_follow_and_of_a_shorter_one(
 def test_wandb_online_gets_a_new_run_too(flags: list[str], tmp_path: Path) -> None:
     """Also for a run of the server that another training has begun."""
     run_dir, script = tmp_path / "run", tmp_path / "train.py"
-    script.write_text(WITHOUT_ARTIFACTS)
+    script.write_text(SCRIPT)
     with wandb_server() as server:
         server.runs = {"taken": [{"step": step, "train/loss": 1.0, "_step": step} for step in range(3)]}
         environment = {**os.environ, **server.environment(tmp_path), "WANDB_RUN_ID": "taken", "WANDB_RESUME": "allow"}
@@ -153,7 +155,17 @@ def test_wandb_online_gets_a_new_run_too(flags: list[str], tmp_path: Path) -> No
             f"W&B: run {old} has other rows than `metrics.jsonl` from row 4 on, and keeps them; new run: {new}" in log
         )
         assert len(server.runs["taken"]) == 3
-        for run_id, rows in ((old, before), (new, read_metrics(run_dir))):
+        last = read_metrics(run_dir)
+        shutil.copytree(run_dir, tmp_path / "copy")
+        train(*OTHER_RATE, "--max_steps", "8")
+        assert current_run(run_dir) == new
+        log = train(*OTHER_RATE, "--max_steps", "8", "--run_dir", str(tmp_path / "copy"))
+        copied = current_run(tmp_path / "copy")
+        line = f"W&B: run {new} has other rows than `metrics.jsonl` from row {len(last) + 1} on, and keeps them"
+        assert f"{line}; new run: {copied}" in log
+
+        histories = ((old, before), (new, read_metrics(run_dir)), (copied, read_metrics(tmp_path / "copy")))
+        for run_id, rows in histories:
             sent = server.runs[run_id]
             assert [row["_step"] for row in sent] == list(range(len(rows)))
             for name in ("step", "train/loss", "valid/loss"):
@@ -176,10 +188,11 @@ def test_tensorboard_shows_one_history(flags: list[str], tmp_path: Path) -> None
 
 
 def test_trackio_gets_a_new_run_for_another_history(flags: list[str], tmp_path: Path) -> None:
-    run_dir, folder = tmp_path / "run", tmp_path / "trackio"
+    run_dir, folder, script = tmp_path / "run", tmp_path / "trackio", tmp_path / "train.py"
+    script.write_text(SCRIPT)
 
     def train(*more: str) -> str:
-        command = ("train_distributed.py", *flags, "--tracking.backends", "trackio", *more)
+        command = (str(script), *flags, "--tracking.backends", "trackio", *more)
         return run_script(*command, env=os.environ | {"TRACKIO_DIR": str(folder)}).stderr
 
     train()

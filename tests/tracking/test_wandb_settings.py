@@ -21,10 +21,12 @@ from textgen.tracking.wandb_settings import find_mode, find_setting
 
 Train = Callable[..., tuple[int, str]]
 
-# Prints whether wandb was imported.
+# Prints whether wandb was imported. The end of the training waits as long as a busy machine takes.
 SCRIPT = """
 import sys
 from textgen.cli import train_main
+from textgen.tracking import wandb
+wandb.FINISH_SECONDS = 120
 try:
     train_main()
 finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,5 @@ class RecordedRows:
     def _append(self, entry: Any) -> None:
         with self._path.open("a") as file:
             file.write("\n" + json.dumps(entry))  # the last line may have been cut off
+            file.flush()
+            os.fsync(file.fileno())  # the tracker never has rows that the list lacks, after a machine's crash too

@@ -151,8 +151,11 @@ class WandbRun:
             self._next = rows_on_disk
         if self._mode == "online":
             self.finish_seconds += float(self._run.settings.finish_timeout)
-        if self._next and not (known or self._resumed):  # WANDB_RESUME and WANDB_RUN_ID name a run of other rows
-            self._begin_again(0)
+        # Rows that this folder's training has not sent: WANDB_RUN_ID and WANDB_RESUME name another training's run, or a
+        # copy of the folder continues the run too. An earlier version of textgen has left no list of the rows.
+        sent = len(self._recorded) if known else self._next if self._resumed else 0
+        if self._mode == "online" and self._next > sent:
+            self._begin_again(sent)
         else:
             self._note_folder()
         for number, row in enumerate(rows):
@@ -165,7 +168,8 @@ class WandbRun:
         if self._mode == "online":
             log.info("W&B: %s", self._run.url)
             return
-        shown = [shlex.quote(_shown(Path(name))) for name in self._recorded.folders]  # a resumed run has several parts
+        # A resumed run has several parts. A folder may have been removed or renamed since.
+        shown = [shlex.quote(_shown(Path(name))) for name in self._recorded.folders if Path(name).exists()]
         upload = " ".join(["wandb sync", *(f"{name}/*run-*-{self._id}" for name in shown)])
         log.info("W&B offline; look with `wandb leet %s`, upload with `%s`", shlex.quote(_shown(folder)), upload)
 
@@ -216,8 +220,7 @@ class WandbRun:
             self._run.define_metric(name, step_metric="tokens")
 
     def _begin_again(self, number: int) -> None:
-        """Begin a new run with the first rows of metrics.jsonl, and link the old run to it."""
-        rows = read_metrics(self._dir)[:number]
+        """Begin a new run, without rows, since the run has another row of a number; link the two runs."""
         old, self._id = self._id, secrets.token_hex(4)
         log.warning(
             "W&B: run %s has other rows than `metrics.jsonl` from row %d on, and keeps them; new run: %s",
@@ -229,7 +232,10 @@ class WandbRun:
         self._resumed, self._next = False, 0
         self._init()
         self._note_folder()
-        for earlier, row in enumerate(rows):
+
+    def _record_first(self, number: int) -> None:
+        """Record the first rows of metrics.jsonl in a new run."""
+        for earlier, row in enumerate(read_metrics(self._dir)[:number]):
             self._record(earlier, row, ())
 
     def log(self, number: int, row: MetricsRow, samples: Sequence[SampledText]) -> None:
@@ -243,6 +249,7 @@ class WandbRun:
             if not self._recorded.differs(number, row):
                 return
             self._begin_again(number)
+            self._record_first(number)
         self._record(number, row, samples)
 
     def _record(self, number: int, row: MetricsRow, samples: Sequence[SampledText]) -> None:
@@ -277,6 +284,7 @@ class WandbRun:
         """Send an alert, record the exit code and close the run."""
         if end.state == "finished" and self._seen < self._next:  # the abandoned history was longer
             self._begin_again(self._seen)
+            self._record_first(self._seen)
         level = {"finished": "INFO", "preempted": "WARN", "failed": "ERROR"}[end.state]
         title = f"{self._dir.name[:50]} {end.state}"  # W&B allows 64 letters
         self._run.alert(title=title, text=end.reason, level=level)
