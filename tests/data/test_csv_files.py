@@ -65,6 +65,13 @@ def test_lines_that_look_like_rows_are_named(
     assert ("1 of 10 rows span several lines, that of line 11 spans 5" in caplog.text) == is_named
 
 
+def test_every_row_of_a_tsv_file_that_spans_lines_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("id\ttext\n" + "1\ta\n" * 9 + '2\t"b\nc"\n')
+    assert read(path)[-1] == "b\nc"
+    assert f"`{path}`: 1 of 10 rows span several lines, that of line 11 spans 2; " in caplog.text
+
+
 def test_a_skipped_row_says_how_far_it_reaches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "a.tsv"
     path.write_text("id\ttext\n" + "1\ta\n" * 9 + '2\t"b\n' + "3\tc\n" * 5)

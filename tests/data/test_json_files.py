@@ -90,6 +90,13 @@ def test_faults_in_an_array_are_skipped_on_request(tmp_path: Path) -> None:
     assert read(path, on_error="skip") == ["one", "two", "three", ""]
 
 
+def test_numbers_in_an_array_are_skipped_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    path.write_text('[12345, {"text": "a"}]')
+    monkeypatch.setattr(json_files, "READ_BYTES", 1)
+    assert read(path, on_error="skip") == ["a"]
+
+
 def test_a_fault_is_found_without_reading_the_rest(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text('[{"text": oops},\n' + '{"text": "a"},\n' * 200_000)
