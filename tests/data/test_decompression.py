@@ -5,8 +5,10 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import random
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,18 @@ def test_decompressed_bytes_are_those_that_were_compressed(
     path.write_bytes(b"".join(map(COMPRESS[ending], members)))
     with path.open("rb") as file:
         assert decompress(file, str(path)).read() == b"".join(members)
+
+
+@ENDINGS
+def test_a_file_of_many_reads_is_decompressed(tmp_path: Path, ending: str) -> None:
+    path = tmp_path / f"a.txt{ending}"
+    draw = random.Random(0)
+    raw = b"".join(draw.randbytes(1000) * draw.randrange(1, 9) for _ in range(1000))  # 4 MB, at several ratios
+    path.write_bytes(COMPRESS[ending](raw) + COMPRESS[ending](raw[: 1 << 20]))
+    for size in (1 << 20, 1 << 18, 12345, -1):
+        with path.open("rb") as file:
+            stream = decompress(file, str(path))
+            assert b"".join(iter(partial(stream.read, size), b"")) == raw + raw[: 1 << 20]
 
 
 @ENDINGS

@@ -79,6 +79,7 @@ class _Decompressed(io.RawIOBase):
 
     def _decompress(self, size: int) -> bytes:
         """Return at most `size` bytes; there may be none before the end."""
+        at_end = False
         if self._member is None:
             # Archives on tape and `xz` pad a file with zeros, which are not a member.
             while not (data := self._rest.lstrip(b"\0")):
@@ -87,8 +88,11 @@ class _Decompressed(io.RawIOBase):
                     return b""
                 self._rest = data
             self._member = self._new_member()
+        elif self._member.needs_input:
+            data = self._read()
+            at_end = not data
         else:
-            data = self._read() if self._member.needs_input else b""
+            data = b""
         try:
             output = self._member.decompress(data, size)
         except Exception as error:  # each library has its own class
@@ -101,7 +105,7 @@ class _Decompressed(io.RawIOBase):
             )
         if self._member.eof:
             self._rest, self._member = self._member.unused_data, None
-        elif not data and not output and self._member.needs_input:
+        elif at_end and not output:
             raise TextgenError(f"`{self._path}` is cut off: its data end after {self._given:,} decompressed bytes")
         return output
 

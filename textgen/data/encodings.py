@@ -20,7 +20,7 @@ HEAD_BYTES = 1 << 10
 # No text in UTF-8 begins with them.
 MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"\xfd7zXZ\0": ".xz"}
 
-# In place of bytes that are not of the encoding: this byte, which UTF-8 does not use, and a half of one in each of two.
+# Bytes that are not of the encoding become this byte, which UTF-8 does not use, and two with a half of the first each.
 BAD = 0xFF
 MARKED = b"\xff[\x80-\x8f]{2}"
 
