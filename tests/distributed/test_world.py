@@ -27,6 +27,11 @@ SRUN = {
     "SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
     "SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
 }  # fmt: skip
+ONE_TASK = SRUN | {
+    "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_NODELIST": "gpu03",
+    "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0",
+}  # fmt: skip
+FIRST_MACHINE = ONE_TASK | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}
 BATCH_SHELL = {"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
 
 
@@ -101,6 +106,11 @@ def test_slurms_counts_of_tasks() -> None:
         # python or a launcher in the batch shell, on the first machine alone
         (BATCH_SHELL, None, "the Slurm job has 2 machines, this training 1"),
         (BATCH_SHELL | torchrun(4, 4, 1), None, "the Slurm job has 2 machines, this training 1"),
+        # a step of one task, as of `srun --pty`, and of two tasks on the first machine of two
+        (ONE_TASK, None, r"job has 2 machines, this training 1: .* by `srun --overlap --nodes=2 --ntasks=N`"),
+        (ONE_TASK | torchrun(4, 4, 1), None, "job has 2 machines, this training 1: .*`TEXTGEN_PART_OF_JOB=1` allows"),
+        (FIRST_MACHINE | slurm_variables(FIRST_MACHINE), None, "the Slurm job has 2 machines, this training 1"),
+        (ONE_TASK | {"TEXTGEN_PART_OF_JOB": "0"}, None, "the Slurm job has 2 machines, this training 1"),
         # what accelerate launch was asked for and did not start
         ({}, Launch(2, None, None), r"asked for 2 processes \(its flags\) but started 1: add `--multi_gpu`"),
         ({}, Launch(2, 1, "my.yaml"), r"asked for 2 processes \(`my.yaml`\) but started 1"),
@@ -131,7 +141,15 @@ def test_promises_that_do_not_agree_are_refused(
     ("environment", "launch"),
     [
         (SRUN | {"SLURM_STEP_NUM_TASKS": "2"} | torchrun(8, 4, 2), Launch(8, 2, "multi_node.yaml")),
-        (SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, None),  # one task of a step of its own, in a job of two machines
+        # some machines of a job, on purpose
+        (ONE_TASK | {"TEXTGEN_PART_OF_JOB": "1"}, None),
+        (BATCH_SHELL | {"TEXTGEN_PART_OF_JOB": "true"}, None),
+        (FIRST_MACHINE | slurm_variables(FIRST_MACHINE) | {"TEXTGEN_PART_OF_JOB": "1"}, None),
+        # a launcher of two machines in each of two steps of one task
+        (ONE_TASK | torchrun(8, 4, 2), Launch(8, 2, "multi_node.yaml")),
+        # a task of an array is a job; variables of tasks that are left over without a job
+        (ONE_TASK | {"SLURM_JOB_NUM_NODES": "1", "SLURM_ARRAY_JOB_ID": "5", "SLURM_ARRAY_TASK_COUNT": "9"}, None),
+        ({"SLURM_NTASKS": "4", "SLURM_NPROCS": "4"}, None),
         (BATCH_SHELL | {"SLURM_JOB_NUM_NODES": "1"} | torchrun(4, 4, 1), Launch(4, None, None)),
         (SRUN | slurm_variables(SRUN) | {"PMI_SIZE": "4"}, None),
         (SRUN | {"SLURM_STEP_NUM_TASKS": "2"} | torchrun(8, 4, 2) | {"PMI_SIZE": "2"}, None),
@@ -142,6 +160,12 @@ def test_promises_that_do_not_agree_are_refused(
 )
 def test_promises_that_agree_are_kept(environment: dict[str, str], launch: Launch | None) -> None:
     assert promised_world(environment, launch).processes == int(environment.get("WORLD_SIZE", "1"))
+
+
+def test_an_evaluation_may_use_a_part_of_a_job() -> None:
+    assert promised_world(ONE_TASK, whole_job=False) == promised_world(BATCH_SHELL, whole_job=False) == World(1, 1, 1)
+    with pytest.raises(TextgenError, match="srun started 4 tasks"):
+        promised_world(SRUN, whole_job=False)
 
 
 def test_gpus_are_promised_by_slurm_or_cuda_unless_the_cpu_is_wanted() -> None:

@@ -123,3 +123,32 @@ def test_step_that_is_not_the_world_it_promises_is_refused(
     assert done.returncode != 0
     assert f"error: {told}" in done.stderr
     assert not run_dir.exists()
+
+
+ONE_TASK_OF_TWO_MACHINES = ["salloc", "--nodes=2", "srun", "--ntasks=1"]  # as in a shell of `srun --pty`
+
+
+def test_part_of_a_job_is_refused(slurm: Slurm, flags: list[str], tmp_path: Path) -> None:
+    python = [sys.executable, "train_distributed.py", *flags, "--run_dir", str(tmp_path / "run")]
+    done = slurm.run([*ONE_TASK_OF_TWO_MACHINES, *python], check=False)
+    assert done.returncode == 2
+    assert (
+        "error: the Slurm job has 2 machines, this training 1: start it on all of them, by `srun --overlap --nodes=2 "
+        "--ntasks=N` with N processes in all, or as `launch/slurm/train.sbatch` does; `TEXTGEN_PART_OF_JOB=1` allows a "
+        "part of the job\n"
+    ) in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@slow
+@pytest.mark.parametrize(
+    ("more", "variables", "world"),
+    [(["srun", "--overlap", "--nodes=2", "--ntasks=2"], {}, (2, 2)), ([], {"TEXTGEN_PART_OF_JOB": "1"}, (1, 1))],
+    ids=["all of it", "on purpose"],
+)
+def test_what_the_refusal_names_trains(
+    more: list[str], variables: dict[str, str], world: tuple[int, int], slurm: Slurm, flags: list[str], tmp_path: Path
+) -> None:
+    python = [sys.executable, "train_distributed.py", *flags, "--run_dir", str(tmp_path / "run")]
+    done = slurm.run([*ONE_TASK_OF_TWO_MACHINES, *more, *python], env={"OMP_NUM_THREADS": "1"} | variables)
+    assert worlds(done.stderr) == [world], done.stderr

@@ -50,7 +50,8 @@ def start(
             support the precision, or some of the promised processes did not come.
     """
     launch = read_launch(os.getppid())
-    world = promised_world(os.environ, launch)
+    # The figures of an evaluation are the same on any number of machines, and an export needs one.
+    world = promised_world(os.environ, launch, whole_job=batch_size is not None)
     if launch is not None and launch.use_cpu:  # accelerate passes this on to single processes only
         os.environ["ACCELERATE_USE_CPU"] = "true"
     _check_batch(world, batch_size, gradient_accumulation_steps)

@@ -32,6 +32,9 @@ ACCELERATE_LAUNCH = re.compile(
     r"(?:-launch|[./]commands[./]launch(?:\.py)?|(?:[./]commands[./]accelerate_cli(?:\.py)?)?\0launch)\0"
 )
 
+# Set by a user to train on some machines of a Slurm job, for example one training in each of several steps.
+PART_OF_JOB = "TEXTGEN_PART_OF_JOB"
+
 # srun sets these for each task.
 TASK_VARIABLES = (
     "SLURM_JOB_ID",
@@ -54,12 +57,13 @@ class World:
     machines: int = 1
 
 
-def promised_world(environment: Mapping[str, str], launch: Launch | None = None) -> World:
+def promised_world(environment: Mapping[str, str], launch: Launch | None = None, *, whole_job: bool = True) -> World:
     """Return the world that the environment promises, after checking that all promises agree.
 
     Args:
         environment: environment of this process, with the result of `slurm_variables` added.
         launch: the settings of `accelerate launch`; None if it did not start this process.
+        whole_job: whether the world must have all machines of a Slurm job.
 
     Raises:
         TextgenError: two promises differ, or one asks for something that textgen does not support.
@@ -78,7 +82,9 @@ def promised_world(environment: Mapping[str, str], launch: Launch | None = None)
     local = _positive_int(environment, "LOCAL_WORLD_SIZE") or 1
     world = World(processes, local, _positive_int(environment, "GROUP_WORLD_SIZE") or -(-processes // local))
     _compare_to_accelerate(world, launch)
-    _compare_to_slurm(world, environment)
+    _compare_to_step(world, environment)
+    if whole_job and not env_flag(environment, PART_OF_JOB):
+        _compare_to_job(world, environment)
     for name in MPI_SIZES:
         if (size := _positive_int(environment, name) or 1) not in (1, _tasks(world, environment)):
             raise TextgenError(
@@ -205,20 +211,25 @@ def tasks_per_node(counts: str) -> list[int]:
     return [int(match[1]) for match in matches if match for _ in range(int(match[2] or 1))]
 
 
-def _compare_to_slurm(world: World, environment: Mapping[str, str]) -> None:
-    """Raise TextgenError if srun's tasks, or else the machines of the Slurm job, are not all in this world."""
-    if "SLURM_STEP_ID" in environment:
-        tasks = _positive_int(environment, "SLURM_STEP_NUM_TASKS") or 1
-        if tasks > 1 and tasks != (joined := _tasks(world, environment)):
-            raise TextgenError(
-                f"srun started {tasks} tasks, but the launcher in this task joined {joined}: add `--num_machines "
-                f"{tasks} --machine_rank $SLURM_NODEID` and run one task per machine, or let srun start python "
-                "directly; in a shell of `srun --pty`, ask for one task"
-            )
-    elif (nodes := _positive_int(environment, "SLURM_JOB_NUM_NODES") or 1) > world.machines:
+def _compare_to_step(world: World, environment: Mapping[str, str]) -> None:
+    """Raise TextgenError if srun's tasks are not all in this world."""
+    tasks = _positive_int(environment, "SLURM_STEP_NUM_TASKS") or 1
+    if "SLURM_STEP_ID" in environment and tasks > 1 and tasks != (joined := _tasks(world, environment)):
         raise TextgenError(
-            f"the Slurm job has {nodes} machines, this training {world.machines}: start it with srun, or as "
-            "`launch/slurm/train.sbatch` does"
+            f"srun started {tasks} tasks, but the launcher in this task joined {joined}: add `--num_machines "
+            f"{tasks} --machine_rank $SLURM_NODEID` and run one task per machine, or let srun start python "
+            "directly; in a shell of `srun --pty`, ask for one task"
+        )
+
+
+def _compare_to_job(world: World, environment: Mapping[str, str]) -> None:
+    """Raise TextgenError if the Slurm job has more machines than this world: in its batch shell, or in a small step."""
+    if (nodes := _positive_int(environment, "SLURM_JOB_NUM_NODES") or 1) > world.machines:
+        overlap = "--overlap " if "SLURM_STEP_ID" in environment else ""  # this step holds what the new one needs
+        raise TextgenError(
+            f"the Slurm job has {nodes} machines, this training {world.machines}: start it on all of them, by "
+            f"`srun {overlap}--nodes={nodes} --ntasks=N` with N processes in all, or as "
+            f"`launch/slurm/train.sbatch` does; `{PART_OF_JOB}=1` allows a part of the job"
         )
 
 
