@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from textgen.commands.model_argument import OpenModel, open_decoder
 from textgen.commands.parsing import read_config_file
@@ -97,7 +96,7 @@ def train(
     files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
     texts: Sequence[str] | Mapping[str, Sequence[str]] | None = None,
     dataset: Any = None,
-    tracking: bool | Mapping[str, Any] | None = None,
+    tracking: Literal[False] | Mapping[str, Any] | None = None,
     progress: bool = False,
     on_row: Callable[[dict[str, float]], None] | None = None,
     **settings: Any,
@@ -138,7 +137,7 @@ def train(
                 made = _with_store(made, texts, dataset)
             name = None if config is None or isinstance(config, TrainConfig) else os.fspath(config)
             try:
-                from textgen.training.loop import train as train_run
+                from textgen.training.loop import train as train_run  # imports Accelerate, as only this needs
 
                 train_run(made, config_file=name or "from Python", on_row=on_row, owns_process=False)
             except Interrupted as interrupted:
@@ -168,24 +167,25 @@ def _settings_of_training(
     Raises:
         TextgenError: a setting is unknown or wrong.
     """
-    base = config or TrainConfig()
+    base = TrainConfig() if config is None else config
     if isinstance(base, str | os.PathLike):
         base = read_config_file(os.fspath(base))
     if not isinstance(base, TrainConfig):
         raise TextgenError(f"`config` must be a preset, a YAML file or a TrainConfig: {str(base)[:40]}")
-    given = flatten(_plain(settings))
-    if isinstance(tracking, Mapping):
-        given |= flatten({"tracking": _plain(tracking)})
-    elif tracking is False:
-        given["tracking.mode"] = "disabled"
-    elif tracking not in (None, True):
-        raise TextgenError(f"`tracking` must be true, false or settings of tracking: {str(tracking)[:40]}")
+    if tracking is False:
+        tracking = {"mode": "disabled"}
+    elif tracking is not None and not isinstance(tracking, Mapping):
+        raise TextgenError(f"`tracking` must be false or settings of tracking: {str(tracking)[:40]}")
+    given: dict[str, Any] = {}
+    for name, value in _plain({"tracking": tracking or {}, **settings}).items():
+        part = flatten({name: value})
+        if twice := sorted(given.keys() & part.keys()):
+            raise TextgenError(f"`{twice[0]}` is given twice")
+        given |= part
     known = settings_of(TrainConfig)
     groups = {name.partition(".")[0] for name in known}
     if unknown := [name for name in given if name not in known]:
         raise TextgenError(unknown_setting(unknown[0], [*known, *groups]))
-    if given.get("dry_run"):
-        raise TextgenError("`dry_run` prints what a training costs: use the command line")
     if files is not None:
         named = [files] if isinstance(files, str | os.PathLike) else list(files)
         given = _source("files", files=_plain(named)) | given
@@ -194,9 +194,12 @@ def _settings_of_training(
         group, _, field = name.rpartition(".")
         (nested.setdefault(group, {}) if group else nested)[field] = value
     try:
-        return build_settings(TrainConfig, nested)
+        made = build_settings(TrainConfig, nested)
     except ValueError as error:
         raise TextgenError(str(error)) from None
+    if made.dry_run:
+        raise TextgenError("`dry_run` prints what a training costs: use the command line")
+    return made
 
 
 def _require_one_source(settings: Mapping[str, Any], **sources: object) -> None:
@@ -229,6 +232,9 @@ def _process_as_before() -> Iterator[None]:
 
     Accelerate's states are class attributes, and an `Accelerator` of another precision is refused while they are set.
     """
+    # Not imported for a `load`: half of what textgen takes beside torch.
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
     environment = dict(os.environ)
     states = [PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state]
     kept = [dict(state) for state in states]
