@@ -292,6 +292,8 @@ def test_losses_are_those_of_the_command_line(
     dataset = datasets.Dataset.from_dict({"review": documents})
     other = {"run_dir": tmp_path / "dataset", "data": {"text_column": "review"}}
     of_dataset = textgen.train(dataset=dataset, **settings | other)
+    sources = [json.loads((run.path / "data.json").read_text())["source"] for run in (of_files, of_texts, of_dataset)]
+    assert sources[1:] == ["memory"] * 2 != sources[:1]  # of one token store
     wanted = losses(tiny_run)
     assert losses(of_files) == losses(of_texts) == losses(of_dataset) == wanted
     assert losses(low) != wanted

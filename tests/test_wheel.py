@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import textgen
 from tests.serving.servers import running
 from textgen.commands.publish import publish_command
 
@@ -131,6 +132,19 @@ def test_the_wheel_samples_the_text_of_the_checkout(run: Run, tiny_run: Path, tm
     )
     assert run("textgen", "sample", *flags) == here.stdout
     assert len(here.stdout) > 200
+
+
+def test_python_of_the_wheel_trains_and_generates(run: Run, tiny_run: Path, tmp_path: Path) -> None:
+    program = """
+import sys, textgen
+texts = [f"The plot was number {n}, and the {word} was dull." for n in range(100) for word in ("hero", "villain")]
+small = {"batch_size": 4, "seq_len": 8, "max_steps": 2, "model": {"hidden_size": 32}, "tokenizer": {"vocab_size": 290}}
+made = textgen.train(texts=texts, run_dir=sys.argv[2], tracking=False, data={"cache_dir": sys.argv[3]}, **small)
+lm = textgen.load(sys.argv[1])
+print(made.status["state"], textgen.__version__, *lm.generate("The plot", seed=5), sep="|", end="")
+"""
+    said = run("python", "-c", program, str(tiny_run), str(tmp_path / "run"), str(tmp_path / "cache"))
+    assert said == "|".join(["finished", textgen.__version__, *textgen.load(tiny_run).generate("The plot", seed=5)])
 
 
 def test_the_wheel_serves_its_page_and_the_text_of_the_checkout(home: Path, tiny_run: Path, tmp_path: Path) -> None:
