@@ -222,7 +222,7 @@ def test_whatever_a_run_says_is_shown_as_text(copy: Copy, tmp_path: Path) -> Non
     (run / "environment.json").write_text(json.dumps({f"{HOSTILE}4": f"{HOSTILE}5"}))
     (run / "data.json").write_text(json.dumps({"source": f"{HOSTILE}6", "digests": {f"{HOSTILE}7": [HOSTILE]}}))
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace("project: textgen", f"project: {json.dumps(f'{HOSTILE}8')}"))
+    config.write_text(config.read_text().replace("project: null", f"project: {json.dumps(f'{HOSTILE}8')}"))
     for page in (report(run), report(run, tmp_path / "plain")):
         for number in range(1, 9):
             assert f"{HOSTILE}{number}" in page.text
