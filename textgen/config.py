@@ -86,8 +86,8 @@ class DataConfig:
     """documents that are longer are cut at white space into documents of at most this many bytes of UTF-8, which follow
     each other; default: those above 16 MiB are cut into documents of 1 MiB"""
     csv_delimiter: str | None = None
-    """character between the fields of csv and tsv files; a space after it skips the spaces before each field. Default:
-    a comma in csv and a tab in tsv files, or what makes a readable table of the first lines if these do not"""
+    """character between the fields of csv and tsv files, `\\t` for a tab; a space after it skips the spaces before each
+    field. Default: a comma in csv and a tab in tsv files, or what makes a table of the first lines if these do not"""
     csv_quoting: Literal["quotes", "none"] = "quotes"
     """quotes: fields of csv and tsv files may be in quotation marks. none: a quotation mark is part of the text"""
     csv_escape: str | None = None
@@ -130,6 +130,7 @@ class DataConfig:
                 f"{self.max_document_bytes}"
             )
         if (delimiter := self.csv_delimiter) is not None:
+            delimiter = delimiter.replace("\\t", "\t")
             _require_csv_character("csv_delimiter", delimiter[:1] if delimiter[1:] == " " else delimiter)
         if self.csv_escape is not None:
             _require_csv_character("csv_escape", self.csv_escape)

@@ -92,6 +92,7 @@ def test_a_skipped_row_says_how_far_it_reaches(tmp_path: Path, caplog: pytest.Lo
         ('sep=,\nid,text\n1,"a\nb"\n', ["a\nb"], {}),
         ("id:text\n1:a, b\n", ["a, b"], {"csv_delimiter": ":"}),
         ('id,text\n1, "x, y"\n', ["x, y"], {"csv_delimiter": ", "}),
+        ("id\ttext\n1\t x\n", ["x"], {"csv_delimiter": "\\t "}),
         ('id,text\n1,"x \\"y\\", z"\n', ['x "y", z'], {"csv_escape": "\\"}),
         ('id,text\n1,"x ""y"", z"\n', ['x "y", z'], {"csv_escape": "\\"}),
         ('id,text\n1,"x\\, y\n', ['"x, y'], {"csv_quoting": "none", "csv_escape": "\\"}),

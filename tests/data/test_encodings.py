@@ -96,6 +96,18 @@ def test_utf_16_without_a_mark_is_recognized(tmp_path: Path, encoding: str) -> N
     assert read(path) == ["one \0 in a text"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_a_file_without_the_mark_of_its_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("a text in UTF-8\n")
+    message = (
+        f"begins with no byte order mark of {encoding.upper()}: if it is that, set `--data.encoding {encoding}-le`"
+    )
+    assert refusal(path, encoding=encoding) == f"`{path}` {message} or `{encoding}-be`"
+    path.write_text("\ufeffa text in UTF-8\n")
+    assert read(path, encoding=encoding) == ["a text in UTF-8"]
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("encoding", "bad"), [("utf-8", b"\xe9"), ("utf-8", b"\xff"), ("cp1252", b"\x81"), ("ascii", b"\xe9")]

@@ -114,7 +114,7 @@ def _find_format(
     # Excel's first line, which names the delimiter
     named = re.fullmatch(r"sep=(.)\r?\n?", sample[0]) if sample else None
     usual = "\t" if split_compression(path)[0].lower().endswith(".tsv") else ","
-    delimiter = settings.csv_delimiter or (named[1] if named else usual)
+    delimiter = (settings.csv_delimiter or "").replace("\\t", "\t") or (named[1] if named else usual)
     given = _Format(
         delimiter=delimiter[0],
         skip_space=len(delimiter) > 1,

@@ -6,15 +6,16 @@ import codecs
 import io
 import json
 import re
+import reprlib
 from collections.abc import Iterator
 from typing import Any
 
 from textgen.config import DataConfig
 from textgen.data.decompression import split_compression
 from textgen.data.encodings import decode
-from textgen.data.rows import ROW_BYTES, TOO_LONG, read_lines, take_text
+from textgen.data.rows import ROW_BYTES, TOO_LONG, no_column, read_lines, take_text
 from textgen.data.tally import RowError, Tally
-from textgen.errors import TextgenError, in_backticks, one_line
+from textgen.errors import TextgenError, one_line
 
 READ_BYTES = 1 << 16
 WHITE_SPACE = re.compile(r"[ \t\r\n]*")
@@ -63,10 +64,10 @@ def _spans_lines(head: bytes, path: str, settings: DataConfig) -> bool:
 
 def _text_of(row: object, column: str, tally: Tally) -> str:
     if not isinstance(row, dict):
-        raise RowError(f" is not a JSON object with a key `{column}`: {str(row)[:40]}")
+        raise RowError(f" is not a JSON object with a key `{column}`: {reprlib.repr(row)}")
     if column not in row:
         hint = "; wanted the array alone" if any(isinstance(value, list) for value in row.values()) else ""
-        raise RowError(f" has no column `{column}`; it has {in_backticks(row)}{hint}")
+        raise RowError(f"{no_column('', column, row)}{hint}")
     value = row[column]
     if value is None:
         tally.nulls += 1

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import reprlib
 from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from textgen.config import DataConfig
 from textgen.data.encodings import decode
@@ -12,6 +14,7 @@ from textgen.errors import TextgenError, in_backticks
 
 # A row is read whole, before its text is cut. csv holds four bytes for each character.
 ROW_BYTES = 32 << 20
+NAMED = 20  # columns of a row without a text
 TOO_LONG = f" is longer than a row may be, {ROW_BYTES >> 20} MiB; a longer text can be a .txt file"
 
 
@@ -46,7 +49,7 @@ def take_text(value: object, column: str) -> str:
         RowError: it is none.
     """
     if not isinstance(value, str):
-        raise RowError(f": `{column}` is not a string: {str(value)[:40]}")
+        raise RowError(f": `{column}` is not a string: {reprlib.repr(value)}")
     if not value.isascii():
         try:
             value.encode()
@@ -56,6 +59,7 @@ def take_text(value: object, column: str) -> str:
     return value
 
 
-def no_column(where: str, column: str, columns: Iterable[str]) -> TextgenError:
-    """Return the error that names a missing column and those that are there."""
-    return TextgenError(f"{where} has no column `{column}`; it has {in_backticks(columns)}")
+def no_column(where: str, column: str, columns: Iterable[object]) -> TextgenError:
+    """Return the error that names a missing column and the first of those that are there."""
+    shown = [" ".join(str(name)[:40].split()) for name in islice(columns, NAMED)]
+    return TextgenError(f"{where} has no column `{column}`; it has {in_backticks(shown)}")
