@@ -16,6 +16,10 @@ DISK_ERRORS = (
 )  # fmt: skip
 
 
+# Modules of Python that Windows lacks: locks, and limits of processes.
+UNIX_MODULES = ("fcntl", "resource")
+
+
 class TextgenError(ValueError):
     """Input that cannot be used. The message is one line: what, where, seen, wanted."""
 
@@ -34,6 +38,8 @@ def user_error(error: BaseException) -> str | None:
 
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"{error.strerror or error}" + (f": `{error.filename}`" if error.filename else "")
+    if isinstance(error, ModuleNotFoundError) and error.name in UNIX_MODULES:
+        return f"this command needs Linux or macOS: Python has no module `{error.name}` here"
     return str(error) if isinstance(error, TextgenError | TokenizerError) else None
 
 

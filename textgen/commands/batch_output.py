@@ -16,7 +16,6 @@ from typing import Any, BinaryIO, NoReturn
 
 from textgen.commands.parsing import fail
 from textgen.files import write_atomic
-from textgen.runs.lock import FileLock
 
 READ_BYTES = 1 << 20  # of one read while lines are counted
 
@@ -53,6 +52,8 @@ def open_output(path: Path, origin: dict[str, str]) -> Iterator[tuple[Callable[[
     Yields:
         A function that appends bytes, and the number of lines in the file.
     """
+    from textgen.runs.lock import FileLock  # here, since Windows lacks fcntl and other samples need none
+
     if path.exists() and not path.is_file():
         fail(f"`{path}` is not a file")
     try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -15,7 +14,6 @@ from typing import Any, Literal
 
 from textgen.errors import TextgenError
 from textgen.files import make_directory, write_atomic
-from textgen.runs.lock import FileLock
 
 SETTINGS_NAME = "config.yaml"
 DATA_NAME = "data.json"
@@ -38,6 +36,8 @@ class RunDirectory:
 
     def __init__(self, path: str | Path, *, main: bool) -> None:
         self.path, self._main = Path(path), main
+        from textgen.runs.lock import FileLock  # here, so that reports need no fcntl, which Windows lacks
+
         self._lock = FileLock(self.path / LOCK_NAME)
         self._started: object = None
 
@@ -122,6 +122,8 @@ class RunDirectory:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Lock out the training's other processes between reading and writing, if the file system has locks."""
+        import fcntl
+
         descriptor = os.open(self.path, os.O_RDONLY)
         try:
             with suppress(OSError):
