@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,10 +83,6 @@ class RecordedRows:
         return any(
             not math.isclose(given.get(name, math.inf), row.get(name, math.inf), rel_tol=TOLERANCE) for name in FIGURES
         )
-
-    def first_difference(self, rows: Sequence[MetricsRow]) -> int | None:
-        """Return the number of the first row of another history; None if there is none."""
-        return next((number for number, row in enumerate(rows) if self.differs(number, row)), None)
 
     def _append(self, entry: Any) -> None:
         with self._path.open("a") as file:
