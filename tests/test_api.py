@@ -315,6 +315,8 @@ def test_texts_of_memory_are_named_and_found_again(
     assert half.settings["data.source"] == "memory"
     figures = json.loads(run_script("-m", "textgen", "evaluate", str(run.path), "--json").stdout)
     assert figures["bits_per_byte"] == pytest.approx(run.metrics[-1]["valid/bits_per_byte"], rel=1e-4)
+    run_script("-m", "textgen", "publish", str(run.path), "--to", str(tmp_path / "published"))
+    assert "Trained on texts of a Python program." in (tmp_path / "published" / "README.md").read_text()
     shutil.rmtree(tmp_path / "cache")
     said = run_script("-m", "textgen", "evaluate", str(run.path), expect=2).stderr
     assert re.search(

@@ -206,6 +206,8 @@ def _data(provenance: Provenance, text: Mapping[str, str]) -> str:
         return ""
     in_a_folder = provenance.setting("data.dataset") is not None and _hub_dataset(provenance) is None
     source = "a dataset in a folder" if in_a_folder else provenance.data["source"]  # this source names the folder
+    if provenance.setting("data.source") == "memory":
+        source = "texts of a Python program"
     rows = "\n".join(
         f"| {name} | {size['documents']:,} | {size['tokens']:,} | {size['bytes']:,} |"
         for name, size in provenance.data["splits"].items()
