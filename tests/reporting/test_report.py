@@ -174,7 +174,7 @@ def test_reference_lines_are_drawn_for_imdb_only(copy: Copy) -> None:
     config = run / "config.yaml"
     config.write_text(re.sub(r"source: files", "source: package", config.read_text()))
     text = report(run).text
-    for name in ("xz 2.09", "origin 1.776", "5-gram 1.635"):
+    for name in ("xz 2.09", "origin 1.776", "5-gram 1.626"):
         assert name in text
     config.write_text(re.sub(r"normalization: none", "normalization: lowercase", config.read_text()))
     assert "xz 2.09" not in report(run).text
