@@ -85,7 +85,7 @@ class RecordedRows:
         )
 
     def _append(self, entry: Any) -> None:
-        with self._path.open("a") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(entry))  # the last line may have been cut off
             file.flush()
             os.fsync(file.fileno())  # the tracker never has rows that the list lacks, after a machine's crash too

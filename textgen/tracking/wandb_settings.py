@@ -41,7 +41,7 @@ def find_setting(name: str) -> Setting | None:
     for path in (Path(folder, "settings"), config_dir / "settings"):
         parser = configparser.ConfigParser()
         try:
-            parser.read(path)
+            parser.read(path, encoding="utf-8")
             value = parser.get("default", name, fallback=None)
         except (OSError, UnicodeDecodeError, configparser.Error):  # wandb leaves out a file that it cannot read
             continue
