@@ -34,6 +34,7 @@ COMMAND_GROUPS = {
     },
     "use a model": {
         "sample": "continue prompts",
+        "play": "write a text in the terminal, in turns with a model",
         "serve": "continue prompts over HTTP, with OpenAI's API and a page for a browser",
         "export": "write a checkpoint as a quantised or ONNX decoder, with its cost",
         "publish": "write a model and its card to a folder, or to the Hugging Face hub",

@@ -13,6 +13,7 @@ import io
 import logging
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -57,6 +58,11 @@ def use_utf8() -> None:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     if isinstance(sys.stdout, io.TextIOWrapper):  # PYTHONIOENCODING overrides the mode
         sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # a file name is printed byte by byte
+
+
+def escape_controls(text: str) -> str:
+    """Return a text whose control characters, but for line breaks and tabs, are written as hexadecimal codes."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def start_log() -> None:

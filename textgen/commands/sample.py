@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ from textgen.commands.prompts import (
     require_text,
 )
 from textgen.config import SamplingConfig
-from textgen.console import Progress, setup_logging
+from textgen.console import Progress, escape_controls, setup_logging
 from textgen.files import decode_text
 from textgen.settings import build_settings
 
@@ -68,7 +69,12 @@ def sample_command(argv: Sequence[str]) -> None:
     opened, decoder = open_decoder(args.checkpoint, args.decoder, best=args.best)
     require_drawable(config, opened.tokenizer)
     prompts = [normalize_prompt(prompt, opened.normalization, opened.tokenizer) for prompt in prompts]
-    with _first_interrupt() as interrupted:
+    num_samples: int = args.num_samples
+
+    def beginning(index: int) -> str:
+        return prompts[index // num_samples].text
+
+    with first_interrupt() as interrupted:
         sampler = _Sampler(args, decoder, opened.tokenizer, prompts, interrupted)
         if args.batch_file is not None:
             settings = [dataclasses.asdict(config), args.num_samples, args.best_of, args.decoder]
@@ -81,9 +87,9 @@ def sample_command(argv: Sequence[str]) -> None:
             for records in sampler.records():
                 print("\n".join(_json_line(record) for record in records), flush=True)
         elif args.best_of is not None:
-            _stream(_as_events(map(sampler.best, sampler.groups())), prompts, args.num_samples)
+            stream_samples(_as_events(map(sampler.best, sampler.groups())), beginning)
         else:
-            _stream(sampler.events(), prompts, args.num_samples)
+            stream_samples(sampler.events(), beginning)
         if interrupted():
             raise KeyboardInterrupt
 
@@ -267,19 +273,27 @@ def _as_events(groups: Iterator[list[Sample]]) -> Events:
         yield index, sample
 
 
-def _stream(events: Events, prompts: Sequence[Prompt], num_samples: int) -> None:
-    """Print samples in order, the first unfinished one while it is drawn, with a blank line between two samples."""
+def stream_samples(events: Events, beginning: Callable[[int], str]) -> None:
+    """Print samples in order, the first unfinished one while it is drawn, with a blank line between two samples.
+
+    A terminal shows control characters by their codes.
+
+    Args:
+        events: the samples.
+        beginning: returns what is printed before the sample of an index.
+    """
+    shown = escape_controls if sys.stdout.isatty() else str
     waiting: dict[int, str] = {}
     ended: set[int] = set()
     current = 0
     for index, event in events:
-        waiting.setdefault(index, ("\n" if index else "") + prompts[index // num_samples].text)
+        waiting.setdefault(index, ("\n" if index else "") + beginning(index))
         if isinstance(event, str):
             waiting[index] += event
         else:
             ended.add(index)
         while current in waiting:
-            print(waiting[current], end="", flush=True)
+            print(shown(waiting[current]), end="", flush=True)
             waiting[current] = ""
             if current not in ended:
                 break
@@ -306,7 +320,7 @@ def _write_batch(sampler: _Sampler, path: Path, origin: dict[str, str]) -> None:
 
 
 @contextmanager
-def _first_interrupt() -> Iterator[Callable[[], bool]]:
+def first_interrupt() -> Iterator[Callable[[], bool]]:
     """Note the first Ctrl-C, so that no sample is cut in the middle; a second Ctrl-C ends the process as usual.
 
     Yields:
