@@ -98,9 +98,14 @@ def complete_record(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return recorded settings of a training with those that its version of textgen did not have yet.
 
     A default would be wrong for them: `data.reading_rules` was 1 before there was such a setting.
+
+    Raises:
+        ValueError, TypeError: the record is not a mapping.
     """
-    data = settings.get("data")
-    return {**settings, "data": {"reading_rules": 1} | data} if isinstance(data, dict) else dict(settings)
+    completed = dict(settings)
+    if isinstance(data := completed.get("data"), dict):
+        completed["data"] = {"reading_rules": 1} | data
+    return completed
 
 
 def _fits(value: Any, kind: Any) -> bool:

@@ -153,7 +153,7 @@ def keep_reading_rules(config: TrainConfig) -> TrainConfig:
     for directory in directories if config.resume != "never" and config.data.reading_rules != 1 else []:
         try:
             rules = complete_record(read_json(directory / TRAINER_NAME)["config"])["data"]["reading_rules"]
-        except (CheckpointError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError):
             continue  # `find_resume_point` says what is wrong
         if rules == 1:
             log.info("`%s` was begun with `--data.reading_rules 1`, and goes on with it", directory)
