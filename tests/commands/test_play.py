@@ -22,6 +22,7 @@ import pytest
 
 from textgen.cli import main
 from textgen.commands.model_argument import OpenModel, open_decoder
+from textgen.commands.play import _terminal_lines
 from textgen.commands.sample import stream_samples
 from textgen.config import SamplingConfig
 from textgen.decoding.decoders import Decoder
@@ -312,3 +313,13 @@ def test_a_text_is_written_in_a_terminal(terminal: Terminal, tmp_path: Path) -> 
     terminal.type("\x04")
     assert terminal.process.wait(60) == 0
     assert not (terminal.is_dumb and b"\x1b" in terminal.raw), "a dumb terminal gets plain lines"
+
+
+def test_a_terminal_without_prompt_toolkit_gets_plain_lines(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("Ça\n".encode())))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    read_line = _terminal_lines()
+    assert [read_line("> "), read_line("> ")] == ["Ça", None]
+    assert capsys.readouterr().err == "no editing keys: prompt_toolkit is not installed\n> > "
