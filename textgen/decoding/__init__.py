@@ -4,6 +4,7 @@
 - `sampling`: filters on logits and the draw, as pure functions
 - `decoders`: one step of a model
 - `reading`: a text that was read, so that others can begin with it
+- `draft`: a text that a user and a model write in turns, with its earlier states
 - `scoring`: log-probabilities of a given text
 - `products`: matrix products on packed weights
 - `choose`: the choice of a decoder
