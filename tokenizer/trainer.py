@@ -85,7 +85,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 8192, model_type:
         raise TokenizerError(f"SentencePiece cannot train: {' '.join(str(error).split())}") from None
     largest = _num_pieces(model.getvalue())
     if has_symbol and largest < vocab_size:
-        raise TokenizerError(f"vocab_size {vocab_size} is too large for this text: at most {largest} fit")
+        # The size may come from a preset: a user who never typed it needs the setting's name.
+        where = "(setting `tokenizer.vocab_size`)"
+        raise TokenizerError(f"vocab_size {vocab_size} is too large for this text: at most {largest} fit {where}")
     return model.getvalue()
 
 

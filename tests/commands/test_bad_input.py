@@ -244,7 +244,7 @@ def test_too_few_tokens_are_refused_with_sizes_that_fit(
 def test_vocabulary_larger_than_the_text_allows_is_refused_with_the_largest(refuse_training: Refuse) -> None:
     line = refuse_training("--tokenizer.vocab_size", "50000")
     assert line.startswith("vocab_size 50000 is too large for this text: at most ")
-    assert line.endswith(" fit")
+    assert line.endswith(" fit (setting `tokenizer.vocab_size`)")
 
 
 def test_lone_surrogate_in_a_prompt_is_refused(tiny_run: Path, tmp_path: Path, capsys: Capture) -> None:
