@@ -440,6 +440,15 @@ def test_a_dataset_folder_is_read_by_its_own_splits(folder: Path) -> None:
     assert "has no split `unsupervised`; it has `train`, `validation`, `test`" in output
 
 
+@pytest.mark.parametrize("name", ["./gone", "../gone", "/gone", "~/gone", "folder/of/gone"])
+def test_a_dataset_folder_that_is_missing_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TextgenError, match=f"^dataset `{name}` is no folder that exists, and a name on the hub is"):
+        open_corpus(DataConfig(dataset=name))
+
+
 def test_a_dataset_with_several_configurations_is_read_by_the_one_that_is_asked_for(folder: Path) -> None:
     for name in ("long", "short"):
         (folder / name).mkdir()

@@ -85,6 +85,25 @@ def test_a_missing_column_is_named_with_those_that_are_there(folder: Path) -> No
     assert refusal(folder / "c.parquet") == f"`{folder}/c.parquet` has no column `text`; it has `id`, `review`"
 
 
+def test_two_columns_of_the_text_are_refused_and_one_is_read_as_by_textgen_0_1(folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table([pa.array(["a"]), pa.array([1]), pa.array(["b"])], names=["text", "id", "text"])
+    pq.write_table(table, folder / "a.parquet")
+    with pa.OSFile(f"{folder}/b.arrow", "wb") as file, pa.ipc.new_stream(file, table.schema) as stream:
+        stream.write_table(table)
+    (folder / "c.csv").write_text("text,id,text\na,1,b\n")
+    (folder / "d.tsv").write_text("text\tid\ttext\na\t1\tb\n")
+    (folder / "e.csv").write_text("text;text;id\na;b;1\n")
+    (folder / "f.csv").write_text("text,id,id\na,1,2\n")
+    for name in ("a.parquet", "b.arrow", "c.csv", "d.tsv", "e.csv"):
+        assert refusal(folder / name) == f"`{folder}/{name}` has 2 columns `text`: rename all but that of the text"
+    assert read(folder / "f.csv") == ["a"]
+    for name in ("a.parquet", "c.csv", "d.tsv"):
+        assert read(folder / name, reading_rules=1) == ["a"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -101,12 +120,14 @@ def test_a_missing_column_is_named_with_those_that_are_there(folder: Path) -> No
         ("a.jsonl", '{"text": "a"}\n{"text": "b\\ud800"}\n', "holds a lone surrogate, which is no text: `\\ud800`"),
         ("a.csv", 'text\n"a"\n"b\n"c', "line 3 is not valid CSV"),
         ("a.csv", 'text\na\n"b\n', "line 3 is not valid CSV: unexpected end of data"),
+        ("a.csv", "text,id\ra,1\r", "line 1 holds a carriage return that ends a line alone: convert the line ends"),
+        ("a.csv", "text,id\na,1\nb\rc,2\n", "line 3 holds a carriage return that ends a line alone"),
         ("a.csv", "id,text\n1,a\n2,b, c\n", "line 3 has 3 fields; its header has 2"),
         ("a.parquet", "text\na\n", "is not valid parquet: "),
     ],
 )
 def test_malformed_files_are_refused_with_their_line(folder: Path, name: str, content: str, message: str) -> None:
-    (folder / name).write_text(content)
+    (folder / name).write_text(content, newline="")
     assert message in refusal(folder / name)
 
 

@@ -300,3 +300,10 @@ def test_a_damaged_shard_of_a_saved_dataset_is_refused(folder: Path) -> None:
     assert refusal(folder / "saved").startswith(f"`{shard}` is cut short: it does not end as a stream of Arrow")
     shard.write_bytes(whole[:8] + bytes(100) + whole[108:])
     assert refusal(folder / "saved").startswith(f"`{shard}` ")
+
+
+def test_folders_named_by_digits_of_other_scripts_are_read_in_order(folder: Path) -> None:
+    for name in ("\u0663", "\u096a2", "a", "10", "9", "\u00b3"):
+        (folder / name).mkdir()
+        (folder / name / "x.txt").write_text(name)
+    assert read(folder) == ["9", "10", "a", "\u00b3", "\u0663", "\u096a2"]

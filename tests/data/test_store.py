@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import random
 import re
@@ -424,6 +425,20 @@ def test_data_store_opens_a_store_directly(corpus: Path, tmp_path: Path) -> None
     assert (store.key, store.directory) == (made.key, moved)
     assert len(texts_of(store, "train")) == 180
     assert not (tmp_path / "unused").exists()
+
+
+def test_settings_beside_a_store_are_named_as_not_used(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = str(prepare(corpus, tmp_path / "cache").directory)
+    caplog.set_level(logging.INFO, "textgen")
+    prepare_store(DataConfig(store=store, reading_rules=1, cache_dir="elsewhere"), TokenizerConfig())
+    prepare_store(DataConfig(store=store, source="memory"), CHAR)
+    assert not caplog.messages
+    data = DataConfig(store=store, source="files", files=("a.txt",), encoding="latin-1", normalization="lowercase")
+    prepare_store(data, TokenizerConfig(vocab_size=300))
+    names = "`data.files`, `data.encoding`, `data.normalization`, `tokenizer.vocab_size`"
+    assert caplog.messages == [f"`{store}` holds encoded text, so these settings are not used: {names}"]
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", "null", '{"format": 0}', "\x00\xff"])

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from textgen.config import DataConfig
 from textgen.data.decompression import split_compression
 from textgen.data.encodings import decode, open_text
-from textgen.data.rows import ROW_BYTES, TOO_LONG, no_column, read_raw_lines
+from textgen.data.rows import ROW_BYTES, TOO_LONG, find_column, read_raw_lines
 from textgen.data.tally import RowError, Tally
 from textgen.errors import one_line
 
@@ -53,7 +53,7 @@ def read_csv(
         tally: the counts of the pass.
 
     Raises:
-        TextgenError: the header lacks a column, or a row cannot be read.
+        TextgenError: the header lacks a column or has it twice, or a row cannot be read.
     """
     settings, tally = settings or DataConfig(), tally or Tally()
     csv.field_size_limit(ROW_BYTES)  # in characters; the standard library's own limit is 128 KiB
@@ -63,10 +63,7 @@ def read_csv(
         form, num_above = _find_format(sample, path, columns, settings, tally)
         rows = _read_rows(form.reader(chain(sample[num_above:], lines)), num_above, path, form, settings, tally)
         _, header = next(rows, (0, []))
-        for column in columns:
-            if column not in header:
-                raise no_column(f"`{path}`", column, header)
-        places = [header.index(column) for column in columns]
+        places = [find_column(f"`{path}`", column, header, rules=settings.reading_rules) for column in columns]
         for line, row in rows:
             tally.rows += 1
             try:
@@ -169,6 +166,8 @@ def _read_rows(
             end = rows.line_num + num_above
             if "field limit" in str(error):
                 fault = RowError(TOO_LONG)
+            elif "new-line character" in str(error):
+                fault = RowError(" holds a carriage return that ends a line alone: convert the line ends of the file")
             else:
                 there = f" at line {end}" if end > line else ""
                 hint = "see `--data.csv_quoting` and `--data.csv_escape`"

@@ -17,7 +17,7 @@ from textgen.data.cutting import cut_blocks, sizes_of
 from textgen.data.decompression import split_compression
 from textgen.data.encodings import decode, open_text
 from textgen.data.json_files import read_json
-from textgen.data.rows import no_column, take_text
+from textgen.data.rows import find_column, take_text
 from textgen.data.sources import list_files
 from textgen.data.tally import RowError, Tally
 from textgen.errors import TextgenError, in_backticks, one_line
@@ -175,8 +175,7 @@ def _read_parquet(path: str, settings: DataConfig, tally: Tally) -> Iterator[str
     column = settings.text_column
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
-            if column not in file.schema_arrow.names:
-                raise no_column(f"`{path}`", column, file.schema_arrow.names)
+            find_column(f"`{path}`", column, file.schema_arrow.names, rules=settings.reading_rules)
             batches = (batch.column(0) for batch in file.iter_batches(batch_size=256, columns=[column]))
             yield from _check_rows(map(_to_texts, batches), f"`{path}`", settings, tally)
     except pyarrow.ArrowException as error:
@@ -211,9 +210,8 @@ def _read_arrow(path: str, settings: DataConfig, tally: Tally) -> Iterator[str]:
     column = settings.text_column
     try:
         with pyarrow.memory_map(path) as source, pyarrow.ipc.open_stream(source) as batches:
-            if column not in batches.schema.names:
-                raise no_column(f"`{path}`", column, batches.schema.names)
-            texts = (_to_texts(batch.column(column)) for batch in batches)
+            place = find_column(f"`{path}`", column, batches.schema.names, rules=settings.reading_rules)
+            texts = (_to_texts(batch.column(place)) for batch in batches)
             yield from _check_rows(texts, f"`{path}`", settings, tally)
     except pyarrow.ArrowException as error:
         raise TextgenError(f"`{path}` is not a stream of Arrow: {one_line(error)}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 
 from textgen.config import DataConfig
@@ -57,6 +57,19 @@ def take_text(value: object, column: str) -> str:
             surrogate = f"`\\u{ord(value[error.start]):04x}`"
             raise RowError(f": `{column}` holds a lone surrogate, which is no text: {surrogate}") from error
     return value
+
+
+def find_column(where: str, column: str, columns: Sequence[str], *, rules: int) -> int:
+    """Return the place of a column; with rules 1 the first of its name.
+
+    Raises:
+        TextgenError: there is none with this name, or several.
+    """
+    if column not in columns:
+        raise no_column(where, column, columns)
+    if rules > 1 and (number := columns.count(column)) > 1:
+        raise TextgenError(f"{where} has {number} columns `{column}`: rename all but that of the text")
+    return columns.index(column)
 
 
 def no_column(where: str, column: str, columns: Iterable[object]) -> TextgenError:

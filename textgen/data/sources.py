@@ -241,7 +241,8 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def _natural(path: str) -> list[str | int]:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", path)]
+    """Return a key that compares numbers as numbers; text and numbers alternate in it."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"([0-9]+)", path))]
 
 
 # Splits

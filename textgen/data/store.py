@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from torch import Tensor
 from textgen.config import DataConfig, TokenizerConfig
 from textgen.console import Progress
 from textgen.data.corpus import CleanCorpus, Corpus, clean_corpus, open_corpus
-from textgen.errors import TextgenError
+from textgen.errors import TextgenError, in_backticks
 from textgen.runs.lock import FileLock
 from textgen.tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
 
@@ -206,7 +206,9 @@ def prepare_store(
                 f"the texts were given in Python, and their encoding `{data.store}` is gone: `textgen.train` with the "
                 "same texts makes it again"
             )
-        return TokenStore.open(data.store)
+        store = TokenStore.open(data.store)
+        _name_unused(data, tokenizer)
+        return store
     cache = _make_cache(data.cache_dir)
     corpus = corpus or open_corpus(data)
     own, wanted = _wanted(tokenizer)
@@ -225,6 +227,19 @@ def prepare_store(
         index.parent.mkdir(exist_ok=True)
         index.write_text(directory.name, encoding="utf-8")
     return store
+
+
+def _name_unused(data: DataConfig, tokenizer: TokenizerConfig) -> None:
+    """Log the settings of source and tokenizer that were given beside a store, which is encoded already."""
+    used = ("store", "source", "cache_dir", "reading_rules")
+    names = [
+        f"{group}.{name}"
+        for group, settings, usual in (("data", data, DataConfig()), ("tokenizer", tokenizer, TokenizerConfig()))
+        for name, value in asdict(settings).items()
+        if name not in used and value != getattr(usual, name)
+    ]
+    if names and data.source != "memory":
+        log.info("`%s` holds encoded text, so these settings are not used: %s", data.store, in_backticks(names))
 
 
 def _make_cache(directory: str) -> Path:
