@@ -230,8 +230,8 @@ def test_log_probabilities_of_a_score_are_those_of_samples(tiny_run: Path) -> No
         ({"prompt": 3}, "`prompt` must be a text or a list of texts: 3"),
         ({"prompt": ["a", None]}, "`prompt` must be a text: None"),
         ({"prompt": "\n"}, "`prompt` is only spaces; an empty prompt starts a text"),
-        ({"prompt": "a\ud800"}, "`prompt` holds a lone surrogate, which is no text"),
-        ({"state": "The plot"}, "`state` must be what `read` returns: The plot"),
+        ({"prompt": "a\ud800"}, "`prompt` holds a lone surrogate, which is not valid text"),
+        ({"state": "The plot"}, "`state` must be a result of `read`: The plot"),
         ({"banned_tokens": [10**6]}, "`banned_tokens` must be below the vocabulary's size 340: 1000000"),
         ({"config": {"top_k": 3}}, "`config` must be a SamplingConfig: {'top_k': 3}"),
     ],
@@ -260,7 +260,7 @@ def test_a_state_of_another_model_is_refused(lm: textgen.LanguageModel, tiny_run
         lambda state: lm.read("a", state=state),
         lambda state: lm.score("a", state=state),
     ):
-        with pytest.raises(textgen.TextgenError, match="`state` was read by another model"):
+        with pytest.raises(textgen.TextgenError, match="`state` is of another model: call"):
             use(state=state)
 
 
@@ -485,11 +485,11 @@ def test_an_exception_of_on_row_ends_the_training(settings: dict[str, Any], docu
         ({"texts": ["a"], "on_row": 3}, "`on_row` must be a function of a row: 3"),
         ({"texts": ["a"], "run_dir": __file__, "tokenizer.vocab_size": 260}, f"File exists: `{__file__}`"),
         ({"texts": ["a", 5]}, "`texts` of train row 2: `text` is not a string: 5"),
-        ({"texts": {"training": ["a"]}}, "`texts` has a split `training`; those of textgen are"),
+        ({"texts": {"training": ["a"]}}, "`texts` has a split `training`; textgen's splits are"),
         ({"texts": {"test": ["a"]}}, "memory has no split `train`; it has `test`"),
         ({"texts": []}, "memory: no documents to train on; 0 read"),
         ({"dataset": "stanfordnlp/imdb"}, "`dataset` must be a datasets.Dataset, not str; a name on the hub is"),
-        ({"files": []}, "`data.source` is files but `data.files` names none"),
+        ({"files": []}, "`data.source` is files but `data.files` is empty"),
         ({"files": "nowhere"}, "`nowhere` does not exist"),
         ({"learning_rat": 1}, "unknown setting `learning_rat`; the nearest is `learning_rate`"),
         ({"hidden_size": 1}, "unknown setting `hidden_size`; the nearest is `model.hidden_size`"),
@@ -501,7 +501,7 @@ def test_an_exception_of_on_row_ends_the_training(settings: dict[str, Any], docu
         ({"model": {"dropout": 0.1}, "model.dropout": 0.2}, "`model.dropout` is given twice"),
         ({"tracking.mode": "online"}, "`tracking.mode` is given twice"),
         ({"config": ""}, "`` cannot be read"),
-        ({"config": textgen.TrainConfig(dry_run=True)}, "`dry_run` prints what a training costs: use the command line"),
+        ({"config": textgen.TrainConfig(dry_run=True)}, "`dry_run` prints the cost of a training: use the command"),
         ({"config": textgen.TrainConfig(), "tokenizer.path": "nowhere", "texts": ["a"]}, "nowhere"),
         ({"data.source": "memory"}, "`source` memory: the texts were given to `textgen.train` in Python"),
     ],

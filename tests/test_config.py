@@ -73,7 +73,7 @@ def test_bare_defaults_are_the_origins() -> None:
 def test_a_tied_output_without_projection_needs_equal_sizes() -> None:
     assert not ModelConfig(embedding_dim=64, hidden_size=64, projection=False).projection
     assert not ModelConfig(embedding_dim=64, hidden_size=96, projection=False, tie_weights=False).projection
-    with pytest.raises(ValueError, match="needs `embedding_dim` 64 to be `hidden_size` 96"):
+    with pytest.raises(ValueError, match="needs `embedding_dim` 64 to equal `hidden_size` 96"):
         ModelConfig(embedding_dim=64, hidden_size=96, projection=False)
 
 
@@ -229,7 +229,7 @@ def test_fraction_is_refused_where_a_whole_number_is_wanted(name: str, capsys: p
             "`mixed_precision` must be one of `no`, `bf16`, `fp16`, `auto` or null: False (YAML reads",
         ),
         ("data: {source: files, files: a.txt}", "`data.files` must be a list of texts: a.txt"),
-        ("data: {source: files}", "`data.source` is files but `data.files` names none"),
+        ("data: {source: files}", "`data.source` is files but `data.files` is empty"),
         ("run_dir: ''", "`run_dir` must name a folder"),
         ("seed: 4294967296", "`seed` must be at least 0 and below 2^32: 4294967296"),
         ("model: 3", "`model` in `FILE` must be a group of settings: 3"),

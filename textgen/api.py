@@ -1,7 +1,7 @@
-"""What `import textgen` offers: train, load, generate, score. It returns values and prints nothing.
+"""The names that `import textgen` offers: train, load, generate, score. They return values and print nothing.
 
-Same settings and seed, same losses and texts as on the command line. Every error that a user can mend is a TextgenError
-with one line. The log goes to the logger `textgen`.
+The same settings and seed give the same losses and texts as on the command line. Every error that a user can fix is a
+TextgenError with one line. The log goes to the logger `textgen`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ logging.getLogger("textgen").addHandler(logging.NullHandler())
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """Raise every error that the user can mend as a TextgenError; leave faults of the program as they are."""
+    """Raise every error that the user can fix as a TextgenError; do not change errors of the program."""
     try:
         yield
     except TextgenError:
@@ -101,14 +101,14 @@ def train(
     on_row: Callable[[dict[str, float]], None] | None = None,
     **settings: Any,
 ) -> Run:
-    """Train in this process, and return the run. A `run_dir` that holds a training goes on from its newest checkpoint.
+    """Train in this process and return the run. If `run_dir` holds a training, continue it from its newest checkpoint.
 
-    Ctrl-C, or a notebook's stop button, saves a checkpoint and returns the run; a second one gives up at once. Before
-    the first step there is nothing to save, and KeyboardInterrupt is raised. Another signal that stops a training
-    saves, and then has its usual effect on the process.
+    Ctrl-C, or a notebook's stop button, saves a checkpoint and returns the run; a second one raises KeyboardInterrupt
+    at once. Before the first step there is nothing to save, and the first one raises KeyboardInterrupt. Another signal
+    that stops a training saves, and then has its usual effect on the process.
 
-    What a training sets in the process (environment, random generators, torch's switches, signal handlers, Accelerate's
-    state) is as before when it returns, but for one thing: on Linux, memory that is freed stays with the process.
+    A training changes the environment, the random generators, torch's switches, the signal handlers and Accelerate's
+    state; `train` restores them before it returns. One change remains: on Linux, the process keeps freed memory.
 
     Args:
         config: a preset such as `quick`, a YAML file, or all settings; the default settings without it.
@@ -198,7 +198,7 @@ def _settings_of_training(
     except ValueError as error:
         raise TextgenError(str(error)) from None
     if made.dry_run:
-        raise TextgenError("`dry_run` prints what a training costs: use the command line")
+        raise TextgenError("`dry_run` prints the cost of a training: use the command line")
     return made
 
 
@@ -228,7 +228,7 @@ def _with_store(config: TrainConfig, texts: Any, dataset: Any) -> TrainConfig:
 
 @contextmanager
 def _process_as_before() -> Iterator[None]:
-    """Leave this process as it was: environment, random generators, torch's switches, Accelerate's state.
+    """Restore this process: environment, random generators, torch's switches, Accelerate's state.
 
     Accelerate's states are class attributes, and an `Accelerator` of another precision is refused while they are set.
     """
@@ -282,19 +282,19 @@ class Metrics(list[dict[str, float]]):
 
 
 class Run(os.PathLike[str]):
-    """What a training left in its folder. Every property reads the files as they are now.
+    """The files of a training in its run folder. Every property reads the files at each use.
 
     Args:
         path: the folder.
 
     Raises:
-        TextgenError: it is no run folder.
+        TextgenError: the folder is not a run folder.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not any((self.path / name).exists() for name in (SETTINGS_NAME, METRICS_NAME, STATUS_NAME)):
-            problem = "is no run folder" if self.path.exists() else "does not exist"
+            problem = "is not a run folder" if self.path.exists() else "does not exist"
             raise TextgenError(f"`{self.path}` {problem}")
 
     def __fspath__(self) -> str:
@@ -353,7 +353,7 @@ class Run(os.PathLike[str]):
         status = self.status
         step, total = status.get("step"), status.get("total_steps")
         place = "" if step is None else f", step {step}" + (f" of {total}" if total else "")
-        return f"<textgen.Run {str(self.path)!r}: {status.get('state') or 'of unknown state'}{place}>"
+        return f"<textgen.Run {str(self.path)!r}: {status.get('state') or 'state unknown'}{place}>"
 
     def _repr_html_(self) -> str:
         return report_summary(self.path)
@@ -440,7 +440,7 @@ class LanguageModel:
             The continuations, without their prompts: `n` of the first prompt, then `n` of the second.
 
         Raises:
-            TextgenError: a setting is unknown or wrong, a prompt is no text, or the state is of another model.
+            TextgenError: a setting is unknown or wrong, a prompt is not text, or the state is of another model.
         """
         if not isinstance(prompt, Iterable):
             raise TextgenError(f"`prompt` must be a text or a list of texts: {str(prompt)[:40]}")
@@ -473,11 +473,11 @@ class LanguageModel:
         the tokens of `a + b` are mostly cut too, and then the result is also that of `generate(a + b)`.
 
         Args:
-            text: at least one character that is no space.
-            state: what comes before it, from an earlier `read`.
+            text: at least one character that is not a space.
+            state: the text before it, from an earlier `read`.
 
         Raises:
-            TextgenError: the text is empty or no text, or the state is of another model.
+            TextgenError: the text is empty or not text, or the state is of another model.
         """
         self._require_own(state)
         text = self._text(text, "`text`")
@@ -492,12 +492,12 @@ class LanguageModel:
         The model itself computes them in float32, whatever the decoder, as `textgen evaluate` does.
 
         Args:
-            text: at least one character that is no space.
-            state: what comes before it, from `read`; it is not scored.
+            text: at least one character that is not a space.
+            state: the text before it, from `read`; it is not scored.
             end: score the end of the text too, as a whole document; False for a part of a document.
 
         Raises:
-            TextgenError: the text is empty or no text, the state is of another model, or the tokenizer loses text.
+            TextgenError: the text is empty or not text, the state is of another model, or the tokenizer loses text.
         """
         self._require_own(state)
         text, tokenizer = self._text(text, "`text`"), self._tokenizer
@@ -545,13 +545,13 @@ class LanguageModel:
         return [dataclasses.replace(request, read=state) for request in numbered]
 
     def _text(self, text: object, name: str, *, hint: str = "") -> str:
-        """Return a user's text, normalized as the training text was; refuse what is no text, or spaces alone."""
+        """Return a user's text, normalized like the training text; refuse a value that is not text, or only spaces."""
         if not isinstance(text, str):
             raise TextgenError(f"{name} must be a text: {str(text)[:40]}")
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise TextgenError(f"{name} holds a lone surrogate, which is no text") from None
+            raise TextgenError(f"{name} holds a lone surrogate, which is not valid text") from None
         if text.isspace():  # the tokenizer reads it as an empty one
             raise TextgenError(f"{name} is only spaces{hint}")
         return normalize(text, self._normalization)
@@ -560,6 +560,6 @@ class LanguageModel:
         if state is None:
             return
         if not isinstance(state, ReadState):
-            raise TextgenError(f"`state` must be what `read` returns: {str(state)[:40]}")
+            raise TextgenError(f"`state` must be a result of `read`: {str(state)[:40]}")
         if state.decoder is not self._decoder:
-            raise TextgenError("`state` was read by another model: call `read` of this one")
+            raise TextgenError("`state` is of another model: call this model's `read`")

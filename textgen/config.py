@@ -87,7 +87,7 @@ class DataConfig:
     each other; default: those above 16 MiB are cut into documents of 1 MiB"""
     csv_delimiter: str | None = None
     """character between the fields of csv and tsv files, `\\t` for a tab; a space after it skips the spaces before each
-    field. Default: a comma in csv and a tab in tsv files, or what makes a table of the first lines if these do not"""
+    field. Default: a comma in csv and a tab in tsv files; if it makes no table of the first lines, one that does"""
     csv_quoting: Literal["quotes", "none"] = "quotes"
     """quotes: fields of csv and tsv files may be in quotation marks. none: a quotation mark is part of the text"""
     csv_escape: str | None = None
@@ -96,7 +96,7 @@ class DataConfig:
     reading_rules: Literal[1, 2] = 2
     """rules by which files are found, read and split. 1: those of textgen 0.1, which took no compressed files, kept a
     byte order mark, held nothing out of a single document, and took any name that begins with a split's for it. A run
-    that was begun with 1 goes on with 1"""
+    that was started with 1 keeps 1"""
     normalization: Literal["none", "lowercase"] = "none"
     """none: keep every byte. lowercase: `str.lower`, as in the original's character model; bits per byte then count the
     lower-cased bytes"""
@@ -115,7 +115,7 @@ class DataConfig:
         _require_within(self, 0, 0.5, "validation_fraction")
         _require_positive(self, "validation_blocks")
         if self.source == "files" and not self.files and self.store is None:
-            raise ValueError("`source` is files but `files` names none")
+            raise ValueError("`source` is files but `files` is empty")
         if self.files and self.source != "files":
             raise ValueError(f"`files` needs `source` files: {self.source}")
         if self.dataset is not None and self.source not in ("imdb", "hub"):
@@ -190,7 +190,7 @@ class ModelConfig:
         _require_positive(self, "embedding_dim", "hidden_size", "num_layers")
         if self.tie_weights and not self.projection and self.embedding_dim != self.hidden_size:
             raise ValueError(
-                f"a tied output without `projection` needs `embedding_dim` {self.embedding_dim} to be `hidden_size` "
+                f"a tied output without `projection` needs `embedding_dim` {self.embedding_dim} to equal `hidden_size` "
                 f"{self.hidden_size}"
             )
         _require_within(self, 0, 1, "dropout", "weight_drop")

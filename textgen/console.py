@@ -61,7 +61,7 @@ def use_utf8() -> None:
 
 
 def escape_controls(text: str) -> str:
-    """Return a text whose control characters, but for line breaks and tabs, are written as hexadecimal codes."""
+    """Return a text whose control characters, except line breaks and tabs, are written as hexadecimal codes."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 

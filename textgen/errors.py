@@ -33,7 +33,7 @@ class UnreadableError(CheckpointError):
 
 
 def user_error(error: BaseException) -> str | None:
-    """Return the line of an error that is the user's to mend; None of a fault of the program."""
+    """Return the line of an error that the user can fix; None for an error of the program."""
     from textgen.tokenizer import TokenizerError  # not a TextgenError: the tokenizer does not import textgen
 
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:

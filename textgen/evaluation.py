@@ -54,7 +54,7 @@ class Score:
 
 
 def perplexity(nats: float) -> float:
-    """Return e^nats, infinity where that is no float: a word of 800 nats is one of a text without spaces."""
+    """Return e^nats; infinity if no float is as large: a text without spaces may be one word of 800 nats."""
     return math.exp(nats) if nats < 709 else math.inf
 
 

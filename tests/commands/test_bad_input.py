@@ -223,7 +223,7 @@ def test_line_of_100_mb_is_refused_in_bounded_memory(tiny_flags: list[str], tmp_
         written.write(b'"}\n')
     flags = [*tiny_flags, "--data.files", str(file), "--run_dir", str(tmp_path / "run")]
     line, peak = run_refused([*TRAIN, *flags])
-    assert line == f"`{file}` line 1 is longer than a row may be, 32 MiB; a longer text can be a .txt file"
+    assert line == f"`{file}` line 1 is longer than the limit of a row, 32 MiB; a longer text can be a .txt file"
     assert peak - without < 80e6
     assert not (tmp_path / "run").exists()
 
@@ -307,7 +307,7 @@ def test_resume_from_a_path_that_is_not_there_is_refused(
 ) -> None:
     nowhere, run_dir = tmp_path / "step-000009", tmp_path / "run"
     line = refusal(lambda: train_main([*tiny_flags, "--run_dir", str(run_dir), "--resume", str(nowhere)]), capsys)
-    assert line == f"`{nowhere}` is no checkpoint, and no run that has one"
+    assert line == f"`{nowhere}` is neither a checkpoint nor a run with one"
     assert not run_dir.exists()
 
 

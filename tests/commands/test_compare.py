@@ -173,12 +173,12 @@ def spoil(run: Path, damage: str) -> None:
 
 DAMAGES = {
     "missing": "does not exist",
-    "a file": "is no run folder",
+    "a file": "is not a run folder",
     "no config": "config.yaml` cannot be read: No such file",
     "config is no YAML": "config.yaml` is not YAML",
     "config is no mapping": "config.yaml` holds no settings",
     "metrics are no text": "metrics.jsonl` line 1 is not JSON",
-    "metrics are no rows": "metrics.jsonl` line 1 is no row of metrics",
+    "metrics are no rows": "metrics.jsonl` line 1 is not a row of metrics",
 }
 
 

@@ -76,7 +76,7 @@ def test_without_a_key_a_line_says_so(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit, match="2"):
         main(["dashboard"])
     assert capsys.readouterr().err == (
-        "error: no W&B key, neither of `wandb login` nor in WANDB_API_KEY; `--print` needs none\n"
+        "error: no W&B key, neither from `wandb login` nor in WANDB_API_KEY; `--print` needs no key\n"
     )
 
 
@@ -90,7 +90,7 @@ def test_what_w_and_b_refuses_is_a_line(
         with pytest.raises(SystemExit, match="2"):
             main(["dashboard", "--entity", "others"])
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: W&B did not take the dashboard: ")
+    assert last.startswith("error: W&B refused the dashboard: ")
     assert "permission denied" in last
 
 

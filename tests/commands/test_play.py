@@ -106,8 +106,8 @@ def test_undo_is_as_if_the_line_had_never_come(play: Play, tmp_path: Path) -> No
 
 
 WRONG = {
-    ":wat": "`:wat` is no command; `:help` lists them, and `::` begins a text with a colon",
-    ":stop x": "`:stop` is no command",
+    ":wat": "`:wat` is not a command; `:help` lists them, and `::` begins a text with a colon",
+    ":stop x": "`:stop` is not a command",
     ":t 0,8": "`temperature` must be a number: 0,8",
     ":t -1": "`temperature` must be finite and at least 0: -1",
     ":t nan": "`temperature` must be finite and at least 0: nan",
@@ -121,7 +121,7 @@ WRONG = {
     ":undo": "there is nothing to undo",
     ":save": "`:save` wants a file: `:save story.txt`",
     ":save story.txt": "there is no text to save",
-    "   ": "the line is only spaces; an empty line goes on with the text",
+    "   ": "the line is only spaces; an empty line continues the text",
     b"\xff": "is not UTF-8: byte 0xff at position 0",
 }
 
@@ -148,7 +148,11 @@ def test_save_overwrites_only_when_asked_to(play: Play, tmp_path: Path) -> None:
     assert path.read_text() == "mine"
     play("I", ":undo", f":save! {path}")
     assert path.read_text() == "I"
-    for wrong, why in ((tmp_path, "is no file"), (tmp_path / "no" / "x", "No such file"), (Path("a\0b"), "null byte")):
+    for wrong, why in (
+        (tmp_path, "is not a file"),
+        (tmp_path / "no" / "x", "No such file"),
+        (Path("a\0b"), "null byte"),
+    ):
         assert why in play("I", f":save! {wrong}", expect=2)[1]
     assert [one.name for one in tmp_path.iterdir()] == ["my story.txt"]
 

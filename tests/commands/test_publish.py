@@ -333,7 +333,7 @@ def test_a_hub_that_cannot_be_used_is_one_line_in_bounded_time(
             monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
         line = refusal(capsys, str(tiny_run), "--to", "hub:me/reviews")
         assert line.startswith(f"`me/reviews` cannot be published on {constants.ENDPOINT}: ")
-        with pytest.raises(model_files.TextgenError, match=r"^`hub:me/reviews` is no directory and cannot"):
+        with pytest.raises(model_files.TextgenError, match=r"^`hub:me/reviews` is not a directory and cannot"):
             read_model("hub:me/reviews")
 
 

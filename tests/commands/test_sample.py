@@ -365,7 +365,7 @@ def test_a_file_with_equal_prompts_of_an_earlier_version_is_not_continued(
     del origin["numbering"]  # an earlier version drew equal samples for equal prompts, and recorded no numbering
     beside.write_text(json.dumps(origin))
     line = refuse("--batch_file", str(equal), "--out", str(out))
-    assert line == f"`{out}` was begun with other numbering: name another file"
+    assert line == f"`{out}` was started with other numbering: name another file"
     out.unlink()
     sample("--batch_file", str(prompts_file), "--out", str(out))
     assert "numbering" not in json.loads(beside.read_text()), "a file whose prompts all differ goes on as before"
@@ -447,7 +447,7 @@ def refuse(tiny_run: Path, capsys: Capture) -> Sampler:
         (["--logprobs", "2"], "`logprobs` needs `json` or `out`"),
         (["--out", "x"], "`out` needs `batch_file`"),
         (["--batch_file", "x"], "`batch_file` needs `out`"),
-        (["--batch_file", "x", "--out", "y"], "`batch_file` goes with neither `prompt` nor `prompt_file`"),
+        (["--batch_file", "x", "--out", "y"], "`batch_file` cannot be combined with `prompt` or `prompt_file`"),
         (["--prompt", " \n "], "`--prompt` is only spaces; an empty prompt starts a text"),
     ],
 )  # fmt: skip
@@ -563,16 +563,16 @@ def test_samples_of_other_prompts_settings_or_weights_are_not_continued(
     batch = ["--batch_file", str(prompts_file), "--out", str(out)]
     sample(*batch)
     before = out.read_bytes()
-    assert refuse(*batch, "--top_k", "5") == f"`{out}` was begun with other settings: name another file"
+    assert refuse(*batch, "--top_k", "5") == f"`{out}` was started with other settings: name another file"
     write_prompts(prompts_file, PROMPTS[:-1])
-    assert refuse(*batch) == f"`{out}` was begun with other prompts: name another file"
+    assert refuse(*batch) == f"`{out}` was started with other prompts: name another file"
     write_prompts(prompts_file, PROMPTS)
     beside = tmp_path / "out.jsonl.origin.json"
     origin = beside.read_text()
     beside.write_text(origin.replace('"weights": "', '"weights": "0'))
-    assert refuse(*batch) == f"`{out}` was begun with other weights: name another file"
+    assert refuse(*batch) == f"`{out}` was started with other weights: name another file"
     beside.write_text("null")
-    assert refuse(*batch) == f"`{out}` was begun with other prompts and settings and weights: name another file"
+    assert refuse(*batch) == f"`{out}` was started with other prompts and settings and weights: name another file"
     beside.unlink()
     wanted = f"`{out}` is not empty and has no readable `{beside.name}` beside it: name another file"
     assert refuse(*batch) == wanted

@@ -99,9 +99,9 @@ def test_going_on_is_the_same_command_with_the_directory_of_the_run(
 ) -> None:
     submit("--preset large --nodes 2 -- --seed 3")
     again = "textgen submit --preset large --nodes 2 -- --seed 3 --run_dir runs/large-42"
-    assert f"go on    {again} " in capsys.readouterr().err
+    assert f"continue {again} " in capsys.readouterr().err
     submit(again.removeprefix("textgen submit "))
-    assert f"go on    {again} " in capsys.readouterr().err
+    assert f"continue {again} " in capsys.readouterr().err
     assert "--run_dir\nruns/large-42\n" in sbatch.read_text()
 
 
@@ -169,7 +169,7 @@ def test_global_batch_is_refused_in_the_words_of_the_trainer(
             "unknown setting `larg` for `--preset`, which has default, large, original-char, quick; the nearest is "
             "`large`",
         ),
-        ("--name a/b", "`name` names a folder, by letters, digits and `._-`: a/b"),
+        ("--name a/b", "`name` must be the name of a folder, of letters, digits and `._-`: a/b"),
         ("--sbatch qos=x", "`sbatch` must be an option such as `--qos=x`: qos=x"),
         ("--array 1-3", "`array` needs a `--sweep`: 1-3"),
         ("--sweep gone.txt", "`gone.txt` cannot be read: No such file or directory"),
@@ -181,7 +181,7 @@ def test_global_batch_is_refused_in_the_words_of_the_trainer(
             "--sweep three.txt -- --run_dir x",
             "`run_dir` cannot be set in a sweep, whose trainings get a folder each: x",
         ),
-        ("--sweep open.txt", "`open.txt` line 2 has a quote that nothing closes: --seed '4"),
+        ("--sweep open.txt", "`open.txt` line 2 has a quote that is not closed: --seed '4"),
         ("--sweep wrong.txt", "`seed` must be an integer: four"),
         ("--sweep three.txt --gpus_per_node 5", "batch_size 128 is not divisible by 5 processes x 1 "),
     ],

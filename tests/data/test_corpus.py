@@ -186,10 +186,14 @@ def test_an_end_is_near_the_asked_size_and_follows_white_space_nearby(text: str,
 def test_no_validation_is_said_in_the_log(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="textgen"):
         for texts, settings, message in (
-            (["a"], {}, "NO VALIDATION: one document is too short to be held out in part"),
-            (["", "a", " "], {}, "NO VALIDATION: one document is too short to be held out in part"),
+            (["a"], {}, "NO VALIDATION: the only document is too short to hold out a part of it"),
+            (["", "a", " "], {}, "NO VALIDATION: the only document is too short to hold out a part of it"),
             ([words(50)], {"validation_fraction": 0.0}, "no validation: `validation_fraction` is 0"),
-            ([words(50)], {"reading_rules": 1}, "NO VALIDATION: `reading_rules` 1 hold nothing out of one document"),
+            (
+                [words(50)],
+                {"reading_rules": 1},
+                "NO VALIDATION: `reading_rules` 1 holds nothing out of a single document",
+            ),
         ):
             caplog.clear()
             cleaned = clean(write_jsonl(folder / "a.jsonl", texts), **settings)  # type: ignore[arg-type]

@@ -36,7 +36,7 @@ def test_rows_that_an_open_quotation_mark_swallows_are_named(tmp_path: Path, cap
     path.write_text("id\ttext\n" + "".join(f"{row}\n" for row in rows))
     assert len(read(path)) == 360
     assert (
-        f"`{path}`: 1 of 360 rows span several lines, that of line 102 spans 41; if quotation marks are part of the "
+        f"`{path}`: 1 of 360 rows span several lines, the one at line 102 spans 41; if quotation marks are part of the "
         "text, set `--data.csv_quoting none`" in caplog.text
     )
     caplog.clear()
@@ -52,7 +52,7 @@ def test_a_row_of_many_lines_is_named_in_a_csv_file_too(
     path = tmp_path / "a.csv"
     path.write_text("id,text\n" + "1,a\n" * 200 + '2,"' + "\n".join("b" * lines) + '"\n')
     assert len(read(path)) == 201
-    assert (f"that of line 202 spans {lines}" in caplog.text) == is_named
+    assert (f"the one at line 202 spans {lines}" in caplog.text) == is_named
 
 
 @pytest.mark.parametrize(("inner", "is_named"), [("3,c\n4,d\n5,e", True), ("a poem,\nof lines\nand words", False)])
@@ -62,14 +62,14 @@ def test_lines_that_look_like_rows_are_named(
     path = tmp_path / "a.csv"
     path.write_text("id,text\n" + "1,a\n" * 9 + f'2,"b\n{inner}\n6,f"\n')
     assert read(path)[-1] == f"b\n{inner}\n6,f"
-    assert ("1 of 10 rows span several lines, that of line 11 spans 5" in caplog.text) == is_named
+    assert ("1 of 10 rows span several lines, the one at line 11 spans 5" in caplog.text) == is_named
 
 
 def test_every_row_of_a_tsv_file_that_spans_lines_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = tmp_path / "a.tsv"
     path.write_text("id\ttext\n" + "1\ta\n" * 9 + '2\t"b\nc"\n')
     assert read(path)[-1] == "b\nc"
-    assert f"`{path}`: 1 of 10 rows span several lines, that of line 11 spans 2; " in caplog.text
+    assert f"`{path}`: 1 of 10 rows span several lines, the one at line 11 spans 2; " in caplog.text
 
 
 def test_a_skipped_row_says_how_far_it_reaches(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

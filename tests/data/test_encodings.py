@@ -100,10 +100,9 @@ def test_utf_16_without_a_mark_is_recognized(tmp_path: Path, encoding: str) -> N
 def test_a_file_without_the_mark_of_its_encoding_is_refused(tmp_path: Path, encoding: str) -> None:
     path = tmp_path / "a.txt"
     path.write_text("a text in UTF-8\n")
-    message = (
-        f"begins with no byte order mark of {encoding.upper()}: if it is that, set `--data.encoding {encoding}-le`"
-    )
-    assert refusal(path, encoding=encoding) == f"`{path}` {message} or `{encoding}-be`"
+    name, setting = encoding.upper(), f"`--data.encoding {encoding}-le` or `{encoding}-be`"
+    message = f"`{path}` does not begin with a byte order mark of {name}: if it is {name}, set {setting}"
+    assert refusal(path, encoding=encoding) == message
     path.write_text("\ufeffa text in UTF-8\n")
     assert read(path, encoding=encoding) == ["a text in UTF-8"]
 

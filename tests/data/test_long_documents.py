@@ -148,7 +148,7 @@ def test_a_row_of_100_mb_is_refused_in_bounded_memory(tmp_path: Path, name: str,
         for _ in range(100):
             file.write(b"x" * 10**6 + end)
     said, growth = read_in_a_process(path)
-    assert said == f"`{path}` line 2 is longer than a row may be, 32 MiB; a longer text can be a .txt file"
+    assert said == f"`{path}` line 2 is longer than the limit of a row, 32 MiB; a longer text can be a .txt file"
     assert growth < 250
 
 

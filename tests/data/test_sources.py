@@ -176,7 +176,7 @@ def test_files_that_are_not_taken_are_counted_in_the_log(folder: Path, caplog: p
         assert listed(folder / "a.txt") == ["a.txt"]
     (message,) = caplog.messages
     assert message.startswith(f"not read in `{folder}`: ")
-    counts = "2 hidden, 2 .pdf, 2 no plain file, 1 linked folders, 1 .docx, 1 .parquet.gz, 1 without ending"
+    counts = "2 hidden, 2 .pdf, 2 not a plain file, 1 linked folders, 1 .docx, 1 .parquet.gz, 1 without ending"
     assert sorted(message.split(": ")[1].split(", ")) == sorted(counts.split(", "))
 
 
@@ -288,7 +288,7 @@ def test_a_saved_dataset_cannot_name_files_outside_its_folder(folder: Path, name
 def test_a_damaged_state_of_a_saved_dataset_is_refused(folder: Path, state: str) -> None:
     saved = save_dataset(folder / "saved", ["a"])
     (saved / "state.json").write_text(state)
-    assert refusal(saved).startswith(f"`{saved}/state.json` is not that of a saved dataset: ")
+    assert refusal(saved).startswith(f"`{saved}/state.json` is not the state of a saved dataset: ")
     (saved / "state.json").write_text('{"_data_files": [], "_indices_data_files": [{"filename": "i.arrow"}]}')
     assert "names rows by an index" in refusal(saved)
 

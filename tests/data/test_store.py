@@ -725,7 +725,8 @@ def test_a_text_that_changes_while_it_is_encoded_is_one_line_and_leaves_nothing(
     line = len(make_texts()) // 2
     rest: dict[str, str] = {
         f"`{corpus}` line {line + 1} is not valid JSON: ": '{"text": \n',
-        f"1 files: train 1 ({corpus.stat().st_size / 1e6:.1f} MB) changed while it was read: not 200 documents now": "",
+        f"1 files: train 1 ({corpus.stat().st_size / 1e6:.1f} MB) changed while it was read: "
+        "it no longer has 200 documents": "",
     }
     monkeypatch.setattr(textgen.data.store, "ENCODE_BATCH", 16)
     lines = corpus.read_text().splitlines(keepends=True)

@@ -163,7 +163,7 @@ def test_auto_takes_int8_where_it_is_measured_and_cheap(tmp_path: Path, monkeypa
     ("cost", "changes", "why"),
     [
         (0.0021, {}, "int8 costs +0.00210 bits per byte"),
-        (0.0, {"model_sha256": "0" * 64}, "`decoder.json` is of other weights"),
+        (0.0, {"model_sha256": "0" * 64}, "`decoder.json` belongs to other weights"),
         (0.0, {"bits_per_byte": {"plain": 1.0}}, "cannot be used (KeyError: 'int8')"),
         (0.0, {"bits_per_byte": "none"}, "cannot be used (TypeError"),
         (0.0, {"format": "another"}, "cannot be used (ValueError: its format is not textgen.decoder.1)"),
@@ -185,7 +185,7 @@ def test_auto_takes_what_the_processor_has(tmp_path: Path, monkeypatch: pytest.M
     assert choose_decoder(model, directory=tmp_path).name == "float32"
     on_a_processor(monkeypatch, "avx2", "avx512_bf16")
     decoder = choose_decoder(model, directory=tmp_path)
-    assert decoder.description == "bfloat16 decoder on cpu: the processor has it; no int8, which takes VNNI"
+    assert decoder.description == "bfloat16 decoder on cpu: the processor has it; no int8, as the processor has no VNNI"
     assert choose_decoder(model, "int8").description == (
         "int8 decoder on cpu: as asked, though this processor has no VNNI: slow"
     )

@@ -17,5 +17,5 @@ def test_other_settings_on_one_process_are_refused(
     command = ["train_distributed.py", *tiny_flags, "--run_dir", str(run_dir), flag]
     ended = server().run(command, last=values, processes=2)
     assert [one.returncode for one in ended] == [2, 2], ended
-    assert "error: what flags and config file say is not the same on all 2 processes\n" in ended[0].stderr
+    assert "error: the configuration (flags and config file) is not the same on all 2 processes\n" in ended[0].stderr
     assert not run_dir.exists()

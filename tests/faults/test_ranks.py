@@ -35,7 +35,7 @@ def test_failure_of_one_process_ends_all(
     if what == "raises":
         assert outcome.reason == "RuntimeError: made to fail"
     if what in SILENT or what == "SIGKILL":
-        assert outcome.reason.startswith("another process has ended, or was waited for in vain: ")
+        assert outcome.reason.startswith("another process has ended, or did not answer: ")
 
 
 @pytest.mark.parametrize("place", ["starting", "stepping"])

@@ -220,7 +220,7 @@ def test_a_changed_source_is_compiled_anew_and_an_old_one_is_not(source: Path, t
 def test_code_is_not_taken_from_where_others_may_write(source: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache").chmod(0o777)
-    with pytest.raises(OSError, match="may be written by others"):
+    with pytest.raises(OSError, match="is writable by other users"):
         native.compiled(source, tmp_path / "cache")
     assert native.compiled(source, tmp_path / "own").parent.stat().st_mode & 0o777 == 0o700
 

@@ -514,7 +514,7 @@ def test_an_unreachable_hub_is_one_line_and_quick(tmp_path: Path) -> None:
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120, check=True
     )
     message, seconds = ended.stdout.splitlines()
-    assert message.startswith("`nobody/nothing` is no directory and cannot be read from the hub: ")
+    assert message.startswith("`nobody/nothing` is not a directory and cannot be read from the hub: ")
     assert float(seconds) < 10, f"the whole process took {time.perf_counter() - started:.1f} s"
 
 

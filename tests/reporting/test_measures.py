@@ -183,5 +183,5 @@ def test_run_without_a_checkpoint_is_refused(what: str, tmp_path: Path, capsys: 
     with pytest.raises(SystemExit) as end:
         main(["measure", str(run)])
     assert end.value.code == 2
-    wanted = "does not exist" if what == "missing" else "is no run folder with checkpoints"
+    wanted = "does not exist" if what == "missing" else "is not a run folder with checkpoints"
     assert capsys.readouterr().err == f"error: `{run}` {wanted}\n"

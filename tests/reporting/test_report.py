@@ -295,7 +295,7 @@ DAMAGES = {
     "running": "running, at step 4 of 4; last change 2",
     "failed": "failed, at step 4 of 4; because: the disk is full",
     "only a status": "There is no readable config.yaml.",
-    "no text": "of unknown state: no status.json, at step 4",
+    "no text": "state unknown: no status.json, at step 4",
 }
 
 
@@ -318,14 +318,14 @@ def test_report_that_cannot_be_written_is_a_warning(copy: Copy, caplog: pytest.L
 
 WRONG = {
     "missing": (["nowhere"], "`nowhere` does not exist"),
-    "a file": (["run/config.yaml"], "`run/config.yaml` is no run folder"),
+    "a file": (["run/config.yaml"], "`run/config.yaml` is not a run folder"),
     "an empty folder": (
         ["empty"],
-        "`empty` is no run folder: it has no `config.yaml`, `metrics.jsonl` or `status.json`",
+        "`empty` is not a run folder: it has no `config.yaml`, `metrics.jsonl` or `status.json`",
     ),
     "one of two": (["run", "nowhere"], "`nowhere` does not exist"),
     "another file": (["run", "--out", "run/config.yaml"], "`out` must end in `.html`: run/config.yaml"),
-    "no such folder": (["run", "--out", "nowhere/page.html"], "`nowhere` is no folder"),
+    "no such folder": (["run", "--out", "nowhere/page.html"], "`nowhere` is not a folder"),
 }
 
 

@@ -86,8 +86,11 @@ def test_a_wrong_value_in_a_list_or_object_is_named_by_its_whole_path(fields: di
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"echo": True, "logprobs": 1, "max_tokens": 1}, "`echo` does not go with `logprobs`: prompts are not scored"),
-        ({"echo": True, "logprobs": 0}, "`echo` does not go with `logprobs`: prompts are not scored"),
+        (
+            {"echo": True, "logprobs": 1, "max_tokens": 1},
+            "`echo` cannot be combined with `logprobs`: prompts are not scored",
+        ),
+        ({"echo": True, "logprobs": 0}, "`echo` cannot be combined with `logprobs`: prompts are not scored"),
         ({"stream_options": {"include_usage": True}}, "`stream_options.include_usage` needs `stream`"),
         ({"best_of": 1, "n": 2}, "`best_of` must be at least `n` 2: 1"),
         ({"prompt": ["a"] * 100, "n": 3},

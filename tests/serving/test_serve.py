@@ -218,7 +218,7 @@ def test_values_that_ask_for_nothing_change_nothing(client: openai.OpenAI) -> No
 
 
 def test_a_request_for_a_chat_says_where_texts_are_continued(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError, match="`POST /v1/completions` continues texts, there are no chats"):
+    with pytest.raises(openai.NotFoundError, match="`POST /v1/completions` continues texts; chats are not supported"):
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "hello"}])
 
 
@@ -320,7 +320,7 @@ def test_more_than_the_queue_holds_is_refused_and_taken_again_later(server: Runn
         server.wait_until("samples_waiting", 64)
         status, headers, body = server.ask("POST", "/v1/completions", {"prompt": "The"})
         assert (status, headers["retry-after"]) == (429, "1")
-        assert json.loads(body)["error"]["message"] == "64 samples wait already, at most 64 may"
+        assert json.loads(body)["error"]["message"] == "64 samples are waiting, at most 64 may wait"
     server.wait_until("samples_running", 0)
     assert server.metric("samples_waiting") == 0
     assert server.complete(prompt="The")["choices"]

@@ -134,7 +134,7 @@ def test_rows_of_a_tracker_given_up_at_the_end_are_promised_only_by_one_that_cat
     tracker.log(1, {"train/loss": 1.0})
     tracker.finish(RunEnd("finished", 0, ""))
     (line,) = [record.message for record in caplog.records if record.name == "textgen"]
-    promise = "; a start that continues this run records the rows that it lacks"
+    promise = "; start this run again to record its missing rows"
     assert line == "dashboard is off from here on, `metrics.jsonl` continues: it has not ended within 0 s" + (
         promise if catches_up else ""
     )
@@ -330,7 +330,10 @@ def test_trackio_is_given_the_rows_that_a_slow_end_lost(
     script = tmp_path / "slow_trackio.py"
     script.write_text(SLOW_TRACKIO)
     logged = train_with_trackio(program=(str(script), where))
-    assert "trackio is off from here on, `metrics.jsonl` continues: it has not ended within 0 s; a start that" in logged
+    assert (
+        "trackio is off from here on, `metrics.jsonl` continues: it has not ended within 0 s; start this run again"
+        in logged
+    )
     if where != "the same process":
         recorded = rows_of_trackio(tmp_path / "trackio") if where == "writing" else []
         assert len(recorded) == (2 if where == "writing" else 0)
@@ -342,7 +345,7 @@ def test_trackio_that_cannot_be_asked_is_given_no_old_rows(
     train_with_trackio: Callable[..., str], tmp_path: Path
 ) -> None:
     """It writes to its inbox of files, as on a network's file system: what is there is not in the database yet."""
-    line = "trackio cannot list its rows here: rows that it lost are in `metrics.jsonl` alone"
+    line = "trackio cannot list its rows here: rows that it lost are only in `metrics.jsonl`"
     assert line not in train_with_trackio("--max_steps", "3", TRACKIO_STORAGE_MODE="jsonl")
     assert line in train_with_trackio("--max_steps", "5", TRACKIO_STORAGE_MODE="jsonl")
     entries = [

@@ -87,7 +87,7 @@ def test_wandb_that_is_switched_off_is_never_asked(
     code, log = train(**asked.environment(tmp_path), **environment)
     assert code == 0, log
     assert (asked.requests, log.count("W&B")) == (0, 1)
-    assert f"W&B is off, by {place}\n" in log
+    assert f"W&B is switched off by {place}\n" in log
     assert "imported: False" in log
     assert not Path("run/wandb").exists()
 
@@ -95,7 +95,7 @@ def test_wandb_that_is_switched_off_is_never_asked(
 @pytest.mark.slow
 def test_wandbs_own_commands_switch_it_off_and_offline(train: Train, asked: WandbServer, tmp_path: Path) -> None:
     environment = asked.environment(tmp_path)
-    for command, line in (("disabled", "W&B is off, by `mode` in"), ("offline", "W&B offline;")):
+    for command, line in (("disabled", "W&B is switched off by `mode` in"), ("offline", "W&B is offline:")):
         subprocess.run(
             [sys.executable, "-m", "wandb", command], check=True, capture_output=True, env=os.environ | environment
         )
@@ -147,7 +147,7 @@ def synced(log: str, cwd: Path) -> list[str]:
     stub.parent.mkdir()
     stub.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     stub.chmod(stub.stat().st_mode | stat.S_IXUSR)
-    (line,) = [line for line in log.splitlines() if "W&B offline;" in line]
+    (line,) = [line for line in log.splitlines() if "W&B is offline:" in line]
     command = line.split("`")[3]
     path = f"{stub.parent}{os.pathsep}{os.environ['PATH']}"
     shown = subprocess.run(
@@ -231,5 +231,5 @@ def test_the_dashboard_is_not_asked_of_a_wandb_that_is_off(
         monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit, match="2"):
         main(["dashboard"])
-    assert capsys.readouterr().err == "error: W&B is off, by WANDB_MODE; `--print` needs no W&B\n"
+    assert capsys.readouterr().err == "error: W&B is switched off by WANDB_MODE; `--print` needs no W&B\n"
     assert asked.requests == 0

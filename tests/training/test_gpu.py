@@ -177,7 +177,7 @@ def test_a_cuda_graph_of_scaled_gradients_is_refused(
     with pytest.raises(SystemExit) as stop:
         train_main([*tiny_flags, "--run_dir", str(tmp_path / "run"), "--cuda_graph", "--mixed_precision", "fp16"])
     assert stop.value.code == 2
-    assert "`cuda_graph` does not go with mixed_precision fp16" in capsys.readouterr().err
+    assert "`cuda_graph` does not work with mixed_precision fp16" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("way", ["textgen, graph", "textgen, side by side", "textgen, graph, side by side"])

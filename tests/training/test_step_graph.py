@@ -167,7 +167,7 @@ def test_step_that_cannot_be_captured_is_taken_without(
     assert len(tried) == 1
     assert StepGraph(lambda work: work).is_refused is False
     assert [message for message in caplog.messages if "captured" in message] == [
-        "the step cannot be captured in a CUDA graph, so steps are taken without: "
+        "the step cannot be captured in a CUDA graph, so each step runs without one: "
         "operation not permitted when stream is capturing"
     ]
     assert_same_bits(tmp_path / "run", plain)
@@ -272,7 +272,7 @@ def test_a_graph_is_refused_on_a_cpu(tiny_flags: list[str], tmp_path: Path, caps
     ("processes", "precision", "message"),
     [
         (2, "bf16", "`cuda_graph` is for one process, and there are 2: leave it out"),
-        (1, "fp16", "`cuda_graph` does not go with mixed_precision fp16, .*`--mixed_precision bf16`"),
+        (1, "fp16", "`cuda_graph` does not work with mixed_precision fp16, .*`--mixed_precision bf16`"),
         (1, "bf16", None),
         (1, "no", None),
     ],

@@ -96,7 +96,7 @@ def _require_origin(path: Path, beside: Path, origin: dict[str, str]) -> None:
         fail(f"`{path}` is not empty and has no readable `{beside.name}` beside it: name another file")
     known = before if isinstance(before, dict) else {}
     if other := [name for name in origin if known.get(name) != origin[name]]:
-        fail(f"`{path}` was begun with other {' and '.join(other)}: name another file")
+        fail(f"`{path}` was started with other {' and '.join(other)}: name another file")
 
 
 def _count_lines(file: BinaryIO) -> int:

@@ -67,7 +67,7 @@ def dashboard_command(argv: Sequence[str]) -> None:
     """Create the dashboard in a project and print its address; with `--print`, print its specification instead."""
     parser = Parser(
         prog="textgen dashboard",
-        description="Create a W&B workspace for the runs of a project. Its other workspaces stay as they are.",
+        description="Create a W&B workspace for the runs of a project. Its other workspaces are not changed.",
     )
     parser.add_argument(
         "--project",
@@ -89,14 +89,14 @@ def dashboard_command(argv: Sequence[str]) -> None:
     from textgen.tracking.wandb import has_wandb_key
 
     if (mode := find_mode(TrackingConfig())).value == "disabled":
-        fail(f"W&B is off, by {mode.place}; `--print` needs no W&B")
+        fail(f"W&B is switched off by {mode.place}; `--print` needs no W&B")
     if not has_wandb_key():
-        fail("no W&B key, neither of `wandb login` nor in WANDB_API_KEY; `--print` needs none")
+        fail("no W&B key, neither from `wandb login` nor in WANDB_API_KEY; `--print` needs no key")
     try:
         workspace = build_workspace(project, args.entity or wandb.Api().default_entity)
         workspace.save()  # creates a new workspace
     except Exception as error:  # some of W&B's exception classes are private
-        fail(f"W&B did not take the dashboard: {first_line(error)}")
+        fail(f"W&B refused the dashboard: {first_line(error)}")
     print(workspace.url)
 
 

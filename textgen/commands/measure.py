@@ -141,7 +141,7 @@ def _open(args: Any) -> tuple[OpenModel, Decoder]:
 
     run_dir = Path(args.run)
     if not checkpoints(run_dir):
-        fail(f"`{run_dir}` is no run folder with checkpoints" if run_dir.exists() else f"`{run_dir}` does not exist")
+        fail(f"`{run_dir}` is not a run folder with checkpoints" if run_dir.exists() else f"`{run_dir}` does not exist")
     return open_decoder(run_dir, args.decoder, best=args.best)
 
 

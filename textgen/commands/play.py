@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from textgen.decoding.generation import Sample
 
 HELP = """\
-A line is appended to the text as it is typed, and the model goes on from there. Begin it with a space if a new word
-begins. An empty line lets the model go on. Ctrl-C stops a continuation. A line that begins with a colon is a command;
-write `::` to begin a text with a colon.
+A line is appended to the text as it is typed, and the model continues from there. Begin it with a space if a new word
+begins. An empty line lets the model continue. Ctrl-C stops a continuation. A line that begins with a colon is a
+command; write `::` to begin a text with a colon.
 
   :again       another continuation of the same beginning
   :undo        back to before the last continuation or line
   :n 3         draw three continuations at a time
-  :pick 2      go on from the second of them
+  :pick 2      continue from the second of them
   :t 0.8       temperature; so do :p (top_p), :k (top_k) and the long names of the settings below.
                A name alone shows the value, `none` turns a filter off
   :text        the text so far
@@ -81,7 +81,7 @@ def play_command(argv: Sequence[str]) -> None:
 
 
 def _converse(player: _Player, read_line: ReadLine) -> None:
-    """Obey a user, whose errors end nothing."""
+    """Run the user's lines; after an error, print it and continue."""
     _note("type a text, or `:help`")
     while True:
         try:
@@ -151,7 +151,7 @@ class _Player:
         self.draft, self._config, self._normalize, self._n = draft, config, normalize, 1
 
     def obey(self, line: str) -> bool:
-        """Do what a line says; return whether to go on.
+        """Run one line; return whether to continue.
 
         Raises:
             TextgenError: it cannot be done; the draft is as before.
@@ -203,7 +203,7 @@ class _Player:
 
         def require_free() -> None:
             if path.exists() and not path.is_file():
-                raise TextgenError(f"`{name}` is no file")
+                raise TextgenError(f"`{name}` is not a file")
             if path.exists() and not replace:
                 raise TextgenError(f"`{name}` exists: `:save! {name}` replaces it")
 
@@ -224,7 +224,9 @@ class _Player:
     def _set(self, name: str, value: str) -> None:
         """Set a setting, or print its value."""
         if name not in ("n", *SETTINGS):
-            raise TextgenError(f"`:{name[:40]}` is no command; `:help` lists them, and `::` begins a text with a colon")
+            raise TextgenError(
+                f"`:{name[:40]}` is not a command; `:help` lists them, and `::` begins a text with a colon"
+            )
         if not value:
             print(f"{name} {self._value_of(name)}", flush=True)
         elif name == "n":
@@ -241,7 +243,7 @@ class _Player:
 
 
 def _note(message: str) -> None:
-    """Print what is not of the text; standard output is for texts."""
+    """Print a message that is not part of the text; standard output is for texts."""
     print(message, file=sys.stderr, flush=True)
 
 

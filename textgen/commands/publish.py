@@ -25,7 +25,7 @@ def publish_command(argv: Sequence[str]) -> None:
     """Write or upload a model and print its folder or address."""
     parser = Parser(
         prog="textgen publish",
-        description="Publish a model with a card of its figures. The hub's token is the one of `hf auth login`.",
+        description="Publish a model with a card of its figures. The hub's token is read from `hf auth login`.",
     )
     add_model_arguments(parser)
     parser.add_argument(

@@ -25,13 +25,13 @@ def report_command(argv: Sequence[str]) -> None:
     runs = [Path(run) for run in args.runs]
     for run in runs:
         if not run.is_dir():
-            fail(f"`{run}` is no run folder" if run.exists() else f"`{run}` does not exist")
+            fail(f"`{run}` is not a run folder" if run.exists() else f"`{run}` does not exist")
         if not any((run / name).exists() for name in (SETTINGS_NAME, METRICS_NAME, STATUS_NAME)):
-            fail(f"`{run}` is no run folder: it has no `{SETTINGS_NAME}`, `{METRICS_NAME}` or `{STATUS_NAME}`")
+            fail(f"`{run}` is not a run folder: it has no `{SETTINGS_NAME}`, `{METRICS_NAME}` or `{STATUS_NAME}`")
     out = Path(args.out or (runs[0] / REPORT_NAME if len(runs) == 1 else REPORT_NAME))
     if out.suffix != ".html":  # a typing error must not replace another file of a run
         parser.error(f"`out` must end in `.html`: {out}")
     if not out.parent.is_dir():
-        fail(f"`{out.parent}` is no folder")
+        fail(f"`{out.parent}` is not a folder")
     write_report(runs, out)
     print(out)

@@ -150,7 +150,7 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
         given, missing = ("out", "batch_file") if args.batch_file is None else ("batch_file", "out")
         parser.error(f"`{given}` needs `{missing}`")
     if args.batch_file is not None and (args.prompt is not None or args.prompt_file is not None):
-        parser.error("`batch_file` goes with neither `prompt` nor `prompt_file`")
+        parser.error("`batch_file` cannot be combined with `prompt` or `prompt_file`")
     if config.logprobs is not None and not args.json and args.out is None:
         parser.error("`logprobs` needs `json` or `out`")
     return args, config
@@ -200,7 +200,7 @@ class _Sampler:
         return number_requests(((prompt.text, config_of(prompt)) for prompt in self._prompts), self._drawn)
 
     def groups(self, skip: int = 0) -> Iterator[list[Sample]]:
-        """Yield the samples of each group, in order, but for the first `skip` groups.
+        """Yield the samples of each group, in order, except the first `skip` groups.
 
         After an interrupt no group is yielded. Samples that end before earlier ones are held here; `generate_stream`
         bounds their number.
@@ -224,7 +224,7 @@ class _Sampler:
         return sorted(group, key=lambda sample: -sample.mean_logprob)[: self._num_samples]
 
     def records(self, skip: int = 0) -> Iterator[list[dict[str, Any]]]:
-        """Yield the kept samples of each group as JSON objects, but for the first `skip` groups."""
+        """Yield the kept samples of each group as JSON objects, except the first `skip` groups."""
         for index, group in enumerate(self.groups(skip), skip):
             prompt = self._prompts[index * self._group_size // self._drawn]
             yield [_record(sample, prompt) for sample in self.best(group)]

@@ -110,7 +110,7 @@ def _check(parser: Parser, args: Any) -> None:
     if args.time is not None and (minutes(args.time) or 0) <= MINUTES_TO_SAVE:
         parser.error(f"`time` must be 90 (minutes), 4:00:00 or the like, above {MINUTES_TO_SAVE} minutes: {args.time}")
     if args.name is not None and not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name, re.ASCII):
-        parser.error(f"`name` names a folder, by letters, digits and `._-`: {args.name}")
+        parser.error(f"`name` must be the name of a folder, of letters, digits and `._-`: {args.name}")
     if args.array is not None and args.sweep is None:
         parser.error(f"`array` needs a `--sweep`: {args.array}")
     for option in args.sbatch:
@@ -187,7 +187,7 @@ def read_sweep(path: str, common: Sequence[str] = ()) -> list[list[str]]:
         try:
             own = shlex.split(line, comments=True)
         except ValueError:
-            fail(f"`{path}` line {number} has a quote that nothing closes: {line}")
+            fail(f"`{path}` line {number} has a quote that is not closed: {line}")
         if (folder := _run_dir([*common, *own])) is not None:
             fail(f"`run_dir` cannot be set in a sweep, whose trainings get a folder each: {folder}")
         if own:
@@ -295,7 +295,7 @@ def _advice(args: Any, run_dir: str, job: str, again: str) -> str:
         ("stop", f"scancel {job}    # saves if there is time: Slurm's KillWait, mostly 30 s"),
         ("", f"scontrol update JobId={one} Requeue=0 && {save}    # saves without a time limit"),
         ("restart", f"{save}    # saves, and waits in the queue again"),
-        *([] if sweep else [("go on", f"{again}    # once it has ended")]),
+        *([] if sweep else [("continue", f"{again}    # after it has ended")]),
     ]
     return "\n".join(f"{name:8} {text}" for name, text in lines)
 

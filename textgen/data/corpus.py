@@ -87,7 +87,9 @@ class CleanCorpus:
         for source, kept in self._parts[split]:
             for text, keep in zip_longest(self._corpus.splits[source](), kept):
                 if text is None or keep is None:
-                    raise TextgenError(f"{self.description} changed while it was read: not {len(kept)} documents now")
+                    raise TextgenError(
+                        f"{self.description} changed while it was read: it no longer has {len(kept)} documents"
+                    )
                 if keep:
                     yield normalize(text, self._normalization)
 
@@ -358,9 +360,9 @@ def _hold_out(
         logger.info("no validation: `validation_fraction` is 0")
     elif not held_out.any() and "ends" not in hashes:
         reason = (
-            "one document is too short to be held out in part"
+            "the only document is too short to hold out a part of it"
             if config.reading_rules > 1
-            else "`reading_rules` 1 hold nothing out of one document"
+            else "`reading_rules` 1 holds nothing out of a single document"
         )
         logger.warning("NO VALIDATION: %s", reason)
     return corpus, hashes, held_out

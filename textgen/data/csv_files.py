@@ -176,7 +176,7 @@ def _read_rows(
             line = end + 1
     if num_spanning and (is_odd or num_lines > num_rows):
         tally.say(
-            "`%s`: %d of %d rows span several lines, that of line %d spans %d; if quotation marks are part of the "
+            "`%s`: %d of %d rows span several lines, the one at line %d spans %d; if quotation marks are part of the "
             "text, set `--data.csv_quoting none`",
             path, num_spanning, num_rows - 1, where, most,
         )  # fmt: skip

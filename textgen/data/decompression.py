@@ -25,7 +25,7 @@ FREE_BYTES = 64 << 20  # of output, at any ratio
 
 
 class _Decompressor(Protocol):
-    """What the standard library's decompressors have in common; each decompresses one member of a file."""
+    """The interface that the standard library's decompressors share; each decompresses one member of a file."""
 
     @property
     def eof(self) -> bool: ...
@@ -101,7 +101,7 @@ class _Decompressed(io.RawIOBase):
         if self._given > max(FREE_BYTES, MAX_RATIO * self._taken):
             raise TextgenError(
                 f"`{self._path}` holds more than {MAX_RATIO} times its size: {self._given >> 20} MiB in the first "
-                f"{self._taken:,} bytes; if it is what it should be, decompress it first"
+                f"{self._taken:,} bytes; if the file is what you expect, decompress it first"
             )
         if self._member.eof:
             self._rest, self._member = self._member.unused_data, None

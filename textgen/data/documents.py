@@ -157,7 +157,7 @@ def _rest_of_line(file: io.BufferedReader) -> Iterator[bytes]:
 
 
 class _BlankLines:
-    """Tells blank lines from others; the pieces of a long line are never blank, but for the first one."""
+    """Distinguishes blank lines from others; the pieces of a long line are never blank, except the first one."""
 
     def __init__(self) -> None:
         self._is_within_line = False

@@ -48,8 +48,8 @@ def open_text(path: str, settings: DataConfig, *, keep_mark: bool = False) -> It
             _require_bytes_of(head, path)
         elif head and encoding in ("utf-16", "utf-32") and wide_mark(head) is None and not head.startswith(UTF8_MARK):
             raise TextgenError(
-                f"`{path}` begins with no byte order mark of {encoding.upper()}: if it is that, set "
-                f"`--data.encoding {encoding}-le` or `{encoding}-be`"
+                f"`{path}` does not begin with a byte order mark of {encoding.upper()}: if it is {encoding.upper()}, "
+                f"set `--data.encoding {encoding}-le` or `{encoding}-be`"
             )
         if encoding == "utf-8" and settings.reading_rules > 1:
             _refuse_unmarked(head, path)

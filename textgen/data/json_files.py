@@ -66,7 +66,11 @@ def _text_of(row: object, column: str, tally: Tally) -> str:
     if not isinstance(row, dict):
         raise RowError(f" is not a JSON object with a key `{column}`: {reprlib.repr(row)}")
     if column not in row:
-        hint = "; wanted the array alone" if any(isinstance(value, list) for value in row.values()) else ""
+        hint = (
+            "; wanted the array without an object around it"
+            if any(isinstance(value, list) for value in row.values())
+            else ""
+        )
         raise RowError(f"{no_column('', column, row)}{hint}")
     value = row[column]
     if value is None:
@@ -96,13 +100,13 @@ def _read_values(file: io.BufferedReader, path: str, settings: DataConfig, tally
         if is_array:
             seen = values.peek()
             if seen not in (",", "]") or not seen:
-                raise values.error(f"an array goes on with `,` or ends with `]`: {seen or 'the file ends'}")
+                raise values.error(f"wanted `,` or `]` after a value of the array: {seen or 'the file ends'}")
             values.place += seen == ","
             if seen == "," and values.peek() == "]":
-                raise values.error("a `,` is followed by a value: ]")
+                raise values.error("wanted a value after `,`: ]")
     values.place += is_array
     if rest := values.peek():
-        raise values.error(f"the file ends after its array: {rest}")
+        raise values.error(f"wanted the end of the file after the array: {rest}")
 
 
 class _Values:
@@ -125,7 +129,7 @@ class _Values:
         return self._line + self.text.count("\n", 0, place)
 
     def error(self, message: str) -> TextgenError:
-        """Return the error for what is at the present place."""
+        """Return an error about the text at the current place."""
         return TextgenError(f"`{self._path}` line {self.line_of(self.place)} is not valid JSON: {message}")
 
     def peek(self) -> str:

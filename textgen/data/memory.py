@@ -25,7 +25,7 @@ def corpus_of_texts(texts: Sequence[str] | Mapping[str, Sequence[str]], config: 
         config: the settings of data.
 
     Raises:
-        TextgenError: there is no list of texts, or something in it is no text.
+        TextgenError: there is no list of texts, or an item is not a string of valid text.
     """
     splits = {}
     for split, documents in _by_split(texts, "texts").items():
@@ -72,7 +72,7 @@ def _read_dataset(rows: Any, split: str, config: DataConfig, tally: Tally) -> It
 def _by_split(given: Any, name: str) -> dict[str, Any]:
     splits = dict(given) if isinstance(given, Mapping) else {"train": given}
     if unknown := [split for split in splits if split not in SPLITS]:
-        raise TextgenError(f"`{name}` has a split `{unknown[0]}`; those of textgen are {in_backticks(SPLITS)}")
+        raise TextgenError(f"`{name}` has a split `{unknown[0]}`; textgen's splits are {in_backticks(SPLITS)}")
     return splits
 
 

@@ -15,7 +15,7 @@ from textgen.errors import TextgenError, in_backticks
 # A row is read whole, before its text is cut. csv holds four bytes for each character.
 ROW_BYTES = 32 << 20
 NAMED = 20  # columns of a row without a text
-TOO_LONG = f" is longer than a row may be, {ROW_BYTES >> 20} MiB; a longer text can be a .txt file"
+TOO_LONG = f" is longer than the limit of a row, {ROW_BYTES >> 20} MiB; a longer text can be a .txt file"
 
 
 def read_lines(file: io.BufferedReader, path: str, settings: DataConfig, tally: Tally) -> Iterator[tuple[int, str]]:
@@ -46,7 +46,7 @@ def take_text(value: object, column: str) -> str:
     """Return a value that is a text: a string of Unicode scalars.
 
     Raises:
-        RowError: it is none.
+        RowError: the value is not a text.
     """
     if not isinstance(value, str):
         raise RowError(f": `{column}` is not a string: {reprlib.repr(value)}")
@@ -55,7 +55,7 @@ def take_text(value: object, column: str) -> str:
             value.encode()
         except UnicodeEncodeError as error:
             surrogate = f"`\\u{ord(value[error.start]):04x}`"
-            raise RowError(f": `{column}` holds a lone surrogate, which is no text: {surrogate}") from error
+            raise RowError(f": `{column}` holds a lone surrogate, which is not valid text: {surrogate}") from error
     return value
 
 

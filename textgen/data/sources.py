@@ -1,6 +1,6 @@
 """The files that paths, folders and globs name, and the split that each belongs to.
 
-docs/how-to/data.md states the rules for a user. Rules 1 are those of textgen 0.1, for runs that were begun with them.
+docs/how-to/data.md states the rules for a user. Rules 1 are those of textgen 0.1, for runs that were started with them.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def _saved_dataset(folder: str) -> list[str] | None:
             state = parse_json(file.read(JSON_BYTES + 1))
         names = [entry["filename"] for entry in state["_data_files"]]
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise TextgenError(f"`{path}` is not that of a saved dataset: {one_line(error)}") from error
+        raise TextgenError(f"`{path}` is not the state of a saved dataset: {one_line(error)}") from error
     if state.get("_indices_data_files"):
         raise TextgenError(f"`{path}` names rows by an index, as old versions of datasets did: save the dataset again")
     for name in names:
@@ -215,7 +215,7 @@ def _add(path: str, found: _Found, rules: int) -> None:
     elif not name.endswith(_endings(rules)):
         found.left[_ending(name) or "without ending"] += 1
     elif not os.path.isfile(path):  # a pipe or a broken link
-        found.left["no plain file"] += 1
+        found.left["not a plain file"] += 1
     else:
         found.files.append(path)
 

@@ -96,7 +96,7 @@ class TokenStore:
         """Open a store, without reading its tokens.
 
         Raises:
-            TextgenError: there is no whole store.
+            TextgenError: the store is missing, damaged or incomplete.
         """
         directory = Path(directory).expanduser()
         try:
@@ -185,7 +185,7 @@ def _map(path: Path) -> NDArray[Any]:
 def prepare_store(
     data: DataConfig, tokenizer: TokenizerConfig, *, corpus: Corpus | None = None, progress: bool = True
 ) -> TokenStore:
-    """Return the token store of a corpus, encoding it first where nobody has.
+    """Return the token store of a corpus, encoding it first if there is none.
 
     Every process may call this at once: one prepares while the others wait at a file lock, outside any collective.
     Stores are keyed by content. A small index from the source's fingerprint (file sizes and times, package version)
@@ -198,7 +198,7 @@ def prepare_store(
         progress: show how far the encoding is.
 
     Raises:
-        TextgenError, TokenizerError: what is wrong with the text or the settings.
+        TextgenError, TokenizerError: the text or a setting cannot be used.
     """
     if data.store is not None:
         if data.source == "memory" and not Path(data.store).exists():

@@ -21,18 +21,18 @@ def texts_to_score(
     """Return documents of files, or of a split of the data that a checkpoint was trained on.
 
     Args:
-        checkpoint: its directory; None of a model that does not say what it was trained on.
+        checkpoint: its directory; None for a model without a record of its training text.
         data: a file, folder or glob, or a split.
         settings: how files are read.
         limit: the first ones only.
-        normalization: what the model reads of texts.
+        normalization: the one of the model's training text.
 
     Raises:
-        TextgenError, CheckpointError: there are none.
+        TextgenError, CheckpointError: there are no documents, or they cannot be read.
     """
     if data in SPLITS:
         if checkpoint is None:
-            raise TextgenError(f"the model does not say what it was trained on: give `--data` a file, not `{data}`")
+            raise TextgenError(f"the model has no record of its training text: give `--data` a file, not `{data}`")
         texts = _split_texts(checkpoint, data, limit)
     else:
         documents = (text for text in read_documents([data], settings) if text.strip())

@@ -62,9 +62,9 @@ def _fastest(device: str, directory: Path | None) -> tuple[CellDtype, str]:
             return "bfloat16", "the GPU has it"
         return "float32", "the GPU has no bfloat16"
     if device != "cpu":
-        return "float32", f"nothing else is known of {device}"
+        return "float32", f"no faster dtype is known for {device}"
     if not multiplies_int8():
-        no_int8 = "no int8, which takes VNNI"
+        no_int8 = "no int8, as the processor has no VNNI"
     else:
         cost, no_int8 = _int8_cost(directory)
         if cost is not None and cost <= MOST_BITS_PER_BYTE:
@@ -91,7 +91,7 @@ def _int8_cost(directory: Path | None) -> tuple[float | None, str]:
         cost = float(bits["int8"] - bits["plain"])
         with (path.parent / WEIGHTS_NAME).open("rb") as file:
             if figures["model_sha256"] != hashlib.file_digest(file, "sha256").hexdigest():
-                return None, f"`{FIGURES_NAME}` is of other weights"
+                return None, f"`{FIGURES_NAME}` belongs to other weights"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return None, f"`{path}` cannot be used ({type(error).__name__}: {str(error)[:80]})"
     return cost, f"int8 costs {cost:+.5f} bits per byte"

@@ -58,7 +58,7 @@ class Draft:
         """
         self._require_picked()
         if text.isspace():  # the tokenizer reads it as an empty text
-            raise TextgenError("the line is only spaces; an empty line goes on with the text")
+            raise TextgenError("the line is only spaces; an empty line continues the text")
         self._append(text, by_model=False)
         self.alternatives = ()
 
@@ -77,7 +77,7 @@ class Draft:
             Events of `generate_stream`. The draft changes after the last one.
 
         Raises:
-            TextgenError: an alternative is to be picked first, or there is no continuation yet.
+            TextgenError: no alternative is picked yet, or there is no continuation yet.
         """
         if not again:
             self._require_picked()

@@ -153,7 +153,7 @@ def _build_accelerator(precision: str, *, processes: int, use_cpu: bool, timeout
         if processes == 1:
             raise
         raise TextgenError(
-            f"the launcher promised {processes} processes, but they did not meet: {first_line(error)}"
+            f"the launcher promised {processes} processes, but they did not connect: {first_line(error)}"
         ) from error
 
 

@@ -52,7 +52,7 @@ def compiled(source: Path, cache: Path) -> Path:
     cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     status = cache.stat()
     if status.st_uid != os.getuid() or status.st_mode & 0o022:
-        raise OSError(f"`{cache}` may be written by others, who could leave code there")
+        raise OSError(f"`{cache}` is writable by other users, who could put code there")
     compiler = next(filter(None, map(shutil.which, COMPILERS)), None)
     if compiler is None:
         raise RuntimeError(f"there is no C++ compiler ({', '.join(COMPILERS)})")

@@ -121,7 +121,7 @@ def resolve_model_directory(name: str | Path) -> Path:
         )
     except Exception as error:
         raise TextgenError(
-            f"`{name}` is no directory and cannot be read from the hub: {first_line(unreached or error)}"
+            f"`{name}` is not a directory and cannot be read from the hub: {first_line(unreached or error)}"
         ) from error
 
 

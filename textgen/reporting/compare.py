@@ -59,7 +59,7 @@ def read_run(path: Path) -> RunSummary:
         ValueError: the folder is not a run, or one of these files is damaged; the message is one line.
     """
     if not path.is_dir():
-        raise ValueError(f"`{path}` is no run folder" if path.exists() else f"`{path}` does not exist")
+        raise ValueError(f"`{path}` is not a run folder" if path.exists() else f"`{path}` does not exist")
     return summarize(path, read_settings(path / SETTINGS_NAME), read_metrics_strict(path))
 
 

@@ -233,7 +233,7 @@ def _describe_state(run: RunFiles) -> str:
     state, step, total = run.summary.state, run.summary.step, run.summary.total_steps
     reason, time = run.summary.reason, run.status.get("time")
     place = "before the first step" if step is None else f"at step {step:,}" + (f" of {total:,}" if total else "")
-    words = [f"{state or 'of unknown state: no status.json'}, {place}"]
+    words = [f"{state or 'state unknown: no status.json'}, {place}"]
     words += [f"because: {reason}"] if reason else []
     words += [f"last change {time.replace('T', ' ').replace('+00:00', ' UTC')}"] if isinstance(time, str) else []
     words += ["a killed run stays in this state"] if state == "running" else []

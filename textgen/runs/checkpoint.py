@@ -404,7 +404,7 @@ def find_checkpoint(name: str | Path, *, best: bool = False, files: Sequence[str
     if newest is None:
         raise CheckpointError(f"`{name}` has no valid checkpoint: {'; '.join(map(str, problems))}")
     for problem in problems:
-        log.warning("INVALID CHECKPOINT left aside: %s", problem)
+        log.warning("INVALID CHECKPOINT skipped: %s", problem)
     if not best:
         _require_listed(newest, files)
         return newest

@@ -48,7 +48,7 @@ def read_metrics_strict(run_dir: Path) -> list[MetricsRow]:
                 break
             raise ValueError(f"`{path}` line {number} is not JSON: {line[:40]!r}") from error
         if not isinstance(row, dict):
-            raise ValueError(f"`{path}` line {number} is no row of metrics: {str(row)[:40]}")
+            raise ValueError(f"`{path}` line {number} is not a row of metrics: {str(row)[:40]}")
         rows.append(row)
     return rows
 

@@ -179,7 +179,7 @@ class Api:
         return JSONResponse(self._model)
 
     async def health(self, _: Request) -> Response:
-        """Tell that the server runs."""
+        """Confirm that the server runs."""
         return JSONResponse({"status": "ok"})
 
     async def prometheus(self, _: Request) -> Response:
@@ -211,7 +211,7 @@ async def _on_http_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     detail = error.detail
     if error.status_code == 404:
-        detail = "no API has this path; `POST /v1/completions` continues texts, there are no chats"
+        detail = "unknown path; `POST /v1/completions` continues texts; chats are not supported"
     response = ApiError(error.status_code, detail).response
     response.headers.update(error.headers or {})
     return response

@@ -228,7 +228,7 @@ def parse_request(body: bytes, limits: Limits) -> CompletionRequest:
         seen = items if n == 1 else times if prompts == 1 else f"{items} and {times}: {n * prompts} samples"
         wrong = "prompt", f"{seen}; at most {limits.max_samples}, by the server's flag `--max_waiting`"
     elif request.echo and request.logprobs is not None:
-        wrong = "echo", "`echo` does not go with `logprobs`: prompts are not scored"
+        wrong = "echo", "`echo` cannot be combined with `logprobs`: prompts are not scored"
     elif request.best_of is not None and n > 1:
         wrong = "best_of", f"`best_of` must be at least `n` {n}: {request.best_of}"
     elif wants_usage and not request.stream:
@@ -366,7 +366,7 @@ class Health(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong with a request."""
+    """The fault of a request."""
 
     message: str
     type: str
@@ -431,7 +431,7 @@ def describe_api(name: str, limits: Limits) -> dict[str, Any]:
             "/v1/models/{name}": {
                 "get": _operation("describe the model", _json_content(Model)) | {"parameters": [model_name]}
             },
-            "/healthz": {"get": _operation("tell that the server runs", _json_content(Health))},
+            "/healthz": {"get": _operation("confirm that the server runs", _json_content(Health))},
             "/metrics": {
                 "get": _operation("metrics for Prometheus", {"text/plain": {"schema": {"type": "string"}}}),
             },

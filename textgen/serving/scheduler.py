@@ -162,7 +162,7 @@ class Scheduler:
             if self._deadline is not None:
                 raise ClosedError("the server is shutting down")
             if len(self._waiting) + len(streams) > self.max_waiting:
-                raise BusyError(f"{len(self._waiting)} samples wait already, at most {self.max_waiting} may")
+                raise BusyError(f"{len(self._waiting)} samples are waiting, at most {self.max_waiting} may wait")
             self._waiting.extend(streams)
             self._changed.notify()
 

@@ -76,8 +76,8 @@ class AccelerateTracker:
             self._open_trackio("allow" if self._resumed else "never")
         if not self.catches_up and rows:
             self._given = max(self._given, len(rows))
-            new = "" if continued in (None, self._recorded.run_id) else "; this part of the training is a new run of it"
-            log.info("%s cannot list its rows here: rows that it lost are in `metrics.jsonl` alone%s", self._name, new)
+            new = "" if continued in (None, self._recorded.run_id) else "; this part of the training is a new run"
+            log.info("%s cannot list its rows here: rows that it lost are only in `metrics.jsonl`%s", self._name, new)
         for number, row in enumerate(rows):
             self.log(number, row, ())
 

@@ -71,7 +71,7 @@ def build_trackers(
     """
     trackers: dict[str, Backend] = {}
     if config.mode == "auto" and "wandb" in config.backends and (mode := find_mode(config)).value == "disabled":
-        log.info("W&B is off, by %s", mode.place)
+        log.info("W&B is switched off by %s", mode.place)
     for name in active_trackers(config):
         if name == "wandb":
             trackers["W&B"] = WandbRun(config, run_dir, settings, run_id=wandb_id, resumed=resumed)

@@ -175,7 +175,7 @@ class TrackerThread:
         if self._thread.is_alive():
             reason = f"it has not ended within {self._backend.finish_seconds:.0f} s"
             if self._backend.catches_up:
-                reason += "; a start that continues this run records the rows that it lacks"
+                reason += "; start this run again to record its missing rows"
             self._switch_off(reason)
             self._backend.abandon()
 

@@ -80,11 +80,11 @@ def has_wandb_key() -> bool:
 
 
 def choose_wandb_id(begun: str | None, run_dir: Path) -> str:
-    """Return the id of the run that was begun, else the id that the user or a sweep's agent has set, else a new one.
+    """Return the id of the run to continue, else the id that the user or a sweep's agent has set, else a new one.
 
     Args:
         begun: the id in the checkpoint that the training resumes from; None for a new training. A run that replaced
-            the one of the checkpoint goes on.
+            the one of the checkpoint is continued.
         run_dir: the run's folder.
     """
     replaced_by = RecordedRows(run_dir, "wandb").run_id if begun else None
@@ -171,13 +171,17 @@ class WandbRun:
         # A resumed run has several parts. A folder may have been removed or renamed since.
         shown = [shlex.quote(_shown(Path(name))) for name in self._recorded.folders if Path(name).exists()]
         upload = " ".join(["wandb sync", *(f"{name}/*run-*-{self._id}" for name in shown)])
-        log.info("W&B offline; look with `wandb leet %s`, upload with `%s`", shlex.quote(_shown(folder)), upload)
+        log.info(
+            "W&B is offline: view the run with `wandb leet %s`, upload it with `%s`",
+            shlex.quote(_shown(folder)),
+            upload,
+        )
 
     def _why_offline(self) -> str | None:
         """Return why the run is offline: empty if no warning is needed; None if the run can be online."""
         mode = find_mode(self._config).value
         if not has_wandb_key():
-            return "there is no API key: `wandb login`, or WANDB_API_KEY" if mode == "online" else ""
+            return "there is no API key: run `wandb login` or set WANDB_API_KEY" if mode == "online" else ""
         if mode == "offline":
             return ""
         url = server_address()

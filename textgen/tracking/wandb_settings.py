@@ -62,7 +62,7 @@ def find_mode(config: TrackingConfig) -> Setting:
     `tracking.mode` wins over W&B's settings, unless it is auto.
 
     Raises:
-        TextgenError: W&B's setting is no mode that a training can have.
+        TextgenError: W&B's setting is not a mode of a training.
     """
     if config.mode != "auto":
         return Setting(config.mode, "tracking.mode")

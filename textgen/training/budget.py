@@ -71,7 +71,8 @@ def fit_steps(learner: Learner, loader: StepLoader) -> int:
     if not accelerator.is_main_process:
         decided.zero_()
     steps = int(accelerator.reduce(decided, "sum"))
-    log.info("%d steps of %.3f s fit into %g minutes", steps, seconds, config.max_minutes)
+    minutes = "1 minute" if config.max_minutes == 1 else f"{config.max_minutes:g} minutes"
+    log.info("%d steps of %.3f s fit into %s", steps, seconds, minutes)
     return steps
 
 
@@ -106,5 +107,5 @@ def describe_cost(learner: Learner, loader: StepLoader, store: TokenStore) -> No
         accelerator,
         f"dry run: {describe_training(learner, store)}\n"
         f"{steps:,} steps of {seconds:.3f} s: {steps * seconds / 3600:.2f} hours, "
-        f"{memory:.2f} GiB of memory at its peak so far per process; nothing was written but the token store",
+        f"{memory:.2f} GiB of peak memory so far per process; only the token store was written",
     )

@@ -87,5 +87,7 @@ class StepGraph:
             self._replay = self._capture(work)
         except RuntimeError as error:
             self._is_refused = True
-            log.warning("the step cannot be captured in a CUDA graph, so steps are taken without: %s", reason_of(error))
+            log.warning(
+                "the step cannot be captured in a CUDA graph, so each step runs without one: %s", reason_of(error)
+            )
         self._inputs, self._results = static, results

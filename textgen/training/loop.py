@@ -118,7 +118,9 @@ def start_processes(config: TrainConfig) -> Accelerator:
     )
     # Directories may have other names on other machines. `build_training` compares the text by content.
     settings = {n: v for n, v in asdict(config).items() if n not in ("run_dir", "data", "tokenizer", "tracking")}
-    launch.assert_same(accelerator, (settings, accelerator.mixed_precision), "what flags and config file say")
+    launch.assert_same(
+        accelerator, (settings, accelerator.mixed_precision), "the configuration (flags and config file)"
+    )
     refuse_graph(config, accelerator)
     check_trackers(config.tracking)
     return accelerator
@@ -177,7 +179,7 @@ def train_and_save(training: Training, run: RunDirectory) -> None:
         finish_saving(training)
         run.write_status("preempted", step=progress.step, total_steps=progress.total_steps, reason=str(interrupted))
         interrupted.saved = True
-        log.info("%s: saved at step %d; the same command goes on from there", interrupted, progress.step)
+        log.info("%s: saved at step %d; run the same command again to continue", interrupted, progress.step)
         raise
     finally:
         if training.saver is not None:
@@ -454,7 +456,7 @@ def _reason(error: BaseException) -> str:
         return message
     named = f"{type(error).__name__}: {message}"
     if isinstance(error, torch.distributed.DistError) or "gloo" in message:
-        return f"another process has ended, or was waited for in vain: {named.partition('. ')[0]}"
+        return f"another process has ended, or did not answer: {named.partition('. ')[0]}"
     return named
 
 

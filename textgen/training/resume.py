@@ -156,7 +156,7 @@ def keep_reading_rules(config: TrainConfig) -> TrainConfig:
         except (ValueError, KeyError, TypeError):
             continue  # `find_resume_point` says what is wrong
         if rules == 1:
-            log.info("`%s` was begun with `--data.reading_rules 1`, and goes on with it", directory)
+            log.info("`%s` was started with `--data.reading_rules 1` and keeps it", directory)
             return replace(config, data=replace(config.data, reading_rules=1))
         break
     return config
@@ -255,7 +255,7 @@ def _choose_named(name: str, run_dir: Path) -> Path | None:
     """Return the checkpoint of that name; None if the run started from it and has newer ones."""
     directory = find_checkpoint(name)
     if directory is None:
-        raise CheckpointError(f"`{name}` is no checkpoint, and no run that has one")
+        raise CheckpointError(f"`{name}` is neither a checkpoint nor a run with one")
     newest, path = next(iter(checkpoints(run_dir)), (0, None))
     if path is None or newest <= verify(directory, []).step:
         return directory
@@ -279,7 +279,7 @@ def _newest_after_cleaning(run_dir: Path) -> Path | None:
         )
     if problems:
         log.warning(
-            "INVALID CHECKPOINTS: %s; set aside as `*.invalid`, going on from `%s`",
+            "INVALID CHECKPOINTS: %s; set aside as `*.invalid`, continuing from `%s`",
             "; ".join(map(str, problems)),
             chosen,
         )
@@ -320,7 +320,7 @@ def read_trainer(directory: Path, manifest: Manifest) -> tuple[dict[str, Any], P
 def _read_progression(values: object, path: Path) -> Progression:
     kinds = typing.get_type_hints(Progression)
     if not isinstance(values, dict) or values.keys() != kinds.keys():
-        raise CheckpointError(f"`{path}` is of another version of textgen: it has other numbers")
+        raise CheckpointError(f"`{path}` is of another version of textgen: its progression has other fields")
     for name, value in values.items():
         allowed = typing.get_args(kinds[name]) or (kinds[name],)
         if type(value) not in allowed or (value is not None and not -1 < value < 1 << 63):

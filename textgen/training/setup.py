@@ -116,7 +116,7 @@ def refuse_graph(config: TrainConfig, accelerator: Accelerator) -> None:
         raise TextgenError(f"`cuda_graph` is for one process, and there are {accelerator.num_processes}: leave it out")
     if accelerator.mixed_precision == "fp16":
         raise TextgenError(
-            "`cuda_graph` does not go with mixed_precision fp16, whose scaler asks the device at every step: "
+            "`cuda_graph` does not work with mixed_precision fp16, whose scaler asks the device at every step: "
             "leave it out, or use `--mixed_precision bf16`"
         )
 
