@@ -319,9 +319,11 @@ def test_fingerprint_changes_with_the_files_and_the_settings(folder: Path) -> No
 def test_a_source_that_changed_since_it_was_cleaned_is_refused(folder: Path) -> None:
     path = write_jsonl(folder / "a.jsonl", ["a", "b"])
     cleaned = clean(path, validation_fraction=0.0)
-    write_jsonl(path, ["a", "b", "c"])
-    with pytest.raises(TextgenError, match="changed while it was read"):
-        list(cleaned.documents("train"))
+    assert list(cleaned.documents("train")) == ["a", "b"]
+    for others in (["a", "b", "c"], ["a"], ["a", "c"], ["a", ""], ["b", "a"], ["a", "b "]):
+        write_jsonl(path, others)
+        with pytest.raises(TextgenError, match="changed while it was read"):
+            list(cleaned.documents("train"))
 
 
 def test_a_split_that_is_not_there_is_refused_with_those_that_are(folder: Path) -> None:

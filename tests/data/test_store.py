@@ -416,6 +416,24 @@ def test_tokens_take_two_bytes_where_the_vocabulary_allows(tmp_path: Path, vocab
     assert texts_of(store, "train") == texts
 
 
+def test_text_that_changes_while_it_is_encoded_leaves_no_store(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clean, text = textgen.data.store.clean_corpus, corpus.read_text()
+
+    def clean_and_change(*given: Any) -> CleanCorpus:
+        cleaned = clean(*given)
+        corpus.write_text(text.replace("good", "fine"))
+        return cleaned
+
+    with monkeypatch.context() as patch:
+        patch.setattr(textgen.data.store, "clean_corpus", clean_and_change)
+        with pytest.raises(TextgenError, match="changed while it was read: other texts in its split `train`"):
+            prepare(corpus, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*/store.json"))
+    assert "good" not in "".join(texts_of(prepare(corpus, tmp_path / "cache"), "train"))
+
+
 def test_data_store_opens_a_store_directly(corpus: Path, tmp_path: Path) -> None:
     made = prepare(corpus, tmp_path / "cache")
     moved = made.directory.rename(tmp_path / "moved")

@@ -84,6 +84,7 @@ class CleanCorpus:
         return self._read(split)
 
     def _read(self, split: str) -> Iterator[str]:
+        digest = hashlib.sha256(self._normalization.encode())
         for source, kept in self._parts[split]:
             for text, keep in zip_longest(self._corpus.splits[source](), kept):
                 if text is None or keep is None:
@@ -91,7 +92,10 @@ class CleanCorpus:
                         f"{self.description} changed while it was read: it no longer has {len(kept)} documents"
                     )
                 if keep:
+                    digest.update(hashlib.sha256(text.encode()).digest()[:8])
                     yield normalize(text, self._normalization)
+        if digest.hexdigest() != self.digests[split]:
+            raise TextgenError(f"{self.description} changed while it was read: other texts in its split `{split}`")
 
 
 # Opening a source
