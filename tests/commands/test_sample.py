@@ -434,7 +434,7 @@ def refuse(tiny_run: Path, capsys: Capture) -> Sampler:
         (["--banned_tokens", "1", "x"], "`banned_tokens` must be a list of integers: [1, 'x']"),
         (["--forced_tokens", "-3"], "`forced_tokens` must be ids of tokens: (-3,)"),
         (["--banned_tokens", "9999"], "`banned_tokens` must be below the vocabulary's size 340: 9999"),
-        (["--banned_tokens", *map(str, range(340))], "`banned_tokens` leave nothing to draw"),
+        (["--banned_tokens", *map(str, range(340))], "`banned_tokens` leaves no token to draw"),
         (["--forced_tokens", "5", "6", "--max_new_tokens", "1"],
          "`forced_tokens` must be at most `max_new_tokens` 1: 2"),
         (["--min_new_tokens", "9", "--max_new_tokens", "8"],

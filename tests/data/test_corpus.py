@@ -451,7 +451,7 @@ def test_a_dataset_folder_that_is_missing_is_not_looked_for_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(TextgenError, match=f"^dataset `{name}` is no folder that exists, and a name on the hub is"):
+    with pytest.raises(TextgenError, match=f"^dataset `{name}` is not an existing folder, and a name on the hub is"):
         open_corpus(DataConfig(dataset=name))
 
 

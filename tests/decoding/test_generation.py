@@ -472,5 +472,5 @@ def test_bans_that_leave_nothing_to_draw_are_refused(model: LSTMLanguageModel, t
     ]
     for settings_ in ({"banned_tokens": but_the_end, "min_new_tokens": 1},
                       {"banned_tokens": (*but_the_end, tokenizer.eos_id)}):  # fmt: skip
-        with pytest.raises(ValueError, match=r"^`banned_tokens` leave nothing to draw$"):
+        with pytest.raises(ValueError, match=r"^`banned_tokens` leaves no token to draw$"):
             sample_all(model, tokenizer, ["a"], SamplingConfig(**settings_))

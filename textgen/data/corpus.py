@@ -207,7 +207,7 @@ def _load_hub_dataset(name: str, configuration: str | None) -> tuple[Mapping[str
     if os.path.isdir(name):
         return _load_dataset(name, configuration), "folder"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise TextgenError(f"dataset `{name}` is no folder that exists, and a name on the hub is `OWNER/NAME`")
+        raise TextgenError(f"dataset `{name}` is not an existing folder, and a name on the hub is `OWNER/NAME`")
     cache = Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets")))
     # Its folder of `Owner/SomeName` is `Owner___some_name`.
     folders = (folder for folder in cache.glob("*") if _letters(folder.name) == _letters(name))

@@ -230,7 +230,7 @@ def require_drawable(config: SamplingConfig, tokenizer: Tokenizer) -> None:
             raise ValueError(f"`{name}` must be below the vocabulary's size {tokenizer.vocab_size}: {wrong[0]}")
     never = {*config.banned_tokens, tokenizer.unk_id} | ({tokenizer.eos_id} if config.min_new_tokens else set())
     if config.banned_tokens and len(never) == tokenizer.vocab_size:
-        raise ValueError("`banned_tokens` leave nothing to draw")
+        raise ValueError("`banned_tokens` leaves no token to draw")
 
 
 # --- a sample on the host --------------------------------------------------------------------------------------------

@@ -76,8 +76,8 @@ def check_disk(group: ProcessGroup, run_dir: Path) -> Check:
     value |= {"seen_by": len(everyone)}
     if value["lock"] == "lease":
         advice = (
-            f"the disk of `{place}` has no locks (flock fails): a training holds its run by a lease, and that of a "
-            f"dead machine is taken over after {SILENT_SECONDS:g} s; see docs/explanation/reliability.md"
+            f"the disk of `{place}` has no locks (flock fails): a training holds its run by a lease, and the lease "
+            f"of a dead machine is taken over after {SILENT_SECONDS:g} s; see docs/explanation/reliability.md"
         )
         return Check("disk", "warn", value, advice)
     return Check("disk", "ok", value)
