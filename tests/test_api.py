@@ -483,7 +483,7 @@ def test_an_exception_of_on_row_ends_the_training(settings: dict[str, Any], docu
         ({"texts": {"train": {"a"}}}, "`texts` must be a list of texts, not set"),
         ({"texts": pandas.DataFrame({"text": ["a"]})}, "`texts` must be a list of texts, not DataFrame"),
         ({"texts": ["a"], "on_row": 3}, "`on_row` must be a function of a row: 3"),
-        ({"texts": ["a"], "run_dir": __file__, "tokenizer.vocab_size": 260}, f"File exists: `{__file__}`"),
+        ({"texts": ["a"], "run_dir": __file__, "tokenizer.vocab_size": 260}, "`run_dir` must be a folder, not a file"),
         ({"texts": ["a", 5]}, "`texts` of train row 2: `text` is not a string: 5"),
         ({"texts": {"training": ["a"]}}, "`texts` has a split `training`; textgen's splits are"),
         ({"texts": {"test": ["a"]}}, "memory has no split `train`; it has `test`"),

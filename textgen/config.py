@@ -156,7 +156,7 @@ class TokenizerConfig:
     model_type: Literal["unigram", "bpe", "char", "word"] = "unigram"
     """SentencePiece algorithm; word loses text, so bits per byte are not defined for it"""
     path: str | None = None
-    """existing tokenizer.model; default: train a tokenizer"""
+    """existing tokenizer.model, or a folder that holds one; default: train a tokenizer"""
 
     def __post_init__(self) -> None:
         _require_positive(self, "vocab_size")

@@ -82,11 +82,13 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str]) -> "Tokenizer":
-        """Load a model file.
+        """Load a model file, or the `tokenizer.model` of a folder.
 
         Raises:
             TokenizerError: As the constructor, naming the file.
         """
+        if Path(path, MODEL_NAME).is_file():
+            path = Path(path, MODEL_NAME)
         try:
             if not Path(path).is_file():  # a pipe would be waited for
                 raise TokenizerError("not a file" if Path(path).exists() else os.strerror(errno.ENOENT))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -147,3 +148,21 @@ def test_bytes_that_are_not_utf8_are_refused_with_file_and_line(folder: Path, na
 def test_parquet_values_that_are_no_text_are_refused_with_their_row(folder: Path) -> None:
     path = write_parquet(folder / "a.parquet", {"text": [["a"]] * 300})
     assert refusal(path) == f"`{path}` row 1: `text` is not a string: ['a']"
+
+
+def test_settings_that_fit_none_of_the_files_are_named(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def named(**settings: Any) -> list[str]:
+        caplog.clear()
+        read(folder, **settings)
+        return [message.split()[0].strip("`") for message in caplog.messages if "has no effect" in message]
+
+    (folder / "a.txt").write_text("one\n")
+    assert named(text_column="review", csv_quoting="none", encoding="latin-1") == ["text_column", "csv_quoting"]
+    assert named(txt_documents="line") == []
+    (folder / "a.txt").unlink()
+    (folder / "b.csv.gz").write_bytes(gzip.compress(b"text\ntwo\n"))
+    assert named(csv_quoting="none", txt_documents="line") == ["txt_documents"]
+    (folder / "b.csv.gz").unlink()
+    write_parquet(folder / "c.parquet", {"text": ["three"]})
+    assert named(encoding="latin-1") == ["encoding"]
+    assert named() == []

@@ -94,6 +94,34 @@ def test_next_training_starts_with_a_new_status(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.parametrize(("step", "state"), [(None, "finished"), (5, "failed")])
+def test_a_finished_training_stays_finished_if_the_next_one_fails_before_its_first_step(
+    step: int | None, state: str, tmp_path: Path
+) -> None:
+    run = RunDirectory(tmp_path / "run", main=True)
+    with run.hold():
+        (run.path / "config.yaml").touch()
+        run.write_status("finished", step=4, total_steps=4)
+    run = RunDirectory(tmp_path / "run", main=True)
+    with run.hold():
+        run.read_started()
+        if step is not None:
+            run.write_status("running", step=step, total_steps=8)
+        run.end("failed", "other settings")
+        assert read_status(run.path)["state"] == "failed"
+    status = read_status(run.path)
+    assert (status["state"], status["step"]) == (state, step or 4)
+
+
+def test_a_run_directory_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with (
+        pytest.raises(TextgenError, match="`run_dir` must be a folder, not a file"),
+        RunDirectory(tmp_path / "run", main=True).hold(),
+    ):
+        raise AssertionError
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\0"])
 def test_damaged_status_is_none_and_hinders_nothing(content: str, tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(content)

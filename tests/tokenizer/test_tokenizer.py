@@ -151,8 +151,9 @@ def test_saved_model_is_the_same_and_honours_the_umask(unigram: Tokenizer, tmp_p
         os.umask(before)
     assert stat.S_IMODE(path.stat().st_mode) == 0o640
     assert list(tmp_path.iterdir()) == [path]
-    loaded = Tokenizer.from_file(path)
-    assert (loaded.model_proto, loaded.sha256) == (unigram.model_proto, unigram.sha256)
+    for place in (path, tmp_path):  # the file, or its folder
+        loaded = Tokenizer.from_file(place)
+        assert (loaded.model_proto, loaded.sha256) == (unigram.model_proto, unigram.sha256)
 
 
 def test_failed_save_leaves_nothing(unigram: Tokenizer, tmp_path: Path) -> None:

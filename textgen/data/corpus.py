@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from textgen.config import IMDB, DataConfig
 from textgen.data.csv_files import read_csv
-from textgen.data.documents import has_text, read_batches, read_files
+from textgen.data.documents import has_text, read_batches, read_files, warn_of_unused_settings
 from textgen.data.rows import no_column
 from textgen.data.sources import is_saved_dataset, list_files
 from textgen.data.tally import Tally
@@ -157,6 +157,7 @@ def _open_package(config: DataConfig) -> Corpus:
 
 def _open_files(config: DataConfig, files: Sequence[str]) -> Corpus:
     found = list_files(files, rules=config.reading_rules)
+    warn_of_unused_settings(list(found), config)
     stats = {path: os.stat(path) for path in found}
     splits = {split: [path for path in found if found[path] == split] for split in dict.fromkeys(found.values())}
     sizes = {split: sum(stats[path].st_size for path in paths) for split, paths in splits.items()}

@@ -6,6 +6,7 @@ Memory holds one document at a time, and long ones are cut.
 from __future__ import annotations
 
 import io
+import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, groupby
@@ -18,12 +19,14 @@ from textgen.data.decompression import split_compression
 from textgen.data.encodings import decode, open_text
 from textgen.data.json_files import read_json
 from textgen.data.rows import find_column, take_text
-from textgen.data.sources import list_files
+from textgen.data.sources import TEXT_ENDINGS, list_files
 from textgen.data.tally import RowError, Tally
 from textgen.errors import TextgenError, in_backticks, one_line
 
 ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 BLOCK_BYTES = 1 << 20
+
+log = logging.getLogger("textgen")
 
 
 def read_documents(paths: Sequence[str], settings: DataConfig | None = None) -> Iterator[str]:
@@ -38,6 +41,7 @@ def read_documents(paths: Sequence[str], settings: DataConfig | None = None) -> 
     """
     settings, text = settings or DataConfig(), None
     paths_of_files = list(list_files(paths, rules=settings.reading_rules))
+    warn_of_unused_settings(paths_of_files, settings)
     for text in filter(has_text, read_files(paths_of_files, settings, Tally())):
         yield text
     if text is None:
@@ -50,6 +54,25 @@ def has_text(document: str) -> bool:
 
 
 # Reading files
+
+# Settings of reading, and the formats that they are for.
+FORMATS_OF_SETTINGS = {
+    "text_column": (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow"),
+    "txt_documents": (".txt",),
+    "encoding": TEXT_ENDINGS,
+    "csv_delimiter": (".csv", ".tsv"),
+    "csv_quoting": (".csv", ".tsv"),
+    "csv_escape": (".csv", ".tsv"),
+}
+
+
+def warn_of_unused_settings(paths: Sequence[str], settings: DataConfig) -> None:
+    """Log the settings that are not the default, and are for none of the files."""
+    formats = {os.path.splitext(split_compression(path)[0])[1].lower() for path in paths}
+    for name, wanted in FORMATS_OF_SETTINGS.items():
+        value = getattr(settings, name)
+        if value != getattr(DataConfig(), name) and formats.isdisjoint(wanted):
+            log.warning("`%s` %s has no effect: no file of %s is read", name, value, in_backticks(wanted))
 
 
 def read_files(paths: Sequence[str], settings: DataConfig, tally: Tally) -> Iterator[str]:

@@ -48,16 +48,18 @@ class RunDirectory:
         A training that fails before its first step removes a directory that it made.
 
         Raises:
-            TextgenError: another process holds the lock.
+            TextgenError: another process holds the lock, or the path is that of a file.
         """
         if not self._main:
             yield
             return
+        if self.path.is_file():
+            raise TextgenError(f"`run_dir` must be a folder, not a file: `{self.path}`")
         made = not self.path.exists()
         make_directory(self.path)
         if not self._lock.acquire(seconds=LOCK_SECONDS):
             raise TextgenError(f"`{self.path}` is in use by {self._lock.describe_holder() or self._holder()}")
-        with self._lock.hold(), self._leave_nothing_new(made):
+        with self._lock.hold(), self._leave_nothing_new(made), self._keep_finished():
             # Of killed trainings; or of a stopped one, which can then no longer replace the status.
             for aside in self.path.glob(f".{STATUS_NAME}.*"):
                 aside.unlink(missing_ok=True)
@@ -74,6 +76,19 @@ class RunDirectory:
             written = {entry.name for entry in self.path.iterdir()} - {LOCK_NAME, LEASE_NAME, STATUS_NAME}
             if made and not written and read_status(self.path).get("state") != "preempted" and not self.is_lost():
                 shutil.rmtree(self.path, ignore_errors=True)
+
+    @contextmanager
+    def _keep_finished(self) -> Iterator[None]:
+        """Write the status of a finished training again if this one fails before its first step."""
+        before = read_status(self.path)
+        try:
+            yield
+        finally:
+            status = read_status(self.path)
+            refused = status.get("state") == "failed" and status.get("step") is None
+            if before.get("state") == "finished" and refused:
+                with suppress(OSError, TextgenError):
+                    self._write(before)
 
     def is_lost(self) -> bool:
         """Return whether another training has taken the directory over, so that this one must write nothing more."""
