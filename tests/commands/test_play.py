@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import select
+import signal
 import struct
 import subprocess
 import sys
@@ -226,6 +227,12 @@ def test_a_draw_that_fails_or_is_left_changes_nothing(opened: tuple[OpenModel, D
 # --- a terminal ------------------------------------------------------------------------------------------------------
 
 
+def take_terminal() -> None:
+    """Make standard input the terminal of this process, and heed Ctrl-C, which a shell's background job ignores."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 class Terminal:
     """`textgen play` in a terminal, and what the user sees of it."""
 
@@ -235,7 +242,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "textgen", "play", str(run), "--decoder", "plain", *flags],
             stdin=theirs, stdout=theirs, stderr=theirs, env=os.environ | {"TERM": term},
-            start_new_session=True, preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+            start_new_session=True, preexec_fn=take_terminal,
         )  # fmt: skip
         os.close(theirs)
         self.is_dumb, self.raw = term == "dumb", b""
