@@ -15,7 +15,7 @@ from typing import Any
 from textgen.runs.metrics_file import MetricsRow
 
 # Rows of the same training differ by this relative difference at most: another number of processes rounds otherwise
-# (docs/exactness.md has the bounds: 1e-5 over 50 steps, 1e-4 of an evaluation).
+# (docs/explanation/exactness.md has the bounds: 1e-5 over 50 steps, 1e-4 of an evaluation).
 TOLERANCE = 1e-4
 FIGURES = ("step", "tokens", "train/learning_rate", "train/loss", "valid/loss")
 """figures that tell two histories apart; the others depend on the clock, or follow from these"""
