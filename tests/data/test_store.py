@@ -450,6 +450,7 @@ def test_settings_beside_a_store_are_named_as_not_used(
 ) -> None:
     store = str(prepare(corpus, tmp_path / "cache").directory)
     caplog.set_level(logging.INFO, "textgen")
+    caplog.clear()
     prepare_store(DataConfig(store=store, reading_rules=1, cache_dir="elsewhere"), TokenizerConfig())
     prepare_store(DataConfig(store=store, source="memory"), CHAR)
     assert not caplog.messages
