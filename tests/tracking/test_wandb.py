@@ -66,6 +66,12 @@ def assert_each_row_once(run_dir: Path, records: Records, *, again: range = rang
         assert seen == pytest.approx(row)
 
 
+@pytest.fixture(autouse=True)
+def no_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainings start a wandb-core of their own, not that of a training in this process before."""
+    monkeypatch.delenv("WANDB_SERVICE", raising=False)
+
+
 @pytest.fixture(scope="module")
 def flags(tiny_flags: list[str]) -> list[str]:
     return [
