@@ -3,44 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.data.files import write_jsonl, write_parquet
 from textgen.config import DataConfig
 from textgen.data.corpus import CleanCorpus, clean_corpus, end_of, held_out_blocks, open_corpus
 from textgen.errors import TextgenError
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """An empty folder whose name names no split."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    return folder
-
-
-def write_jsonl(path: Path, texts: Sequence[object]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), newline="")
-    return path
-
-
-def write_parquet(path: Path, columns: dict[str, list[object]]) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table(columns), path)
-    return path
 
 
 def files_config(*paths: Path, **settings: object) -> DataConfig:

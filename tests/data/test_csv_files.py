@@ -11,21 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.data.files import read, refusal
 from textgen.config import DataConfig
 from textgen.data.documents import read_files
 from textgen.data.tally import Tally
-from textgen.errors import TextgenError
-
-
-def read(path: Path, **settings: Any) -> list[str]:
-    return list(read_files([str(path)], DataConfig(**settings), Tally()))
-
-
-def refusal(path: Path, **settings: Any) -> str:
-    with pytest.raises(TextgenError) as caught:
-        read(path, **settings)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 def test_rows_that_an_open_quotation_mark_swallows_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

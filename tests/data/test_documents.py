@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import gzip
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.data.files import write_parquet
 from textgen.config import DataConfig
 from textgen.data.documents import read_documents
 from textgen.errors import TextgenError
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """An empty folder whose name names no split."""
-    folder = tmp_path / "corpus"
-    folder.mkdir()
-    return folder
-
-
-def write_jsonl(path: Path, texts: Sequence[object]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), newline="")
-    return path
-
-
-def write_parquet(path: Path, columns: dict[str, list[object]]) -> Path:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    pq.write_table(pa.table(columns), path)
-    return path
 
 
 def read(*paths: Path | str, **settings: Any) -> list[str]:

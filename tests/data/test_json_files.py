@@ -10,22 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.data.files import read, refusal
 from textgen.config import DataConfig
 from textgen.data import json_files
-from textgen.data.documents import read_files
 from textgen.data.tally import Tally
 from textgen.errors import TextgenError
-
-
-def read(path: Path, **settings: Any) -> list[str]:
-    return list(read_files([str(path)], DataConfig(**settings), Tally()))
-
-
-def refusal(path: Path, **settings: Any) -> str:
-    with pytest.raises(TextgenError) as caught:
-        read(path, **settings)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
