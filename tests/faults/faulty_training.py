@@ -1,7 +1,7 @@
 """Trains as train_distributed.py does, and has something go wrong at a chosen call of a chosen function.
 
-`$TEXTGEN_FAULTS` is a list in JSON of {"at": a name of PLACES, "call": from 1, "rank": null for all, "do": what}. What
-is told by `act`, such as `signal N` to this process, `signal launcher N` to its parent, or `run COMMAND`. With
+`$TEXTGEN_FAULTS` is a list in JSON of {"at": a name of PLACES, "call": from 1, "rank": null for all, "do": what}. `act`
+describes what it can be: `signal N` to this process, `signal launcher N` to its parent, or `run COMMAND`. With
 `$TEXTGEN_NO_LOCKS` the disk has no locks, as over NFS without lockd: {"errno": of flock, "beat": seconds, "silent":
 seconds, "host": name of the machine, null for this one}. Nothing else of the product is changed.
 """

@@ -80,7 +80,7 @@ def assert_ends_with_a_line(old: Job, new: Job) -> None:
 def test_stopped_training_is_taken_over_and_goes_on_to_its_last_line(
     place: str, call: int, number: int, jobs: Jobs, whole: Path
 ) -> None:
-    """It goes on while the other one trains, which stops for that in the middle of its own steps."""
+    """The stopped training continues while the new holder sleeps between two steps."""
     if place == "resuming":
         assert jobs.start(fault("signal 9", at="stepping", call=8)).end() == -9
     old = jobs.start(fault(STOP, at=place, call=call), number=number)
