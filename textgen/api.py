@@ -38,6 +38,7 @@ from textgen.decoding.generation import (
 )
 from textgen.decoding.reading import ReadState, read_tokens
 from textgen.decoding.scoring import TextScore, token_logprobs
+from textgen.decoding.steering import normalize_settings
 from textgen.distributed.signals import Interrupted
 from textgen.distributed.world import slurm_variables
 from textgen.errors import TextgenError, in_backticks, user_error
@@ -536,10 +537,10 @@ class LanguageModel:
             raise TextgenError(f"`config` must be a SamplingConfig: {str(config)[:40]}")
         try:
             made = build_settings(SamplingConfig, dataclasses.asdict(config or SamplingConfig()) | _plain(settings))
+            made = normalize_settings(made, self._normalization)
             require_drawable(made, self._tokenizer)
         except ValueError as error:
             raise TextgenError(str(error)) from None
-        made = dataclasses.replace(made, stop=tuple(normalize(stop, self._normalization) for stop in made.stop))
         texts = [self._text(prompt, "`prompt`", hint="; an empty prompt starts a text") for prompt in prompts]
         numbered = number_requests(((text, made) for text in texts), n)
         return [dataclasses.replace(request, read=state) for request in numbered]

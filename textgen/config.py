@@ -357,6 +357,10 @@ class SamplingConfig:
     """subtracted from a token's logit for each time that it has been drawn"""
     no_repeat_ngram: int | None = None
     """draw no token that would repeat a sequence of n tokens of the last 1,024 tokens"""
+    logit_bias: tuple[tuple[str, float], ...] = ()
+    """numbers from -100 to 100 that are added to the logits of tokens, before all else: pairs of a token and a number.
+    Digits are a token's id. Another text stands for the token that it begins with, alone or after a space, whichever
+    holds more of the text; for both if they hold as much"""
     banned_tokens: tuple[int, ...] = ()
     """ids of tokens that are never drawn"""
     forced_tokens: tuple[int, ...] = ()
@@ -386,6 +390,9 @@ class SamplingConfig:
         for name, low in (("repetition_penalty", 0.01), ("presence_penalty", -100), ("frequency_penalty", -100)):
             if not low <= getattr(self, name) <= 100:
                 raise ValueError(f"`{name}` must be at least {low} and at most 100: {getattr(self, name)}")
+        for token, bias in self.logit_bias:
+            if not -100 <= bias <= 100:
+                raise ValueError(f"`logit_bias` must be at least -100 and at most 100: {bias} for {token[:40]!r}")
         if self.no_repeat_ngram is not None and self.no_repeat_ngram > 1024:
             raise ValueError(f"`no_repeat_ngram` must be at most 1024: {self.no_repeat_ngram}")
         if not 0 <= self.min_new_tokens <= self.max_new_tokens:

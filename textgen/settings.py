@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import re
 import types
 import typing
@@ -14,6 +15,9 @@ from typing import Any, Literal, TypeVar
 COMMAND_SETTINGS = {"run_dir", "resume", "resume_override", "dry_run"}
 
 Settings = TypeVar("Settings")
+
+# The type of settings that JSON holds as an object of numbers; the settings are frozen, so they hold pairs.
+PAIRS = tuple[tuple[str, float], ...]
 
 
 def unknown_setting(name: str, known: Iterable[str], where: str = "") -> str:
@@ -36,6 +40,8 @@ def in_words(kind: Any) -> str:
         return " or ".join("null" if part is type(None) else in_words(part) for part in parts)
     if origin is Literal:
         return "one of " + ", ".join(f"`{value}`" for value in parts)
+    if kind == PAIRS:
+        return 'an object of numbers such as {" good": 2}'
     if origin is tuple:
         items = {int: "integers", float: "numbers", str: "texts"}.get(parts[0]) or in_words(parts[0])
         return f"a list of {items}" if parts[-1] is ... else f"a list of {len(parts)} {items}"
@@ -80,13 +86,15 @@ def build_settings(settings: type[Settings], values: Mapping[str, Any], prefix: 
         if name not in kinds:
             raise ValueError(f"unknown setting `{prefix}{name}`")
         kind = kinds[name]
+        if kind == PAIRS and isinstance(value, Mapping):
+            value = [(str(key), number) for key, number in value.items()]
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
             built[name] = build_settings(typing.cast(type, kind), value, f"{prefix}{name}.")
         elif not _fits(value, kind):
             shown = "null" if value is None else str(value)[:40]
             raise ValueError(f"`{prefix}{name}` must be {in_words(kind)}: {shown}")
         else:
-            built[name] = tuple(value) if typing.get_origin(kind) is tuple else value
+            built[name] = _as_tuple(value) if typing.get_origin(kind) is tuple else value
     try:
         return settings(**built)
     except ValueError as error:
@@ -108,6 +116,10 @@ def complete_record(settings: Mapping[str, Any]) -> dict[str, Any]:
     return completed
 
 
+def _as_tuple(value: Any) -> Any:
+    return tuple(map(_as_tuple, value)) if isinstance(value, list | tuple) else value
+
+
 def _fits(value: Any, kind: Any) -> bool:
     """Return whether a plain value is allowed for a type; a list is allowed for a tuple, an integer for a float."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
@@ -116,5 +128,8 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return value in parts
     if origin is tuple:
-        return isinstance(value, list | tuple) and all(_fits(item, parts[0]) for item in value)
+        if not isinstance(value, list | tuple) or (parts[-1] is not ... and len(value) != len(parts)):
+            return False
+        kinds = itertools.repeat(parts[0]) if parts[-1] is ... else parts
+        return all(_fits(item, part) for item, part in zip(value, kinds, strict=False))
     return type(value) in ((int, float) if kind is float else (kind,))

@@ -20,6 +20,7 @@ from unittest.mock import Mock
 
 import pytest
 
+import textgen
 from textgen.cli import main
 from textgen.commands import model_argument
 from textgen.commands.batch_output import open_output
@@ -31,6 +32,9 @@ from textgen.runs.checkpoint import checkpoints
 from textgen.tokenizer import MODEL_NAME
 
 TEXTGEN = [sys.executable, "-m", "textgen"]
+
+# Of the default settings, as textgen 0.1 wrote it beside a file of samples.
+DIGEST_OF_0_1 = "2ed7c1989e941fb766f3a7f5b92340cef35a2ad40d00ecaef5ae385f8b99d273"
 
 Capture = pytest.CaptureFixture[str]
 Sampler = Callable[..., str]
@@ -156,6 +160,18 @@ def test_settings_that_are_lists_are_given_at_once_or_one_by_one(sample: Sampler
         sample(*flags, "--forced_tokens", "20", "21", "22", "--max_new_tokens", "3", "--seed", "7")
     )
     assert sample(*flags, "--banned_tokens", *map(str, range(20, 340))) != sample(*flags)
+
+
+def test_biases_are_flags_settings_of_a_line_and_of_python(sample: Sampler, tiny_run: Path, tmp_path: Path) -> None:
+    flags = ["--prompt", "a", "--max_new_tokens", "3", "--json"]
+    (row,) = objects(sample(*flags, "--logit_bias", " was=-100", "I=60", "--logit_bias", "I=40"))
+    assert row["text"] == "III"
+    prompts = [{"prompt": "a", "logit_bias": {"I": 100}}, {"prompt": "a"}]
+    file, out = write_prompts(tmp_path / "prompts.jsonl", prompts), tmp_path / "out.jsonl"
+    sample("--batch_file", str(file), "--out", str(out), "--max_new_tokens", "3")
+    biased, plain = objects(out.read_text())
+    assert biased["text"] == "III" != plain["text"]
+    assert textgen.load(tiny_run).generate("a", max_new_tokens=3, logit_bias={"I": 100.0}) == ["III"]
 
 
 def test_logprobs_are_told_in_json(sample: Sampler) -> None:
@@ -368,6 +384,7 @@ def test_a_file_with_equal_prompts_of_an_earlier_version_is_not_continued(
     assert line == f"`{out}` was started with other numbering: name another file"
     out.unlink()
     sample("--batch_file", str(prompts_file), "--out", str(out))
+    assert json.loads(beside.read_text())["settings"] == DIGEST_OF_0_1, "settings that came later change no digest"
     assert "numbering" not in json.loads(beside.read_text()), "a file whose prompts all differ goes on as before"
 
 
@@ -441,6 +458,13 @@ def refuse(tiny_run: Path, capsys: Capture) -> Sampler:
          "`min_new_tokens` must be at least 0 and at most `max_new_tokens` 8: 9"),
         (["--repetition_penalty", "0"], "`repetition_penalty` must be at least 0.01 and at most 100: 0.0"),
         (["--presence_penalty", "1e300"], "`presence_penalty` must be at least -100 and at most 100: 1e+300"),
+        (["--logit_bias", "a"], "`logit_bias` must be a token, `=` and a number, such as `17=-100` or `good=2`: a"),
+        (["--logit_bias", "a=2", "b=x"],
+         "`logit_bias` must be a token, `=` and a number, such as `17=-100` or `good=2`: b=x"),
+        (["--logit_bias", "=2"], "`logit_bias` must be a token, `=` and a number, such as `17=-100` or `good=2`: =2"),
+        (["--logit_bias", "a=nan"], "`logit_bias` must be at least -100 and at most 100: nan for 'a'"),
+        (["--logit_bias", " I=1"], "`logit_bias`: the first token of ' I' is a space alone; leave the space out"),
+        (["--logit_bias", "9999=1"], "`logit_bias` must be below the vocabulary's size 340: 9999"),
         (["--no_repeat_ngram", "1025"], "`no_repeat_ngram` must be at most 1024: 1025"),
         (["--batch_size", "0"], "`batch_size` must be at least 1: 0"),
         (["--best_of", "2", "--num_samples", "3"], "`best_of` must be at least `num_samples` 3: 2"),

@@ -70,7 +70,7 @@ def draw_many(
     logits: Tensor, config: SamplingConfig, count: int, *, prompt: Sequence[int] = (), drawn: Sequence[int] = ()
 ) -> list[int]:
     """Return how often each token is drawn in `count` samples after a prompt and some tokens."""
-    one = new_sampling_state(config, prompt, 0, vocab_size=logits.shape[-1], device=CPU)
+    one = new_sampling_state(config, prompt, 0, vocab_size=logits.shape[-1], device=CPU, bias=biases(config))
     for token in drawn:
         record_tokens(one, torch.tensor([token]))
     controlled = process_logits(logits[None], one, eos_id=0)
@@ -232,6 +232,12 @@ def test_shares_that_are_too_small_for_float32_keep_the_nearest_token() -> None:
 # --- controls of a batch ---------------------------------------------------------------------------------------------
 
 SIZE = 23
+
+
+def biases(config: SamplingConfig) -> dict[int, float]:
+    return {int(token): bias for token, bias in config.logit_bias}
+
+
 CONFIGS = st.builds(
     SamplingConfig,
     temperature=st.sampled_from([0.0, 0.3, 1.0, 1.0, 1.7]),
@@ -243,6 +249,7 @@ CONFIGS = st.builds(
     presence_penalty=st.sampled_from([0.0, 0.0, 0.7]),
     frequency_penalty=st.sampled_from([0.0, 0.0, -0.4]),
     no_repeat_ngram=st.sampled_from([None, None, 1, 2, 3]),
+    logit_bias=st.sampled_from([(), (), (("2", 1.5), ("0", -100.0))]),
     banned_tokens=st.sampled_from([(), (), (3, 5)]),
     min_new_tokens=st.sampled_from([0, 0, 3]),
     seed=st.integers(0, 5),
@@ -270,7 +277,8 @@ def test_a_rows_draws_are_the_same_whatever_other_rows_want(
     prompts = torch.randint(SIZE, (len(configs), 6), generator=generator).tolist()
 
     def state(row: int) -> SamplingState:
-        return new_sampling_state(configs[row], prompts[row], row, vocab_size=SIZE, device=CPU)
+        bias = biases(configs[row])
+        return new_sampling_state(configs[row], prompts[row], row, vocab_size=SIZE, device=CPU, bias=bias)
 
     rows = range(len(configs))
     alone = [run_rows(state(row), logits[:, row : row + 1], range(8)) for row in rows]
@@ -392,7 +400,7 @@ VALUES = [1.5, 0.3, -0.2, 2.0, -1.0, 0.9, -0.7, 1.1]
 
 def expected(config: SamplingConfig, prompt: list[int], drawn: list[int]) -> dict[int, float]:
     """Return the chances that tokens with VALUES for logits should have, 0 ending the text, by the book."""
-    values = dict(enumerate(VALUES))
+    values = {i: value + biases(config).get(i, 0) for i, value in enumerate(VALUES)}
     for i in {*prompt, *drawn}:
         values[i] *= 1 / config.repetition_penalty if values[i] > 0 else config.repetition_penalty
     for i in drawn:
@@ -430,6 +438,7 @@ def expected(config: SamplingConfig, prompt: list[int], drawn: list[int]) -> dic
     [
         {}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.2}, {"typical_p": 0.7},
         {"repetition_penalty": 1.8}, {"presence_penalty": 0.9}, {"frequency_penalty": 0.6}, {"no_repeat_ngram": 2},
+        {"logit_bias": (("2", 1.7), ("3", -1.0))}, {"logit_bias": (("4", 2.5),), "repetition_penalty": 1.5},
         {"banned_tokens": (3, 6)}, {"min_new_tokens": 9}, {"temperature": 1.5, "top_k": 6, "top_p": 0.9},
         {"temperature": 0.8, "repetition_penalty": 1.2, "presence_penalty": -0.5, "min_p": 0.05, "typical_p": 0.9},
     ],

@@ -106,15 +106,15 @@ def require_text(prompts: Sequence[Prompt]) -> None:
 
 
 def normalize_prompt(prompt: Prompt, normalization: str, tokenizer: Tokenizer) -> Prompt:
-    """Return a prompt whose text and stop strings are normalized as the model's training text was.
+    """Return a prompt whose text and settings are normalized as the model's training text was.
 
     Fail if its settings leave no token to draw.
     """
     from textgen.data.corpus import normalize
+    from textgen.decoding.steering import normalize_settings
 
-    require_drawable(prompt.config, tokenizer, f"{prompt.source}: ")
-    stops = tuple(normalize(stop, normalization) for stop in prompt.config.stop)
-    config = dataclasses.replace(prompt.config, stop=stops) if stops else prompt.config
+    config = normalize_settings(prompt.config, normalization)
+    require_drawable(config, tokenizer, f"{prompt.source}: ")
     return dataclasses.replace(prompt, text=normalize(prompt.text, normalization), config=config)
 
 

@@ -47,9 +47,18 @@ log = logging.getLogger("textgen")
 # Settings with lists: jsonargparse would read `--stop A B` as YAML, so they are flags with their own help.
 LISTS = {
     "stop": "texts that end a sample and are not part of it; the first one to be complete counts",
+    "logit_bias": "numbers from -100 to 100 that are added to the logits of tokens: `17=-100` for the token of an id, "
+    "`good=2` for the token that the text begins with, alone or after a space",
     "banned_tokens": "ids of tokens that are never drawn",
     "forced_tokens": "ids of tokens that every sample begins with",
 }
+
+# The settings of sampling in textgen 0.1, whose digest it left beside its files.
+FIRST_SETTINGS = {
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "no_repeat_ngram", "banned_tokens", "forced_tokens", "min_new_tokens", "max_new_tokens",
+    "stop", "logprobs", "seed",
+}  # fmt: skip
 
 Events = Iterator[tuple[int, "str | Sample"]]
 
@@ -77,7 +86,7 @@ def sample_command(argv: Sequence[str]) -> None:
     with first_interrupt() as interrupted:
         sampler = _Sampler(args, decoder, opened.tokenizer, prompts, interrupted)
         if args.batch_file is not None:
-            settings = [dataclasses.asdict(config), args.num_samples, args.best_of, args.decoder]
+            settings = [_settings_record(config), args.num_samples, args.best_of, args.decoder]
             origin = origin_of(raw, settings, opened.directory)
             if len({(prompt.text, prompt.config) for prompt in prompts}) < len(prompts):
                 # An earlier version drew equal samples for equal prompts: its files must not be continued.
@@ -137,6 +146,7 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
     values["stop"] = [decode_text(os.fsencode(stop), "`--stop`") for stop in args.stop or ()]
     for name in ("banned_tokens", "forced_tokens"):
         values[name] = [int(item) if re.fullmatch(r"-?\d{1,18}", item) else item for item in args[name] or ()]
+    values["logit_bias"] = [_parse_bias(item, parser) for item in args.logit_bias or ()]
     try:
         config = build_settings(SamplingConfig, values)
     except ValueError as error:
@@ -154,6 +164,28 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
     if config.logprobs is not None and not args.json and args.out is None:
         parser.error("`logprobs` needs `json` or `out`")
     return args, config
+
+
+def _settings_record(config: SamplingConfig) -> dict[str, Any]:
+    """Return the settings that decide the samples of a file.
+
+    Settings that the first version did not have are recorded only if they differ from their defaults, so that a later
+    version continues the file.
+    """
+    values, defaults = dataclasses.asdict(config), dataclasses.asdict(SamplingConfig())
+    return {name: value for name, value in values.items() if name in FIRST_SETTINGS or value != defaults[name]}
+
+
+def _parse_bias(item: str, parser: Parser) -> tuple[str, float]:
+    """Return the token and the number of an item of `--logit_bias`."""
+    token, _, number = decode_text(os.fsencode(item), "`--logit_bias`").rpartition("=")
+    try:
+        bias = float(number)
+    except ValueError:
+        token = ""
+    if not token:
+        parser.error(f"`logit_bias` must be a token, `=` and a number, such as `17=-100` or `good=2`: {item[:40]}")
+    return token, bias
 
 
 class _Sampler:

@@ -2,6 +2,7 @@
 
 - `generation`: the loop; samples in a batch whose rows are refilled
 - `sampling`: filters on logits and the draw, as pure functions
+- `steering`: settings that name texts
 - `decoders`: one step of a model
 - `reading`: a text that was read, so that others can begin with it
 - `draft`: a text that a user and a model write in turns, with its earlier states

@@ -29,6 +29,7 @@ from textgen.decoding.sampling import (
     record_tokens,
     select_sampling_state,
 )
+from textgen.decoding.steering import bias_of
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer
 
@@ -225,6 +226,7 @@ def require_drawable(config: SamplingConfig, tokenizer: Tokenizer) -> None:
     Raises:
         ValueError: a token is not in the vocabulary, or every token is banned.
     """
+    bias_of(config, tokenizer)
     for name in ("banned_tokens", "forced_tokens"):
         if wrong := [token for token in getattr(config, name) if token >= tokenizer.vocab_size]:
             raise ValueError(f"`{name}` must be below the vocabulary's size {tokenizer.vocab_size}: {wrong[0]}")
@@ -406,6 +408,7 @@ class Batch:
             _sample_number(request.text, request.number),
             vocab_size=decoder.vocab_size,
             device=device,
+            bias=bias_of(request.config, tokenizer),
         )
         for forced in request.config.forced_tokens:  # they count as drawn
             record_tokens(sampling, torch.tensor([forced], device=device))

@@ -3,16 +3,16 @@
 A filter takes logits (batch, vocab_size) and its setting: a number, or a tensor (batch, 1) with one value per row. It
 returns new logits; -inf marks a token that must not be drawn.
 
-`process_logits` applies the filters in the usual order (penalties, bans, temperature, top-k, top-p, min-p, typical),
-`draw` draws a token per row, and `record_tokens` stores the drawn tokens for the penalties of later steps. The settings
-of all rows are tensors in one `SamplingState`, so that one operation serves the whole batch.
+`process_logits` applies the filters in the usual order (biases, penalties, bans, temperature, top-k, top-p, min-p,
+typical), `draw` draws a token per row, and `record_tokens` stores the drawn tokens for the penalties of later steps.
+The settings of all rows are tensors in one `SamplingState`, so that one operation serves the whole batch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -190,6 +190,7 @@ class SamplingState:
     - `key`: int64, hash of the row's seed and sample number, the source of its noise
     - `step`: int64, number of tokens drawn
     - settings of `SamplingConfig` by their names, (batch, 1)
+    - `bias`: float32 (batch, vocab_size), added to the logits
     - `banned`, `seen`: bool (batch, vocab_size), banned tokens, and tokens of prompt and text
     - `counts`: int32 (batch, vocab_size), how often each token was drawn
     - `history`: int64 (batch, `HISTORY`), the latest tokens of prompt and text, -1 before them
@@ -212,7 +213,13 @@ class SamplingState:
 
 
 def new_sampling_state(
-    config: SamplingConfig, prompt: Sequence[int], sample: int, *, vocab_size: int, device: torch.device
+    config: SamplingConfig,
+    prompt: Sequence[int],
+    sample: int,
+    *,
+    vocab_size: int,
+    device: torch.device,
+    bias: Mapping[int, float] | None = None,
 ) -> SamplingState:
     """Return the state of one new sample, a batch of one row.
 
@@ -223,6 +230,7 @@ def new_sampling_state(
         sample: its number in the noise.
         vocab_size: number of tokens.
         device: of the tensors.
+        bias: by token, see `steering.bias_of`.
     """
     neutral = _neutral_tensors(vocab_size, device)
     tensors = {"key": hash_bits(config.seed, torch.tensor([sample])).to(device), "step": neutral["step"]}
@@ -244,6 +252,9 @@ def new_sampling_state(
         tensors["counts"] = neutral["counts"]
     if "no_repeat_ngram" in tensors:
         tensors["history"] = torch.cat([neutral["history"][0], tokens])[None, -HISTORY:]
+    if bias:
+        tensors["bias"] = neutral["bias"].clone()
+        tensors["bias"][:, list(bias)] = torch.tensor(list(bias.values()), device=device)
     if config.banned_tokens:
         banned = torch.tensor(config.banned_tokens, dtype=torch.int64, device=device)
         tensors["banned"] = neutral["banned"].index_fill(1, banned, True)
@@ -293,6 +304,7 @@ def _neutral_tensors(vocab_size: int, device: torch.device) -> dict[str, Tensor]
         "frequency_penalty": row(0, 1),
         "no_repeat_ngram": row(0, 1, dtype=torch.int64),
         "min_new_tokens": row(0, 1, dtype=torch.int64),
+        "bias": row(0, vocab_size),
         "banned": row(False, vocab_size, dtype=torch.bool),
         "seen": row(False, vocab_size, dtype=torch.bool),
         "counts": row(0, vocab_size, dtype=torch.int32),
@@ -304,8 +316,10 @@ def _neutral_tensors(vocab_size: int, device: torch.device) -> dict[str, Tensor]
 
 
 def process_logits(logits: Tensor, state: SamplingState, *, eos_id: int) -> Tensor:
-    """Return logits (batch, vocab_size) after each row's penalties, bans, temperature and filters."""
+    """Return logits (batch, vocab_size) after each row's biases, penalties, bans, temperature and filters."""
     tensors = state.tensors
+    if "bias" in tensors:
+        logits = logits + tensors["bias"]
     # penalties
     if "seen" in tensors:
         logits = penalize_repetition(logits, tensors["seen"], tensors["repetition_penalty"])

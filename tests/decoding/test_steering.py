@@ -1,0 +1,78 @@
+"""Settings that steer a text: biases of tokens by id and by text."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from textgen.config import ModelConfig, SamplingConfig
+from textgen.decoding.generation import sample_all
+from textgen.decoding.steering import bias_of, normalize_settings
+from textgen.model.lstm import LSTMLanguageModel
+from textgen.settings import build_settings
+from textgen.tokenizer import Tokenizer, train_tokenizer
+
+TEXTS = ["a good film, and good music", "the good old plot was bad", "not bad, not good: 17 of 100"] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(train_tokenizer(TEXTS, vocab_size=320, model_type="bpe"))
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Tokenizer) -> LSTMLanguageModel:
+    """Return a model that knows nothing."""
+    torch.manual_seed(3)
+    return LSTMLanguageModel(ModelConfig(embedding_dim=16, hidden_size=24), tokenizer.vocab_size).eval()
+
+
+# --- logit_bias ------------------------------------------------------------------------------------------------------
+
+
+def test_a_biased_text_stands_for_the_token_that_holds_most_of_its_beginning(tokenizer: Tokenizer) -> None:
+    def tokens(key: str) -> dict[bytes, float]:
+        biases = bias_of(SamplingConfig(logit_bias=((key, 2.0),)), tokenizer)
+        return {tokenizer.token_bytes(token): bias for token, bias in biases.items()}
+
+    assert tokens(" good") == {b" good": 2.0}
+    assert tokens("good") == {b" good": 2.0}, "a word"
+    assert tokens("goody") == {b" good": 2.0}, "the beginning of a word"
+    assert tokens("o") == {b"o": 2.0, b" o": 2.0}, "both hold the whole text"
+    assert tokens("17") == {tokenizer.token_bytes(17): 2.0}, "digits are an id"
+    assert tokens('"17"') == {b" 17": 2.0}, "digits in quotation marks are a text"
+    assert tokens("\N{SNOWMAN}") == {"\N{SNOWMAN}".encode()[:1]: 2.0}, "a character that only bytes spell"
+    several = SamplingConfig(logit_bias=(("17", 2.0), ("17", -3.5)))
+    assert bias_of(several, tokenizer) == {17: -1.5}
+
+
+def test_biases_of_100_decide_every_token(model: LSTMLanguageModel, tokenizer: Tokenizer) -> None:
+    wanted = SamplingConfig(max_new_tokens=5, logit_bias=((" good", 100.0),))
+    assert [sample.text for sample in sample_all(model, tokenizer, ["a", "the"], wanted)] == [" good" * 5] * 2
+    plain = sample_all(model, tokenizer, ["a"], SamplingConfig(max_new_tokens=30))[0].text
+    letter = next(filter(str.isascii, plain))
+    banned = tuple((str(i), -100.0) for i in range(tokenizer.vocab_size) if letter.encode() in tokenizer.token_bytes(i))
+    assert (
+        letter not in sample_all(model, tokenizer, ["a"], SamplingConfig(max_new_tokens=30, logit_bias=banned))[0].text
+    )
+
+
+def test_wrong_biases_are_refused_by_name(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"^`logit_bias` must be below the vocabulary's size 320: 320$"):
+        bias_of(SamplingConfig(logit_bias=(("320", 1.0),)), tokenizer)
+    with pytest.raises(ValueError, match=r"^`logit_bias`: the tokenizer has no token for ''$"):
+        bias_of(SamplingConfig(logit_bias=(("", 1.0),)), tokenizer)
+    with pytest.raises(ValueError, match=r"^`logit_bias` must be at least -100 and at most 100: nan for ' good'$"):
+        SamplingConfig(logit_bias=((" good", float("nan")),))
+    for wrong in ([1], {"a": "2"}, [["a", 1, 2]], "a=1"):
+        with pytest.raises(ValueError, match=r"^`logit_bias` must be an object of numbers such as"):
+            build_settings(SamplingConfig, {"logit_bias": wrong})
+    for given in ({"17": 1}, {17: 1}, [["17", 1]], (("17", 1),)):
+        assert build_settings(SamplingConfig, {"logit_bias": given}).logit_bias == (("17", 1),)
+
+
+def test_texts_of_settings_are_normalized_as_the_training_text() -> None:
+    config = SamplingConfig(stop=("END",), logit_bias=(("Good", 1.0),))
+    lower = normalize_settings(config, "lowercase")
+    assert (lower.stop, lower.logit_bias) == (("end",), (("good", 1.0),))
+    assert normalize_settings(config, "none") == config
