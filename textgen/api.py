@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from textgen.commands.model_argument import OpenModel, open_decoder
-from textgen.commands.parsing import read_config_file
+from textgen.commands.parsing import names_in, read_config_file
 from textgen.config import SamplingConfig, TrainConfig
 from textgen.console import as_library
 from textgen.data.corpus import normalize
@@ -134,6 +134,7 @@ def train(
             raise TextgenError(f"`on_row` must be a function of a row: {str(on_row)[:40]}")
         stopped = None
         with _process_as_before(), as_library(progress=progress):
+            made = _from_base(made, config, settings)
             if texts is not None or dataset is not None:
                 made = _with_store(made, texts, dataset)
             name = None if config is None or isinstance(config, TrainConfig) else os.fspath(config)
@@ -201,6 +202,23 @@ def _settings_of_training(
     if made.dry_run:
         raise TextgenError("`dry_run` prints the cost of a training: use the command line")
     return made
+
+
+def _from_base(
+    made: TrainConfig, config: str | os.PathLike[str] | TrainConfig | None, settings: Mapping[str, Any]
+) -> TrainConfig:
+    """Return the settings of a training with the shape and the tokenizer of the model that `init_from` names."""
+    if made.init_from is None:
+        return made
+    from textgen.training.start import settings_from_base  # imports Accelerate, as only a training needs
+
+    if isinstance(config, str | os.PathLike):
+        names = names_in(os.fspath(config))
+    else:
+        usual = flatten(dataclasses.asdict(TrainConfig()))
+        all_settings = flatten(dataclasses.asdict(config or TrainConfig()))
+        names = [name for name, value in all_settings.items() if value != usual[name]]
+    return settings_from_base(made, given=flatten(_plain(settings)).keys(), from_files=names)
 
 
 def _require_one_source(settings: Mapping[str, Any], **sources: object) -> None:

@@ -290,6 +290,10 @@ class TrainConfig:
     the path of a checkpoint or run to start from"""
     resume_override: bool = False
     """resume even if settings that change the result differ"""
+    init_from: str | None = None
+    """run, checkpoint or `hub:OWNER/NAME` whose weights a new training starts from, at step 0 and with a new optimizer.
+    Shape, tokenizer and normalization are those of its model; flags of `tokenizer` make another tokenizer, to which the
+    weights are fitted. It counts only while `run_dir` has no checkpoint"""
     stop_signal: Literal["SIGUSR1", "SIGUSR2", "SIGHUP"] | None = "SIGUSR1"
     """signal that saves a checkpoint and ends the training, in addition to SIGTERM and SIGINT"""
     gradient_compression: Literal["none", "bf16"] = "none"
@@ -326,6 +330,11 @@ class TrainConfig:
                 raise ValueError(f"`sample_temperatures` must be finite and at least 0: {temperature}")
         if not 0 <= self.seed < 1 << 32:  # the range of numpy's seeds
             raise ValueError(f"`seed` must be at least 0 and below 2^32: {self.seed}")
+        if self.init_from is not None and self.resume not in ("auto", "never"):
+            raise ValueError(
+                f"`init_from` starts a new training and `resume` continues one: give `init_from` {self.init_from} or "
+                f"`resume` {self.resume}"
+            )
         if not self.run_dir:
             raise ValueError("`run_dir` must name a folder: it is empty")
         if self.batch_size % self.gradient_accumulation_steps:

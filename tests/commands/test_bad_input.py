@@ -341,7 +341,10 @@ def test_resume_with_another_tokenizer_is_refused(tiny_flags: list[str], copied_
     flags = [*tiny_flags, "--run_dir", str(copied_run), "--tokenizer.vocab_size", "330"]
     line = refusal(lambda: train_main(flags), capsys)
     assert f"`{copied_run / 'checkpoints' / 'step-000004'}` was made with " in line
-    assert line.endswith("`--resume_override` resumes regardless, another `--run_dir` starts a new run")
+    assert line.endswith(
+        "`--resume_override` resumes regardless, another `--run_dir` starts a new run, with `--init_from "
+        f"{copied_run / 'checkpoints' / 'step-000004'}` from its weights"
+    )
 
 
 def test_resume_with_another_tokenizer_names_the_tokenizer(

@@ -65,25 +65,6 @@ def _any_precision() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
-@pytest.fixture
-def stop_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
-    """Return a function that has this process get a SIGTERM while it takes the given step; None for none."""
-    original = training.train_step
-    chosen: int | None = None
-
-    def step(state: training.Learner, *args: Any, **options: Any) -> torch.Tensor:
-        if state.progression.step + 1 == chosen:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(state, *args, **options)
-
-    def choose(number: int | None) -> None:
-        nonlocal chosen
-        chosen = number
-
-    monkeypatch.setattr(training, "train_step", step)
-    return choose
-
-
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_every_schedule_and_precision_resumes_bit_for_bit(

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from textgen.commands.parsing import PEER_WAIT_SECONDS, parse_train_config
+from textgen.commands.parsing import PEER_WAIT_SECONDS, parse_train_config, take_base
 from textgen.distributed.signals import StopSignals, end_with_launcher
 
 HELP = """usage: textgen doctor [--json] [--config FILE] [--SETTING VALUE] ...
@@ -35,9 +35,11 @@ def doctor_command(argv: Sequence[str]) -> None:
     if {"--help", "-h"} & set(argv):
         print(HELP, end="")
         raise SystemExit(0)
-    config = parse_train_config([flag for flag in argv if flag != "--json"], prog="textgen doctor")
+    flags = [flag for flag in argv if flag != "--json"]
+    config = parse_train_config(flags, prog="textgen doctor")
     # The hub's client reads this when it is imported, so set it before: the checks use no network.
     os.environ["HF_HUB_OFFLINE"] = "1"
+    config = take_base(config, flags)
     end_with_launcher()
     with StopSignals():
         from textgen.diagnosis.checks import examine

@@ -41,7 +41,7 @@ A list is written `--data.files a.txt b.txt`, a switch `--dry_run`."""
 HELP_GROUPS = {
     "the basics": (
         "config", "run_dir", "data.files", "max_epochs", "max_minutes", "batch_size", "learning_rate",
-        "model.hidden_size", "model.num_layers", "dry_run",
+        "model.hidden_size", "model.num_layers", "init_from", "dry_run",
     ),
     "optimization": (
         "seq_len", "seed", "max_steps", "lr_schedule", "warmup_steps", "max_grad_norm", "weight_decay", "adam_betas",
@@ -158,10 +158,41 @@ def read_config_file(name: str) -> TrainConfig:
     return _parse_settings(_add_settings(_RaisingParser()), [f"--config={name}"])
 
 
+def take_base(config: TrainConfig, argv: Sequence[str] | None = None) -> TrainConfig:
+    """Return the settings of a training with the shape and the tokenizer of the model that `init_from` names.
+
+    Args:
+        config: the parsed settings.
+        argv: the flags that they were parsed from; None for those of this process.
+
+    Raises:
+        TextgenError: the model cannot be read, or a flag wants another shape.
+    """
+    if config.init_from is None:
+        return config
+    flags = _plain_flags(sys.argv[1:] if argv is None else argv, settings_of(TrainConfig))
+    from textgen.training.start import settings_from_base  # imports torch
+
+    given = {flag.partition("=")[0].removeprefix("--") for flag in flags}
+    return settings_from_base(config, given=given, from_files=[n for path in _files(flags) for n in names_in(path)])
+
+
+def names_in(config_file: str) -> list[str]:
+    """Return the names of the settings that a YAML file or a preset sets.
+
+    Raises:
+        TextgenError: the file cannot be read, or a name is unknown.
+    """
+    return _check_config_file(_preset_or_file(config_file))
+
+
+def _files(flags: Sequence[str]) -> list[str]:
+    return [flag.partition("=")[2] for flag in flags if flag.startswith("--config=")]
+
+
 def _parse_settings(parser: Parser, argv: Sequence[str]) -> TrainConfig:
     flags = _plain_flags(argv, settings_of(TrainConfig))
-    files = [_preset_or_file(flag.partition("=")[2]) for flag in flags if flag.startswith("--config=")]
-    files = [f"--config={path}" for path in files if _check_config_file(path)]
+    files = [f"--config={_preset_or_file(name)}" for name in _files(flags) if names_in(name)]
     # Files come first, so that every flag overrides them, also a flag that was given before `--config`.
     parsed = parser.parse_args(files + [flag for flag in flags if not flag.startswith("--config=")])
     try:
@@ -200,7 +231,7 @@ def reading_settings(args: Any) -> DataConfig:
 def config_file(argv: Sequence[str] | None = None) -> str | None:
     """Return the argument of the last `--config`; None if there is no `--config`."""
     flags = _plain_flags(sys.argv[1:] if argv is None else argv, settings_of(TrainConfig))
-    return next((flag.partition("=")[2] for flag in reversed(flags) if flag.startswith("--config=")), None)
+    return next(reversed(_files(flags)), None)
 
 
 def build_train_parser(prog: str | None = None) -> Parser:
@@ -292,8 +323,12 @@ def _preset_or_file(name: str) -> str:
     return str(preset) if re.fullmatch(r"[\w-]+", name) and preset.is_file() and not Path(name).is_file() else name
 
 
-def _check_config_file(path: str) -> bool:
-    """Return whether a YAML file holds any settings; raise TextgenError if it cannot be read or a name is unknown."""
+def _check_config_file(path: str) -> list[str]:
+    """Return the names of the settings in a YAML file.
+
+    Raises:
+        TextgenError: the file cannot be read, or a name is unknown.
+    """
     try:
         # Only the names are checked here. jsonargparse reads the values: PyYAML reads 1e-4 as text.
         content = yaml.safe_load(decode_text(Path(path).read_bytes(), f"`{path}`"))
@@ -306,10 +341,11 @@ def _check_config_file(path: str) -> bool:
             f"`{path}`{line} is not YAML: {getattr(error, 'problem', None) or ' '.join(str(error).split())}"
         ) from error
     if content is None:
-        return False
+        return []
     if not isinstance(content, dict):
         raise TextgenError(f"`{path}` is not a mapping of settings such as `batch_size: 128`: {str(content)[:40]}")
     kinds = settings_of(TrainConfig)
+    names = []
     for name, value in content.items():
         group = {kind for kind in kinds if kind.startswith(f"{name}.")}
         if group and not isinstance(value, dict):
@@ -320,4 +356,5 @@ def _check_config_file(path: str) -> bool:
             if full not in kinds:
                 groups = {kind.split(".")[0] for kind in kinds}
                 raise TextgenError(unknown_setting(full, [*kinds, *groups], f" in `{path}`"))
-    return True
+            names.append(full)
+    return names

@@ -12,11 +12,12 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from textgen.commands.parsing import Parser, fail, parse_train_config
+from textgen.commands.parsing import Parser, fail, parse_train_config, take_base
 from textgen.config import TrainConfig
 from textgen.console import use_utf8
 from textgen.errors import TextgenError
@@ -141,6 +142,9 @@ def _find_preset(name: str) -> Path:
 def _check_training(flags: Sequence[str], processes: int) -> None:
     """Fail if the settings of a training are wrong; its data is not read."""
     config = parse_train_config(flags, prog="textgen submit --")
+    if _run_dir(flags) is None:  # the job names its folder
+        config = replace(config, run_dir=os.devnull)
+    config = take_base(config, flags)
     if config.batch_size % (processes * config.gradient_accumulation_steps):
         fail(
             f"batch_size {config.batch_size} is not divisible by {processes} processes x "

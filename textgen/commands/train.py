@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from textgen.commands.parsing import config_file, parse_train_config
+from textgen.commands.parsing import config_file, parse_train_config, take_base
 from textgen.console import start_log
 
 
@@ -17,6 +17,7 @@ def train_command(argv: Sequence[str] | None = None, *, prog: str | None = None)
     """
     config = parse_train_config(argv, prog=prog)
     start_log()
+    config = take_base(config, argv)
     from textgen.training.loop import train
 
     train(config, config_file=config_file(argv))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
@@ -67,4 +68,7 @@ def store_of(checkpoint: Path) -> TokenStore:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"`{path}` has no settings of data: {error}") from error
-    return prepare_store(config.data, config.tokenizer)
+    tokenizer = config.tokenizer
+    if tokenizer.path is not None:  # the checkpoint has the same one, and that file may be gone
+        tokenizer = replace(tokenizer, path=str(checkpoint))
+    return prepare_store(config.data, tokenizer)

@@ -52,16 +52,8 @@ def read_model(name: str | Path) -> LSTMLanguageModel:
         TextgenError: the model is not found, or its files do not fit together.
     """
     directory = resolve_model_directory(name)
+    config, vocab_size, text = read_model_config(directory)
     try:
-        with (directory / CONFIG_NAME).open("rb") as file:
-            values = parse_json(file.read(JSON_BYTES + 1))
-        if values.pop("format", None) != _FORMAT:
-            raise TextgenError(f"`{directory / CONFIG_NAME}` is not a textgen model: `format` is not {_FORMAT}")
-        vocab_size, text = values.pop("vocab_size"), values.pop("text", {})
-        # Models from before the setting `projection` had a projection if the sizes differ.
-        values.setdefault("projection", values["embedding_dim"] != values["hidden_size"])
-        _check_types(values, vocab_size, text)
-        config = ModelConfig(**values)
         if 3 * config.num_layers > len(read_header(directory / WEIGHTS_NAME)):
             raise TextgenError(f"`{directory / WEIGHTS_NAME}` has too few tensors for {config.num_layers} layers")
         with torch.device("meta"):  # config.json alone, which may be wrong, must not allocate memory
@@ -72,9 +64,31 @@ def read_model(name: str | Path) -> LSTMLanguageModel:
             model.output.weight = model.embedding.weight
     except TextgenError:
         raise
-    except Exception as error:  # JSON, dataclasses and torch each raise their own
+    except Exception as error:  # torch raises several classes
         raise TextgenError(f"`{directory}` holds no readable model: {first_line(error)}") from error
     return model
+
+
+def read_model_config(directory: Path) -> tuple[ModelConfig, int, dict[str, str]]:
+    """Return what config.json says of a model: shape, number of tokens, and how text became tokens.
+
+    Raises:
+        TextgenError: the file cannot be read, or is not one of textgen.
+    """
+    try:
+        with (directory / CONFIG_NAME).open("rb") as file:
+            values = parse_json(file.read(JSON_BYTES + 1))
+        if values.pop("format", None) != _FORMAT:
+            raise TextgenError(f"`{directory / CONFIG_NAME}` is not a textgen model: `format` is not {_FORMAT}")
+        vocab_size, text = values.pop("vocab_size"), values.pop("text", {})
+        # Models from before the setting `projection` had a projection if the sizes differ.
+        values.setdefault("projection", values["embedding_dim"] != values["hidden_size"])
+        _check_types(values, vocab_size, text)
+        return ModelConfig(**values), vocab_size, text
+    except TextgenError:
+        raise
+    except Exception as error:  # JSON and dataclasses each raise their own
+        raise TextgenError(f"`{directory}` holds no readable model: {first_line(error)}") from error
 
 
 def _check_types(settings: Mapping[str, Any], vocab_size: object, text: object) -> None:

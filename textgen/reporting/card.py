@@ -30,6 +30,7 @@ PRIVATE = {
     "run_dir",
     "resume",
     "resume_override",
+    "init_from",
     "dry_run",
     "data.files",
     "data.cache_dir",

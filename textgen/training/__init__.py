@@ -2,6 +2,7 @@
 
 - `loop`: the training loop; what happens before and after it
 - `step`: one optimizer step: `StepLoader`, `Learner`, `train_step`
+- `start`: the weights and the shape of a base: `--init_from`
 - `setup`: build a `Learner` and a `Training`: model, optimizer, DDP, CUDA graph
 - `validation`: score, sample, choose the best checkpoint
 - `metrics`: rows of metrics.jsonl: losses, speed, memory

@@ -46,6 +46,7 @@ from textgen.training.resume import (
     state_shapes,
 )
 from textgen.training.setup import Training, build, refuse_graph
+from textgen.training.start import start_from_base
 from textgen.training.step import Learner, step_batches, train_step
 from textgen.training.validation import draw_curve, log_validation, update_best, validate
 
@@ -153,7 +154,11 @@ def train_and_save(training: Training, run: RunDirectory) -> None:
     progress = training.learner.progression
     if progress.finished:
         run.write_status("finished", step=progress.step, total_steps=progress.total_steps)
-        say(accelerator, f"`{run.path}` has finished at step {progress.step}: nothing to do")
+        say(
+            accelerator,
+            f"`{run.path}` has finished at step {progress.step}: nothing to do; `--init_from {run.path}` with another "
+            "`--run_dir` starts a new training from its weights",
+        )
         return
     require_space(training, run)
     if accelerator.is_main_process:
@@ -207,7 +212,9 @@ def run_steps(training: Training, tracker: Tracker, run: RunDirectory, bar: Prog
     def evaluation_is_due() -> bool:
         return progress.step == progress.total_steps or progress.step % (config.evaluate_every or per_epoch) == 0
 
-    if evaluation_is_due() and progress.evaluated_step < progress.step:  # a signal interrupted it before the resume
+    # A base is scored before the first step. An evaluation that a signal interrupted is repeated after the resume.
+    is_unscored_base = training.base is not None and progress.step == 0 and progress.best_step is None
+    if is_unscored_base or (evaluation_is_due() and progress.evaluated_step < progress.step):
         evaluate_and_save(training, tracker, run, bar, meter)
     remaining = step_batches(learner, training.loader, progress.total_steps) if not progress.finished else ()
     for micro_batches, waiting in remaining:
@@ -323,6 +330,8 @@ def resume_or_start(training: Training) -> None:
     total = decide_total_steps(training, point)  # may time steps, so it comes before weights are loaded
     if point is not None:
         load_training(training, point)
+    elif learner.config.init_from is not None:
+        start_from_base(training)
     progress = learner.progression
     if total != progress.total_steps:
         progress.total_steps, progress.finished = total, progress.step >= total
@@ -377,6 +386,7 @@ def start_tracking(training: Training, run: RunDirectory) -> Tracker:
         settings = asdict(config) | {
             "parameters": learner.unwrapped_model.num_parameters,
             "environment": describe_environment(),
+            **({} if training.base is None else {"base": training.base}),
             "launch": describe_launch(os.environ)
             | {"processes": accelerator.num_processes, "mixed_precision": accelerator.mixed_precision},
         }

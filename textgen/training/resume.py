@@ -142,6 +142,7 @@ def _describe(training: Training) -> dict[str, Any]:
         "scaler": scaler.state_dict() if scaler else None,
         "wandb_id": training.wandb_id,
         "origin": training.origin,
+        **({} if training.base is None else {"base": training.base}),
     }
 
 
@@ -194,6 +195,7 @@ def load_training(training: Training, point: ResumePoint) -> None:
         progress.best_loss = progress.best_step = None
     if point.trainer["config"].get("evaluate_documents") != config.evaluate_documents:
         progress.best_loss = progress.best_step = None  # losses of other documents cannot be compared
+    training.base = point.trainer.get("base")
     learner.progression = progress
     load_tensors(learner, point)
     # The sum over all processes was saved. One process continues it.
@@ -303,7 +305,8 @@ def read_trainer(directory: Path, manifest: Manifest) -> tuple[dict[str, Any], P
         "config": dict, "mixed_precision": str, "data": str, "scaler": dict | None, "wandb_id": str | None,
         "origin": str | None,
     }  # fmt: skip
-    if not all(name in trainer and isinstance(trainer[name], kind) for name, kind in kinds.items()):
+    sound = all(name in trainer and isinstance(trainer[name], kind) for name, kind in kinds.items())
+    if not sound or not isinstance(trainer.get("base", {}), dict):
         raise CheckpointError(f"`{path}` is of another version of textgen: it lacks settings")
     wanted = {CONFIG_NAME, WEIGHTS_NAME, "optimizer.safetensors", "lanes.safetensors", MODEL_NAME, TRAINER_NAME}
     if trainer["config"].get("ema_decay") is not None:
@@ -346,6 +349,10 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
     current["mixed_precision"] = training.learner.accelerator.mixed_precision
     if saved["data.source"] == current["data.source"] == "memory":  # the store's name is a hash of the texts
         saved["data.store"] = current["data.store"]
+    if trainer.get("tokenizer") == training.store.tokenizer.sha256:  # that of a base has another path after a resume
+        saved |= {name: value for name, value in current.items() if name.startswith("tokenizer.")}
+    if config.init_from is None:
+        saved["init_from"] = None  # a resume does not look at the base
     harmless = HARMLESS
     if config.early_stopping_patience is not None:
         harmless = harmless - {"evaluate_every", "evaluate_documents"}  # they decide when the training stops
@@ -355,15 +362,26 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
         harmless = harmless | {"data", "tokenizer"}  # the tokens are the same
     elif all(current[name] == saved[name] for name in current if name.startswith(("data.", "tokenizer."))):
         saved["training text"], current["training text"] = trainer["data"], training.store.training_key
+    overridden = False
     for name in current:
         if current[name] == saved[name] or name in COMMAND_SETTINGS:
             continue
         message = f"`{name}` is {current[name]}, `{directory}` was made with {saved[name]}"
-        if name.split(".")[0] not in harmless and not config.resume_override:
-            raise CheckpointError(
-                f"{message}: `--resume_override` resumes regardless, another `--run_dir` starts a new run"
-            )
+        if name.split(".")[0] not in harmless:
+            if not config.resume_override:
+                from_weights = "" if name.startswith("model.") else f", with `--init_from {directory}` from its weights"
+                raise CheckpointError(
+                    f"{message}: `--resume_override` resumes regardless, another `--run_dir` starts a new run"
+                    f"{from_weights}"
+                )
+            overridden = True
         log.info("%s", message)
+    if overridden:
+        log.warning(
+            "resuming regardless keeps step, schedule, optimizer and LSTM states of `%s`: `--init_from` with another "
+            "`--run_dir` takes its weights alone",
+            directory,
+        )
 
 
 def describe_checkpoint(directory: Path) -> dict[str, Any]:

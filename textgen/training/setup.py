@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -42,6 +43,8 @@ class Training:
     wandb_id: str | None = None
     origin: str | None = None
     """checkpoint of another run that this one started from"""
+    base: dict[str, Any] | None = None
+    """the model whose weights this training started from: its name, step and sha256"""
     on_row: Callable[[dict[str, float]], None] | None = None
     """called with each row of metrics on the main process"""
 

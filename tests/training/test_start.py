@@ -1,0 +1,175 @@
+"""`--init_from`: a new training starts from the weights, the shape and the tokenizer of another model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
+
+from tests.training.test_resume import assert_same_end, flags_for
+from textgen.cli import main, train_main
+from textgen.model.files import load_model
+from textgen.runs.checkpoint import checkpoints
+from textgen.runs.metrics_file import read_metrics
+
+Capture = pytest.CaptureFixture[str]
+Log = pytest.LogCaptureFixture
+StopAt = Callable[[int | None], None]
+
+
+@pytest.fixture(autouse=True)
+def _any_precision() -> Iterator[None]:
+    """Accelerate fixes the precision of a process with its first Accelerator."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="module")
+def plain_flags(tiny_flags: list[str]) -> list[str]:
+    """Return flags of a tiny training without those that a base decides."""
+    at = tiny_flags.index("--tokenizer.vocab_size")
+    return [*tiny_flags[:at], *tiny_flags[at + 6 :]]
+
+
+def trainer_of(run_dir: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((checkpoints(run_dir)[0][1] / "trainer.json").read_text())
+    return content
+
+
+def hashes_of(directory: Path) -> dict[str, str]:
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def refusal(flags: list[str], capsys: Capture) -> str:
+    with pytest.raises(SystemExit) as ended:
+        train_main(flags)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    return error.removeprefix("error: ")
+
+
+def test_a_training_starts_from_the_weights_of_its_base(
+    plain_flags: list[str], tiny_run: Path, tmp_path: Path, capsys: Capture, caplog: Log
+) -> None:
+    """Scored before the first step as `textgen evaluate` scores the base, which stays as it was."""
+    before = hashes_of(tiny_run)
+    main(["evaluate", str(tiny_run), "--json"])
+    wanted = json.loads(capsys.readouterr().out)["bits_per_byte"]
+    caplog.clear()
+    train_main(flags_for(plain_flags, tmp_path / "run", "--init_from", str(tiny_run), "--ema_decay", "0.9"))
+    assert f"starting from `{tiny_run}` step 4: 340 of 340 pieces kept" in caplog.messages
+    first = next(row for row in read_metrics(tmp_path / "run") if "valid/loss" in row)
+    assert (first["step"], first["valid/bits_per_byte"]) == (0, pytest.approx(wanted, abs=1e-4))
+    assert hashes_of(tiny_run) == before
+
+    base = checkpoints(tiny_run)[0][1]
+    for name in ("model", "weights"):  # the averaged weights and the others
+        ours = load_file(tmp_path / "run" / "checkpoints" / "step-000000" / f"{name}.safetensors")
+        theirs = load_file(base / "model.safetensors")
+        assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
+    assert trainer_of(tmp_path / "run")["base"] == {
+        "source": str(tiny_run), "step": 4, "sha256": before[str(base / "model.safetensors")], "pieces_kept": 340,
+    }  # fmt: skip
+    assert trainer_of(tmp_path / "run")["progression"]["step"] == 4
+
+
+def test_a_stopped_training_never_looks_at_its_base_again(
+    plain_flags: list[str], tiny_run: Path, tmp_path: Path, stop_at: StopAt, capsys: Capture
+) -> None:
+    base = shutil.copytree(tiny_run, tmp_path / "base")
+    flags = ["--init_from", str(base), "--evaluate_every", "2", "--max_steps", "5"]
+    train_main(flags_for(plain_flags, tmp_path / "whole", *flags))
+    stop_at(1)
+    with pytest.raises(SystemExit) as stopped:
+        train_main(flags_for(plain_flags, tmp_path / "parts", *flags))
+    assert stopped.value.code == 128 + signal.SIGTERM
+    stop_at(None)
+    shutil.rmtree(base)
+    train_main(flags_for(plain_flags, tmp_path / "parts", *flags))
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    assert trainer_of(tmp_path / "parts")["base"] == trainer_of(tmp_path / "whole")["base"]
+    capsys.readouterr()
+    main(["evaluate", str(tmp_path / "parts"), "--json"])  # its text is encoded by its own copy of the tokenizer
+    row = [row for row in read_metrics(tmp_path / "parts") if "valid/loss" in row][-1]
+    assert json.loads(capsys.readouterr().out)["nats_per_token"] == pytest.approx(row["valid/loss"], abs=1e-4)
+
+
+def test_the_shape_is_the_base_s(
+    plain_flags: list[str], tiny_run: Path, tmp_path: Path, capsys: Capture, caplog: Log
+) -> None:
+    """Values of a config file that differ are left out and named; a flag that differs is refused with both values."""
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        "learning_rate: 0.02\nmodel:\n  num_layers: 2\n  hidden_size: 64\ntokenizer:\n  vocab_size: 400\n"
+    )
+    flags = [*flags_for(plain_flags, tmp_path / "run", "--init_from", str(tiny_run), "--config", str(config))]
+    line = refusal([*flags, "--model.hidden_size", "48"], capsys)
+    assert line == (
+        f"`model.hidden_size` 48 differs from 32 of `{tiny_run}`, whose shape a training with `init_from` has: "
+        "leave it out"
+    )
+    assert not (tmp_path / "run").exists()
+    train_main([*flags, "--model.dropout", "0.1", "--model.embedding_dim", "16"])
+    assert (
+        f"`{tiny_run}` decides shape and tokenizer, so these settings are not used: `model.hidden_size` 64, "
+        "`tokenizer.vocab_size` 400"
+    ) in caplog.messages
+    model, tokenizer = load_model(tmp_path / "run")
+    assert (model.config.hidden_size, model.config.dropout, tokenizer.vocab_size) == (32, 0.1, 340)
+    assert trainer_of(tmp_path / "run")["config"]["learning_rate"] == 0.02
+
+
+def test_a_base_that_cannot_be_used_is_refused(
+    plain_flags: list[str], tiny_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    flags = flags_for(plain_flags, tmp_path / "run")
+    line = refusal([*flags, "--init_from", str(tiny_run), "--resume", str(tiny_run)], capsys)
+    assert line == (
+        "`init_from` starts a new training and `resume` continues one: "
+        f"give `init_from` {tiny_run} or `resume` {tiny_run}"
+    )
+    (tmp_path / "empty").mkdir()
+    line = refusal([*flags, "--init_from", str(tmp_path / "empty")], capsys)
+    assert line == f"`{tmp_path / 'empty'}` has no `config.json`: not a checkpoint directory"
+
+    published = tmp_path / "published"
+    main(["publish", str(tiny_run), "--to", str(published)])
+    weights = load_file(published / "model.safetensors")
+    weights["output.bias"][3] = torch.nan
+    save_file(weights, published / "model.safetensors")
+    line = refusal([*flags, "--init_from", str(published)], capsys)
+    assert line == f"`{published / 'model.safetensors'}` has weights that are not finite"
+    assert not (tmp_path / "run").exists()
+
+
+def test_messages_name_init_from_where_resume_is_a_trap(
+    tiny_flags: list[str], tiny_run: Path, tmp_path: Path, reviews_file: Path, capsys: Capture, caplog: Log
+) -> None:
+    """A finished run, a text that has grown, and a resume that keeps the old schedule."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    train_main(flags_for(tiny_flags, run))
+    hint = f"`--init_from {run}` with another `--run_dir` starts a new training from its weights"
+    assert capsys.readouterr().out.splitlines()[-1] == f"`{run}` has finished at step 4: nothing to do; {hint}"
+    grown = tmp_path / "more.jsonl"
+    grown.write_text(reviews_file.read_text() + '{"text": "One more of them."}\n')
+    flags = [*flags_for(tiny_flags, run, "--data.files", str(reviews_file), str(grown), "--max_steps", "5")]
+    line = refusal(flags, capsys)
+    newest = run / "checkpoints" / "step-000004"
+    assert line.endswith(f"another `--run_dir` starts a new run, with `--init_from {newest}` from its weights")
+    train_main([*flags, "--resume_override"])
+    assert (
+        f"resuming regardless keeps step, schedule, optimizer and LSTM states of `{newest}`: `--init_from` with "
+        "another `--run_dir` takes its weights alone"
+    ) in caplog.messages

@@ -1,0 +1,184 @@
+"""Starting a new training from the weights of another model, its base: `--init_from`.
+
+Only the base's config.json, model.safetensors and tokenizer.model are read, and of a checkpoint its manifest. A run
+that has a checkpoint continues from it and never looks at the base again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Collection
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from textgen.config import TokenizerConfig, TrainConfig
+from textgen.distributed import launch
+from textgen.errors import TextgenError
+from textgen.model.files import (
+    CONFIG_NAME,
+    MODEL_FILES,
+    WEIGHTS_NAME,
+    read_model_and_tokenizer,
+    read_model_config,
+    resolve_model_directory,
+)
+from textgen.model.lstm import LSTMLanguageModel
+from textgen.runs.checkpoint import MANIFEST_NAME, TRAINER_NAME, checkpoints, find_checkpoint, read_json, verify
+from textgen.settings import complete_record, flatten
+from textgen.tokenizer import MODEL_NAME, Tokenizer
+from textgen.training.setup import Training
+from textgen.training.step import zero_lanes
+
+log = logging.getLogger("textgen")
+
+# The settings of a model that decide which weights it has. The others, such as dropout, are the new training's.
+SHAPE = ("embedding_dim", "hidden_size", "num_layers", "tie_weights", "projection", "layer_norm", "residual")
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def settings_from_base(config: TrainConfig, *, given: Collection[str], from_files: Collection[str]) -> TrainConfig:
+    """Return the settings of a training with the base's shape, tokenizer and normalization.
+
+    If `run_dir` has a checkpoint, they are the checkpoint's, and the base is not read: it may be gone.
+
+    Args:
+        config: all settings.
+        given: names of the settings that the user gave one by one. If they include one of the tokenizer, the training
+            has another tokenizer than the base.
+        from_files: names of the settings in config files; a value that the base does not have is left out and logged.
+
+    Raises:
+        TextgenError: the base cannot be read, or a setting in `given` wants another shape.
+    """
+    if config.init_from is None:
+        return config
+    where, wanted = config.init_from, _settings_of_run(Path(config.run_dir))
+    if wanted is None:
+        wanted = _settings_of_base(config.init_from)
+    elif wanted:
+        where = config.run_dir
+    own_tokenizer = config.data.store is not None or any(name.startswith("tokenizer.") for name in given)
+    if own_tokenizer:
+        wanted = {name: value for name, value in wanted.items() if not name.startswith("tokenizer.")}
+    if config.data.store is not None or "data.normalization" in given:
+        wanted.pop("data.normalization", None)
+    current = flatten(asdict(config))
+    differing = {name: value for name, value in wanted.items() if current[name] != value}
+    for name, value in differing.items():
+        if name in given:
+            raise TextgenError(
+                f"`{name}` {current[name]} differs from {value} of `{where}`, whose shape a training with `init_from` "
+                "has: leave it out"
+            )
+    if unused := [f"`{name}` {current[name]}" for name in differing if name in from_files]:
+        log.info("`%s` decides shape and tokenizer, so these settings are not used: %s", where, ", ".join(unused))
+    return _replace(config, differing)
+
+
+def _settings_of_base(name: str) -> dict[str, Any]:
+    """Return the settings that a base decides, by dotted name."""
+    directory = find_checkpoint(name, files=(CONFIG_NAME, MODEL_NAME)) or resolve_model_directory(name)
+    model, vocab_size, text = read_model_config(directory)
+    return (
+        {f"model.{field}": getattr(model, field) for field in SHAPE}
+        | flatten({"tokenizer": asdict(TokenizerConfig(path=str(directory), vocab_size=vocab_size))})
+        | {"data.normalization": text.get("normalization", "none")}
+    )
+
+
+def _settings_of_run(run_dir: Path) -> dict[str, Any] | None:
+    """Return the settings that a run's base has decided, by dotted name; None if the run has no checkpoint.
+
+    They are empty if the run has no base, or no checkpoint can be read: `find_resume_point` says what is wrong.
+    """
+    directories = [path for _, path in checkpoints(run_dir)]
+    for directory in directories:
+        try:
+            recorded = complete_record(read_json(directory / TRAINER_NAME)["config"])
+            if recorded["init_from"] is None:
+                break
+            settings = {f"model.{field}": recorded["model"][field] for field in SHAPE}
+            settings |= flatten({"tokenizer": recorded["tokenizer"]})
+            if settings["tokenizer.path"] is not None:  # the base's, which may be gone
+                settings["tokenizer.path"] = str(directory)
+            return settings | {"data.normalization": recorded["data"]["normalization"]}
+        except (ValueError, KeyError, TypeError):
+            continue
+    return {} if directories else None
+
+
+def _replace(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
+    """Return the settings with other values, by dotted name."""
+    groups: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        group, _, field = name.partition(".")
+        groups.setdefault(group, {})[field] = value
+    return replace(config, **{group: replace(getattr(config, group), **fields) for group, fields in groups.items()})
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def start_from_base(training: Training) -> None:
+    """Set the weights of a new training from its base, and note in `training.base` which they are. Collective.
+
+    Raises:
+        TextgenError: the base cannot be read, has another shape, or weights that are not finite; or processes found
+            different ones.
+    """
+    learner, tokenizer = training.learner, training.store.tokenizer
+    name, model = learner.config.init_from, learner.unwrapped_model
+    assert name is not None
+    directory = find_checkpoint(name, files=MODEL_FILES) or resolve_model_directory(name)
+    base, base_tokenizer = read_model_and_tokenizer(directory)
+    for field in SHAPE:
+        if (seen := getattr(base.config, field)) != (wanted := getattr(model.config, field)):
+            raise TextgenError(f"`{name}` has `model.{field}` {seen}, the training {wanted}")
+    if not torch.nn.utils.get_total_norm(base.parameters()).isfinite():
+        raise TextgenError(f"`{directory / WEIGHTS_NAME}` has weights that are not finite")
+    with (directory / WEIGHTS_NAME).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    step = verify(directory, []).step if (directory / MANIFEST_NAME).exists() else None
+    kept = copy_weights(base, base_tokenizer, model, tokenizer, training.store.unigram_counts)
+    if learner.average is not None:
+        learner.average.load_state_dict(model.state_dict())
+    learner.lane_states = zero_lanes(learner)
+    training.base = {"source": name, "step": step, "sha256": digest, "pieces_kept": kept}
+    launch.assert_same(learner.accelerator, training.base, "the weights to start from")
+    at = "" if step is None else f" step {step}"
+    log.info("starting from `%s`%s: %s of %s pieces kept", name, at, f"{kept:,}", f"{tokenizer.vocab_size:,}")
+
+
+@torch.no_grad()
+def copy_weights(
+    base: LSTMLanguageModel,
+    base_tokenizer: Tokenizer,
+    model: LSTMLanguageModel,
+    tokenizer: Tokenizer,
+    unigram_counts: Tensor,
+) -> int:
+    """Copy the weights of a model into another one of the same shape, whose tokenizer may be another.
+
+    Args:
+        base: the model to copy from.
+        base_tokenizer: of `base`.
+        model: the model whose weights are replaced.
+        tokenizer: of `model`.
+        unigram_counts: how often each token occurs in the new training text; (vocab_size,).
+
+    Returns:
+        The number of pieces that both tokenizers have.
+    """
+    weights = base.state_tensors()
+    kept = tokenizer.vocab_size
+    if tokenizer.sha256 != base_tokenizer.sha256:
+        raise TextgenError("the tokenizer is another one than the base's")
+    model.load_state_dict(weights, strict=False)
+    return kept
