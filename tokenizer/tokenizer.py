@@ -42,6 +42,8 @@ class Tokenizer:
         vocab_size: Number of token ids, all in `range(vocab_size)`.
         eos_id: Id of the document boundary.
         bos_id: The same id.
+        eos_token: Name of `eos_id`, usually `</s>`; no text spells it.
+        unk_token: Name of `unk_id`.
         unk_id: Id of text that a model cannot spell; it decodes to U+FFFD.
         is_lossless: False for word models only.
     """
@@ -69,6 +71,7 @@ class Tokenizer:
         self.vocab_size = len(self._bytes_of)
         self.eos_id = self.bos_id = processor.eos_id()
         self.unk_id = processor.unk_id()
+        self.eos_token, self.unk_token = (processor.IdToPiece(max(i, 0)) for i in (self.eos_id, self.unk_id))
         if self.eos_id < 0:
             raise TokenizerError("the SentencePiece model has no `</s>` to mark the end of a document")
         model_type = _numbers(_submessage(model_proto, TRAINER_SPEC)).get(MODEL_TYPE, UNIGRAM)

@@ -9,7 +9,8 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as ChatParams
 from openai.types.completion_create_params import CompletionCreateParamsBase as CompletionParams
 
-from textgen.serving.protocol import ApiError, CompletionRequest, Limits, UnsupportedFields, parse_request
+from textgen.serving.protocol import CompletionRequest, Limits, UnsupportedFields, parse_request
+from textgen.serving.responses import ApiError
 
 
 def refused(fields: dict[str, Any] | str) -> tuple[str, str | None]:
@@ -24,11 +25,11 @@ def refused(fields: dict[str, Any] | str) -> tuple[str, str | None]:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prompt": 1}, "`prompt` must be a string or a list of strings: 1"),
-        ({"prompt": {"a": 1}}, "`prompt` must be a string or a list of strings"),
+        ({"prompt": 1}, "`prompt` must be a text, a list of texts, token ids, or a list of lists of ids: 1"),
+        ({"prompt": {"a": 1}}, "`prompt` must be a text, a list of texts, token ids, or a list of lists of ids"),
         ({"prompt": []}, "`prompt` is an empty list"),
         ({"prompt": ["a"] * 300}, "`prompt` has 300 items; at most 256, by the server's flag `--max_waiting`"),
-        ({"prompt": "a" * 16385}, "`prompt` has 16385 characters; at most 16384"),
+        ({"prompt": True}, "`prompt` must be a text, a list of texts, token ids, or a list of lists of ids: true"),
         ({"stop": ["a"] * 17}, "`stop` has 17 items; at most 16"),
         ({"stop": ""}, "`stop` is an empty string"),
         ({"stop": True}, "`stop` must be a string or a list of strings: true"),
@@ -41,13 +42,15 @@ def refused(fields: dict[str, Any] | str) -> tuple[str, str | None]:
         ({"seed": 1 << 63}, f"`seed` must be below {1 << 63}: {1 << 63}"),
         ({"echo": "yes"}, '`echo` must be true or false: "yes"'),
         ({"logprobs": True}, "`logprobs` must be an integer: true"),
-        ({"max_tokens": 0, "echo": True}, "`max_tokens` must be at least 1: 0"),
+        ({"max_tokens": 0}, "`max_tokens` must be at least 1 without `echo`: 0"),
+        ({"max_tokens": -1, "echo": True}, "`max_tokens` must be at least 0: -1"),
         ({"max_tokens": 1025}, "`max_tokens` must be at most 1024: 1025"),
         ({"stream_options": True}, "`stream_options` must be an object: true"),
         ({"temprature": 1}, "unknown field `temprature`; the nearest is `temperature`"),
         ({"a\nb": 1}, "unknown field `a\\nb`"),
         ({"suffix": "end"}, '`suffix` is not supported: "end"; leave it out'),
-        ({"best_of": 3}, "`best_of` must be at most 1: 3"),
+        ({"best_of": 129}, "`best_of` must be at most 128: 129"),
+        ({"best_of": 0}, "`best_of` must be at least 1: 0"),
         ({"logit_bias": {"50256": -100}}, "`logit_bias` is not supported; leave it out"),
         ({"tools": [{"type": "function"}]}, "`tools` is not supported; leave it out"),
         ({"store": True}, "`store` is not supported: true; leave it out"),
@@ -65,10 +68,18 @@ def test_a_wrong_value_is_named_in_one_line_with_what_is_wanted(fields: dict[str
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prompt": [1, 2]}, "`prompt[0]` must be a string: 1; token ids are not supported"),
-        ({"prompt": ["a", [1]]}, "`prompt[1]` must be a string; token ids are not supported"),
-        ({"prompt": ["a", "b", None]}, "`prompt[2]` must be a string: null"),
-        ({"prompt": ["a", "b" * 16385]}, "`prompt[1]` has 16385 characters; at most 16384"),
+        ({"prompt": ["a", [1]]}, "`prompt[1]` must be a text, as `prompt[0]`"),
+        ({"prompt": ["a", 1]}, "`prompt[1]` must be a text, as `prompt[0]`: 1"),
+        ({"prompt": [1, "a"]}, '`prompt[1]` must be a token id, as `prompt[0]`: "a"'),
+        ({"prompt": [1, -2]}, "`prompt[1]` must be a token id, as `prompt[0]`: -2"),
+        ({"prompt": [1, True]}, "`prompt[1]` must be a token id, as `prompt[0]`: true"),
+        ({"prompt": [1, 2.0]}, "`prompt[1]` must be a token id, as `prompt[0]`: 2.0"),
+        ({"prompt": [-1]}, "`prompt[0]` must be a text, a token id, or a list of ids: -1"),
+        ({"prompt": [[1], 2]}, "`prompt[1]` must be a list of ids, as `prompt[0]`: 2"),
+        ({"prompt": [[1], "a"]}, '`prompt[1]` must be a list of ids, as `prompt[0]`: "a"'),
+        ({"prompt": [[1], [2, "a"]]}, '`prompt[1][1]` must be a token id: "a"'),
+        ({"prompt": [[1], [[2]]]}, "`prompt[1][0]` must be a token id"),
+        ({"prompt": ["a", "b", None]}, "`prompt[2]` must be a text, as `prompt[0]`: null"),
         ({"stop": ["a", "b" * 65]}, "`stop[1]` has 65 characters; at most 64"),
         ({"stop": ["a", ""]}, "`stop[1]` is an empty string"),
         ({"stream_options": {"foo": 1}}, "unknown field `stream_options.foo`"),
@@ -86,13 +97,11 @@ def test_a_wrong_value_in_a_list_or_object_is_named_by_its_whole_path(fields: di
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (
-            {"echo": True, "logprobs": 1, "max_tokens": 1},
-            "`echo` cannot be combined with `logprobs`: prompts are not scored",
-        ),
-        ({"echo": True, "logprobs": 0}, "`echo` cannot be combined with `logprobs`: prompts are not scored"),
         ({"stream_options": {"include_usage": True}}, "`stream_options.include_usage` needs `stream`"),
         ({"best_of": 1, "n": 2}, "`best_of` must be at least `n` 2: 1"),
+        ({"best_of": 3, "stream": True}, "`best_of` 3 above `n` 1 cannot be combined with `stream`"),
+        ({"best_of": 100, "prompt": ["a"] * 3},
+         "`prompt` has 3 items and `best_of` is 100: 300 samples; at most 256, by the server's flag `--max_waiting`"),
         ({"prompt": ["a"] * 100, "n": 3},
          "`prompt` has 100 items and `n` is 3: 300 samples; at most 256, by the server's flag `--max_waiting`"),
     ],
@@ -111,7 +120,7 @@ def test_a_body_that_is_no_request_is_named() -> None:
 
 def test_null_is_nothing_for_every_field_of_openais_completions_and_chats() -> None:
     names = {*get_type_hints(CompletionParams), *get_type_hints(ChatParams)}
-    assert {"best_of", "suffix", "tools", "verbosity"} < names
+    assert {"logit_bias", "suffix", "tools", "verbosity"} < names
     assert names < {*CompletionRequest.model_fields}
     assert {*UnsupportedFields.model_fields} < names
     parse_request(json.dumps(dict.fromkeys(names)).encode(), Limits())

@@ -74,7 +74,7 @@ class Decoder:
             window = ids[:, start : start + PREFILL_WINDOW]
             # targets of -1 are not scored, so the model computes no logits
             _, state = model(window, state, torch.full_like(window, -1))
-        return [part[i] for i in range(model.config.num_layers) for part in state]
+        return decoder_state(state)
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Read one token per row.
@@ -86,8 +86,8 @@ class Decoder:
         Returns:
             Logits (batch, vocab_size), float32, and the new state.
         """
-        logits, (hidden, cell) = self.model(tokens[:, None], model_state(self.model, state))
-        return logits[:, 0], [part[i] for i in range(len(hidden)) for part in (hidden, cell)]
+        logits, new_state = self.model(tokens[:, None], model_state(self.model, state))
+        return logits[:, 0], decoder_state(new_state)
 
 
 def model_state(model: LSTMLanguageModel, state: DecoderState) -> State:
@@ -96,6 +96,11 @@ def model_state(model: LSTMLanguageModel, state: DecoderState) -> State:
     An empty state is that of one row at its first token.
     """
     return (torch.stack(state[::2]), torch.stack(state[1::2])) if state else model.zero_state(1)
+
+
+def decoder_state(state: State) -> DecoderState:
+    """Return a model's state as a decoder's, see `Decoder.step`."""
+    return [part[i] for i in range(len(state[0])) for part in state]
 
 
 class CellDecoder(Decoder):

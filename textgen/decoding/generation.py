@@ -488,12 +488,17 @@ def _prefill(
         prompts: their tokens.
         read: by prompt, a state after its first tokens, which the model does not read again.
     """
-    by_steps = isinstance(decoder, CellDecoder) and decoder.device.type == "cpu"
     longest_first = sorted(prompts, key=len, reverse=True)
-    num_alone = sum(len(ids) > SHORT_PROMPT for ids in prompts) if by_steps else len(prompts)
+    num_alone = sum(reads_alone(decoder, ids) for ids in prompts)
     first, read = longest_first[:num_alone], read or {}
     alone = {ids: decoder.prefill(ids, read=read[ids]) if ids in read else decoder.prefill(ids) for ids in first}
     return alone | _prefill_together(decoder, longest_first[num_alone:])
+
+
+def reads_alone(decoder: Decoder, ids: Sequence[int]) -> bool:
+    """Return whether the model reads a prompt, in windows; False if decoder steps read it, beside other prompts."""
+    by_steps = isinstance(decoder, CellDecoder) and decoder.device.type == "cpu"
+    return len(ids) > SHORT_PROMPT or not by_steps
 
 
 def _prefill_together(decoder: Decoder, prompts: Sequence[tuple[int, ...]]) -> Prefilled:

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from textgen.serving.api import Metrics
-from textgen.serving.protocol import ApiError
+from textgen.serving.responses import ApiError
 
 log = logging.getLogger("textgen")
 HEADER_BYTES = 16384

@@ -18,9 +18,28 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from textgen.data.corpus import normalize
+from textgen.decoding.decoders import PREFILL_WINDOW
 from textgen.decoding.generation import number_requests
 from textgen.serving.completion import EventStream, PendingChoice, PendingCompletion, cancel_on_disconnect
-from textgen.serving.protocol import ApiError, CompletionRequest, Limits, describe_api, parse_request, read_body
+from textgen.serving.description import describe_api
+from textgen.serving.prompts import (
+    PromptReader,
+    decode_document,
+    encode_document,
+    read_prompts,
+    require_ids,
+    token_text,
+)
+from textgen.serving.protocol import (
+    CompletionRequest,
+    DetokenizeRequest,
+    Limits,
+    TokenizeRequest,
+    parse_body,
+    parse_request,
+    read_body,
+)
+from textgen.serving.responses import ApiError
 from textgen.serving.scheduler import Delta, Scheduler, Stream
 
 PAGE = Path(__file__).parent / "page"
@@ -45,6 +64,7 @@ class Metrics:
         ]
         values += [
             ("counter", "prompt_tokens_total", "", self.prompt_tokens),
+            ("counter", "prompt_tokens_read_in_slots_total", "", scheduler.num_read_tokens),
             ("counter", "tokens_total", "", scheduler.num_tokens),
             ("gauge", "samples_running", "", scheduler.num_running),
             ("gauge", "samples_waiting", "", scheduler.num_waiting),
@@ -81,6 +101,9 @@ class Api:
             "object": "model",
             "created": int(time.time()),
             "owned_by": "textgen",
+            "root": name,
+            "parent": None,
+            "max_model_len": limits.max_model_len,
             "max_tokens": limits.max_tokens,
         }
 
@@ -93,6 +116,9 @@ class Api:
             Route("/v1/completions", self.completions, methods=["POST"]),
             Route("/v1/models", self.models),
             Route("/v1/models/{name:path}", self.model),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/tokenizer_info", self.tokenizer_info),
             Route("/healthz", self.health),
             Route("/metrics", self.prometheus),
             Route("/openapi.json", self.openapi),
@@ -132,9 +158,8 @@ class Api:
 
     async def completions(self, request: Request) -> Response:
         """Continue prompts."""
-        parsed = parse_request(await read_body(request), self._limits)
-        if parsed.model not in (None, self._name):
-            raise _model_not_found(self._name)
+        parsed = parse_request(await read_body(request, self._limits.body_bytes), self._limits)
+        self._require_model(parsed.model)
         completion = self._new_completion(parsed)
         completion.start(self._limits.timeout)
         self.metrics.prompt_tokens += completion.num_prompt_tokens
@@ -142,31 +167,91 @@ class Api:
             options = parsed.stream_options
             return EventStream(completion, include_usage=options is not None and options.include_usage is True)
         with closing(completion):
-            return JSONResponse(await cancel_on_disconnect(request.receive, completion.result()))
+            result = await cancel_on_disconnect(request.receive, completion.result())
+            return Response(result, media_type="application/json")
+
+    def _require_model(self, name: str | None) -> None:
+        """Raise ApiError if a request names another model."""
+        if name not in (None, self._name):
+            raise _model_not_found(self._name)
 
     def _new_completion(self, request: CompletionRequest) -> PendingCompletion:
         """Return a completion that is not started.
 
         Raises:
-            ApiError: a prompt has too many tokens.
+            ApiError: a prompt has too many tokens, or an id is not in the vocabulary.
         """
-        completion, config = PendingCompletion(self._name, self._scheduler), request.config(self._normalization)
-        limit, n = self._limits.max_prompt_tokens, request.n or 1
-        texts = [normalize(prompt, self._normalization) for prompt in request.prompts]
-        samples = number_requests(((text, config) for text in texts), n)
-        for i, prompt in enumerate(request.prompts):
-            tokens = self._scheduler.tokenizer.encode(texts[i])
-            if len(tokens) > limit:
-                name = f"prompt[{i}]" if isinstance(request.prompt, list) else "prompt"
-                message = f"`{name}` has {len(tokens)} tokens; at most {limit}"
-                raise ApiError(400, message, code="context_length_exceeded", param=name)
-            completion.num_prompt_tokens += len(tokens)
-            echo = prompt if request.echo else ""
-            for sample in islice(samples, n):
+        tokenizer, num_drawn = self._scheduler.tokenizer, request.num_samples
+        config = request.config(self._normalization)
+        completion = PendingCompletion(self._name, self._scheduler, n=request.n or 1, num_drawn=num_drawn)
+        prompts = read_prompts(request, tokenizer, self._normalization, self._limits)
+        samples = number_requests(((prompt.text, config) for prompt in prompts), num_drawn)
+        for prompt in prompts:
+            completion.num_prompt_tokens += len(prompt.tokens)
+            scored = PromptReader(prompt, tokenizer.bos_id, request.logprobs) if request.scores_prompts else None
+            reader = scored
+            if reader is None and len(prompt.tokens) > PREFILL_WINDOW and request.max_tokens != 0:
+                reader = PromptReader(prompt, tokenizer.bos_id, None)
+            for sample in islice(samples, num_drawn):
                 index = len(completion.choices)
-                stream = self._scheduler.new_stream(sample, tokens, (completion, index))
-                completion.choices.append(PendingChoice(index, stream, len(echo), echo))
+                stream = self._scheduler.new_stream(
+                    sample,
+                    prompt.ids(tokenizer.bos_id),
+                    (completion, index),
+                    reader=reader,
+                    reads_only=request.max_tokens == 0,
+                )
+                wants_logprobs = request.logprobs is not None
+                choice = PendingChoice(index, stream, len(prompt.echo), prompt.echo, wants_logprobs, scored)
+                completion.choices.append(choice)
         return completion
+
+    async def tokenize(self, request: Request) -> Response:
+        """Return the tokens of a text, as vLLM does."""
+        parsed = parse_body(TokenizeRequest, await read_body(request, self._limits.body_bytes))
+        self._require_model(parsed.model)
+        tokenizer = self._scheduler.tokenizer
+        tokens = encode_document(tokenizer, normalize(parsed.prompt, self._normalization))
+        if parsed.add_special_tokens is not False and tokens[:1] != [tokenizer.bos_id]:
+            tokens = [tokenizer.bos_id, *tokens]
+        texts = [token_text(tokenizer, token) or tokenizer.eos_token for token in tokens]
+        return JSONResponse(
+            {
+                "count": len(tokens),
+                "max_model_len": self._limits.max_model_len,
+                "tokens": tokens,
+                "token_strs": texts if parsed.return_token_strs else None,
+            }
+        )
+
+    async def detokenize(self, request: Request) -> Response:
+        """Return the text of tokens, as vLLM does."""
+        parsed = parse_body(DetokenizeRequest, await read_body(request, self._limits.body_bytes))
+        self._require_model(parsed.model)
+        tokenizer = self._scheduler.tokenizer
+        require_ids(parsed.tokens, tokenizer, "tokens")
+        return JSONResponse({"prompt": decode_document(tokenizer, parsed.tokens)})
+
+    async def tokenizer_info(self, _: Request) -> Response:
+        """Describe the tokenizer, as vLLM does."""
+        tokenizer = self._scheduler.tokenizer
+        return JSONResponse(
+            {
+                "tokenizer_class": "textgen",
+                "vocab_size": tokenizer.vocab_size,
+                "model_max_length": self._limits.max_model_len,
+                "bos_token": tokenizer.eos_token,
+                "bos_token_id": tokenizer.bos_id,
+                "eos_token": tokenizer.eos_token,
+                "eos_token_id": tokenizer.eos_id,
+                "unk_token": tokenizer.unk_token,
+                "unk_token_id": tokenizer.unk_id,
+                "pad_token": None,
+                "add_bos_token": True,
+                "chat_template": None,
+                "sha256": tokenizer.sha256,
+            }
+        )
 
     async def models(self, _: Request) -> Response:
         """List the one model."""
@@ -189,7 +274,7 @@ class Api:
 
     async def openapi(self, _: Request) -> Response:
         """Describe the API."""
-        return JSONResponse(describe_api(self._name, self._limits))
+        return JSONResponse(describe_api(self._name, self._limits, self._scheduler.tokenizer.vocab_size))
 
 
 def _static_route(path: str, name: str, media_type: str) -> Route:

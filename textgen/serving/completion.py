@@ -16,7 +16,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from textgen.decoding.generation import TokenLogprobs
-from textgen.serving.protocol import ApiError
+from textgen.serving.prompts import PromptReader, for_json
+from textgen.serving.responses import ApiError
 from textgen.serving.scheduler import BusyError, ClosedError, Delta, Scheduler, Stream
 
 Result = TypeVar("Result")
@@ -31,39 +32,45 @@ class PendingChoice:
     offset: int
     """characters before the sample's text: the length of an echoed prompt"""
     text: str
+    wants_logprobs: bool
+    scored: PromptReader | None
+    """of a prompt whose scores are not sent yet"""
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     finish_reason: Literal["stop", "length"] | None = None
 
     def add(self, delta: Delta) -> None:
-        """Add a delta, without the log-probabilities of the end-of-text token: it has no text."""
-        finished = delta.sample is not None and delta.sample.finished
+        """Add a delta."""
         self.text += delta.text
-        self.logprobs += delta.logprobs[:-1] if finished else delta.logprobs
-        if delta.sample is not None:
-            self.finish_reason = "stop" if finished or delta.sample.stop is not None else "length"
+        self.logprobs += delta.logprobs
+        if (sample := delta.sample) is not None:
+            self.finish_reason = "stop" if sample.finished or sample.stop is not None else "length"
+
+    @property
+    def mean_logprob(self) -> float:
+        """Log-probability per token of the sample, which has ended."""
+        assert self.stream.sample is not None
+        return self.stream.sample.mean_logprob
 
     def pop(self) -> dict[str, Any]:
         """Return everything since the previous call, in the form of `CompletionChoice`."""
-        logprobs = None
-        if self.stream.running.request.config.logprobs is not None:
+        logprobs: dict[str, list[Any]] | None = None
+        if self.wants_logprobs:
             logprobs = {
                 "tokens": [token.token for _, token in self.logprobs],
-                "token_logprobs": [_for_json(token.logprob) for _, token in self.logprobs],
+                "token_logprobs": [for_json(token.logprob) for _, token in self.logprobs],
                 # As with OpenAI, the drawn token is among them, also if it is none of the most likely ones.
                 "top_logprobs": [
-                    {top: _for_json(value) for top, value in (*token.top, (token.token, token.logprob))}
+                    {top: for_json(value) for top, value in (*token.top, (token.token, token.logprob))}
                     for _, token in self.logprobs
                 ],
                 "text_offset": [self.offset + offset for offset, _ in self.logprobs],
             }
+            if self.scored is not None:
+                before, self.scored = self.scored.logprobs(self.stream.running.tokenizer), None
+                logprobs = {name: before[name] + values for name, values in logprobs.items()}
         choice = {"index": self.index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish_reason}
         self.text, self.logprobs = "", []
         return choice
-
-
-def _for_json(logprob: float) -> float:
-    """Return a log-probability with six decimals, -9999 for minus infinity: JSON has no infinity."""
-    return round(max(logprob, -9999.0), 6)
 
 
 class PendingCompletion:
@@ -72,11 +79,13 @@ class PendingCompletion:
     Args:
         model: the model's name.
         scheduler: decodes the samples.
+        n: samples of each prompt to send.
+        num_drawn: samples of each prompt to draw.
     """
 
-    def __init__(self, model: str, scheduler: Scheduler) -> None:
+    def __init__(self, model: str, scheduler: Scheduler, *, n: int, num_drawn: int) -> None:
         self.choices: list[PendingChoice] = []
-        self.num_prompt_tokens = 0
+        self.num_prompt_tokens, self.n, self.num_drawn = 0, n, num_drawn
         # The fields that all events of a stream share.
         self.head: dict[str, Any] = {
             "id": f"cmpl-{secrets.token_hex(12)}",
@@ -141,15 +150,33 @@ class PendingCompletion:
         changed, self._changed = list(self._changed.values()), {}
         return changed
 
-    async def result(self) -> dict[str, Any]:
-        """Wait until all samples have ended, and return them in the form of `Completion`.
+    async def result(self) -> bytes:
+        """Wait until all samples have ended, and return a `Completion` as JSON.
 
         Raises:
             ApiError: as `wait_for_changes`.
         """
         while not self.ended:
             await self.wait_for_changes()
-        return self.head | {"choices": [choice.pop() for choice in self.choices], "usage": self.usage}
+        choices = []
+        for choice in self._best():
+            choices.append(_encode(choice.pop()))
+            await asyncio.sleep(0)  # a scored prompt takes tens of milliseconds: let streams go on
+        head = {name: _encode(value) for name, value in self.head.items()}
+        fields = head | {"choices": b"[%s]" % b",".join(choices), "usage": _encode(self.usage)}
+        return b"{%s}" % b",".join(_encode(name) + b":" + value for name, value in fields.items())
+
+    def _best(self) -> list[PendingChoice]:
+        """Return the samples to send: of each prompt the `n` with the largest mean log-probability, best first."""
+        if self.num_drawn == self.n:
+            return self.choices
+        best: list[PendingChoice] = []
+        for first in range(0, len(self.choices), self.num_drawn):
+            group = self.choices[first : first + self.num_drawn]
+            best += sorted(group, key=lambda choice: -choice.mean_logprob)[: self.n]
+        for index, choice in enumerate(best):
+            choice.index = index
+        return best
 
     def close(self) -> None:
         """Cancel the samples that have not ended."""
@@ -195,6 +222,10 @@ class EventStream(Response):
 
 def _encode_events(events: Sequence[dict[str, Any]]) -> bytes:
     return b"".join(b"data: %s\n\n" % json.dumps(event, ensure_ascii=False).encode() for event in events)
+
+
+def _encode(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
 
 async def cancel_on_disconnect(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:

@@ -1,4 +1,4 @@
-"""OpenAI's completions protocol: requests, responses, errors, and the OpenAPI description of them."""
+"""Requests of the HTTP API as typed models, and the one line that each wrong request gets."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     ValidationError,
     WithJsonSchema,
     field_validator,
 )
-from pydantic.json_schema import models_json_schema
 from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
 
 from textgen.config import SamplingConfig
 from textgen.data.corpus import normalize
+from textgen.serving.responses import ApiError
 
 BODY_BYTES = 1 << 20
 BODY_SECONDS = 10.0
@@ -45,10 +45,25 @@ class Limits:
     timeout: float = 300.0
     """seconds from a request to its last token"""
 
+    @property
+    def max_scored_tokens(self) -> int:
+        """Prompt tokens that one request may have scored: their log-probabilities are held until the response."""
+        return 16 * self.max_prompt_tokens
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of a prompt and its sample."""
+        return self.max_prompt_tokens + self.max_tokens
+
+    @property
+    def body_bytes(self) -> int:
+        """Bytes of a request's body; a prompt of `max_prompt_tokens` fits, as a text or as ids."""
+        return max(BODY_BYTES, 64 * self.max_prompt_tokens)
+
 
 # --- requests --------------------------------------------------------------------------------------------------------
 
-Text = Annotated[str, Field(max_length=16384)]
+TokenId = Annotated[int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1, max_length=64)]
 
 
@@ -56,6 +71,37 @@ def _require_false(value: bool) -> bool:
     if value:
         raise PydanticCustomError("unsupported", "must be false")
     return value
+
+
+def _check_prompt(value: object) -> object:
+    """Require a text, a list of texts, the ids of a text, or a list of them. The error names the first wrong item."""
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise _prompt_error("prompt", "must be a text, a list of texts, token ids, or a list of lists of ids", value)
+    if not value:
+        raise _prompt_error("prompt", "is an empty list", value)
+    kind = next((kind for kind in (str, list, int) if _is_a(value[0], kind)), None)
+    if kind is None:
+        raise _prompt_error("prompt[0]", "must be a text, a token id, or a list of ids", value[0])
+    items = {str: "a text, as `prompt[0]`", list: "a list of ids, as `prompt[0]`", int: "a token id, as `prompt[0]`"}
+    for i, item in enumerate(value):
+        if not _is_a(item, kind):
+            raise _prompt_error(f"prompt[{i}]", f"must be {items[kind]}", item)
+        for j, token in enumerate(item if isinstance(item, list) else ()):
+            if not _is_a(token, int):
+                raise _prompt_error(f"prompt[{i}][{j}]", "must be a token id", token)
+    return value
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """Return whether a JSON value is a text, a list, or a token id."""
+    return type(value) is kind and not (kind is int and value < 0)  # type: ignore[operator]
+
+
+def _prompt_error(name: str, problem: str, value: object) -> PydanticCustomError:
+    shown = "" if isinstance(value, list | dict) else f": {json.dumps(value)[:40]}"
+    return PydanticCustomError("prompt", "`{name}` {problem}", {"name": name, "problem": problem + shown})
 
 
 # `Literal[False]` would take 0 as well.
@@ -88,7 +134,6 @@ class UnsupportedFields(BaseModel):
     are those of `openai.types.completion_create_params` and `openai.types.chat.completion_create_params` (3.54).
     """
 
-    best_of: int | None = Field(None, ge=1, le=1)
     suffix: Literal[""] | None = None
     logit_bias: EmptyObject | None = None
     messages: EmptyList | None = None
@@ -124,8 +169,7 @@ def _add_conditions(schema: dict[str, Any]) -> None:
 
     usage = sets(stream_options={"type": "object"} | sets(include_usage={"const": True}))
     refused = [
-        sets(echo={"const": True}, logprobs={"type": "number"}),
-        sets(best_of={"const": 1}, n={"type": "number", "minimum": 2}),
+        sets(max_tokens={"const": 0}) | {"not": sets(echo={"const": True})},
         usage | {"not": sets(stream={"const": True})},
     ]
     schema["allOf"] = [{"not": condition} for condition in refused]
@@ -138,12 +182,19 @@ class CompletionRequest(UnsupportedFields):
 
     # As with OpenAI, null is the same as an absent field.
     model: str | None = Field(None, description="the name in `/v1/models`")
-    # `fail_fast`: a body has room for 500,000 wrong items, and an error for each would hold the server up for seconds.
-    prompt: Text | Annotated[list[Text], Field(min_length=1, fail_fast=True)] | None = Field(
-        None, description="an absent or empty prompt starts a text"
-    )
+    prompt: Annotated[
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1)]
+        | Annotated[list[list[TokenId]], Field(min_length=1)]
+        | None,
+        BeforeValidator(_check_prompt),
+    ] = Field(None, description="texts or token ids; an absent or empty prompt starts a text")
     n: int | None = Field(None, ge=1, le=MAX_N, description="samples of each prompt; default 1")
-    max_tokens: int | None = Field(None, ge=1, description="default 16")
+    best_of: int | None = Field(
+        None, ge=1, le=MAX_N, description="samples to draw of each prompt, of which the `n` likeliest are returned"
+    )
+    max_tokens: int | None = Field(None, ge=0, description="default 16; 0, with `echo`, reads the prompt only")
     temperature: float | None = Field(None, ge=0, le=2, description="default 1")
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1, le=1 << 20, description="an extension")
@@ -153,7 +204,7 @@ class CompletionRequest(UnsupportedFields):
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=0, lt=1 << 63, description="fixes the samples; random for each request if absent")
     logprobs: int | None = Field(None, ge=0, le=10, description="number of most likely tokens to return per token")
-    echo: bool | None = Field(None, description="return the prompt before the text; not with `logprobs`")
+    echo: bool | None = Field(None, description="return the prompt before the text; with `logprobs` scored")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=256)] | None = Field(None, description="ignored")
@@ -165,29 +216,64 @@ class CompletionRequest(UnsupportedFields):
         return int(value) if isinstance(value, float) and value.is_integer() else value
 
     @property
-    def prompts(self) -> list[str]:
-        """Return the prompts as a list."""
-        return self.prompt if isinstance(self.prompt, list) else [self.prompt or ""]
+    def prompts(self) -> list[str | list[int]]:
+        """Return the prompts as a list: of texts, or of lists of token ids."""
+        prompt = self.prompt or ""
+        if isinstance(prompt, list) and isinstance(prompt[0], str | list):
+            return cast(list[str | list[int]], prompt)
+        return [prompt]
+
+    @property
+    def num_samples(self) -> int:
+        """Return the number of samples to draw of each prompt."""
+        return max(self.n or 1, self.best_of or 1)
+
+    @property
+    def scores_prompts(self) -> bool:
+        """Return whether prompts are scored."""
+        return bool(self.echo) and self.logprobs is not None
 
     def config(self, normalization: str) -> SamplingConfig:
         """Return the sampling settings; the same normalization applies to stop strings as to the training text."""
         names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logprobs", "seed")
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        if self.num_samples > (self.n or 1):  # samples are compared by their log-probabilities
+            given.setdefault("logprobs", 0)
         if self.top_p == 1:  # filters nothing, and would cost time
             del given["top_p"]
         stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
         return SamplingConfig(
             **{"seed": secrets.randbits(32)} | given,
-            max_new_tokens=self.max_tokens or 16,
+            max_new_tokens=16 if self.max_tokens is None else max(self.max_tokens, 1),
             stop=tuple(normalize(stop, normalization) for stop in stops),
         )
 
 
-async def read_body(request: Request) -> bytes:
+class TokenizeRequest(BaseModel):
+    """The body of `POST /tokenize`, as vLLM takes it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str | None = Field(None, description="the name in `/v1/models`")
+    prompt: str
+    add_special_tokens: bool | None = Field(None, description="begin with `</s>`, as every text does; default true")
+    return_token_strs: bool | None = Field(None, description="return the text of each token too")
+
+
+class DetokenizeRequest(BaseModel):
+    """The body of `POST /detokenize`, as vLLM takes it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str | None = Field(None, description="the name in `/v1/models`")
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+
+
+async def read_body(request: Request, limit: int = BODY_BYTES) -> bytes:
     """Return the body of a request.
 
     Raises:
-        ApiError: the content type is not JSON, or the body exceeds `BODY_BYTES` or takes longer than `BODY_SECONDS`.
+        ApiError: the content type is not JSON, or the body exceeds `limit` or takes longer than `BODY_SECONDS`.
     """
     if request.headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "`content-type` must be `application/json`")
@@ -196,15 +282,15 @@ async def read_body(request: Request) -> bytes:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 size += len(chunk)
-                if size > 8 * BODY_BYTES:
+                if size > 8 * limit:
                     break
                 # Read beyond the limit and discard it: a client reads the response only after it has sent its body.
-                if size <= BODY_BYTES:
+                if size <= limit:
                     body += chunk
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} seconds") from None
-    if size > BODY_BYTES:
-        raise ApiError(413, f"the body must be at most {BODY_BYTES} bytes")
+    if size > limit:
+        raise ApiError(413, f"the body must be at most {limit} bytes")
     return bytes(body)
 
 
@@ -215,27 +301,41 @@ def parse_request(body: bytes, limits: Limits) -> CompletionRequest:
         ApiError: the body is not JSON, a field is unknown or invalid, or fields do not go together. The message names
             the first one.
     """
-    try:
-        request = CompletionRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise _field_error(error.errors(include_url=False)) from None
-    n, prompts = request.n or 1, len(request.prompts)
+    request = parse_body(CompletionRequest, body)
+    n, prompts, samples = request.n or 1, len(request.prompts), request.num_samples
     wants_usage = request.stream_options is not None and request.stream_options.include_usage
     if request.max_tokens is not None and request.max_tokens > limits.max_tokens:
         wrong = "max_tokens", f"`max_tokens` must be at most {limits.max_tokens}: {request.max_tokens}"
-    elif n * prompts > limits.max_samples:
-        items, times = f"`prompt` has {prompts} items", f"`n` is {n}"
-        seen = items if n == 1 else times if prompts == 1 else f"{items} and {times}: {n * prompts} samples"
-        wrong = "prompt", f"{seen}; at most {limits.max_samples}, by the server's flag `--max_waiting`"
-    elif request.echo and request.logprobs is not None:
-        wrong = "echo", "`echo` cannot be combined with `logprobs`: prompts are not scored"
-    elif request.best_of is not None and n > 1:
+    elif request.max_tokens == 0 and not request.echo:
+        wrong = "max_tokens", "`max_tokens` must be at least 1 without `echo`: 0"
+    elif request.best_of is not None and request.best_of < n:
         wrong = "best_of", f"`best_of` must be at least `n` {n}: {request.best_of}"
+    elif samples > n and request.stream:
+        wrong = "best_of", f"`best_of` {samples} above `n` {n} cannot be combined with `stream`"
+    elif samples * prompts > limits.max_samples:
+        items, times = f"`prompt` has {prompts} items", f"`{'n' if samples == n else 'best_of'}` is {samples}"
+        seen = items if samples == 1 else times if prompts == 1 else f"{items} and {times}: {samples * prompts} samples"
+        wrong = "prompt", f"{seen}; at most {limits.max_samples}, by the server's flag `--max_waiting`"
     elif wants_usage and not request.stream:
         wrong = "stream_options", "`stream_options.include_usage` needs `stream`"
     else:
         return request
     raise ApiError(400, wrong[1], param=wrong[0])
+
+
+Body = TypeVar("Body", bound=BaseModel)
+
+
+def parse_body(model: type[Body], body: bytes) -> Body:
+    """Return a request's body as its model.
+
+    Raises:
+        ApiError: the body is not JSON, or a field is unknown or invalid. The message names the first one.
+    """
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        raise _field_error(error.errors(include_url=False), model) from None
 
 
 # The error of a wrong value, by pydantic's name of the error. `bound` is the violated limit, `size` what the value has.
@@ -259,10 +359,10 @@ SIZE_ERRORS = {
     "string_too_long": "has {size} characters; at most {bound}",
     "too_long": "has {size} items; at most {bound}",
 }
-UNIONS = ("prompt", "stop")  # fields that take a string or a list of strings
+UNIONS = ("stop",)  # fields that take a string or a list of strings
 
 
-def _field_error(errors: Sequence[ErrorDetails]) -> ApiError:
+def _field_error(errors: Sequence[ErrorDetails], model: type[BaseModel]) -> ApiError:
     """Return the response for the errors of the first wrong field."""
     field = errors[0]["loc"][:1]
     errors = [error for error in errors if error["loc"][:1] == field]
@@ -273,19 +373,19 @@ def _field_error(errors: Sequence[ErrorDetails]) -> ApiError:
     if not field:
         return ApiError(400, "the body " + VALUE_ERRORS.get(kind, f"is not JSON: {context.get('error')}"))
 
+    if kind == "prompt":
+        return ApiError(400, error["msg"], param=context["name"])
     path = error["loc"][2:] if field[0] in UNIONS else error["loc"][1:]
     name = str(field[0])[:64] + "".join(f"[{part}]" if isinstance(part, int) else f".{part[:64]}" for part in path)
     name = json.dumps(name, ensure_ascii=False)[1:-1]  # without line breaks
     shown = "" if isinstance(value, (list, dict)) else f": {json.dumps(value, ensure_ascii=False)[:40]}"
     bound = next((context[key] for key in ("ge", "gt", "le", "lt", "max_length") if key in context), None)
     if kind == "extra_forbidden":
-        known = sorted({*CompletionRequest.model_fields} - {*UnsupportedFields.model_fields})
+        known = sorted({*model.model_fields} - {*UnsupportedFields.model_fields})
         nearest = [] if path else difflib.get_close_matches(name, known, n=1)
         message = f"unknown field `{name}`" + "".join(f"; the nearest is `{other}`" for other in nearest)
     elif field[0] in UNIONS and not fitting:
         message = f"`{name}` must be a string or a list of strings{shown}"
-    elif field[0] == "prompt" and type(value) in (int, list) and kind == "string_type":
-        message = f"`{name}` must be a string{shown}; token ids are not supported"
     elif kind in SIZE_ERRORS and bound != 0:
         message = f"`{name}` " + SIZE_ERRORS[kind].format(bound=bound, size=len(value))
     elif kind in VALUE_ERRORS:
@@ -294,173 +394,3 @@ def _field_error(errors: Sequence[ErrorDetails]) -> ApiError:
     else:
         message = f"`{name}` is not supported{shown}; leave it out"
     return ApiError(400, message, param=name)
-
-
-# --- responses -------------------------------------------------------------------------------------------------------
-
-# These models describe the responses in `/openapi.json`; the tests validate real responses with them. The server itself
-# builds dicts: as a model, an event of a stream with one token takes 7.8 us instead of 3.9, with log-probabilities 14.9
-# instead of 8.1 (one Zen 5 core, 2026-11-29). At 12,500 tokens per second of a single stream that is 5 % of a core.
-
-
-class Logprobs(BaseModel):
-    """Log-probabilities of the tokens of a text, one entry per token."""
-
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] = Field(
-        description="the most likely tokens at each position, and the drawn one"
-    )
-    text_offset: list[int] = Field(description="the token's first character in the text of all events")
-
-
-class CompletionChoice(BaseModel):
-    """One sample of a prompt."""
-
-    index: int
-    text: str
-    logprobs: Logprobs | None
-    finish_reason: Literal["stop", "length"] | None = Field(description="null in a stream until the sample ends")
-
-
-class Usage(BaseModel):
-    """Numbers of tokens of a request."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class Completion(BaseModel):
-    """The response to `POST /v1/completions`."""
-
-    id: str
-    object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage
-
-
-class Model(BaseModel):
-    """A model that the server offers."""
-
-    id: str
-    object: Literal["model"]
-    created: int
-    owned_by: str
-    max_tokens: int = Field(description="the limit of `max_tokens` in a request; an extension")
-
-
-class ModelList(BaseModel):
-    """The response to `GET /v1/models`."""
-
-    object: Literal["list"]
-    data: list[Model]
-
-
-class Health(BaseModel):
-    """The response to `GET /healthz`."""
-
-    status: Literal["ok"]
-
-
-class ErrorDetail(BaseModel):
-    """The fault of a request."""
-
-    message: str
-    type: str
-    param: str | None = Field(description="the field of the request")
-    code: str | None
-
-
-class ErrorResponse(BaseModel):
-    """The response of every request that fails."""
-
-    error: ErrorDetail
-
-
-class ApiError(Exception):
-    """An error response in OpenAI's form.
-
-    Args:
-        status: the HTTP status.
-        message: one line for the client.
-        code: OpenAI's name of the error, if it has one.
-        param: the field of the request that is invalid.
-    """
-
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.param = status, code, param
-
-    @property
-    def body(self) -> dict[str, Any]:
-        """Return the JSON object, an `ErrorResponse`."""
-        types = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        type_ = types.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
-        return {"error": {"message": str(self), "type": type_, "param": self.param, "code": self.code}}
-
-    @property
-    def response(self) -> Response:
-        """Return the HTTP response."""
-        # After 408 and 413 part of the body is unread, so that the connection cannot carry another request.
-        headers = {"connection": "close"} if self.status in (408, 413) else {}
-        if self.status in (429, 503):
-            headers["retry-after"] = "1"
-        if self.status == 401:
-            headers["www-authenticate"] = "Bearer"
-        return JSONResponse(self.body, self.status, headers)
-
-
-# --- the OpenAPI description -----------------------------------------------------------------------------------------
-
-
-def describe_api(name: str, limits: Limits) -> dict[str, Any]:
-    """Return the OpenAPI description of a server with one model of this name."""
-    schemas = _schemas(name, limits)
-    post_body = {"required": True, "content": _json_content(CompletionRequest)}
-    completion = _operation("continue prompts", _json_content(Completion) | {"text/event-stream": {}})
-    model_name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "textgen", "version": "1"},
-        "paths": {
-            "/v1/completions": {"post": completion | {"requestBody": post_body}},
-            "/v1/models": {"get": _operation("list the model", _json_content(ModelList))},
-            "/v1/models/{name}": {
-                "get": _operation("describe the model", _json_content(Model)) | {"parameters": [model_name]}
-            },
-            "/healthz": {"get": _operation("confirm that the server runs", _json_content(Health))},
-            "/metrics": {
-                "get": _operation("metrics for Prometheus", {"text/plain": {"schema": {"type": "string"}}}),
-            },
-        },
-        "components": {"schemas": schemas},
-    }
-
-
-def _schemas(name: str, limits: Limits) -> dict[str, Any]:
-    """Return the JSON schemas of requests and responses, with the limits that this server sets."""
-    responses = (Completion, ModelList, Model, Health, ErrorResponse)
-    _, definitions = models_json_schema(
-        [(CompletionRequest, "validation"), *((response, "serialization") for response in responses)],
-        ref_template="#/components/schemas/{model}",
-    )
-    schemas: dict[str, Any] = definitions["$defs"]
-    fields = schemas["CompletionRequest"]["properties"]
-    fields["model"]["anyOf"][0]["enum"] = [name]
-    fields["max_tokens"]["anyOf"][0]["maximum"] = limits.max_tokens
-    fields["prompt"]["anyOf"][1]["maxItems"] = limits.max_samples
-    fields["n"]["anyOf"][0]["maximum"] = min(limits.max_samples, MAX_N)
-    return schemas
-
-
-def _json_content(model: type[BaseModel]) -> dict[str, Any]:
-    return {"application/json": {"schema": {"$ref": f"#/components/schemas/{model.__name__}"}}}
-
-
-def _operation(summary: str, content: dict[str, Any]) -> dict[str, Any]:
-    """Return a route's description: `content` if it succeeds, an `ErrorResponse` if not."""
-    failure = {"description": "an error", "content": _json_content(ErrorResponse)}
-    return {"summary": summary, "responses": {"200": {"description": summary, "content": content}, "default": failure}}

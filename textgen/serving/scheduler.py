@@ -17,8 +17,17 @@ from typing import Any
 
 import torch
 
-from textgen.decoding.decoders import Decoder
-from textgen.decoding.generation import Batch, Prefilled, Request, RunningSample, Sample, TokenLogprobs
+from textgen.decoding.decoders import PREFILL_WINDOW, Decoder
+from textgen.decoding.generation import (
+    Batch,
+    Prefilled,
+    Request,
+    RunningSample,
+    Sample,
+    TokenLogprobs,
+    reads_alone,
+)
+from textgen.serving.prompts import PromptReader
 from textgen.tokenizer import Tokenizer
 
 log = logging.getLogger("textgen")
@@ -30,7 +39,8 @@ log = logging.getLogger("textgen")
 SECONDS_PER_DELTA = 0.001
 SECONDS_PER_JOIN = 0.00025
 
-# Prompt tokens that are read between two steps, unless a single prompt is longer: running samples wait for them.
+# Prompt tokens of samples that join between two steps: running samples wait for them. A longer prompt, and one that is
+# scored, is read before its sample joins, a slot of a window's tokens at a time.
 PROMPT_TOKENS_PER_STEP = 2048
 
 
@@ -62,6 +72,10 @@ class Stream:
     running: RunningSample
     owner: Any
     """identifies the sample for the caller"""
+    reader: PromptReader | None = None
+    """reads the prompt, if it is scored or long; other samples of the prompt may have the same one"""
+    reads_only: bool = False
+    """the sample ends when the prompt is read"""
     cancelled: bool = False
     started: bool = False
     """the first token is drawn"""
@@ -82,6 +96,12 @@ class Stream:
             # `running` has cut the alternatives, of which the batch returns as many as any sample wants.
             self.logprobs.append((offset, running.logprobs[-1]))
 
+    def end_read(self) -> None:
+        """End the sample without a token."""
+        for event in self.running.cut():
+            assert isinstance(event, Sample)  # nothing was held back
+            self.sample = event
+
     def pop_delta(self) -> Delta:
         """Return the delta since the previous call."""
         delta = Delta(self.text, self.logprobs, self.sample)
@@ -100,7 +120,7 @@ class Scheduler:
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, *, batch_size: int, max_waiting: int) -> None:
-        self.tokenizer, self.max_waiting, self.num_tokens = tokenizer, max_waiting, 0
+        self.tokenizer, self.max_waiting, self.num_tokens, self.num_read_tokens = tokenizer, max_waiting, 0, 0
         self._decoder, self._batch_size = decoder, batch_size
         # Any thread may read or change these two while it holds the condition.
         self._changed = threading.Condition()
@@ -109,6 +129,9 @@ class Scheduler:
         # Only the decoding thread uses these.
         self._batch: Batch | None = None
         self._running: dict[int, Stream] = {}
+        self._reading: deque[Stream] = deque()  # each reads a window in its turn
+        self._read: list[Stream] = []  # join as soon as they may
+        self._slot_at = self._slot_seconds = 0.0
         self._prefilled: Prefilled = {}
         self._delivered_at = self._joined_at = 0.0
         self._indices = itertools.count()
@@ -121,8 +144,8 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Number of samples in the queue."""
-        return len(self._waiting)
+        """Number of samples in the queue, and of those whose prompts are read."""
+        return len(self._waiting) + len(self._reading) + len(self._read)
 
     def start(self, on_deltas: Callable[[list[tuple[Stream, Delta]]], object]) -> None:
         """Start the decoding thread. It calls `on_deltas`, which must neither block nor raise."""
@@ -139,17 +162,20 @@ class Scheduler:
         """Wait at most `seconds` for the decoding thread to end."""
         self._thread.join(seconds)
 
-    def new_stream(self, request: Request, tokens: list[int], owner: Any) -> Stream:
+    def new_stream(
+        self, request: Request, ids: list[int], owner: Any, *, reader: PromptReader | None, reads_only: bool = False
+    ) -> Stream:
         """Return a sample for `submit`.
 
         Args:
             request: its prompt is normalized.
-            tokens: the prompt's.
+            ids: begin-of-text and the prompt's tokens.
             owner: identifies the sample for the caller.
+            reader: of a prompt that is scored or longer than a window.
+            reads_only: whether the sample ends when the prompt is read.
         """
-        ids = [self.tokenizer.bos_id, *tokens]
         running = RunningSample(index=next(self._indices), request=request, tokenizer=self.tokenizer, prompt_ids=ids)
-        return Stream(running, owner)
+        return Stream(running, owner, reader, reads_only)
 
     def submit(self, streams: Sequence[Stream]) -> None:
         """Queue all samples or, if an error is raised, none.
@@ -190,22 +216,29 @@ class Scheduler:
     def _wait(self) -> list[Stream] | None:
         """Wait for work. Return the samples that join the batch now; None to end the thread."""
         with self._changed:
-            self._changed.wait_for(lambda: self._batch or self._waiting or self._deadline is not None)
+            self._changed.wait_for(
+                lambda: self._batch or self._waiting or self._reading or self._read or self._deadline is not None
+            )
             if self._deadline is not None:
                 expired = time.monotonic() >= self._deadline
-                if expired or not (self._batch or self._waiting):
+                if expired or not (self._batch or self._waiting or self._reading or self._read):
                     self._fail(list(self._waiting), "the server is shutting down")
                     self._waiting.clear()
                     return None
             joining: list[Stream] = []
             if not self._is_due(self._joined_at, SECONDS_PER_JOIN):
                 return joining
-            num_tokens = 0
-            while self._waiting and len(self._running) + len(joining) < self._batch_size:
-                num_tokens += len(self._waiting[0].running.prompt_ids)
-                if joining and num_tokens > PROMPT_TOKENS_PER_STEP:
-                    break
-                joining.append(self._waiting.popleft())
+            joining, self._read, num_tokens = self._read, [], 0
+            while self._waiting and len(self._running) + len(self._reading) + len(joining) < self._batch_size:
+                first = self._waiting[0]
+                if first.reader is None and not first.reads_only:
+                    num_tokens += len(first.running.prompt_ids)
+                    if joining and num_tokens > PROMPT_TOKENS_PER_STEP:
+                        break
+                    joining.append(first)
+                else:
+                    self._reading.append(first)
+                self._waiting.popleft()
             self._joined_at = time.monotonic()
             return joining
 
@@ -214,15 +247,21 @@ class Scheduler:
         return time.monotonic() - last >= seconds * len(self._running)
 
     def _step(self, joining: list[Stream]) -> None:
-        """Add samples to the batch, draw one token of each, remove those that have ended."""
+        """Read prompts, add samples to the batch, draw one token of each, remove those that have ended."""
+        if self._reading and time.monotonic() - self._slot_at >= self._slot_seconds:
+            self._read_slot()
         if joining:
+            # Of these prompts the decoder would read the same windows.
+            readers = [stream.reader for stream in joining if stream.reader is not None]
+            self._prefilled |= {r.ids: r.state for r in readers if r.state and reads_alone(self._decoder, r.ids)}
             samples = [stream.running for stream in joining]
             self._batch = Batch.of(
                 self._decoder, self.tokenizer, samples, beside=self._batch, prefilled=self._prefilled
             )
             self._running |= {stream.running.index: stream for stream in joining}
         batch = self._batch
-        assert batch is not None
+        if batch is None:
+            return
         tokens, logprobs = batch.advance()
         streams = [self._running[sample.index] for sample in batch.samples]
         urgent = []
@@ -242,6 +281,36 @@ class Scheduler:
             self._delivered_at, urgent = time.monotonic(), streams
         self._deliver(urgent)
 
+    def _read_slot(self) -> None:
+        """Read a window's tokens of prompts, each in its turn.
+
+        Running samples then have as much time before the next slot as this one took.
+        """
+        started, num_tokens = time.monotonic(), 0
+        ended: list[Stream] = []
+        for _ in range(len(self._reading)):
+            stream = self._reading.popleft()
+            if stream.cancelled:
+                continue
+            reader = stream.reader
+            if reader is not None and not reader.is_done:
+                if num_tokens and num_tokens + reader.next_size > PREFILL_WINDOW:
+                    self._reading.appendleft(stream)
+                    break
+                num_tokens += reader.next_size
+                reader.read(self._decoder)
+            if reader is not None and not reader.is_done:
+                self._reading.append(stream)
+            elif stream.reads_only:
+                stream.end_read()
+                ended.append(stream)
+            else:
+                self._read.append(stream)
+        self.num_read_tokens += num_tokens
+        self._slot_at = time.monotonic()
+        self._slot_seconds = self._slot_at - started if self._batch is not None else 0.0
+        self._deliver(ended)
+
     def _deliver(self, streams: Sequence[Stream]) -> None:
         deltas = [(stream, stream.pop_delta()) for stream in streams if not stream.cancelled]
         if deltas:
@@ -251,7 +320,9 @@ class Scheduler:
         """Fail all running and joining samples, after their last text is delivered."""
         self._deliver(list(self._running.values()))
         # A joining sample may be running already: each fails once.
-        failed = {id(stream): stream for stream in (*self._running.values(), *joining)}.values()
+        streams = (*self._running.values(), *joining, *self._reading, *self._read)
+        failed = {id(stream): stream for stream in streams}.values()
         self._on_deltas([(stream, Delta("", (), error=reason)) for stream in failed])
         self._running.clear()
-        self._batch, self._prefilled = None, {}
+        self._reading.clear()
+        self._batch, self._prefilled, self._read = None, {}, []

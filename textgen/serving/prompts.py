@@ -1,0 +1,178 @@
+"""Prompts: from a request's texts or token ids to what the model reads, and the scores of their tokens."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from textgen.data.corpus import normalize
+from textgen.decoding.decoders import PREFILL_WINDOW, Decoder, DecoderState, decoder_state
+from textgen.decoding.scoring import Window, read_windows
+from textgen.serving.protocol import CompletionRequest, Limits
+from textgen.serving.responses import ApiError
+from textgen.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt of a request."""
+
+    text: str
+    """normalized, and without boundaries of documents"""
+    tokens: list[int]
+    """as the request gives them: with begin-of-text only if the request names it"""
+    echo: str
+    """returned before the sample, if the request asks for it"""
+
+    def ids(self, bos_id: int) -> list[int]:
+        """Return what the model reads: begin-of-text first, once."""
+        return self.tokens if self.tokens[:1] == [bos_id] else [bos_id, *self.tokens]
+
+
+def read_prompts(request: CompletionRequest, tokenizer: Tokenizer, normalization: str, limits: Limits) -> list[Prompt]:
+    """Return a request's prompts.
+
+    Raises:
+        ApiError: a prompt has too many tokens, or an id is not in the vocabulary.
+    """
+    is_list = isinstance(request.prompt, list) and isinstance(request.prompt[0], str | list)
+    prompts = []
+    for i, given in enumerate(request.prompts):
+        name = f"prompt[{i}]" if is_list else "prompt"
+        if isinstance(given, str):
+            normalized = normalize(given, normalization)
+            tokens, text, echo = tokenizer.encode(normalized), normalized, given
+            if request.scores_prompts:
+                tokens = encode_document(tokenizer, normalized)
+                text = normalized.removeprefix(tokenizer.eos_token).removesuffix(tokenizer.eos_token)
+        else:
+            require_ids(given, tokenizer, name)
+            tokens, text = given, tokenizer.decode(given)
+            echo = text
+        if request.scores_prompts:
+            echo = tokenizer.decode(tokens)  # what the tokens' offsets count
+        if len(tokens) > limits.max_prompt_tokens:
+            message = f"`{name}` has {len(tokens)} tokens; at most {limits.max_prompt_tokens}"
+            raise too_long(f"{message}, by the server's flag `--max_prompt_tokens`", name)
+        prompts.append(Prompt(text, tokens, echo if request.echo else ""))
+    total = sum(len(prompt.tokens) for prompt in prompts)
+    if request.scores_prompts and total > limits.max_scored_tokens:
+        message = f"`prompt` has {total} tokens in all; at most {limits.max_scored_tokens} with `echo` and `logprobs`"
+        raise too_long(f"{message}, 16 times the server's flag `--max_prompt_tokens`", "prompt")
+    return prompts
+
+
+def too_long(message: str, name: str) -> ApiError:
+    """Return the error of a prompt with too many tokens."""
+    return ApiError(400, message, code="context_length_exceeded", param=name)
+
+
+def require_ids(tokens: Sequence[int], tokenizer: Tokenizer, name: str) -> None:
+    """Raise ApiError if an id is not in the vocabulary."""
+    if tokens and max(tokens) >= tokenizer.vocab_size:
+        i = next(i for i, token in enumerate(tokens) if token >= tokenizer.vocab_size)
+        message = f"`{name}[{i}]` must be below the vocabulary's size {tokenizer.vocab_size}: {tokens[i]}"
+        raise ApiError(400, message[:200], param=f"{name}[{i}]")
+
+
+def encode_document(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the tokens of a text whose `</s>` at its beginning and end, if it has them, are boundaries of documents.
+
+    Elsewhere `</s>` is text, and so it is everywhere in a prompt that is only continued.
+    """
+    mark = tokenizer.eos_token
+    first = text.startswith(mark)
+    text = text.removeprefix(mark)
+    last = text.endswith(mark)
+    boundary = [tokenizer.eos_id]
+    return boundary * first + tokenizer.encode(text.removesuffix(mark)) + boundary * last
+
+
+def decode_document(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """Return the text of tokens with `</s>` for each boundary of documents."""
+    mark = tokenizer.eos_token.encode()
+    parts = (mark if token == tokenizer.eos_id else tokenizer.token_bytes(token) for token in tokens)
+    return b"".join(parts).decode(errors="replace")
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """Return the text of a token; bytes that are no whole character in hexadecimal, as Python does."""
+    return tokenizer.token_bytes(token).decode(errors="backslashreplace")
+
+
+class PromptReader:
+    """Reads a prompt window by window, so that running samples wait for one window only; it may score the tokens.
+
+    Args:
+        prompt: the prompt.
+        bos_id: the token that every text begins with.
+        num_top: number of likeliest tokens to report at each place; None to score nothing.
+    """
+
+    def __init__(self, prompt: Prompt, bos_id: int, num_top: int | None) -> None:
+        self.ids = tuple(prompt.ids(bos_id))
+        self.state: DecoderState | None = None
+        """after all tokens but the last one, once they are read"""
+        self._tokens, self._num_top = prompt.tokens, num_top
+        self._windows: Iterator[Window] | None = None
+        self._scored: list[Window] = []
+        self._num_read = 0
+
+    @property
+    def is_done(self) -> bool:
+        """Whether all tokens are read but the last one, which the first step reads."""
+        return self._num_read >= len(self.ids) - 1
+
+    @property
+    def next_size(self) -> int:
+        """Number of tokens that `read` reads next."""
+        return min(len(self.ids) - 1 - self._num_read, PREFILL_WINDOW)
+
+    def read(self, decoder: Decoder) -> None:
+        """Read a window."""
+        if self._windows is None:
+            # The first token of the prompt has no score, as with OpenAI.
+            given = len(self.ids) if self._num_top is None else len(self.ids) - max(len(self._tokens) - 1, 0)
+            self._windows = read_windows(decoder, self.ids, given=given, num_top=self._num_top or 0)
+        self._num_read += self.next_size
+        window = next(self._windows)
+        if self._num_top is not None:
+            self._scored.append(window)
+        if self.is_done:
+            self.state = decoder_state(window.state)
+
+    def logprobs(self, tokenizer: Tokenizer) -> dict[str, list[Any]]:
+        """Return the scores in the form of `Logprobs`, with offsets from the prompt's first character."""
+        values = list(chain.from_iterable(window.logprobs.tolist() for window in self._scored))
+        alternatives = chain.from_iterable(
+            zip(window.top_ids.tolist(), window.top_logprobs.tolist(), strict=True) for window in self._scored
+        )
+        texts = [token_text(tokenizer, token) for token in self._tokens]
+        tops: list[dict[str, float] | None] = [None] * min(len(texts), 1)
+        for token, value, (ids, top) in zip(texts[1:], values, alternatives, strict=True):
+            others = zip((token_text(tokenizer, i) for i in ids), top, strict=True)
+            tops.append({text: for_json(logprob) for text, logprob in (*others, (token, value))})
+        return {
+            "tokens": texts,
+            "token_logprobs": [None] * min(len(texts), 1) + [for_json(value) for value in values],
+            "top_logprobs": tops,
+            "text_offset": _offsets(tokenizer, self._tokens),
+        }
+
+
+def _offsets(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:
+    """Return the place of each token in the text, in characters: that of the first one that the token completes."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    offsets, length = [], 0
+    for token in tokens:
+        offsets.append(length)
+        length += len(decoder.decode(tokenizer.token_bytes(token)))
+    return offsets
+
+
+def for_json(logprob: float) -> float:
+    """Return a log-probability with six decimals, -9999 for minus infinity: JSON has no infinity."""
+    return round(max(logprob, -9999.0), 6)
