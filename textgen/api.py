@@ -9,15 +9,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import random
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-import torch
 
 from textgen.commands.model_argument import OpenModel, open_decoder
 from textgen.commands.parsing import names_in, read_config_file
@@ -39,6 +37,7 @@ from textgen.decoding.generation import (
 from textgen.decoding.reading import ReadState, read_tokens
 from textgen.decoding.scoring import TextScore, token_logprobs
 from textgen.decoding.steering import normalize_settings
+from textgen.distributed.process import process_as_before
 from textgen.distributed.signals import Interrupted
 from textgen.distributed.world import slurm_variables
 from textgen.errors import TextgenError, in_backticks, user_error
@@ -133,7 +132,7 @@ def train(
         if on_row is not None and not callable(on_row):
             raise TextgenError(f"`on_row` must be a function of a row: {str(on_row)[:40]}")
         stopped = None
-        with _process_as_before(), as_library(progress=progress):
+        with process_as_before(), as_library(progress=progress):
             made = _from_base(made, config, settings)
             if texts is not None or dataset is not None:
                 made = _with_store(made, texts, dataset)
@@ -243,42 +242,6 @@ def _with_store(config: TrainConfig, texts: Any, dataset: Any) -> TrainConfig:
     corpus = corpus_of_texts(texts, data) if texts is not None else corpus_of_dataset(dataset, data)
     store = prepare_store(data, config.tokenizer, corpus=corpus)
     return dataclasses.replace(config, data=dataclasses.replace(data, store=str(store.directory)))
-
-
-@contextmanager
-def _process_as_before() -> Iterator[None]:
-    """Restore this process: environment, random generators, torch's switches, Accelerate's state.
-
-    Accelerate's states are class attributes, and an `Accelerator` of another precision is refused while they are set.
-    """
-    # Not imported for a `load`: half of what textgen takes beside torch.
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    environment = dict(os.environ)
-    states = [PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state]
-    kept = [dict(state) for state in states]
-    python, numpy_state, threads = random.getstate(), np.random.get_state(), torch.get_num_threads()
-    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    tf32 = torch.backends.cudnn.allow_tf32
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()  # type: ignore[no-untyped-call]
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(gpus))
-        for state in states:
-            state.clear()
-        try:
-            yield
-        finally:
-            for state, values in zip(states, kept, strict=True):
-                state.clear()
-                state.update(values)
-            for name in os.environ.keys() - environment.keys():
-                del os.environ[name]
-            os.environ.update(environment)
-            random.setstate(python)
-            np.random.set_state(numpy_state)
-            torch.set_num_threads(threads)
-            torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
-            torch.backends.cudnn.allow_tf32 = tf32
 
 
 # --- what a training left --------------------------------------------------------------------------------------------

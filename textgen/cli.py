@@ -29,6 +29,7 @@ COMMAND_GROUPS = {
     "train a model": {
         "train": "train; the same as train_distributed.py",
         "prepare": "encode the training text ahead of time; takes the flags of `train`",
+        "tune": "find a learning rate by short trainings on this machine; takes the flags of `train`, too",
         "submit": "submit a training, or a sweep of trainings, to Slurm",
         "doctor": "check this machine, or all machines of an allocation, before a training",
     },

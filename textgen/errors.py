@@ -24,6 +24,10 @@ class TextgenError(ValueError):
     """Input that cannot be used. The message is one line: what, where, seen, wanted."""
 
 
+class DivergedError(TextgenError):
+    """A training whose loss, gradient or weights are not finite any more."""
+
+
 class CheckpointError(TextgenError):
     """A checkpoint that cannot be used; an older one may still be."""
 

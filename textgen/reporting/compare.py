@@ -156,9 +156,9 @@ def format_table(runs: Sequence[RunSummary], *, width: int) -> str:
     lines = [["run", "state", "step", "bits/byte", "best", "train loss", "tokens/s", "minutes", "processes"]]
     lines[0] += runs[0].settings
     lines += [_cells(run) for run in runs]
-    table = _align(lines)
+    table = align(lines)
     fits = max(map(len, table.splitlines())) <= width
-    return table if fits else _align([list(column) for column in zip(*lines, strict=True)])
+    return table if fits else align([list(column) for column in zip(*lines, strict=True)])
 
 
 def _cells(run: RunSummary) -> list[str]:
@@ -185,7 +185,7 @@ def _setting_cell(value: Any) -> str:
     return text if len(text) <= MAX_CELL else f"{text[: MAX_CELL - 3]}..."
 
 
-def _align(lines: Sequence[Sequence[str]]) -> str:
+def align(lines: Sequence[Sequence[str]]) -> str:
     """Return lines whose columns are padded to their widest cell."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = ("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines)

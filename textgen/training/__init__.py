@@ -7,6 +7,7 @@
 - `validation`: score, sample, choose the best checkpoint
 - `metrics`: rows of metrics.jsonl: losses, speed, memory
 - `budget`: timed steps, `max_minutes`, the dry run
+- `tuning`: a search of learning rate and batch size by short trainings
 - `resume`: the training state as a checkpoint and back, on any number of processes
 - `optim`: Adam, the learning rate of a step, the update
 - `cuda_graph`: steps from a CUDA graph

@@ -24,7 +24,7 @@ from textgen.console import Progress, say
 from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import Interrupted, StopSignals
-from textgen.errors import TextgenError
+from textgen.errors import DivergedError, TextgenError
 from textgen.files import write_atomic
 from textgen.reporting.report import leave_report
 from textgen.runs.checkpoint import Saver, checkpoint_path
@@ -64,6 +64,7 @@ def train(
     config_file: str | None = None,
     on_row: Callable[[dict[str, float]], None] | None = None,
     owns_process: bool = True,
+    is_trial: bool = False,
 ) -> None:
     """Train with the given settings, or resume from the run's newest valid checkpoint. Collective.
 
@@ -72,6 +73,7 @@ def train(
         config_file: name of the settings for the first line of the log.
         on_row: called with each row of metrics on the main process; what it raises ends the training.
         owns_process: whether a signal may end the process; see `StopSignals`.
+        is_trial: see `Training`.
 
     Raises:
         TextgenError: a setting, the data or a checkpoint cannot be used; the message is one line.
@@ -80,7 +82,7 @@ def train(
     with StopSignals(config.stop_signal, owns_process=owns_process) as stop:
         accelerator = start_processes(config)
         log.info("%s, %s", launch.describe(accelerator), describe_request(config, config_file))
-        run_training(config, accelerator, stop, on_row=on_row)
+        run_training(config, accelerator, stop, on_row=on_row, is_trial=is_trial)
         # DDP is freed by now, while Accelerate still holds the process group. As its last owner, DDP would destroy the
         # group with the GIL held, and gloo's destructor waits for a thread that may need the GIL: a process that had
         # trained hung there now and then (seen in a debugger with torch 2.13, 2026-11-29).
@@ -93,6 +95,7 @@ def run_training(
     stop: StopSignals,
     *,
     on_row: Callable[[dict[str, float]], None] | None = None,
+    is_trial: bool = False,
 ) -> None:
     """Train, or print what a training would cost. Collective. Nothing of the training is left after the return."""
     if config.dry_run:
@@ -101,7 +104,7 @@ def run_training(
         return
     with hold_run(config, accelerator) as run, _status_of_the_end(run, stop):
         training = build_training(config, accelerator, stop)
-        training.on_row = on_row
+        training.on_row, training.is_trial = on_row, is_trial
         with _name_in_errors(run.path):
             train_and_save(training, run)
 
@@ -189,7 +192,7 @@ def train_and_save(training: Training, run: RunDirectory) -> None:
     finally:
         if training.saver is not None:
             training.saver.settle()
-            if not run.is_lost():
+            if not (run.is_lost() or training.is_trial):
                 leave_report(run.path)
         tracker.finish(_describe_end(training, sys.exception()))
 
@@ -202,7 +205,7 @@ def run_steps(training: Training, tracker: Tracker, run: RunDirectory, bar: Prog
 
     Raises:
         Interrupted: a signal asked some process to stop; all processes have taken the same number of steps.
-        TextgenError: a loss or gradient was not finite.
+        DivergedError: a loss or gradient was not finite.
     """
     learner = training.learner
     config, accelerator, progress = learner.config, learner.accelerator, learner.progression
@@ -247,14 +250,14 @@ def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory, b
 
     Raises:
         Interrupted: a signal came before score and samples were done. A resumed run repeats the evaluation.
-        TextgenError: the score is nan or infinite.
+        DivergedError: the score is nan or infinite.
     """
     started = time.perf_counter()
     validation = validate(training, run)
     update_best(training.learner.progression, validation)
     log_validation(training, validation, tracker, bar)
     pause = save(training)
-    if training.learner.accelerator.is_main_process:
+    if training.learner.accelerator.is_main_process and not training.is_trial:
         draw_curve(run)
     meter.paused += pause
     meter.evaluated += time.perf_counter() - started - pause
@@ -271,7 +274,8 @@ def agree(training: Training, agreement: launch.Agreement, *, now: bool) -> bool
         now: whether this step is saved, so that its flags must be known at once.
 
     Raises:
-        TextgenError: a loss or gradient was not finite on some process, or a checkpoint could not be written.
+        DivergedError: a loss or gradient was not finite on some process.
+        TextgenError: a checkpoint could not be written.
     """
     learner = training.learner
 
@@ -283,7 +287,7 @@ def agree(training: Training, agreement: launch.Agreement, *, now: bool) -> bool
     if stopped and not now:  # the stop will save this step
         _, nonfinite, unsaved = ask(True)
     if nonfinite or learner.skips_in_a_row > MAX_SKIPS_IN_A_ROW:
-        raise TextgenError(describe_nonfinite(learner, training.loader.per_epoch))
+        raise DivergedError(describe_nonfinite(learner, training.loader.per_epoch))
     if unsaved:
         if training.saver is not None:
             training.saver.wait()  # raises the reason

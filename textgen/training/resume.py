@@ -19,7 +19,7 @@ from torch import Tensor
 
 from textgen.config import TrainConfig
 from textgen.distributed import launch
-from textgen.errors import CheckpointError, TextgenError
+from textgen.errors import CheckpointError, DivergedError
 from textgen.model.files import CONFIG_NAME, WEIGHTS_NAME, model_files, read_model
 from textgen.model.lstm import LSTMLanguageModel, State
 from textgen.runs.checkpoint import (
@@ -103,13 +103,13 @@ def save(training: Training) -> float:
 
     Raises:
         OSError: an earlier checkpoint could not be written.
-        TextgenError: the weights are not finite.
+        DivergedError: the weights are not finite.
     """
     started = time.perf_counter()
     learner = training.learner
     accelerator, progress = learner.accelerator, learner.progression
     if not torch.nn.utils.get_total_norm(learner.unwrapped_model.parameters()).isfinite():
-        raise TextgenError(f"the weights turned to nan or infinity by step {progress.step}; they are not saved")
+        raise DivergedError(f"the weights turned to nan or infinity by step {progress.step}; they are not saved")
     lanes = gather_lanes(accelerator, learner.lane_states)
     progress.unlogged_nats = float(accelerator.reduce(training.nats, "sum"))
     if training.saver is None:

@@ -47,6 +47,9 @@ class Training:
     """the model whose weights this training started from: its name, step and sha256"""
     on_row: Callable[[dict[str, float]], None] | None = None
     """called with each row of metrics on the main process"""
+    is_trial: bool = False
+    """whether this is one of many trainings of a search: the last evaluation scores `evaluate_documents`, not all
+    documents, and there is no report"""
 
 
 def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop: StopSignals) -> Training:

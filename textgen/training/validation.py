@@ -11,7 +11,7 @@ from textgen.console import Progress, say
 from textgen.data.corpus import normalize
 from textgen.decoding.generation import Sample, generate
 from textgen.distributed import launch
-from textgen.errors import TextgenError
+from textgen.errors import DivergedError
 from textgen.evaluation import Score, score, split_documents
 from textgen.reporting.report import CURVE_NAME, draw_loss_curve
 from textgen.runs.directory import RunDirectory
@@ -43,7 +43,8 @@ def validate(training: Training, run: RunDirectory) -> Validation:
 
     Raises:
         Interrupted: a signal came before score and samples were done. A resumed run repeats the evaluation.
-        TextgenError: the score is nan or infinite, or another training has taken the run over.
+        DivergedError: the score is nan or infinite.
+        TextgenError: another training has taken the run over.
     """
     learner = training.learner
     config, progress = learner.config, learner.progression
@@ -53,12 +54,13 @@ def validate(training: Training, run: RunDirectory) -> Validation:
     without_better = 0 if is_better else progress.evaluations_without_better + 1
     patience = config.early_stopping_patience
     stop_early = compared is not None and patience is not None and without_better >= patience
-    if (stop_early or progress.step == progress.total_steps) and config.evaluate_documents is not None:
+    ends = stop_early or progress.step == progress.total_steps
+    if ends and not training.is_trial and config.evaluate_documents is not None:
         # The last score is the figure to report, so it is of all documents. The best checkpoint is still chosen by
         # scores of the same documents.
         reported = evaluate(training, None)
     if reported is not None and not math.isfinite(reported.nats):
-        raise TextgenError(
+        raise DivergedError(
             f"the validation loss turned to {reported.nats_per_token} by step {progress.step}; it is not saved"
         )
     samples = write_samples(training, run) if learner.accelerator.is_main_process else []
