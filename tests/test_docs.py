@@ -12,7 +12,7 @@ import yaml
 
 from docs.write_reference import PAGES as REFERENCE
 from docs.write_site import PAGES as OUTSIDE
-from docs.write_site import adapt, write_pages
+from docs.write_site import adapt, notebook_page, write_pages
 from textgen.serving.protocol import CompletionRequest
 
 ROOT = Path(__file__).parents[1]
@@ -32,10 +32,11 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "docs/first.ipynb"])
 def test_links_lead_somewhere(page: str) -> None:
     wrong = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", without_code((ROOT / page).read_text())):
+    text = notebook_page(ROOT / page) if page.endswith(".ipynb") else (ROOT / page).read_text()
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_code(text)):
         place, _, anchor = link.partition("#")
         if "://" in link or link.startswith("mailto:"):
             continue
@@ -84,6 +85,15 @@ def test_links_between_pages_stay_and_other_files_become_text() -> None:
     assert (
         adapt("[e](docs/explanation/architecture.md)", source="CONTRIBUTING.md") == "[e](explanation/architecture.md)"
     )
+    assert adapt("[f](../first.ipynb)", source="docs/how-to/python.md") == "[f](../first.md)"
+
+
+def test_the_page_of_a_notebook_has_its_outputs(tmp_path: Path) -> None:
+    page = notebook_page(ROOT / "docs" / "first.ipynb", tmp_path)
+    assert page.startswith("# A first model in a notebook\n")
+    assert "```python\nimport matplotlib.pyplot as plt\n\nimport textgen\n```" in page
+    pictures = sorted(path.name for path in tmp_path.iterdir())
+    assert pictures == sorted(re.findall(rf"\({tmp_path.name}/(.*?\.png)\)", page))
 
 
 def test_navigation_has_every_page(tmp_path: Path) -> None:

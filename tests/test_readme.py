@@ -14,6 +14,7 @@ from accelerate.state import AcceleratorState
 from tests.faults.report import DOCUMENT, rendered
 from textgen.cli import main
 from textgen.commands.parsing import parse_train_config
+from textgen.commands.tune import build_tune_parser, split_flags
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = [
@@ -25,7 +26,8 @@ COMMANDS = [
         "train_distributed.py",
     ]
     for line in (ROOT / document).read_text().splitlines()
-    if re.search(r"(python|launch .*) train_distributed\.py|^textgen (?!serve )\w", line)  # a server does not end
+    # a server does not end, and a search takes minutes
+    if re.search(r"(python|launch .*) train_distributed\.py|^textgen (?!serve |tune )\w", line)
 ]
 
 
@@ -42,6 +44,14 @@ def test_readme_training_commands_parse(command: str, monkeypatch: pytest.Monkey
         re.split(r"train_distributed\.py|textgen prepare|textgen train", command)[1].split("`")[0].split(", then")[0]
     )
     parse_train_config(shlex.split(flags.replace("...", "launch/presets/quick.yaml")))
+
+
+def test_readme_search_parses() -> None:
+    (command,) = re.findall(r"^textgen tune (.*)", (ROOT / "docs/how-to/tune.md").read_text(), re.MULTILINE)
+    parser = build_tune_parser()
+    own, others = split_flags(shlex.split(command), parser)
+    assert parser.parse_args(own).minutes == 10
+    assert parse_train_config(others).run_dir == "runs/books"
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("textgen (?!prepare|train)", c)])

@@ -177,6 +177,13 @@ def test_text_without_validation_is_refused(tiny_flags: list[str], tmp_path: Pat
     assert line == "a trial is scored on the validation split, and the data has none"
 
 
+def test_a_search_from_the_weights_of_a_model_has_its_shape(
+    tiny_flags: list[str], tiny_run: Path, tmp_path: Path, refused: Callable[..., str]
+) -> None:
+    line = refused(*flags_of(tiny_flags, tmp_path, "--init_from", str(tiny_run), "--model.hidden_size", "48"))
+    assert line.startswith(f"`model.hidden_size` 48 differs from 32 of `{tiny_run}`")
+
+
 def test_a_folder_in_use_is_refused(tiny_flags: list[str], tmp_path: Path, refused: Callable[..., str]) -> None:
     lock = FileLock(tmp_path / ".lock")
     assert lock.acquire(seconds=0)

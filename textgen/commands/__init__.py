@@ -6,6 +6,7 @@
 - `batch_output`: a file of samples that a later run of `sample` continues
 - `train`: train
 - `prepare`: encode the text of a training ahead of time
+- `tune`: find a learning rate by short trainings
 - `evaluate`: bits per byte of a checkpoint
 - `verify`: check every byte of a checkpoint
 - `sample`: continue prompts

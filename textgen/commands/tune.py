@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from textgen.commands.parsing import Parser, parse_train_config
+from textgen.commands.parsing import Parser, parse_train_config, take_base
 from textgen.config import TrainConfig
 from textgen.console import start_log
 from textgen.errors import TextgenError
@@ -43,7 +43,7 @@ def tune_command(argv: Sequence[str]) -> None:
     from textgen.training.tuning import Request, tune
 
     request = Request(
-        config=config,
+        config=take_base(config, flags),
         directory=Path(args.tune_dir),
         minutes=args.minutes,
         steps=args.steps,
