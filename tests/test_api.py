@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -117,6 +118,8 @@ lm: textgen.LanguageModel = textgen.load(run, best=True)
 texts: list[str] = lm.generate("i love", n=3, temperature=0.8)
 samples: list[textgen.Sample] = lm.generate(["i love", ""], details=True, config=SamplingConfig(logprobs=2))
 read: textgen.ReadState = lm.read("a long prologue")
+read.save("prologue.safetensors")
+read = lm.load_state("prologue.safetensors")
 for piece in lm.stream("i love", state=read):
     print(piece.upper())
 score: textgen.TextScore = lm.score("i love this movie")
@@ -184,14 +187,20 @@ def test_what_follows_a_state_is_what_follows_its_text(tiny_run: Path, decoder: 
     assert scored.logprobs == whole.logprobs[-len(scored.logprobs) :]
 
 
-def test_the_tokens_of_two_texts_stay_apart(lm: textgen.LanguageModel) -> None:
-    """` was` is one token of the tiny vocabulary; cut inside, it stays cut, in what is generated and what is scored."""
-    cut, whole = lm.read("s", state=lm.read("The plot wa")), lm.read(PROMPT)
-    assert cut.text == whole.text
-    assert len(cut.ids) > len(whole.ids)
-    assert lm.generate("s", state=lm.read("The plot wa"), max_new_tokens=20) == lm.generate(
-        state=cut, max_new_tokens=20
-    )
+@pytest.mark.parametrize("normalization", ["none", "lowercase"])
+@pytest.mark.parametrize("first", ["My wife rented it", "Nobody warned me: ΟΔΥΣΣΕΥΣ! It was " * 60])
+def test_a_text_may_be_cut_anywhere(lm: textgen.LanguageModel, first: str, normalization: str) -> None:
+    """Inside a token and, with `lowercase`, after a letter whose lower case depends on the next one."""
+    lm = copy.copy(lm)
+    lm._normalization = normalization
+    whole = first + " and ΟΔΥΣΣΕΥΣ wa"
+    exact: dict[str, Any] = {"max_new_tokens": 20, "details": True, "logprobs": 0}
+    wanted = lm.generate(whole, **exact)
+    for cut in range(len(first) - 1, len(whole)):
+        state = lm.read(whole[:cut])
+        assert lm.generate(whole[cut:], state=state, **exact) == wanted
+        assert (state.num_read > 0) == (len(first) > 100)
+    assert lm.read(whole[-1:], state=lm.read(whole[:-1])) == lm.read(whole)
 
 
 def test_a_score_is_that_of_evaluate(lm: textgen.LanguageModel, tiny_run: Path, tmp_path: Path) -> None:

@@ -34,8 +34,9 @@ from textgen.decoding.generation import (
     number_requests,
     require_drawable,
 )
-from textgen.decoding.reading import ReadState, read_tokens
+from textgen.decoding.reading import ReadState, read_text
 from textgen.decoding.scoring import TextScore, token_logprobs
+from textgen.decoding.state_files import read_state
 from textgen.decoding.steering import normalize_settings
 from textgen.distributed.process import process_as_before
 from textgen.distributed.signals import Interrupted
@@ -414,7 +415,7 @@ class LanguageModel:
             prompt: text to continue; an empty one starts a text. Several prompts are drawn side by side.
             n: samples of each prompt.
             config: the settings of sampling.
-            state: text before the prompt, from `read`.
+            state: text before the prompt, from `read` or `load_state`.
             details: return `Sample` objects: the text, its number of tokens, how it ended, log-probabilities.
             **settings: fields of `SamplingConfig` by name, which override `config`: `temperature=0.8`.
 
@@ -450,9 +451,8 @@ class LanguageModel:
     def read(self, text: str, *, state: ReadState | None = None) -> ReadState:
         """Read a text once, for many continuations and scores.
 
-        `generate(b, state=read(a))` is, bit for bit, the continuation of the tokens of `a` followed by the tokens of
-        `b`. The two texts are encoded apart: no token spans the cut. A cut between words, before the space, is where
-        the tokens of `a + b` are mostly cut too, and then the result is also that of `generate(a + b)`.
+        `generate(b, state=read(a))` is, bit for bit, `generate(a + b)`, wherever the text is cut. `state.save(path)`
+        keeps the state in a file.
 
         Args:
             text: at least one character that is not a space.
@@ -462,11 +462,20 @@ class LanguageModel:
             TextgenError: the text is empty or not text, or the state is of another model.
         """
         self._require_own(state)
-        text = self._text(text, "`text`")
-        if not text:
+        if not self._text(text, "`text`", after=state) or not text:
             raise TextgenError("`text` is empty: there is nothing to read")
-        bos = [self._tokenizer.bos_id] if state is None else []
-        return read_tokens(self._decoder, text, [*bos, *self._tokenizer.encode(text)], after=state)
+        return read_text(self._decoder, self._tokenizer, text, normalization=self._normalization, after=state)
+
+    def load_state(self, path: str | os.PathLike[str]) -> ReadState:
+        """Read a state from the file that its `save` has written, in this process or in another one.
+
+        Raises:
+            TextgenError: the file cannot be read, is damaged, or is of another model, tokenizer or device.
+        """
+        if not isinstance(path, str | os.PathLike):
+            raise TextgenError(f"`path` must be the path of a file: {str(path)[:40]}")
+        with _user_errors():
+            return read_state(Path(path), self._decoder, self._tokenizer, normalization=self._normalization)
 
     def score(self, text: str, *, state: ReadState | None = None, end: bool = True) -> TextScore:
         """Return the log-probability of each token of a text, and its bits per byte.
@@ -522,18 +531,24 @@ class LanguageModel:
             require_drawable(made, self._tokenizer)
         except ValueError as error:
             raise TextgenError(str(error)) from None
-        texts = [self._text(prompt, "`prompt`", hint="; an empty prompt starts a text") for prompt in prompts]
-        numbered = number_requests(((text, made) for text in texts), n)
-        return [dataclasses.replace(request, read=state) for request in numbered]
+        texts = [
+            self._text(prompt, "`prompt`", hint="; an empty prompt starts a text", after=state) for prompt in prompts
+        ]
+        return list(number_requests(((text, made) for text in texts), n, read=state))
 
-    def _text(self, text: object, name: str, *, hint: str = "") -> str:
-        """Return a user's text, normalized like the training text; refuse a value that is not text, or only spaces."""
+    def _text(self, text: object, name: str, *, hint: str = "", after: ReadState | None = None) -> str:
+        """Return a user's text, after that of a state, normalized like the training text.
+
+        Raises:
+            TextgenError: the value is not text, or the whole is only spaces.
+        """
         if not isinstance(text, str):
             raise TextgenError(f"{name} must be a text: {str(text)[:40]}")
         try:
             text.encode()
         except UnicodeEncodeError:
             raise TextgenError(f"{name} holds a lone surrogate, which is not valid text") from None
+        text = text if after is None else after.text + text
         if text.isspace():  # the tokenizer reads it as an empty one
             raise TextgenError(f"{name} is only spaces{hint}")
         return normalize(text, self._normalization)

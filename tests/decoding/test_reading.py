@@ -25,6 +25,18 @@ def test_only_what_follows_a_state_is_read() -> None:
         torch.testing.assert_close(seen, wanted)
 
 
+def test_a_state_of_another_beginning_is_not_used() -> None:
+    torch.manual_seed(0)
+    decoder = Decoder(LSTMLanguageModel(ModelConfig(embedding_dim=8, hidden_size=8, num_layers=1), 20).eval())
+    ids = torch.randint(20, (PREFILL_WINDOW + 4,)).tolist()
+    read = read_tokens(decoder, "", ids)
+    assert read.begins(ids[: PREFILL_WINDOW + 1])
+    assert not read.begins(ids[:PREFILL_WINDOW])  # no token is left for a step
+    other = [*ids[:100], ids[100] ^ 1, *ids[101:]]
+    assert not read.begins(other)
+    assert torch.equal(read_tokens(decoder, "", other, after=read).state[0], read_tokens(decoder, "", other).state[0])
+
+
 def test_a_state_is_at_the_last_border_that_is_surely_behind() -> None:
     """The last token is left to the step that draws the next one, so a border right after it is not reached."""
     decoder = Decoder(LSTMLanguageModel(ModelConfig(embedding_dim=8, hidden_size=8, num_layers=1), 20).eval())

@@ -1,5 +1,6 @@
 import io
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -212,3 +213,36 @@ def test_importing_tokenizer_imports_no_torch() -> None:
 def test_a_missing_model_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"missing\.model"):
         Tokenizer.from_file(tmp_path / "missing.model")
+
+
+@MANY
+@given(text=MIXED, more=MIXED)
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "char", "word"])
+def test_no_text_that_follows_changes_settled_tokens(
+    request: pytest.FixtureRequest, kind: str, text: str, more: str
+) -> None:
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    ids = tokenizer.encode(text[: tokenizer.settled(text)])
+    assert tokenizer.encode(text + more)[: len(ids)] == ids
+
+
+@pytest.mark.parametrize("kind", ["unigram", "bpe", "char", "word"])
+def test_settled_tokens_stay_wherever_reviews_are_cut(
+    request: pytest.FixtureRequest, kind: str, training_texts: list[str]
+) -> None:
+    """Most of a text is settled: all but its last word, or two of them before `<br />`."""
+    tokenizer: Tokenizer = request.getfixturevalue(kind)
+    draw = random.Random(0)
+    for text in training_texts[:150]:
+        cut = draw.randrange(1, len(text))
+        settled = tokenizer.settled(text[:cut])
+        ids = tokenizer.encode(text[:settled])
+        assert tokenizer.encode(text)[: len(ids)] == ids
+        assert len(text[settled:cut].split()) <= 3
+
+
+def test_a_piece_that_may_go_on_is_not_settled(unigram: Tokenizer, bpe: Tokenizer, char: Tokenizer) -> None:
+    assert unigram.settled("I watched this mov") == bpe.settled("I watched this mov") == len("I watched this")
+    assert char.settled("I watched this mov") == len("I watched this mo")
+    assert unigram.settled("mov") == unigram.settled("") == unigram.settled(" ") == 0
+    assert unigram.settled("good.<br /><b") == len("good.")

@@ -2,6 +2,7 @@
 
 - `parsing`: flags and YAML to a frozen config, or to one line with the error
 - `model_argument`: the flags that choose a checkpoint, and the model that they open
+- `state_argument`: the flags of kept states: a text that is read once
 - `prompts`: the prompts of `sample`, from flags and files
 - `batch_output`: a file of samples that a later run of `sample` continues
 - `train`: train

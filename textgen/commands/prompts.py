@@ -30,6 +30,8 @@ class Prompt:
     """its name in errors: a flag, a file, or a line of a file"""
     id: str | int | None = None
     """the `id` of a batch file, which is copied to the samples"""
+    whole: str = ""
+    """normalized: everything before a sample, with the text of `--state`"""
 
 
 def read_prompts(flags: Sequence[str], file: str | None, config: SamplingConfig) -> list[Prompt]:
@@ -105,17 +107,25 @@ def require_text(prompts: Sequence[Prompt]) -> None:
             fail(f"{prompt.source} is only spaces; an empty prompt starts a text")
 
 
-def normalize_prompt(prompt: Prompt, normalization: str, tokenizer: Tokenizer) -> Prompt:
+def normalize_prompt(prompt: Prompt, normalization: str, tokenizer: Tokenizer, *, before: str = "") -> Prompt:
     """Return a prompt whose text and settings are normalized as the model's training text was.
 
     Fail if its settings leave no token to draw.
+
+    Args:
+        prompt: with its text as it was given.
+        normalization: of the model's training text.
+        tokenizer: the model's.
+        before: the text of `--state`.
     """
     from textgen.data.corpus import normalize
     from textgen.decoding.steering import normalize_settings
 
     config = normalize_settings(prompt.config, normalization)
     require_drawable(config, tokenizer, f"{prompt.source}: ")
-    return dataclasses.replace(prompt, text=normalize(prompt.text, normalization), config=config)
+    # The texts are normalized together: what a letter becomes may depend on the next one.
+    whole = normalize(before + prompt.text, normalization)
+    return dataclasses.replace(prompt, text=normalize(prompt.text, normalization), whole=whole, config=config)
 
 
 def require_drawable(config: SamplingConfig, tokenizer: Tokenizer, prefix: str = "") -> None:

@@ -6,6 +6,7 @@ Heavy packages are imported after flags and prompts have been checked.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import logging
@@ -31,6 +32,7 @@ from textgen.commands.prompts import (
     require_drawable,
     require_text,
 )
+from textgen.commands.state_argument import add_state_arguments, keep_state, open_state, require_readable
 from textgen.config import SamplingConfig
 from textgen.console import Progress, escape_controls, setup_logging
 from textgen.files import decode_text
@@ -39,6 +41,7 @@ from textgen.settings import build_settings
 if TYPE_CHECKING:
     from textgen.decoding.decoders import Decoder
     from textgen.decoding.generation import Request, Sample
+    from textgen.decoding.reading import ReadState
     from textgen.tokenizer import Tokenizer
 
 
@@ -72,23 +75,30 @@ def sample_command(argv: Sequence[str]) -> None:
         prompts = parse_batch(raw, name_of(args.batch_file), config)
     else:
         prompts = read_prompts(args.prompt or (), args.prompt_file, config)
-    require_text(prompts)
+    if args.state is None:
+        require_text(prompts)
+    require_readable(args, prompts)
 
     setup_logging(main=True)
     opened, decoder = open_decoder(args.checkpoint, args.decoder, best=args.best)
     require_drawable(config, opened.tokenizer)
-    prompts = [normalize_prompt(prompt, opened.normalization, opened.tokenizer) for prompt in prompts]
+    read = open_state(args.state, opened, decoder)
+    before = "" if read is None else read.text
+    if args["save_state"] is not None:
+        read = keep_state(args["save_state"], prompts[0].text, read, opened, decoder)
+    prompts = [normalize_prompt(prompt, opened.normalization, opened.tokenizer, before=before) for prompt in prompts]
     num_samples: int = args.num_samples
 
     def beginning(index: int) -> str:
         return prompts[index // num_samples].text
 
     with first_interrupt() as interrupted:
-        sampler = _Sampler(args, decoder, opened.tokenizer, prompts, interrupted)
+        sampler = _Sampler(args, decoder, opened.tokenizer, prompts, interrupted, read)
         if args.batch_file is not None:
             settings = [_settings_record(config), args.num_samples, args.best_of, args.decoder]
+            settings += [hashlib.sha256(before.encode()).hexdigest()] if before else []
             origin = origin_of(raw, settings, opened.directory)
-            if len({(prompt.text, prompt.config) for prompt in prompts}) < len(prompts):
+            if len({(prompt.whole, prompt.config) for prompt in prompts}) < len(prompts):
                 # An earlier version drew equal samples for equal prompts: its files must not be continued.
                 origin["numbering"] = "counts equal prompts"
             _write_batch(sampler, Path(args.out), origin)
@@ -136,6 +146,7 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
         help="draw this many samples of each prompt and keep the `num_samples` with the largest mean log-probability",
     )
     parser.add_argument("--batch_size", type=int, default=64, help="samples that are drawn at a time")
+    add_state_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per sample")
     parser.add_class_arguments(SamplingConfig, None, fail_untyped=True, skip=set(LISTS))
     for name, text in LISTS.items():
@@ -151,11 +162,13 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
         config = build_settings(SamplingConfig, values)
     except ValueError as error:
         parser.error(str(error))
-    for name in ("num_samples", "batch_size"):
-        if args[name] < 1:
-            parser.error(f"`{name}` must be at least 1: {args[name]}")
+    for name, least in (("num_samples", args["save_state"] is None), ("batch_size", 1)):
+        if args[name] < least:
+            parser.error(f"`{name}` must be at least {least:d}: {args[name]}")
     if args.best_of is not None and args.best_of < args.num_samples:
         parser.error(f"`best_of` must be at least `num_samples` {args.num_samples}: {args.best_of}")
+    if args.best_of is not None and args.num_samples == 0:
+        parser.error("`best_of` cannot be combined with `num_samples` 0")
     if (args.batch_file is None) != (args.out is None):
         given, missing = ("out", "batch_file") if args.batch_file is None else ("batch_file", "out")
         parser.error(f"`{given}` needs `{missing}`")
@@ -198,7 +211,9 @@ class _Sampler:
         tokenizer: Tokenizer,
         prompts: Sequence[Prompt],
         interrupted: Callable[[], bool],
+        read: ReadState | None,
     ) -> None:
+        self._read = read
         self._prompts, self._decoder, self._tokenizer = prompts, decoder, tokenizer
         self._batch_size, self._best_of, self._num_samples = args.batch_size, args.best_of, args.num_samples
         self._interrupted = interrupted
@@ -229,7 +244,8 @@ class _Sampler:
             return prompt.config
 
         # All prompts are numbered, also those whose samples an earlier run has drawn: the numbers count equal prompts.
-        return number_requests(((prompt.text, config_of(prompt)) for prompt in self._prompts), self._drawn)
+        prompts = ((prompt.whole, config_of(prompt)) for prompt in self._prompts)
+        return number_requests(prompts, self._drawn, read=self._read)
 
     def groups(self, skip: int = 0) -> Iterator[list[Sample]]:
         """Yield the samples of each group, in order, except the first `skip` groups.
@@ -272,7 +288,8 @@ class _Sampler:
 def _record(sample: Sample, prompt: Prompt) -> dict[str, Any]:
     """Return a sample as a JSON object."""
     record: dict[str, Any] = {} if prompt.id is None else {"id": prompt.id}
-    record |= {name: getattr(sample, name) for name in ("prompt", "number", "text", "num_tokens", "finished")}
+    record["prompt"] = prompt.text  # without the text of `--state`
+    record |= {name: getattr(sample, name) for name in ("number", "text", "num_tokens", "finished")}
     if prompt.config.stop:
         record["stop"] = sample.stop
     if sample.logprobs is not None:

@@ -5,6 +5,7 @@
 - `steering`: settings that name texts
 - `decoders`: one step of a model
 - `reading`: a text that was read, so that others can begin with it
+- `state_files`: such a text in a file, bound to its model
 - `draft`: a text that a user and a model write in turns, with its earlier states
 - `scoring`: log-probabilities of a given text
 - `products`: matrix products on packed weights

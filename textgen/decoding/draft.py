@@ -25,6 +25,11 @@ class _Version:
     num_drawn: int = 0
     """continuations of this version that were drawn: the number of the next sample"""
 
+    @property
+    def text(self) -> str:
+        """Return the whole text."""
+        return "" if self.read is None else self.read.text
+
 
 class Draft:
     """A text that is written by `write` and `draw`, and goes back by `undo`.
@@ -42,8 +47,7 @@ class Draft:
     @property
     def text(self) -> str:
         """Everything so far."""
-        read = self._versions[-1].read
-        return "" if read is None else read.text
+        return self._versions[-1].text
 
     @property
     def waits(self) -> bool:
@@ -86,7 +90,9 @@ class Draft:
         first = beginning.num_drawn if again else 0
         if again and not first:
             raise TextgenError("there is no continuation to draw again")
-        requests = [Request("", config, first + i, read=beginning.read) for i in range(n)]
+        read = beginning.read
+        ids = None if read is None else read.ids
+        requests = [Request(beginning.text, config, first + i, ids=ids, read=read) for i in range(n)]
         texts = [""] * n
         run = GraphRunner(self._decoder) if self._decoder.in_graphs else None
         for index, event in generate_stream(
@@ -130,9 +136,10 @@ class Draft:
         return len(self._versions) - 1 - self._versions[-1].by_model
 
     def _append(self, text: str, *, by_model: bool) -> None:
-        ids, before = self._tokenizer.encode(text), self._versions[-1].read
-        bos = [self._tokenizer.bos_id] if before is None else []
-        read = read_tokens(self._decoder, text, [*bos, *ids], after=before)
+        before = self._versions[-1].read
+        ids = (self._tokenizer.bos_id,) if before is None else before.ids
+        ids = (*ids, *self._tokenizer.encode(text))
+        read = read_tokens(self._decoder, self.text + text, ids, after=before)
         self._versions.append(_Version(read, by_model))
 
     def _require_picked(self) -> None:

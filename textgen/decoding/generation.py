@@ -57,13 +57,10 @@ class Request:
     prompt: str
     config: SamplingConfig
     number: int = 0
+    ids: tuple[int, ...] | None = None
+    """begin-of-text token and tokens of the prompt; None: as the tokenizer encodes it"""
     read: ReadState | None = None
-    """text before the prompt, read earlier; the sample is that of the prompt `text`, with the tokens of both parts"""
-
-    @property
-    def text(self) -> str:
-        """Everything before the sample."""
-        return self.prompt if self.read is None else self.read.text + self.prompt
+    """a text that was read earlier; if the prompt's tokens begin with it, they are not read again"""
 
 
 @dataclass(frozen=True)
@@ -124,18 +121,28 @@ def generate(
     return generate_stream(model, tokenizer, requests, batch_size=batch_size)
 
 
-def number_requests(prompts: Iterable[tuple[str, SamplingConfig]], num_samples: int) -> Iterator[Request]:
+def number_requests(
+    prompts: Iterable[tuple[str, SamplingConfig]],
+    num_samples: int,
+    *,
+    read: ReadState | None = None,
+) -> Iterator[Request]:
     """Yield the requests for `num_samples` samples of each prompt of a list, in order.
 
     Sample i of a prompt has the number `num_samples` x (earlier entries with the same prompt and settings) + i. So a
     prompt that is in the list k times has k different texts: those of one entry with k times `num_samples`.
+
+    Args:
+        prompts: texts and settings.
+        num_samples: of each prompt.
+        read: a text that was read earlier, with which the prompts begin.
     """
     earlier: Counter[tuple[str, SamplingConfig]] = Counter()
     for prompt, config in prompts:
         first = num_samples * earlier[prompt, config]
         earlier[prompt, config] += 1
         for i in range(num_samples):
-            yield Request(prompt, config, first + i)
+            yield Request(prompt, config, first + i, read=read)
 
 
 def sample_all(
@@ -267,8 +274,8 @@ class RunningSample:
             ValueError: the request is impossible, see `require_drawable`.
         """
         require_drawable(request.config, tokenizer)
-        before = (tokenizer.bos_id,) if request.read is None else request.read.ids
-        prompt_ids = [*before, *tokenizer.encode(request.prompt)]
+        first = tokenizer.bos_id if request.read is None else request.read.ids[0]
+        prompt_ids = list(request.ids or (first, *tokenizer.encode(request.prompt)))
         return cls(index=index, request=request, tokenizer=tokenizer, prompt_ids=prompt_ids)
 
     def begin(self) -> Iterator[str | Sample]:
@@ -379,7 +386,11 @@ class Batch:
         """
         states: Prefilled = {} if prefilled is None else prefilled
         prompts = [(*sample.prompt_ids, *sample.request.config.forced_tokens) for sample in samples]
-        read = {ids: s.request.read for ids, s in zip(prompts, samples, strict=True) if s.request.read is not None}
+        read = {
+            ids: sample.request.read
+            for ids, sample in zip(prompts, samples, strict=True)
+            if sample.request.read is not None and sample.request.read.begins(ids)
+        }
         states |= _prefill(decoder, [ids for ids in dict.fromkeys(prompts) if ids not in states], read)
         # a batch of one row for each new sample, then one batch of all
         parts = [] if beside is None else [beside]
@@ -405,7 +416,7 @@ class Batch:
         sampling = new_sampling_state(
             request.config,
             sample.prompt_ids[1:],
-            _sample_number(request.text, request.number),
+            _sample_number(request.prompt, request.number),
             vocab_size=decoder.vocab_size,
             device=device,
             bias=bias_of(request.config, tokenizer),

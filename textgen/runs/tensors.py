@@ -42,13 +42,16 @@ SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 HEADER_BYTES = 1 << 20
 
 
-def serialize(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+def serialize(
+    tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
     """Yield the bytes of a safetensors file: its header, then the memory of each tensor without a copy.
 
     Args:
         tensors: contiguous tensors on the CPU, by name.
+        metadata: more texts for the header, by name.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     ordered = sorted(
         tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])
@@ -70,6 +73,20 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises:
         TextgenError: the file is not a safetensors file, or is damaged.
     """
+    return _read_header(path)[0]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Return the texts in a file's header by name.
+
+    Raises:
+        TextgenError: as `read_header`.
+    """
+    return {name: value for name, value in _read_header(path)[1].items() if isinstance(value, str)}
+
+
+def _read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Any]]:
+    """Return dtype and shape of a file's tensors by name, and its metadata."""
     try:
         size = path.stat().st_size
         if not path.is_file():
@@ -79,7 +96,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             if not 2 <= length <= min(HEADER_BYTES, size - 8):
                 raise TextgenError(f"`{path}` is not a tensor file of textgen: its header would have {length} bytes")
             entries = parse_json(file.read(length))
-        entries.pop("__metadata__", None)
+        metadata = dict(entries.pop("__metadata__", {}))
         header = {name: _entry(value) for name, value in entries.items()}
     except OSError as error:
         raise TextgenError(f"`{path}` cannot be read: {error.strerror or error}") from error
@@ -94,7 +111,7 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         end = stop
     if end != size - 8 - length:
         raise TextgenError(f"`{path}` holds {size - 8 - length} bytes of data, its header says {end}")
-    return {name: (dtype, shape) for name, (_, _, dtype, shape) in header.items()}
+    return {name: (dtype, shape) for name, (_, _, dtype, shape) in header.items()}, metadata
 
 
 def _entry(value: Mapping[str, Any]) -> tuple[int, int, str, tuple[int, ...]]:
