@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import random
@@ -24,6 +25,7 @@ from textgen import evaluation
 from textgen.cli import main
 from textgen.config import ModelConfig
 from textgen.data.store import encode_documents
+from textgen.decoding.generation import begin_id
 from textgen.evaluation import SCORE_WINDOW, Score, score
 from textgen.model.files import save_model
 from textgen.model.lstm import LSTMLanguageModel, State
@@ -70,6 +72,7 @@ def model(texts: list[str], tokenizer: Tokenizer) -> LSTMLanguageModel:
     model = LSTMLanguageModel(
         ModelConfig(embedding_dim=24, hidden_size=32, num_layers=2, layer_norm=True, residual=True),
         tokenizer.vocab_size,
+        labels=("bad", "good"),
         unigram_counts=torch.bincount(stream, minlength=tokenizer.vocab_size),
         text={"tokenizer_sha256": tokenizer.sha256, "normalization": "none"},
     )
@@ -131,6 +134,17 @@ def nats_alone(model: LSTMLanguageModel, document: Tokens, bos_id: int) -> float
 
 
 # Sums
+
+
+def test_each_document_may_begin_with_its_own_label(
+    accelerator: Accelerator, model: LSTMLanguageModel, tokenizer: Tokenizer, documents: list[Tokens]
+) -> None:
+    first = [[tokenizer.bos_id, model.label_id("bad"), model.label_id("good")][i % 3] for i in range(len(documents))]
+    result = score(accelerator, model, documents, 1000, bos_id=first, batch_size=4)
+    wanted = [nats_alone(model, document, begin) for document, begin in zip(documents, first, strict=True)]
+    assert result.nats == pytest.approx(sum(wanted), rel=1e-6)
+    others = score(accelerator, model, documents, 1000, bos_id=first[1:] + first[:1], batch_size=4)
+    assert others.nats != pytest.approx(result.nats, rel=1e-6)
 
 
 def test_score_is_the_sum_over_documents_that_are_each_read_alone(
@@ -252,8 +266,9 @@ def decode(bits: Sequence[int], frequencies: Frequencies, end: int) -> list[int]
     return tokens
 
 
+@pytest.mark.parametrize("label", [None, "bad", "good"])
 def test_score_is_the_length_of_a_code_that_decodes_to_the_text(
-    accelerator: Accelerator, model: LSTMLanguageModel, tokenizer: Tokenizer
+    accelerator: Accelerator, model: LSTMLanguageModel, tokenizer: Tokenizer, label: str | None
 ) -> None:
     """What an arithmetic coder writes is within 2 bits of the score, for each document.
 
@@ -262,11 +277,12 @@ def test_score_is_the_length_of_a_code_that_decodes_to_the_text(
     p + 2**-40, so save less than 0.01 bits where p is above 1e-10 (the model is sure of itself on text unlike its own:
     with 24 bits its least likely tokens came 25 bits cheaper than they are). The rest is fp32 rounding of the score.
     """
-    for text in [*REVIEWS, ""]:
+    begin = begin_id(model, tokenizer, label)
+    for text in [*REVIEWS, ""] if label is None else REVIEWS[:2]:
         (document,) = encode_documents(tokenizer, [text]) if text else (np.array([tokenizer.eos_id]),)
-        result = score(accelerator, model, [document], len(text.encode()), bos_id=tokenizer.bos_id)
-        bits = encode(document.tolist(), Frequencies(model, tokenizer.bos_id))
-        tokens = decode(bits, Frequencies(model, tokenizer.bos_id), tokenizer.eos_id)
+        result = score(accelerator, model, [document], len(text.encode()), bos_id=begin)
+        bits = encode(document.tolist(), Frequencies(model, begin))
+        tokens = decode(bits, Frequencies(model, begin), tokenizer.eos_id)
         assert tokenizer.decode(tokens) == text
         assert abs(len(bits) - result.nats / math.log(2)) < 2, text
         if text:
@@ -311,6 +327,7 @@ def test_two_processes_equal_one(checkpoint: Path, texts: list[str], tmp_path: P
         outputs[name], seen = run_evaluate(launcher, arguments, tmp_path / name)
         assert seen == ranks  # the launcher itself is alone
     one, two = (json.loads(output) for output in outputs.values())  # nothing but JSON
+    assert one.pop("label") == two.pop("label") == "none"
     assert one.pop("seconds") > 0
     assert two.pop("seconds") > 0
     assert one["documents"] == 56
@@ -364,11 +381,37 @@ def test_a_missing_column_is_one_line_and_exit_code_2(
 
 
 @pytest.mark.usefixtures("fresh_state")
+def test_evaluate_scores_without_labels_or_with_the_true_ones_and_says_which(
+    checkpoint: Path, model: LSTMLanguageModel, tokenizer: Tokenizer, texts: list[str], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    path, labels = tmp_path / "a.jsonl", ["good", "bad", None, "unknown"]
+    rows = [json.dumps({"text": text, "label": label}) for text, label in zip(texts, labels, strict=False)]
+    path.write_text("\n".join(rows))
+    flags = [checkpoint, "--data", path, "--label_column", "label"]
+    for chosen, known in (("none", [None] * 4), ("true", ["good", "bad", None, None])):
+        figures = evaluate(*flags, "--label", chosen, capsys=capsys)
+        begins = [begin_id(model, tokenizer, label) for label in known]
+        wanted = [nats_alone(model, *its) for its in zip(encode_documents(tokenizer, texts[:4]), begins, strict=True)]
+        assert figures["nats_per_token"] * figures["tokens"] == pytest.approx(sum(wanted), rel=1e-5)
+        assert figures["label"] == chosen
+    with caplog.at_level(logging.INFO, logger="textgen"):
+        main(["evaluate", *map(str, flags), "--label", "true"])
+    assert capsys.readouterr().out.startswith("label            true\nbits_per_byte ")
+    assert caplog.messages[-1] == "2 of 4 documents have no label of the model, and are scored without one"
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(checkpoint), "--data", str(path), "--label", "true"])
+    assert "no document of `" in (refused := capsys.readouterr().err)
+    assert refused.endswith("has a label of the model: `--label_column` names the column of the label\n")
+
+
+@pytest.mark.usefixtures("fresh_state")
 def test_a_lowercase_model_scores_lowercase_text(
     model: LSTMLanguageModel, tokenizer: Tokenizer, texts: list[str], tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    lower = LSTMLanguageModel(model.config, model.vocab_size, text={**model.text, "normalization": "lowercase"})
+    text = {**model.text, "normalization": "lowercase"}
+    lower = LSTMLanguageModel(model.config, model.vocab_size, labels=model.labels, text=text)
     lower.load_state_dict(model.state_dict())
     save_model(lower, tmp_path / "lower")
     tokenizer.save(tmp_path / "lower" / "tokenizer.model")

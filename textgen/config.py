@@ -75,6 +75,12 @@ class DataConfig:
     as `test` or `imdb_test.csv`, decides the split of its files; other files are in train"""
     text_column: str = "text"
     """column or key that holds the text in csv, jsonl, parquet and hub datasets"""
+    label_column: str | None = None
+    """column or key that holds the label of a text, such as `label`, in csv, jsonl, parquet, hub datasets and the
+    package. The model then writes text by label too. Null is no label"""
+    label_folders: bool = False
+    """the label of a text is the name of its file's folder, such as `pos` or `neg`; a folder named after a split is no
+    label"""
     txt_documents: Literal["file", "line", "paragraph"] = "file"
     """the unit of a .txt file that is one document"""
     encoding: str = "utf-8"
@@ -122,6 +128,10 @@ class DataConfig:
             raise ValueError(f"`dataset` needs `source` hub: {self.source}")
         if self.dataset_config is not None and self.dataset is None:
             raise ValueError(f"`dataset_config` needs a `dataset`: {self.dataset_config}")
+        if self.label_column is not None and self.label_folders:
+            raise ValueError(f"`label_column` {self.label_column} and `label_folders` are both set: choose one")
+        if self.label_column == self.text_column:
+            raise ValueError(f"`label_column` and `text_column` are the same: {self.label_column}")
         if not _is_text_encoding(self.encoding):
             raise ValueError(f"`encoding` must name an encoding of text, such as utf-8 or latin-1: {self.encoding}")
         if self.max_document_bytes is not None and not 1024 <= self.max_document_bytes <= MAX_DOCUMENT_BYTES:
@@ -145,6 +155,8 @@ READING_SETTINGS = (
     "text_column", "txt_documents", "encoding", "on_error", "max_document_bytes", "csv_delimiter", "csv_quoting",
     "csv_escape",
 )  # fmt: skip
+
+LABEL_SETTINGS = ("label_column", "label_folders")  # the settings of DataConfig that say which label a text has
 
 
 @dataclass(frozen=True, kw_only=True)

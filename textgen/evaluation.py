@@ -73,12 +73,12 @@ def score(
     documents: Sequence[Tokens],
     num_bytes: int,
     *,
-    bos_id: int,
+    bos_id: int | Sequence[int],
     batch_size: int = 64,
     progress: bool = False,
     poll: Callable[[], None] | None = None,
 ) -> Score:
-    """Score documents, each from a zero state and `bos_id` on to its own end-of-text token. Collective.
+    """Score documents, each from a zero state and its first input on to its own end-of-text token. Collective.
 
     Documents of similar length share a batch. The other documents of a batch and the number of processes change a
     score by rounding only.
@@ -88,12 +88,13 @@ def score(
         model: the bare model, on the accelerator's device.
         documents: token ids, each ending with the end-of-text token.
         num_bytes: UTF-8 bytes of all of them.
-        bos_id: the first input of each.
+        bos_id: the first input: one of all documents, or one of each, such as that of its label.
         batch_size: documents read side by side.
         progress: show on standard error how far it is.
         poll: called before each batch, equally often by all processes; may raise to end the scoring.
     """
     started = time.perf_counter()
+    first = [bos_id] * len(documents) if isinstance(bos_id, int) else bos_id
     was_training = model.training
     model.eval()
     order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
@@ -106,7 +107,8 @@ def score(
             if poll is not None:
                 poll()
             if turn < len(own):
-                nats += _score_batch(accelerator, model, [documents[i] for i in own[turn]], bos_id)
+                chosen = own[turn]
+                nats += _score_batch(accelerator, model, [documents[i] for i in chosen], [first[i] for i in chosen])
             bar.update(turn + 1)
     total = float(accelerator.reduce(nats, "sum"))
     model.train(was_training)
@@ -117,7 +119,7 @@ def score(
 
 
 def _score_batch(
-    accelerator: Accelerator, model: LSTMLanguageModel, documents: list[Tokens], bos_id: int
+    accelerator: Accelerator, model: LSTMLanguageModel, documents: list[Tokens], first: list[int]
 ) -> torch.Tensor:
     """Return the summed nats of documents sorted by falling length: a float64 scalar."""
     device = accelerator.device
@@ -129,7 +131,7 @@ def _score_batch(
         state = (state[0][:, :rows], state[1][:, :rows])
         width = min(SCORE_WINDOW, longest - start)
         tokens = np.full((rows, width + 1), -1, dtype=np.int64)  # the token before the window, then the window's
-        tokens[:, 0] = bos_id if start == 0 else [document[start - 1] for document in documents[:rows]]
+        tokens[:, 0] = first[:rows] if start == 0 else [document[start - 1] for document in documents[:rows]]
         for row, document in enumerate(documents[:rows]):
             part = document[start : start + width]
             tokens[row, 1 : 1 + len(part)] = part

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,13 @@ SHAPES = [
 ]
 
 
-def build(config: ModelConfig, vocab_size: int = 300) -> LSTMLanguageModel:
+# of sizes that the compiled step of int8 takes
+COMPILED = ModelConfig(embedding_dim=32, hidden_size=64)
+
+
+def build(config: ModelConfig, vocab_size: int = 300, labels: Sequence[str] = ()) -> LSTMLanguageModel:
     torch.manual_seed(3)
-    model = LSTMLanguageModel(config, vocab_size)
+    model = LSTMLanguageModel(config, vocab_size, labels=labels)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)  # biases and norms too
@@ -61,6 +66,24 @@ def test_logits_are_those_of_the_model(shape: ModelConfig, dtype: CellDtype, tol
     logits = logits_of(CellDecoder(model, dtype), ids)
     assert logits.dtype == torch.float32
     assert (logits - wanted).norm() <= tolerance * wanted.norm()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("bfloat16", 1e-2), ("int8", 3e-2)])
+@pytest.mark.parametrize("shape", [*SHAPES, COMPILED], ids=["default", "normed", "untied", "residual", "compiled"])
+def test_labels_are_inputs_and_never_outputs(shape: ModelConfig, dtype: CellDtype, tolerance: float) -> None:
+    model = build(shape, labels=("a", "b"))
+    ids = torch.randint(300, (4, 12), generator=torch.Generator().manual_seed(5))
+    ids[:, 0] = torch.tensor([1, 300, 301, 300])
+    with torch.inference_mode():
+        wanted, _ = model(ids, model.zero_state(4))
+    for decoder in (Decoder(model), CellDecoder(model, dtype)):
+        logits = logits_of(decoder, ids)
+        assert logits.shape == (4, 12, 300)
+        assert (logits - wanted).norm() <= tolerance * wanted.norm()
+    ids[3, 0] = 301
+    assert not torch.equal(logits_of(decoder, ids)[3], logits[3])
+    with pytest.raises(IndexError):
+        decoder.step(torch.tensor([302]), decoder.prefill([1]))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

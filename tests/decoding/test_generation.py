@@ -26,7 +26,9 @@ from textgen.decoding.generation import (
     number_requests,
     sample_all,
 )
+from textgen.decoding.reading import read_tokens
 from textgen.decoding.sampling import draw, new_sampling_state, process_logits, record_tokens
+from textgen.errors import TextgenError
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer
 
@@ -474,3 +476,33 @@ def test_bans_that_leave_nothing_to_draw_are_refused(model: LSTMLanguageModel, t
                       {"banned_tokens": (*but_the_end, tokenizer.eos_id)}):  # fmt: skip
         with pytest.raises(ValueError, match=r"^`banned_tokens` leaves no token to draw$"):
             sample_all(model, tokenizer, ["a"], SamplingConfig(**settings_))
+
+
+def test_a_label_begins_a_text_alone_and_in_any_batch(tokenizer: Tokenizer) -> None:
+    torch.manual_seed(11)
+    config = ModelConfig(embedding_dim=16, hidden_size=24, layer_norm=True)
+    model = LSTMLanguageModel(config, tokenizer.vocab_size, labels=("bad", "good"))
+    sampling = SamplingConfig(max_new_tokens=20, seed=1, repetition_penalty=1.3)
+    requests = [Request("it was", sampling, 0, label=label) for label in (None, "bad", "good", "bad")]
+
+    def texts(requests: list[Request], decoder: Decoder, batch_size: int = 64) -> list[str]:
+        events = generate_stream(decoder, tokenizer, requests, batch_size=batch_size)
+        ended = {index: event.text for index, event in events if isinstance(event, Sample)}
+        return [ended[index] for index in sorted(ended)]
+
+    for decoder in (Decoder(model), CellDecoder(model, "int8")):
+        none, bad, good, again = together = texts(requests, decoder)
+        assert len({none, bad, good}) == 3
+        assert again == bad
+        assert together == texts(requests, decoder, 1) == [texts([one], decoder)[0] for one in requests]
+        assert none == texts([Request("it was", sampling, 0)], decoder)[0]
+    with pytest.raises(TextgenError, match="no label 'great'; the model has `bad`, `good`"):
+        texts([Request("it was", sampling, 0, label="great")], Decoder(model))
+    ids = (tokenizer.bos_id, *tokenizer.encode("it was"))
+    with pytest.raises(ValueError, match="label 'bad' and `ids` both say how the text begins"):
+        Request("it was", sampling, ids=ids, label="bad")
+    labelled = Request("it was", sampling, ids=(model.label_id("bad"), *ids[1:]))
+    assert texts([labelled], Decoder(model)) == texts(requests[1:2], Decoder(model))
+    read = read_tokens(Decoder(model), "it was", ids)  # without the label
+    again = Request("it was", sampling, read=read, label="bad")
+    assert texts([again], Decoder(model)) == texts(requests[1:2], Decoder(model))

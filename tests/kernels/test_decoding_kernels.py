@@ -156,7 +156,7 @@ def test_what_compiled_code_would_round_otherwise_is_left_to_the_operators(shape
 @pytest.mark.parametrize("token", [-1, 300])
 def test_a_token_outside_the_vocabulary_is_an_error(token: int) -> None:
     decoder = CellDecoder(build(ModelConfig(embedding_dim=32, hidden_size=64)), "int8")
-    with pytest.raises(IndexError, match=rf"below the vocabulary's size 300: \[1, {token}\]$"):
+    with pytest.raises(IndexError, match=rf"below the number of inputs 300: \[1, {token}\]$"):
         decoder.step(torch.tensor([1, token]), [part.repeat(2, 1) for part in decoder.prefill([1])])
 
 

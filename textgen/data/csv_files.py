@@ -13,6 +13,7 @@ from typing import Any, Literal
 from textgen.config import DataConfig
 from textgen.data.decompression import split_compression
 from textgen.data.encodings import decode, open_text
+from textgen.data.labels import labelled, take_label
 from textgen.data.rows import ROW_BYTES, TOO_LONG, find_column, read_raw_lines
 from textgen.data.tally import RowError, Tally
 from textgen.errors import one_line
@@ -46,6 +47,8 @@ def read_csv(
 ) -> Iterator[list[str]]:
     """Yield the values of columns, row by row, of a file with a header.
 
+    If `settings` has a `label_column`, the first value carries its row's label.
+
     Args:
         path: a csv or tsv file, which may be compressed.
         columns: names of the header; the first one is that of the text.
@@ -56,6 +59,8 @@ def read_csv(
         TextgenError: the header lacks a column or has it twice, or a row cannot be read.
     """
     settings, tally = settings or DataConfig(), tally or Tally()
+    label_column = settings.label_column
+    columns = columns if label_column is None else (*columns, label_column)
     csv.field_size_limit(ROW_BYTES)  # in characters; the standard library's own limit is 128 KiB
     with open_text(path, settings) as file:
         lines = _decode_lines(file, path, settings, tally)
@@ -73,6 +78,9 @@ def read_csv(
                 values = [row[place] for place in places]
                 if not values[0].isascii():
                     decode(values[0].encode("utf-8", "surrogateescape"), settings)
+                if label_column is not None:
+                    label = take_label(values.pop(), label_column)
+                    values[0] = labelled(values[0], label)
             except RowError as error:
                 tally.fault(path, line, error, settings)
             else:

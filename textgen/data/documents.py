@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
 from typing import Any
 
@@ -18,6 +18,16 @@ from textgen.data.cutting import cut_blocks, sizes_of
 from textgen.data.decompression import split_compression
 from textgen.data.encodings import decode, open_text
 from textgen.data.json_files import read_json
+from textgen.data.labels import (
+    class_names,
+    copy_label,
+    dataset_columns,
+    features_of_schema,
+    label_of_folder,
+    labelled,
+    name_classes,
+    take_label,
+)
 from textgen.data.rows import find_column, take_text
 from textgen.data.sources import TEXT_ENDINGS, list_files
 from textgen.data.tally import RowError, Tally
@@ -78,6 +88,8 @@ def warn_of_unused_settings(paths: Sequence[str], settings: DataConfig) -> None:
 def read_files(paths: Sequence[str], settings: DataConfig, tally: Tally) -> Iterator[str]:
     """Yield all documents of files in order, those without text too; "" stands for null.
 
+    If `settings` ask for labels, the documents are `LabelledText`.
+
     Args:
         paths: of files.
         settings: how they are read.
@@ -92,7 +104,10 @@ def read_files(paths: Sequence[str], settings: DataConfig, tally: Tally) -> Iter
 
 
 def read_batches(batches: Iterable[Sequence[object]], where: str, settings: DataConfig, tally: Tally) -> Iterator[str]:
-    """Yield the texts of a column that comes in batches, as `read_files` does; `where` names it in messages."""
+    """Yield the texts of a column that comes in batches, as `read_files` does; `where` names it in messages.
+
+    If `settings` has a `label_column`, the values are pairs of text and label.
+    """
     return _cut_and_count(_check_rows(batches, where, settings, tally), where, settings, tally)
 
 
@@ -104,14 +119,30 @@ def _cut_and_count(documents: Iterable[str], where: str, settings: DataConfig, t
         if len(text) <= longest:
             yield text
         else:
-            yield from tally.cut_text(text, settings)
+            yield from (copy_label(part, text) for part in tally.cut_text(text, settings))
     tally.end(where, settings)
 
 
 def _read_file(path: str, settings: DataConfig, tally: Tally) -> Iterator[str]:
+    texts = _read_rows(path, settings, tally)
+    if not settings.label_folders:
+        return texts
+    try:
+        label = label_of_folder(path)
+    except RowError as error:
+        raise TextgenError(f"`{path}`{error}") from error
+    return (labelled(text, label) for text in texts)
+
+
+def _read_rows(path: str, settings: DataConfig, tally: Tally) -> Iterator[str]:
     inner, compression = split_compression(path)
     try:
         match os.path.splitext(inner)[1].lower():
+            case ".txt" if settings.label_column is not None:
+                raise TextgenError(
+                    f"`{path}` is a text without columns, and `--data.label_column` is {settings.label_column}: "
+                    "`--data.label_folders true` takes the label from the folder"
+                )
             case ".txt":
                 yield from _read_txt(path, settings, tally)
             case ".csv" | ".tsv":
@@ -195,14 +226,32 @@ class _BlankLines:
 def _read_parquet(path: str, settings: DataConfig, tally: Tally) -> Iterator[str]:
     import pyarrow.parquet
 
-    column = settings.text_column
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True, pre_buffer=False) as file:
-            find_column(f"`{path}`", column, file.schema_arrow.names, rules=settings.reading_rules)
-            batches = (batch.column(0) for batch in file.iter_batches(batch_size=256, columns=[column]))
-            yield from _check_rows(map(_to_texts, batches), f"`{path}`", settings, tally)
+            schema = file.schema_arrow
+            columns = _find_columns(f"`{path}`", schema.names, settings)
+            batches = file.iter_batches(batch_size=256, columns=columns)
+            texts = (_values_of(batch, columns, schema.metadata) for batch in batches)
+            yield from _check_rows(texts, f"`{path}`", settings, tally)
     except pyarrow.ArrowException as error:
         raise TextgenError(f"`{path}` is not valid parquet: {one_line(error)}") from error
+
+
+def _find_columns(where: str, names: Sequence[str], settings: DataConfig) -> list[str]:
+    """Return the columns to read of a file with these columns: that of the text and, if there is one, of the label."""
+    columns = dataset_columns(settings)
+    for column in columns:
+        find_column(where, column, names, rules=settings.reading_rules)
+    return columns
+
+
+def _values_of(batch: Any, columns: Sequence[str], metadata: Mapping[bytes, bytes] | None) -> Sequence[object]:
+    """Return the texts of a batch of Arrow, or pairs of text and label if `columns` has that of the label too."""
+    texts, *labels = (_to_texts(batch.column(batch.schema.names.index(column))) for column in columns)
+    if not labels:
+        return texts
+    names = class_names(features_of_schema(metadata), columns[1])
+    return list(zip(texts, name_classes(labels[0], names), strict=True))
 
 
 def _to_texts(values: Any) -> Sequence[object]:
@@ -230,11 +279,11 @@ def _read_arrow(path: str, settings: DataConfig, tally: Tally) -> Iterator[str]:
         file.seek(max(0, os.path.getsize(path) - len(ARROW_END)))
         if file.read() != ARROW_END:
             raise TextgenError(f"`{path}` is cut short: it does not end as a stream of Arrow")
-    column = settings.text_column
     try:
         with pyarrow.memory_map(path) as source, pyarrow.ipc.open_stream(source) as batches:
-            place = find_column(f"`{path}`", column, batches.schema.names, rules=settings.reading_rules)
-            texts = (_to_texts(batch.column(place)) for batch in batches)
+            schema = batches.schema
+            columns = _find_columns(f"`{path}`", schema.names, settings)
+            texts = (_values_of(batch, columns, schema.metadata) for batch in batches)
             yield from _check_rows(texts, f"`{path}`", settings, tally)
     except pyarrow.ArrowException as error:
         raise TextgenError(f"`{path}` is not a stream of Arrow: {one_line(error)}") from error
@@ -243,20 +292,23 @@ def _read_arrow(path: str, settings: DataConfig, tally: Tally) -> Iterator[str]:
 # Checks and messages
 
 
-def _check_rows(batches: Iterable[Sequence[object]], where: str, settings: DataConfig, tally: Tally) -> Iterator[str]:
-    """Yield the values of a column that comes in batches; "" for null.
+def _check_rows(batches: Iterable[Sequence[Any]], where: str, settings: DataConfig, tally: Tally) -> Iterator[str]:
+    """Yield the values of a column that comes in batches; "" for null. With a `label_column` they are pairs.
 
     Raises:
         TextgenError: one is not a text.
     """
     for number, value in enumerate(chain.from_iterable(batches), start=1):
         tally.rows += 1
+        value, label = value if settings.label_column is not None else (value, None)
         if value is None:
             tally.nulls += 1
             yield ""
             continue
         try:
             text = take_text(value, settings.text_column)
+            if settings.label_column is not None:
+                text = labelled(text, take_label(label, settings.label_column))
         except RowError as error:
             tally.fault_at(f"{where} row {number}", error, settings)
         else:

@@ -13,6 +13,7 @@ from typing import Any
 from textgen.config import DataConfig
 from textgen.data.decompression import split_compression
 from textgen.data.encodings import decode
+from textgen.data.labels import labelled, take_label
 from textgen.data.rows import ROW_BYTES, TOO_LONG, no_column, read_lines, take_text
 from textgen.data.tally import RowError, Tally
 from textgen.errors import TextgenError, one_line
@@ -41,7 +42,7 @@ def read_json(file: io.BufferedReader, path: str, settings: DataConfig, tally: T
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise RowError(f" is not valid JSON: {one_line(error)}") from error
-            text = _text_of(row, settings.text_column, tally)
+            text = _text_of(row, settings, tally)
         except RowError as error:
             tally.fault(path, number, error, settings)
         else:
@@ -62,9 +63,12 @@ def _spans_lines(head: bytes, path: str, settings: DataConfig) -> bool:
     return False
 
 
-def _text_of(row: object, column: str, tally: Tally) -> str:
+def _text_of(row: object, settings: DataConfig, tally: Tally) -> str:
+    column, label_column = settings.text_column, settings.label_column
     if not isinstance(row, dict):
         raise RowError(f" is not a JSON object with a key `{column}`: {reprlib.repr(row)}")
+    if label_column is not None and label_column not in row:
+        raise RowError(f"{no_column('', label_column, row)}; a text without a label has null there")
     if column not in row:
         hint = (
             "; wanted the array without an object around it"
@@ -76,7 +80,8 @@ def _text_of(row: object, column: str, tally: Tally) -> str:
     if value is None:
         tally.nulls += 1
         return ""
-    return take_text(value, column)
+    text = take_text(value, column)
+    return text if label_column is None else labelled(text, take_label(row[label_column], label_column))
 
 
 def _read_values(file: io.BufferedReader, path: str, settings: DataConfig, tally: Tally) -> Iterator[str]:
@@ -92,7 +97,7 @@ def _read_values(file: io.BufferedReader, path: str, settings: DataConfig, tally
             source = values.text[start : values.place]
             if not source.isascii():
                 decode(source.encode("utf-8", "surrogateescape"), settings)
-            text = _text_of(value, settings.text_column, tally)
+            text = _text_of(value, settings, tally)
         except RowError as error:
             tally.fault(path, values.line_of(start), error, settings)
         else:

@@ -22,11 +22,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from textgen.data.store import Split
 from textgen.errors import TextgenError
-from textgen.noise import permutation
+from textgen.noise import permutation, uniform
 
 # `Epoch` stores the stream position of every STRIDE-th document only. `Epoch.read` finds the others by summing at most
 # this many lengths. A table entry for every document would be twice as large as the permutation itself.
 STRIDE = 64
+
+# This share of the labelled documents of an epoch is read without its label, so that the model can do without one.
+WITHOUT_LABEL = 0.1
+# The coordinate of `noise.uniform` that separates this choice from dropout's, whose coordinates count from 0 up.
+_LABEL_SITE = -1 << 32
 
 
 class Epoch:
@@ -48,7 +53,7 @@ class Epoch:
     """
 
     def __init__(self, split: Split, *, batch_size: int, seq_len: int, seed: int, epoch: int) -> None:
-        self.split, self.batch_size, self.seq_len, self.number = split, batch_size, seq_len, epoch
+        self.split, self.batch_size, self.seq_len, self.number, self._seed = split, batch_size, seq_len, epoch, seed
         self.num_windows = windows_per_epoch(split, batch_size=batch_size, seq_len=seq_len)
         self.lane_length = (
             split.num_tokens - 1
@@ -67,8 +72,15 @@ class Epoch:
         lengths: NDArray[np.int64] = self.split.offsets[documents + 1] - self.split.offsets[documents]
         return lengths
 
-    def read(self, start: int, count: int) -> NDArray[np.int64]:
-        """Read `count` tokens of the stream from position `start` on: (count,)."""
+    def read(self, start: int, count: int, *, begun: list[tuple[int, int]] | None = None) -> NDArray[np.int64]:
+        """Read `count` tokens of the stream from position `start` on: (count,).
+
+        Args:
+            start: of the first token.
+            count: of tokens.
+            begun: gets, for each document whose first token is read after another token, the place of the token before
+                it, an end-of-text, and the document.
+        """
         out = np.empty(count, dtype=np.int64)
         # Find the document that holds `start`: first its block in the table, then its place in the block.
         block = int(self._starts.searchsorted(start, side="right")) - 1
@@ -79,17 +91,39 @@ class Epoch:
             if place == len(ends):  # continue with the next block
                 block, place = block + 1, 0
                 ends = self._starts[block] + self._lengths(block).cumsum()
+            document = int(self._order[block * STRIDE + place])
+            if filled and begun is not None:
+                begun.append((filled - 1, document))
             # Copy the rest of this document, or as much of it as is still missing.
-            document_end = int(self.split.offsets[int(self._order[block * STRIDE + place]) + 1])
+            document_end = int(self.split.offsets[document + 1])
             left = int(ends[place]) - (start + filled)  # tokens of this document from here on
             copied = min(left, count - filled)
             out[filled : filled + copied] = self.split.tokens[document_end - left : document_end - left + copied]
             filled, place = filled + copied, place + 1
         return out
 
-    def window(self, lane: int, window: int) -> NDArray[np.int64]:
-        """Return a window's tokens and the one after them: (seq_len + 1,)."""
-        return self.read(lane * self.lane_length + window * self.seq_len, self.seq_len + 1)
+    def window(self, lane: int, window: int, *, begun: list[tuple[int, int]] | None = None) -> NDArray[np.int64]:
+        """Return a window's tokens and the one after them: (seq_len + 1,); `begun` as in `read`."""
+        return self.read(lane * self.lane_length + window * self.seq_len, self.seq_len + 1, begun=begun)
+
+    def windows(self, lanes: Sequence[int], window: int) -> tuple[Tensor, Tensor]:
+        """Return inputs and targets of a window of some lanes, each (lanes, seq_len) int64.
+
+        The targets are the tokens one position later. The inputs are the tokens, but the label of a document takes the
+        place of the end-of-text before it.
+        """
+        begun: list[list[tuple[int, int]]] = [[] for _ in lanes]
+        rows = [self.window(lane, window, begun=its) for lane, its in zip(lanes, begun, strict=True)]
+        tokens = torch.from_numpy(np.stack(rows))  # (lanes, seq_len + 1)
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        if self.split.begin_ids is None or not any(begun):
+            return inputs, targets
+        row, place, document = torch.tensor([(i, *its) for i, one in enumerate(begun) for its in one]).unbind(1)
+        labels = torch.from_numpy(self.split.begin_ids[document.numpy()].astype(np.int64))
+        kept = uniform(self._seed, self.number, _LABEL_SITE, document) >= WITHOUT_LABEL
+        inputs = inputs.clone()
+        inputs[row[kept], place[kept]] = labels[kept]
+        return inputs, targets
 
 
 def _document_order(seed: int, epoch: int, count: int) -> NDArray[np.unsignedinteger[Any]]:
@@ -169,10 +203,10 @@ class _Windows(Dataset[dict[str, Tensor]]):
         step, lanes = rows[0][0], [lane for _, lane in rows]  # a micro-batch is of one step
         number, window = divmod(step, self._per_epoch)
         epoch = self._open_epoch(number)
-        tokens = torch.from_numpy(np.stack([epoch.window(lane, window) for lane in lanes]))  # (rows, seq_len + 1)
+        inputs, targets = epoch.windows(lanes, window)
         return {
-            "tokens": tokens[:, :-1],
-            "targets": tokens[:, 1:],
+            "tokens": inputs,
+            "targets": targets,
             "lanes": torch.tensor(lanes),
             "windows": torch.full((len(lanes),), window),
         }

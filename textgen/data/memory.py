@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from textgen.config import DataConfig
-from textgen.data.corpus import Corpus, fingerprint, require_splits
+from textgen.data.corpus import Corpus, fingerprint, read_dataset, require_splits
 from textgen.data.documents import read_batches
+from textgen.data.labels import dataset_columns, label_of
 from textgen.data.tally import Tally
 from textgen.errors import TextgenError, in_backticks
 
@@ -27,6 +28,8 @@ def corpus_of_texts(texts: Sequence[str] | Mapping[str, Sequence[str]], config: 
     Raises:
         TextgenError: there is no list of texts, or an item is not a string of valid text.
     """
+    if config.label_column is not None:
+        raise TextgenError(f"`texts` have no column `{config.label_column}`: labelled texts are a `dataset`")
     splits = {}
     for split, documents in _by_split(texts, "texts").items():
         # a set has no order, and what a table iterates over is its columns
@@ -56,17 +59,12 @@ def corpus_of_dataset(dataset: Any, config: DataConfig) -> Corpus:
                 f"`dataset` must be a datasets.Dataset, not {type(rows).__name__}; a name on the hub is the setting "
                 "`data.dataset`"
             )
-        if config.text_column not in rows.column_names:
-            have = in_backticks(rows.column_names)
-            raise TextgenError(f"`dataset` has no column `{config.text_column}`; it has {have}: see `data.text_column`")
-        splits[split] = partial(_read_dataset, rows, split, config, Tally())
+        for column, setting in zip(dataset_columns(config), ("text_column", "label_column"), strict=False):
+            if column not in rows.column_names:
+                have = in_backticks(rows.column_names)
+                raise TextgenError(f"`dataset` has no column `{column}`; it has {have}: see `data.{setting}`")
+        splits[split] = partial(read_dataset, rows, f"`dataset` of {split}", config, Tally())
     return _corpus(splits, config)
-
-
-def _read_dataset(rows: Any, split: str, config: DataConfig, tally: Tally) -> Iterator[str]:
-    column = config.text_column
-    batches = rows.select_columns([column]).iter(batch_size=256)
-    return read_batches((batch[column] for batch in batches), f"`dataset` of {split}", config, tally)
 
 
 def _by_split(given: Any, name: str) -> dict[str, Any]:
@@ -78,8 +76,12 @@ def _by_split(given: Any, name: str) -> dict[str, Any]:
 
 def _corpus(splits: dict[str, Any], config: DataConfig) -> Corpus:
     require_splits(config, splits, "memory")
+    if config.label_folders:
+        raise TextgenError("`data.label_folders` needs files, and the texts are in memory")
     digest = hashlib.sha256()
     for split, read in splits.items():
         for text in read():
             digest.update(f"{split} {len(text)} {text}\n".encode())
+            if (label := label_of(text)) is not None:
+                digest.update(f"{len(label)} {label}\n".encode())
     return Corpus(description="memory", fingerprint=fingerprint(config, digest.hexdigest()), splits=splits)

@@ -250,10 +250,10 @@ def _natural(path: str) -> list[str | int]:
 
 def _split_of(path: str) -> str:
     """Return the split that a path names: the part nearest to the file that names one decides."""
-    return next((split for part in reversed(Path(path).parts) if (split := _split_of_name(part))), "train")
+    return next((split for part in reversed(Path(path).parts) if (split := split_of_name(part))), "train")
 
 
-def _split_of_name(name: str) -> str | None:
+def split_of_name(name: str) -> str | None:
     """Return the split that a folder or file is named after; None if it is named after none.
 
     A word for a split is the whole name without its endings, or has the name of a data set before it (`imdb_test`) or

@@ -32,6 +32,7 @@ from torch import Tensor
 from textgen.config import DataConfig, TokenizerConfig
 from textgen.console import Progress
 from textgen.data.corpus import CleanCorpus, Corpus, clean_corpus, open_corpus
+from textgen.data.labels import NO_LABEL
 from textgen.errors import TextgenError, in_backticks
 from textgen.runs.lock import FileLock
 from textgen.tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
@@ -58,11 +59,14 @@ class Split:
         tokens: (num_tokens,) uint16 or uint32, memory-mapped; every document ends with the end-of-text token.
         offsets: (num_documents + 1,) int64, memory-mapped: document i is tokens[offsets[i]:offsets[i + 1]].
         num_bytes: (num_documents,) uint32, memory-mapped: UTF-8 bytes of each document's text.
+        begin_ids: (num_documents,) uint32, memory-mapped: the input that begins each document, `vocab_size` + the place
+            of its label in the store's `labels`, or the end-of-text token without one. None for a store without labels.
     """
 
     tokens: NDArray[np.unsignedinteger[Any]]
     offsets: NDArray[np.int64]
     num_bytes: NDArray[np.uint32]
+    begin_ids: NDArray[np.uint32] | None = None
 
     def document(self, index: int) -> NDArray[np.unsignedinteger[Any]]:
         """Return a document's tokens, its end-of-text token last."""
@@ -125,8 +129,14 @@ class TokenStore:
     @property
     def training_key(self) -> str:
         """Hash of what a training depends on: the tokens of train and validation, whatever source they came from."""
-        digests = self.record["digests"]
-        return _digest(self.record["tokenizer"], digests["train"], digests.get("validation", ""))
+        digests, of_labels = self.record["digests"], self.record.get("label_digests", {})
+        wanted = [of_labels[split] for split in ("train", "validation") if split in of_labels]
+        return _digest(self.record["tokenizer"], digests["train"], digests.get("validation", ""), *wanted)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the labels that documents have; () for a store without labels."""
+        return tuple(self.record.get("labels", ()))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -155,14 +165,15 @@ class TokenStore:
         return Split(*(_map(path) for path, _ in self._files(name)))
 
     def _files(self, split: str) -> list[tuple[Path, int]]:
-        """Return path and size of a split's three files: tokens, offsets, bytes of each document."""
+        """Return path and size of a split's files: tokens, offsets, bytes of each document, and its first input."""
         sizes = self.record["splits"][split]
         documents, dtype = sizes["documents"], np.dtype(self.record["dtype"])
-        return [
+        files = [
             (self.directory / f"{split}.tokens.{dtype}", sizes["tokens"] * dtype.itemsize),
             (self.directory / f"{split}.offsets.int64", (documents + 1) * 8),
             (self.directory / f"{split}.bytes.uint32", documents * 4),
         ]
+        return files + ([(self.directory / f"{split}.begins.uint32", documents * 4)] if self.labels else [])
 
 
 def _map(path: Path) -> NDArray[Any]:
@@ -218,7 +229,8 @@ def prepare_store(
             log.info("%s: encoded earlier, in `%s`", corpus.description, found.directory)
             return found
         clean = clean_corpus(corpus, data)
-        key = _digest(str(STORE_FORMAT), wanted, *(f"{k} {v}" for k, v in sorted(clean.digests.items())))
+        digests = sorted(clean.digests.items()) + sorted(clean.label_digests.items())
+        key = _digest(str(STORE_FORMAT), wanted, *(f"{k} {v}" for k, v in digests))
         directory = cache / key[:16]
         try:
             store = TokenStore.open(directory)
@@ -329,6 +341,11 @@ def _write_store(
             "normalization": data.normalization, "counts": dict(clean.counts), "digests": dict(clean.digests),
             "tokenizer": own.sha256, "vocab_size": own.vocab_size, "dtype": str(dtype), "splits": splits,
         }  # fmt: skip
+        if clean.label_names:
+            record |= {"labels": list(clean.label_names), "label_digests": clean.label_digests}
+            for name, labels in clean.labels.items():
+                begin_ids = np.where(labels == NO_LABEL, own.eos_id, labels + own.vocab_size).astype(np.uint32)
+                (aside / f"{name}.begins.uint32").write_bytes(begin_ids.data)
         (aside / STORE_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         require()
         shutil.rmtree(directory, ignore_errors=True)  # a damaged one

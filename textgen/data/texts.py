@@ -10,6 +10,7 @@ from pathlib import Path
 from textgen.config import SPLITS, DataConfig, TrainConfig
 from textgen.data.corpus import normalize
 from textgen.data.documents import read_documents
+from textgen.data.labels import copy_label, labelled
 from textgen.data.store import TokenStore, prepare_store
 from textgen.errors import CheckpointError, TextgenError
 from textgen.runs.checkpoint import TRAINER_NAME, read_json
@@ -20,6 +21,8 @@ def texts_to_score(
     checkpoint: Path | None, data: str, settings: DataConfig, *, limit: int | None, normalization: str
 ) -> list[str]:
     """Return documents of files, or of a split of the data that a checkpoint was trained on.
+
+    They carry their labels if `settings` or the training ask for them, see `label_of`.
 
     Args:
         checkpoint: its directory; None for a model without a record of its training text.
@@ -37,7 +40,7 @@ def texts_to_score(
         texts = _split_texts(checkpoint, data, limit)
     else:
         documents = (text for text in read_documents([data], settings) if text.strip())
-        texts = [normalize(text, normalization) for text in islice(documents, limit)]
+        texts = [copy_label(normalize(text, normalization), text) for text in islice(documents, limit)]
     if not texts:
         raise TextgenError(f"`{data}` holds no documents")
     return texts
@@ -48,10 +51,15 @@ def _split_texts(checkpoint: Path, name: str, limit: int | None) -> list[str]:
 
 
 def read_split(store: TokenStore, name: str) -> Iterator[str]:
-    """Yield the texts of a split's documents."""
-    split = store.split(name)
+    """Yield the texts of a split's documents, with their labels if the store has labels."""
+    split, first = store.split(name), store.tokenizer.vocab_size
     for i in range(split.num_documents):  # documents end with the end-of-text token, which decodes to nothing
-        yield store.tokenizer.decode(split.document(i).tolist())
+        text = store.tokenizer.decode(split.document(i).tolist())
+        if split.begin_ids is None:
+            yield text
+        else:
+            place = int(split.begin_ids[i]) - first
+            yield labelled(text, store.labels[place] if place >= 0 else None)
 
 
 def store_of(checkpoint: Path) -> TokenStore:

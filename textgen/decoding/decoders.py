@@ -80,7 +80,7 @@ class Decoder:
         """Read one token per row.
 
         Args:
-            tokens: (batch,) int64.
+            tokens: (batch,) int64; a label is one too, see `LSTMLanguageModel.label_id`.
             state: hidden state and cell of the first layer, then of the second and so on, each (batch, hidden_size).
 
         Returns:
@@ -136,10 +136,10 @@ class CellDecoder(Decoder):
         with torch.no_grad():
             layers = [layer for layer in model.layers if isinstance(layer, LSTMLayer)]
             # First layer: the gates of a token are its row of the table plus the product on the hidden state. The
-            # table holds input product and bias of every token of the vocabulary.
+            # table holds input product and bias of every token of the vocabulary, and of every label.
             first = layers[0]
             table_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
-            self._table = F.linear(*_table_parts(model, first, table_dtype))  # (vocab_size, 4 x hidden_size)
+            self._table = F.linear(*_table_parts(model, first, table_dtype))  # (inputs, 4 x hidden_size)
             self._recurrent: list[Product] = [pack(_gates_last(first.weight_hh), bounded=True)]
             self._inputs: list[Product | None] = [None]
             # Later layers: one product on the layer's input and hidden state side by side. In int8 an input that is not
@@ -167,7 +167,9 @@ class CellDecoder(Decoder):
         if not (usable and decoding_kernels.has_int8_step()):
             return None
         products = [cast(Int8Product, p) for p in (*self._recurrent, self._projection, self._output) if p is not None]
-        return decoding_kernels.Int8Step(self._table, [product.parts for product in products], config.num_layers)
+        return decoding_kernels.Int8Step(
+            self._table, [product.parts for product in products], config.num_layers, vocab_size=self.vocab_size
+        )
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Read one token per row; arguments and results are those of `Decoder.step`."""
@@ -236,7 +238,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def _table_parts(model: LSTMLanguageModel, first: LSTMLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return embedding, weight and bias whose product is the table: the first layer's input product of each token."""
     weight, bias = _gates_last(first.weight_ih), _gates_last(first.bias)
-    return model.embedding.weight.to(dtype), weight.to(dtype), bias.to(dtype)
+    return model.input_weight().to(dtype), weight.to(dtype), bias.to(dtype)
 
 
 def _gates_last(weight: Tensor) -> Tensor:

@@ -61,6 +61,13 @@ class Request:
     """begin-of-text token and tokens of the prompt; None: as the tokenizer encodes it"""
     read: ReadState | None = None
     """a text that was read earlier; if the prompt's tokens begin with it, they are not read again"""
+    label: str | None = None
+    """of the text, for a model that was trained with labels; None for a text without one. Not beside `ids`, whose first
+    one is the label's"""
+
+    def __post_init__(self) -> None:
+        if self.label is not None and self.ids is not None:
+            raise ValueError(f"label {self.label!r} and `ids` both say how the text begins: give one")
 
 
 @dataclass(frozen=True)
@@ -184,7 +191,7 @@ def generate_stream(
         (index of the request, piece of text) as it is drawn, and once per request (index, Sample) when it ends.
 
     Raises:
-        ValueError: a request is impossible, see `require_drawable`.
+        ValueError: a request is impossible, see `require_drawable` and `begin_id`.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     waiting, num_started, prefilled = iter(requests), 0, Prefilled()
@@ -197,7 +204,13 @@ def generate_stream(
         room = min(batch_size - len(running), oldest + MAX_AHEAD - num_started)
         room = room if room >= batch_size // REFILL_DIVISOR else 0
         arrived = [
-            RunningSample.of(num_started + i, request, tokenizer) for i, request in enumerate(islice(waiting, room))
+            RunningSample.of(
+                num_started + i,
+                request,
+                tokenizer,
+                begin=None if request.label is None else begin_id(decoder.model, tokenizer, request.label),
+            )
+            for i, request in enumerate(islice(waiting, room))
         ]
         num_started += len(arrived)
 
@@ -227,6 +240,15 @@ def generate_stream(
             yield sample.index, event
 
 
+def begin_id(model: LSTMLanguageModel, tokenizer: Tokenizer, label: str | None) -> int:
+    """Return the first input of a text: that of its label, or the begin-of-text token without one.
+
+    Raises:
+        TextgenError: the model does not know the label.
+    """
+    return tokenizer.bos_id if label is None else model.label_id(label)
+
+
 def require_drawable(config: SamplingConfig, tokenizer: Tokenizer) -> None:
     """Check the tokens of a config against the tokenizer.
 
@@ -254,7 +276,7 @@ class RunningSample:
     request: Request
     tokenizer: Tokenizer
     prompt_ids: list[int]
-    """begin-of-text token and tokens of the prompt, without forced tokens"""
+    """first input and tokens of the prompt, without forced tokens"""
     text: str = ""
     """the text that was yielded"""
     held: str = ""
@@ -267,15 +289,22 @@ class RunningSample:
         self._stream = self.tokenizer.stream()
 
     @classmethod
-    def of(cls, index: int, request: Request, tokenizer: Tokenizer) -> RunningSample:
+    def of(cls, index: int, request: Request, tokenizer: Tokenizer, *, begin: int | None = None) -> RunningSample:
         """Start a request.
+
+        Args:
+            index: of the request.
+            request: the prompt and its settings.
+            tokenizer: the model's.
+            begin: first input, see `begin_id`; default that of `request.read`, else the begin-of-text token.
 
         Raises:
             ValueError: the request is impossible, see `require_drawable`.
         """
         require_drawable(request.config, tokenizer)
-        first = tokenizer.bos_id if request.read is None else request.read.ids[0]
-        prompt_ids = list(request.ids or (first, *tokenizer.encode(request.prompt)))
+        if begin is None:
+            begin = tokenizer.bos_id if request.read is None else request.read.ids[0]
+        prompt_ids = list(request.ids or (begin, *tokenizer.encode(request.prompt)))
         return cls(index=index, request=request, tokenizer=tokenizer, prompt_ids=prompt_ids)
 
     def begin(self) -> Iterator[str | Sample]:

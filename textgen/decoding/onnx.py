@@ -27,7 +27,7 @@ class _Step(nn.Module):
 
     def forward(self, tokens: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits, hidden states and cells; arguments as in `write_onnx`."""
-        model, x = self.model, self.model.embedding(tokens)  # (batch, embedding_dim)
+        model, x = self.model, self.model.embed(tokens)  # (batch, embedding_dim)
         states = []
         for index, (weight, layer) in enumerate(zip(self.weights, model.layers, strict=True)):
             residual, bias = x, layer.bias

@@ -145,7 +145,7 @@ struct Product {
 struct Model {
     const Product* products;  // num_layers, then a projection if `projected`, then the output layer
     const uint16_t* table;    // bfloat16 (vocab_size, 4, hidden_size): part of the first layer's gates for each token
-    int64_t num_layers, hidden_size, vocab_size;
+    int64_t num_layers, hidden_size, num_inputs, vocab_size;
     int64_t projected;  // 1 if there is a projection, else 0
     void* exp;          // torch's exp of 16 floats
 };
@@ -231,7 +231,7 @@ extern "C" int textgen_step(const Model* model, int64_t rows, const int64_t* tok
                             float* after, float* logits, int threads) {
     const int64_t size = model->hidden_size, layers = model->num_layers, part = rows * size;
     for (int64_t row = 0; row < rows; row++)
-        if (tokens[row] < 0 || tokens[row] >= model->vocab_size) return 0;
+        if (tokens[row] < 0 || tokens[row] >= model->num_inputs) return 0;
     if (rows == 0) return 1;
     const int64_t chunks = (rows + ROWS - 1) / ROWS, height = (rows + chunks - 1) / chunks;  // even tiles
     const Exp exp = reinterpret_cast<Exp>(model->exp);

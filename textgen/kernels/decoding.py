@@ -129,7 +129,7 @@ class _Model(ctypes.Structure):
     _fields_ = (
         ("products", ctypes.POINTER(_Product)),
         ("table", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("num_layers", "hidden_size", "vocab_size", "projected")),
+        *((name, ctypes.c_int64) for name in ("num_layers", "hidden_size", "num_inputs", "vocab_size", "projected")),
         ("exp", ctypes.c_void_p),
     )
 
@@ -138,22 +138,28 @@ class Int8Step:
     """A step of stacked LSTM layers, without norms or residual sums, in 8-bit integers.
 
     Args:
-        table: bfloat16 (vocab_size, 4 * hidden_size), the first layer's input weights times each token's embedding,
-            plus its bias; gates in the order input, forget, output, cell.
+        table: bfloat16 (inputs, 4 * hidden_size), the first layer's input weights times the embedding of each token
+            and label, plus its bias; gates in the order input, forget, output, cell.
         products: matrix products in order: one of each layer (outputs are gates, in the same order), a projection if
             the model has one, and the output layer. Each is weight int8 (outputs, inputs), scale and offset
             (outputs,), and bias (outputs,) or None. Inputs are hidden states from -1 to 1. Only the input of an output
             layer after a projection has another range: it is scaled per row, and the bias is added last.
         num_layers: number of layers among the products.
+        vocab_size: number of logits.
     """
 
     def __init__(
-        self, table: Tensor, products: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]], num_layers: int
+        self,
+        table: Tensor,
+        products: Sequence[tuple[Tensor, Tensor, Tensor, Tensor | None]],
+        num_layers: int,
+        *,
+        vocab_size: int,
     ) -> None:
         code = compiled_code()
         assert code is not None  # see has_int8_step
         self._step, self._num_layers = code.textgen_step, num_layers
-        self._vocab_size, self._size = len(table), table.shape[1] // 4
+        self._num_inputs, self._vocab_size, self._size = len(table), vocab_size, table.shape[1] // 4
         self._products = (_Product * len(products))()
         self._kept = [table]  # tensors that the structures point into
         for i, (product, parts) in enumerate(zip(self._products, products, strict=True)):
@@ -168,7 +174,14 @@ class Int8Step:
                     self._kept.append(tensor)
         projected = len(products) - num_layers - 1
         self._model = _Model(
-            self._products, table.data_ptr(), num_layers, self._size, self._vocab_size, projected, _exp()
+            self._products,
+            table.data_ptr(),
+            num_layers,
+            self._size,
+            self._num_inputs,
+            self._vocab_size,
+            projected,
+            _exp(),
         )
 
     def __call__(self, tokens: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -201,7 +214,7 @@ class Int8Step:
             torch.get_num_threads(),
         )
         if not in_vocabulary:
-            raise IndexError(f"tokens must be below the vocabulary's size {self._vocab_size}: {tokens.tolist()[:10]}")
+            raise IndexError(f"tokens must be below the number of inputs {self._num_inputs}: {tokens.tolist()[:10]}")
         return logits, list(after.unbind(0))
 
 

@@ -31,6 +31,7 @@ HUB_SECONDS = 3  # limit for the hub's first answer
 def model_files(model: LSTMLanguageModel) -> dict[str, bytes]:
     """Return the files beside the weights in a model's directory: content by name."""
     config = {"format": _FORMAT, "vocab_size": model.vocab_size, "text": model.text, **asdict(model.config)}
+    config |= {"labels": list(model.labels)} if model.labels else {}
     return {CONFIG_NAME: json.dumps(config, indent=2).encode() + b"\n"}
 
 
@@ -52,12 +53,12 @@ def read_model(name: str | Path) -> LSTMLanguageModel:
         TextgenError: the model is not found, or its files do not fit together.
     """
     directory = resolve_model_directory(name)
-    config, vocab_size, text = read_model_config(directory)
+    config, vocab_size, text, labels = read_model_config(directory)
     try:
         if 3 * config.num_layers > len(read_header(directory / WEIGHTS_NAME)):
             raise TextgenError(f"`{directory / WEIGHTS_NAME}` has too few tensors for {config.num_layers} layers")
         with torch.device("meta"):  # config.json alone, which may be wrong, must not allocate memory
-            model = LSTMLanguageModel(config, vocab_size, text=text)
+            model = LSTMLanguageModel(config, vocab_size, text=text, labels=labels)
         tensors = read_tensors(directory / WEIGHTS_NAME, model.state_shapes())
         model.load_state_dict(tensors, strict=False, assign=True)
         if config.tie_weights:
@@ -69,8 +70,8 @@ def read_model(name: str | Path) -> LSTMLanguageModel:
     return model
 
 
-def read_model_config(directory: Path) -> tuple[ModelConfig, int, dict[str, str]]:
-    """Return what config.json says of a model: shape, number of tokens, and how text became tokens.
+def read_model_config(directory: Path) -> tuple[ModelConfig, int, dict[str, str], list[str]]:
+    """Return what config.json says of a model: shape, number of tokens, how text became tokens, and the labels.
 
     Raises:
         TextgenError: the file cannot be read, or is not one of textgen.
@@ -80,11 +81,12 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, int, dict[str, str]
             values = parse_json(file.read(JSON_BYTES + 1))
         if values.pop("format", None) != _FORMAT:
             raise TextgenError(f"`{directory / CONFIG_NAME}` is not a textgen model: `format` is not {_FORMAT}")
-        vocab_size, text = values.pop("vocab_size"), values.pop("text", {})
+        vocab_size, text, labels = values.pop("vocab_size"), values.pop("text", {}), values.pop("labels", [])
         # Models from before the setting `projection` had a projection if the sizes differ.
         values.setdefault("projection", values["embedding_dim"] != values["hidden_size"])
         _check_types(values, vocab_size, text)
-        return ModelConfig(**values), vocab_size, text
+        _check_labels(labels)
+        return ModelConfig(**values), vocab_size, text, labels
     except TextgenError:
         raise
     except Exception as error:  # JSON and dataclasses each raise their own
@@ -100,6 +102,14 @@ def _check_types(settings: Mapping[str, Any], vocab_size: object, text: object) 
             raise ValueError(f"`{name}` is {value!r:.40}, wanted {kind.__name__}")
     if not isinstance(text, dict) or not all(isinstance(value, str) for value in text.values()):
         raise ValueError("`text` does not hold texts")
+
+
+def _check_labels(labels: object) -> None:
+    """Raise ValueError if the labels of config.json are not a list of different lines of text."""
+    if not isinstance(labels, list) or not all(isinstance(x, str) and x and x.isprintable() for x in labels):
+        raise ValueError(f"`labels` is {labels!r:.40}, wanted a list of names")
+    if len(set(labels)) < len(labels):
+        raise ValueError("`labels` holds a name twice")
 
 
 def resolve_model_directory(name: str | Path) -> Path:

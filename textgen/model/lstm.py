@@ -6,7 +6,7 @@ Tensors are batch first; *lane* is a row of the token stream, *window* the time 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from textgen.config import ModelConfig
+from textgen.errors import TextgenError, in_backticks
 from textgen.kernels import training as training_kernels
 from textgen.noise import hash_bits, uniform
 
@@ -30,6 +31,8 @@ _OTHER_LOGITS_CHUNK = 1 << 24
 # The coordinate of `noise.hash_bits` that separates weight drop's masks from dropout's. Weight drop counts down from
 # here, one per layer. Dropout counts up from 0: the embedding's output, then each layer's output.
 _WEIGHT_SITE = -2
+
+NAMED_LABELS = 20  # in an error
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,8 @@ class LSTMLanguageModel(nn.Module):
         unigram_counts: (vocab_size,), how often each token occurs in the training text. The output bias starts at the
             tokens' log frequency, which saves the first hundred or so steps.
         text: how text became tokens, kept in config.json: `tokenizer_sha256`, `normalization`.
+        labels: names of the labels that documents may begin with. Label k is the input `vocab_size` + k; the output
+            layer has tokens alone.
     """
 
     def __init__(
@@ -231,13 +236,17 @@ class LSTMLanguageModel(nn.Module):
         *,
         unigram_counts: Tensor | None = None,
         text: Mapping[str, str] | None = None,
+        labels: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self.config, self.vocab_size, self.text = config, vocab_size, dict(text or {})
+        self.config, self.vocab_size, self.text, self.labels = config, vocab_size, dict(text or {}), tuple(labels)
         # On the meta device nn.Embedding gets an empty weight. If it drew one there, torch would import its compiler,
         # which takes longer than the rest of loading a model.
         shape = vocab_size, config.embedding_dim
         self.embedding = nn.Embedding(*shape, _weight=torch.empty(shape) if torch.empty(0).is_meta else None)
+        # No weight is drawn here, so that labels change no other weight of the same seed.
+        shape = len(labels), config.embedding_dim
+        self.label_embedding = nn.Embedding(*shape, _weight=torch.empty(shape)) if labels else None
         sizes = [config.embedding_dim] + [config.hidden_size] * config.num_layers
         self.layers = nn.ModuleList(LSTMLayer(a, b) for a, b in pairwise(sizes))
         num_norms = config.num_layers if config.layer_norm else 0
@@ -270,11 +279,45 @@ class LSTMLanguageModel(nn.Module):
         if unigram_counts is not None:
             counts = unigram_counts.float() + 1  # add-one smoothing: a token that never occurs has a finite bias
             self.output.bias.copy_((counts / counts.sum()).log())
+        if self.label_embedding is not None:
+            nn.init.normal_(self.label_embedding.weight, std=self.config.embedding_dim**-0.5)
 
     @property
     def num_parameters(self) -> int:
         """Number of trained values; a tied matrix counts once."""
         return sum(p.numel() for p in self.parameters())
+
+    @property
+    def num_labels(self) -> int:
+        """Number of labels; their inputs follow the tokens' ids."""
+        return len(self.labels)
+
+    def label_id(self, label: str) -> int:
+        """Return the input that a document with this label begins with.
+
+        Raises:
+            TextgenError: the model does not know the label.
+        """
+        if not self.labels:
+            raise TextgenError(f"label {label!r}: the model was trained without labels")
+        if label not in self.labels:
+            more = f" and {self.num_labels - NAMED_LABELS} more" if self.num_labels > NAMED_LABELS else ""
+            raise TextgenError(f"no label {label!r}; the model has {in_backticks(self.labels[:NAMED_LABELS])}{more}")
+        return self.vocab_size + self.labels.index(label)
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """Return the embeddings of inputs, tokens and labels: (batch, time) to (batch, time, embedding_dim)."""
+        if self.label_embedding is None:
+            embedded: Tensor = self.embedding(inputs)
+            return embedded
+        is_label = inputs >= self.vocab_size
+        of_labels = self.label_embedding((inputs - self.vocab_size).clamp(min=0))
+        return torch.where(is_label[..., None], of_labels, self.embedding(inputs.masked_fill(is_label, 0)))
+
+    def input_weight(self) -> Tensor:
+        """Return the embeddings of all inputs, tokens before labels: (vocab_size + num_labels, embedding_dim)."""
+        weight = self.embedding.weight
+        return weight if self.label_embedding is None else torch.cat([weight, self.label_embedding.weight])
 
     def zero_state(self, batch_size: int) -> State:
         """Return the state before any text: two float32 zeros (num_layers, batch_size, hidden_size)."""
@@ -288,7 +331,7 @@ class LSTMLanguageModel(nn.Module):
         """Read a window of tokens.
 
         Args:
-            tokens: (batch, time) int64.
+            tokens: (batch, time) int64, below `vocab_size` + `num_labels`.
             state: hidden and cell, each (num_layers, batch, hidden_size), as an earlier call returned them.
             targets: (batch, time) int64, the token after each; -1 is not scored.
             masks: coordinates of the masks for `dropout` and `weight_drop`; None turns both off.
@@ -297,7 +340,7 @@ class LSTMLanguageModel(nn.Module):
             Without targets the logits (batch, time, vocab_size), with them the nats summed over all targets, a
             scalar; both float32. And the new state, in the dtype that the LSTM computed in.
         """
-        x = self._drop(self.embedding(tokens), masks, 0)  # (batch, time, embedding_dim)
+        x = self._drop(self.embed(tokens), masks, 0)  # (batch, time, embedding_dim)
         states = [(state[0][i : i + 1], state[1][i : i + 1]) for i in range(len(self.layers))]
         x, states = self.run_layers(x, states, masks)  # (batch, time, hidden_size)
         state = torch.cat([hidden for hidden, _ in states]), torch.cat([cell for _, cell in states])

@@ -64,7 +64,7 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop
     set_seed(config.seed)
     text = {"tokenizer_sha256": store.tokenizer.sha256, "normalization": store.record["normalization"]}
     counts = store.unigram_counts
-    model = LSTMLanguageModel(config.model, len(counts), unigram_counts=counts, text=text)
+    model = LSTMLanguageModel(config.model, len(counts), unigram_counts=counts, text=text, labels=store.labels)
     return Training(
         learner=build_learner(config, accelerator, model, total_steps=min(total, config.max_steps or total)),
         store=store,
@@ -90,7 +90,7 @@ def build_learner(
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     average = None
     if config.ema_decay is not None:
-        average = LSTMLanguageModel(config.model, model.vocab_size, text=model.text)
+        average = LSTMLanguageModel(config.model, model.vocab_size, text=model.text, labels=model.labels)
         average.to(accelerator.device).requires_grad_(False)
         average.load_state_dict(model.state_dict())
     if isinstance(prepared_model, DistributedDataParallel):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -85,7 +85,7 @@ def settings_from_base(config: TrainConfig, *, given: Collection[str], from_file
 def _settings_of_base(name: str) -> dict[str, Any]:
     """Return the settings that a base decides, by dotted name."""
     directory = find_checkpoint(name, files=(CONFIG_NAME, MODEL_NAME)) or resolve_model_directory(name)
-    model, vocab_size, text = read_model_config(directory)
+    model, vocab_size, text, _ = read_model_config(directory)
     return (
         {f"model.{field}": getattr(model, field) for field in SHAPE}
         | flatten({"tokenizer": asdict(TokenizerConfig(path=str(directory), vocab_size=vocab_size))})
@@ -180,5 +180,17 @@ def copy_weights(
     kept = tokenizer.vocab_size
     if tokenizer.sha256 != base_tokenizer.sha256:
         raise TextgenError("the tokenizer is another one than the base's")
+    rows = weights.pop("label_embedding.weight", None)
     model.load_state_dict(weights, strict=False)
+    _copy_labels(base.labels, rows, model)
     return kept
+
+
+def _copy_labels(base_labels: Sequence[str], rows: Tensor | None, model: LSTMLanguageModel) -> None:
+    """Set the embeddings of the labels that the base has too, and log which ones it has not."""
+    shared = [label for label in model.labels if label in base_labels]
+    if model.label_embedding is not None and rows is not None:
+        for label in shared:
+            model.label_embedding.weight[model.labels.index(label)] = rows[base_labels.index(label)]
+    if model.labels or base_labels:
+        log.info("labels: %d of %d kept; the base has %d", len(shared), model.num_labels, len(base_labels))
