@@ -356,6 +356,22 @@ class TrainConfig:
             )
 
 
+MAX_REGEX_BYTES = 4096
+MAX_CHOICES = 256
+MAX_CHOICES_BYTES = 8192
+
+# Settings that cannot be combined with another one, and values of them that change nothing. A stop string would cut a
+# match. The choice is drawn by the model's own probabilities, so filters, penalties and biases have no part in it.
+GUIDES: dict[str, dict[str, object]] = {
+    "regex": {"stop": ()},
+    "choices": {
+        "regex": None, "stop": (), "top_k": None, "top_p": 1, "min_p": 0, "typical_p": 1, "repetition_penalty": 1,
+        "presence_penalty": 0, "frequency_penalty": 0, "no_repeat_ngram": None, "logit_bias": (), "banned_tokens": (),
+        "forced_tokens": (), "min_new_tokens": 0,
+    },
+}  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig:
     """The choice of the next token, and the end of a text."""
@@ -384,6 +400,10 @@ class SamplingConfig:
     holds more of the text; for both if they hold as much"""
     banned_tokens: tuple[int, ...] = ()
     """ids of tokens that are never drawn"""
+    regex: str | None = None
+    """the whole text matches this regex, unless it is cut at `max_new_tokens` (needs the package llguidance)"""
+    choices: tuple[str, ...] = ()
+    """the text is one of these, drawn by the probability that the model gives to each"""
     forced_tokens: tuple[int, ...] = ()
     """ids of tokens that every text begins with"""
     min_new_tokens: int = 0
@@ -432,5 +452,21 @@ class SamplingConfig:
             raise ValueError(f"`logprobs` must be at least 0 and at most 100: {self.logprobs}")
         if "" in self.stop:
             raise ValueError("`stop` must be strings that are not empty")
+        self._check_guides()
         if not 0 <= self.seed < 1 << 63:
             raise ValueError(f"`seed` must be at least 0 and below 2^63: {self.seed}")
+
+    def _check_guides(self) -> None:
+        """Raise ValueError if `regex` or `choices` is wrong, or beside a setting that it would leave without effect."""
+        if self.regex is not None and not 0 < len(self.regex.encode(errors="replace")) <= MAX_REGEX_BYTES:
+            raise ValueError(f"`regex` must be a text of at most {MAX_REGEX_BYTES} bytes: {len(self.regex)} characters")
+        if len(self.choices) > MAX_CHOICES:
+            raise ValueError(f"`choices` must be at most {MAX_CHOICES} texts: {len(self.choices)}")
+        if (size := sum(len(choice.encode(errors="replace")) for choice in self.choices)) > MAX_CHOICES_BYTES:
+            raise ValueError(f"`choices` must be at most {MAX_CHOICES_BYTES} bytes together: {size}")
+        if "" in self.choices or len(set(self.choices)) < len(self.choices):
+            raise ValueError(f"`choices` must be different texts that are not empty: {list(self.choices)[:20]}")
+        for guide, others in GUIDES.items():
+            for name, neutral in others.items() if getattr(self, guide) else ():
+                if getattr(self, name) not in (neutral, SamplingConfig.__dataclass_fields__[name].default):
+                    raise ValueError(f"`{guide}` cannot be combined with `{name}`: {getattr(self, name)}")

@@ -183,7 +183,10 @@ def test_dropout_plays_no_part_in_sampling(tokenizer: Tokenizer) -> None:
 def test_a_sample_stops_at_the_end_of_its_text(model: LSTMLanguageModel, tokenizer: Tokenizer) -> None:
     prefer(model, {tokenizer.eos_id: 1000.0})
     events = list(generate(model, tokenizer, ["it was", ""], SamplingConfig(max_new_tokens=50)))
-    assert events == [(0, Sample("it was", 0, "", 0, True)), (1, Sample("", 0, "", 0, True))]
+    assert events == [
+        (0, Sample("it was", 0, "", 0, True, reason="end")),
+        (1, Sample("", 0, "", 0, True, reason="end")),
+    ]
 
 
 @pytest.mark.parametrize("limit", [1, 2, 17])
@@ -213,7 +216,7 @@ def test_a_character_of_several_bytes_is_held_back_until_it_is_whole(
     assert len(ids) == 1 + 2 + 4 + 1
     spell(model, tokenizer, ids)
     events = list(generate(model, tokenizer, [""], SamplingConfig(temperature=0, max_new_tokens=50)))
-    assert events == [(0, piece) for piece in text] + [(0, Sample("", 0, text, len(ids), True))]
+    assert events == [(0, piece) for piece in text] + [(0, Sample("", 0, text, len(ids), True, reason="end"))]
 
 
 def test_bytes_left_over_at_the_limit_come_as_one_replacement_character(
@@ -406,9 +409,11 @@ def test_forced_tokens_are_read_counted_and_told(model: LSTMLanguageModel, token
         assert ids[: len(forced)] == list(forced)
         assert (sample.text, sample.num_tokens) == (tokenizer.decode(ids), len(ids))
     whole = SamplingConfig(forced_tokens=forced, max_new_tokens=len(forced), stop=("s",))
-    assert sample_all(model, tokenizer, ["it"], whole) == [Sample("it", 0, "\u6f22 wa", len(forced), False, "s")]
+    assert sample_all(model, tokenizer, ["it"], whole) == [
+        Sample("it", 0, "\u6f22 wa", len(forced), False, "s", reason="stop")
+    ]
     ended = SamplingConfig(forced_tokens=(forced[0], tokenizer.eos_id), stop=("\u6f22a",))
-    assert sample_all(model, tokenizer, ["it"], ended) == [Sample("it", 0, "\u6f22", 1, True)]
+    assert sample_all(model, tokenizer, ["it"], ended) == [Sample("it", 0, "\u6f22", 1, True, reason="end")]
 
 
 @torch.inference_mode()

@@ -53,6 +53,7 @@ LISTS = {
     "logit_bias": "numbers from -100 to 100 that are added to the logits of tokens: `17=-100` for the token of an id, "
     "`good=2` for the token that the text begins with, alone or after a space",
     "banned_tokens": "ids of tokens that are never drawn",
+    "choices": "texts of which a sample is one, such as `good,bad`, drawn by the model's probability of each",
     "forced_tokens": "ids of tokens that every sample begins with",
 }
 
@@ -148,15 +149,21 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
     parser.add_argument("--batch_size", type=int, default=64, help="samples that are drawn at a time")
     add_state_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object per sample")
-    parser.add_class_arguments(SamplingConfig, None, fail_untyped=True, skip=set(LISTS))
+    parser.add_class_arguments(SamplingConfig, None, fail_untyped=True, skip={*LISTS, "regex"})
+    # as a typed setting, `null` would be no regex
+    parser.add_argument("--regex", help="the whole sample matches this regex, unless it is cut at `max_new_tokens`")
     for name, text in LISTS.items():
         parser.add_argument(f"--{name}", nargs="+", action="extend", metavar="ITEM", help=text)
     args = parser.parse_args(list(argv))
 
     values = {f.name: args[f.name] for f in dataclasses.fields(SamplingConfig)}
+    if args.regex is not None:
+        values["regex"] = decode_text(os.fsencode(args.regex), "`--regex`")
     values["stop"] = [decode_text(os.fsencode(stop), "`--stop`") for stop in args.stop or ()]
     for name in ("banned_tokens", "forced_tokens"):
         values[name] = [int(item) if re.fullmatch(r"-?\d{1,18}", item) else item for item in args[name] or ()]
+    choices = [decode_text(os.fsencode(item), "`--choices`") for item in args.choices or ()]
+    values["choices"] = [choice for item in choices for choice in item.split(",")]
     values["logit_bias"] = [_parse_bias(item, parser) for item in args.logit_bias or ()]
     try:
         config = build_settings(SamplingConfig, values)
@@ -292,6 +299,10 @@ def _record(sample: Sample, prompt: Prompt) -> dict[str, Any]:
     record |= {name: getattr(sample, name) for name in ("number", "text", "num_tokens", "finished")}
     if prompt.config.stop:
         record["stop"] = sample.stop
+    if prompt.config.regex is not None or prompt.config.choices:
+        record["reason"] = sample.reason
+    if sample.choices is not None:
+        record["choices"] = {choice: round(probability, 6) for choice, probability in sample.choices}
     if sample.logprobs is not None:
         record["mean_logprob"] = round(sample.mean_logprob, 6)
     if prompt.config.logprobs is not None and sample.logprobs is not None:

@@ -3,6 +3,7 @@
 - `generation`: the loop; samples in a batch whose rows are refilled
 - `sampling`: filters on logits and the draw, as pure functions
 - `steering`: settings that name texts
+- `guides`: texts that match a regex or are one of a list
 - `decoders`: one step of a model
 - `reading`: a text that was read, so that others can begin with it
 - `state_files`: such a text in a file, bound to its model

@@ -178,7 +178,7 @@ class GraphRunner:
         """
         if batch.decoder is not self._decoder or self._busy:
             raise RuntimeError("a GraphRunner runs one batch at a time, with its own decoder")
-        if len(batch.samples) > MAX_ROWS:
+        if len(batch.samples) > MAX_ROWS or batch.is_guided:  # guides wait for each token on the host
             yield from batch.run()
             return
         slot = self._slot(batch)

@@ -14,15 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from textgen.config import SamplingConfig
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
+from textgen.decoding.guides import ChoiceGuide, encode_choices, new_guide, require_guidable, score_choices
 from textgen.decoding.reading import ReadState
 from textgen.decoding.sampling import (
     SamplingState,
     draw,
+    draw_item,
     join_sampling_states,
     new_sampling_state,
     process_logits,
@@ -98,6 +101,11 @@ class Sample:
     stop: str | None = None
     """the string of `stop` that ended the text, which does not contain it"""
     logprobs: tuple[TokenLogprobs, ...] | None = None
+    reason: str = "length"
+    """why the text ends: `end` (the model drew it), `stop`, `choice`, `length` (`max_new_tokens`, or an interrupt), and
+    if no token could be drawn `nothing_allowed`, or `regex_limit` for a regex that takes too many states"""
+    choices: tuple[tuple[str, float], ...] | None = None
+    """the texts of `choices` with their probabilities, which add up to 1"""
 
     @property
     def mean_logprob(self) -> float:
@@ -253,9 +261,10 @@ def require_drawable(config: SamplingConfig, tokenizer: Tokenizer) -> None:
     """Check the tokens of a config against the tokenizer.
 
     Raises:
-        ValueError: a token is not in the vocabulary, or every token is banned.
+        ValueError: a token is not in the vocabulary, or every token is banned; a regex or a choice cannot be used.
     """
     bias_of(config, tokenizer)
+    require_guidable(config, tokenizer)
     for name in ("banned_tokens", "forced_tokens"):
         if wrong := [token for token in getattr(config, name) if token >= tokenizer.vocab_size]:
             raise ValueError(f"`{name}` must be below the vocabulary's size {tokenizer.vocab_size}: {wrong[0]}")
@@ -284,9 +293,12 @@ class RunningSample:
     num_tokens: int = 0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     ended: bool = False
+    choices: tuple[tuple[str, float], ...] | None = None
+    """as in `Sample`"""
 
     def __post_init__(self) -> None:
         self._stream = self.tokenizer.stream()
+        self.guide = new_guide(self.request.config, self.tokenizer)
 
     @classmethod
     def of(cls, index: int, request: Request, tokenizer: Tokenizer, *, begin: int | None = None) -> RunningSample:
@@ -315,34 +327,42 @@ class RunningSample:
 
     def push(self, token: int, logprobs: TokenLogprobs | None) -> Iterator[str | Sample]:
         """Append a drawn token; yield the text that cannot change any more, and the `Sample` if it has ended."""
-        config = self.request.config
-        finished = token == self.tokenizer.eos_id
+        config, guide, is_eos = self.request.config, self.guide, token == self.tokenizer.eos_id
+        reason = "end" if is_eos else "length"
+        if guide is not None and not is_eos:
+            guide.push(token)
+            reason = "choice" if guide.is_final else "length"
+        elif guide is not None and not (guide.is_complete and self.num_tokens >= config.min_new_tokens):
+            reason, logprobs = guide.block, None  # the model did not draw this token: none was allowed
         if logprobs is not None and config.logprobs is not None:
             # the batch computes as many alternatives as its most demanding row asks for
             self.logprobs.append(TokenLogprobs(logprobs.token, logprobs.logprob, logprobs.top[: config.logprobs]))
-        self.num_tokens += not finished
-        last = finished or self.num_tokens >= config.max_new_tokens
-        # the stream returns whole characters; `flush` returns U+FFFD if one is unfinished
-        self.held += ("" if finished else self._stream.push(token)) + (self._stream.flush() if last else "")
+        self.num_tokens += not is_eos
+        last = reason != "length" or self.num_tokens >= config.max_new_tokens
+        # The stream returns whole characters; `flush` returns U+FFFD if one is unfinished, which no regex matches.
+        self.held += "" if is_eos else self._stream.push(token)
+        self.held += self._stream.flush() if last and guide is None else ""
         piece, self.held, stop = _cut_at_stop(self.held, config.stop)
         if last or stop is not None:
-            yield from self._end(piece, finished, stop)
+            yield from self._end(piece, reason if stop is None else "stop", stop)
         elif piece:
             self.text += piece
             yield piece
 
     def cut(self) -> Iterator[str | Sample]:
         """End the sample before its time: yield the text that was held back, whole characters only."""
-        return self._end("", finished=False, stop=None)
+        return self._end("", "length")
 
-    def _end(self, piece: str, finished: bool, stop: str | None) -> Iterator[str | Sample]:
+    def _end(self, piece: str, reason: str, stop: str | None = None) -> Iterator[str | Sample]:
         self.ended = True
         piece += self.held
         self.text += piece
         if piece:
             yield piece
         logprobs = tuple(self.logprobs) if self.request.config.logprobs is not None else None
-        yield Sample(self.request.prompt, self.request.number, self.text, self.num_tokens, finished, stop, logprobs)
+        prompt, number = self.request.prompt, self.request.number
+        ended = (self.num_tokens, reason == "end", stop, logprobs, reason, self.choices)
+        yield Sample(prompt, number, self.text, *ended)
 
 
 def _cut_at_stop(text: str, stops: Sequence[str]) -> tuple[str, str, str | None]:
@@ -423,6 +443,7 @@ class Batch:
         states |= _prefill(decoder, [ids for ids in dict.fromkeys(prompts) if ids not in states], read)
         # a batch of one row for each new sample, then one batch of all
         parts = [] if beside is None else [beside]
+        _draw_choices(decoder, samples, [(ids, states[ids]) for ids in prompts])
         for sample, ids in zip(samples, prompts, strict=True):
             parts.append(cls._of_one(decoder, tokenizer, sample, ids[-1], states[ids]))
         for ids in states.keys() - prompts[-1:]:
@@ -464,6 +485,7 @@ class Batch:
 
     def advance(self) -> Step:
         """Draw the next token of every row."""
+        allowed = self._allowed()
         self.tokens, self.state, logprobs = advance(
             self.decoder,
             self.tokens,
@@ -471,9 +493,25 @@ class Batch:
             self.sampling,
             unk_id=self.tokenizer.unk_id,
             eos_id=self.tokenizer.eos_id,
+            allowed=allowed,
         )
         tokens = self.tokens.tolist()
         return tokens, None if logprobs is None else self.token_logprobs(tokens, *logprobs)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether the host has to choose the tokens that some row may draw, before each step."""
+        return any(sample.guide is not None for sample in self.samples)
+
+    def _allowed(self) -> Tensor | None:
+        """Return the tokens that the rows' guides allow, bool (rows, vocab_size); None if no row has a guide."""
+        if not self.is_guided:
+            return None
+        allowed = np.ones((len(self.samples), self.decoder.vocab_size), dtype=np.bool_)
+        for row, sample in enumerate(self.samples):
+            if sample.guide is not None:
+                allowed[row] = sample.guide.allowed()
+        return torch.from_numpy(allowed).to(self.tokens.device)
 
     def token_logprobs(self, tokens: list[int], drawn: Tensor, values: Tensor, ids: Tensor) -> list[TokenLogprobs]:
         """Return the log-probabilities of a step as values on the host, with the texts of tokens for their ids.
@@ -513,6 +551,30 @@ class Batch:
             [part[rows] for part in self.state],
             select_sampling_state(self.sampling, rows),
         )
+
+
+def _draw_choices(
+    decoder: Decoder, samples: Sequence[RunningSample], prompts: Sequence[tuple[tuple[int, ...], DecoderState]]
+) -> None:
+    """Draw the choices of new samples, in place; their guides lead through the tokens of the choices.
+
+    Args:
+        decoder: reads the choices.
+        samples: new ones; those without `choices` do not change.
+        prompts: of each sample the tokens, and the state after all but the last.
+    """
+    scored: dict[tuple[object, ...], list[float]] = {}
+    for sample, (ids, state) in zip(samples, prompts, strict=True):
+        request = sample.request
+        if not (choices := request.config.choices):
+            continue
+        tokens = encode_choices(choices, sample.tokenizer)
+        if (ids, choices) not in scored:
+            scored[ids, choices] = score_choices(decoder, ids[-1], state, tokens)
+        scores = torch.tensor(scored[ids, choices], dtype=torch.float64)
+        sample.choices = tuple(zip(choices, scores.softmax(-1).tolist(), strict=True))
+        drawn = draw_item(scores, request.config, _sample_number(request.text, request.number))
+        sample.guide = ChoiceGuide(tokens[drawn], decoder.vocab_size)
 
 
 def _prefill(
@@ -557,7 +619,14 @@ def _prefill_together(decoder: Decoder, prompts: Sequence[tuple[int, ...]]) -> P
 
 
 def advance(
-    decoder: Decoder, tokens: Tensor, state: DecoderState, sampling: SamplingState, *, unk_id: int, eos_id: int
+    decoder: Decoder,
+    tokens: Tensor,
+    state: DecoderState,
+    sampling: SamplingState,
+    *,
+    unk_id: int,
+    eos_id: int,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, DecoderState, tuple[Tensor, Tensor, Tensor] | None]:
     """Read one token per row and draw the next one. The host does not wait for the device.
 
@@ -568,6 +637,7 @@ def advance(
         sampling: of the rows; the drawn tokens are recorded in it, in place.
         unk_id: the unknown token, which is never drawn: no text contains it, and it would show as U+FFFD.
         eos_id: the token that ends a text.
+        allowed: as in `process_logits`.
 
     Returns:
         Drawn tokens (batch,), the new state, and log-probabilities: of the drawn tokens (batch,), the n largest
@@ -577,7 +647,7 @@ def advance(
     # of the model alone, so before anything changes the logits
     logprobs = logits.log_softmax(-1) if sampling.logprobs is not None else None
     logits.select(1, unk_id).fill_(-math.inf)
-    drawn = draw(process_logits(logits, sampling, eos_id=eos_id), sampling)
+    drawn = draw(process_logits(logits, sampling, eos_id=eos_id, allowed=allowed), sampling)
     record_tokens(sampling, drawn)
     if logprobs is None or sampling.logprobs is None:
         return drawn, state, None

@@ -315,8 +315,15 @@ def _neutral_tensors(vocab_size: int, device: torch.device) -> dict[str, Tensor]
 # --- a step: process, draw, record -----------------------------------------------------------------------------------
 
 
-def process_logits(logits: Tensor, state: SamplingState, *, eos_id: int) -> Tensor:
-    """Return logits (batch, vocab_size) after each row's biases, penalties, bans, temperature and filters."""
+def process_logits(logits: Tensor, state: SamplingState, *, eos_id: int, allowed: Tensor | None = None) -> Tensor:
+    """Return logits (batch, vocab_size) after each row's biases, penalties, bans, temperature and filters.
+
+    Args:
+        logits: (batch, vocab_size), of the model.
+        state: of the rows.
+        eos_id: the token that ends a text.
+        allowed: bool (batch, vocab_size), tokens that the rows' guides allow. None if no row has a guide.
+    """
     tensors = state.tensors
     if "bias" in tensors:
         logits = logits + tensors["bias"]
@@ -329,14 +336,16 @@ def process_logits(logits: Tensor, state: SamplingState, *, eos_id: int) -> Tens
     # bans
     if "banned" in tensors:
         logits = logits.masked_fill(tensors["banned"], -math.inf)
-    if "min_new_tokens" in tensors or state.ngrams:
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -math.inf)
+    if "min_new_tokens" in tensors or state.ngrams or allowed is not None:
         is_eos = torch.arange(logits.shape[-1], device=logits.device) == eos_id  # (vocab_size,)
     if "min_new_tokens" in tensors:
         logits = logits.masked_fill((tensors["step"][:, None] < tensors["min_new_tokens"]) & is_eos, -math.inf)
     for n in state.ngrams:
         unrepeated = ban_repeated_ngrams(logits, tensors["history"], n)
         logits = torch.where(tensors["no_repeat_ngram"] == n, unrepeated, logits)
-    if state.ngrams:  # if the bans leave no token, the text ends
+    if state.ngrams or allowed is not None:  # if the bans leave no token, the text ends
         logits = logits.masked_fill((logits.amax(-1, keepdim=True) == -math.inf) & is_eos, 0.0)
     # temperature and filters
     if "temperature" in tensors:
@@ -392,6 +401,25 @@ def _draw(logits: Tensor, tensors: dict[str, Tensor]) -> Tensor:
             noise = noise.where(tensors["temperature"][block] > 0, 0.0)
         tokens.append(torch.sub(logits[block], noise, out=noise).argmax(-1))
     return torch.cat(tokens)
+
+
+def draw_item(scores: Tensor, config: SamplingConfig, sample: int) -> int:
+    """Draw one of a few items by their probabilities at a sample's temperature.
+
+    Args:
+        scores: float64 (items,), logarithms of the probabilities, up to a constant.
+        config: of the sample.
+        sample: its number in the noise.
+    """
+    logits = (scores - scores.amax()).float()[None]  # (1, items)
+    state = new_sampling_state(
+        SamplingConfig(temperature=config.temperature, seed=config.seed),
+        (),
+        sample,
+        vocab_size=len(scores),
+        device=scores.device,
+    )
+    return int(draw(process_logits(logits, state, eos_id=0), state))
 
 
 def record_tokens(state: SamplingState, tokens: Tensor) -> None:

@@ -1,0 +1,292 @@
+"""Texts that must match a regex, or be one of a list: the tokens that may come next.
+
+A `Guide` belongs to one sample. Before each step it says which tokens may be drawn, and then gets the drawn one. Masks
+work on the bytes of tokens, so a match may be spelled by any tokens.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from textgen.config import SamplingConfig
+from textgen.decoding.decoders import Decoder, DecoderState
+from textgen.packages import require_packages
+from textgen.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import llguidance
+
+# Positions of a regex, with its repetitions written out: an automaton has about as many states for a plain regex.
+MAX_POSITIONS = 2000
+
+# A regex is tried on random texts before it is used, with the small limits. llguidance builds states only as texts
+# reach them, so texts can always be unlucky; a regex that passes with the small limits hardly reaches the large ones.
+NUM_TRIALS, TRIAL_TOKENS = 8, 64
+TRIAL_STATES, TRIAL_FUEL = 10_000, 100_000  # fuel: expressions that a step may build, about a millisecond
+MAX_STATES, MAX_FUEL = 250_000, 1_000_000
+
+
+# Parts of a regex: escapes and classes of characters, the beginnings of groups, repetitions, single characters.
+REGEX_PARTS = re.compile(
+    r"\\[pPx]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])+\]|\(\?(?:P?<\w+>|[a-zA-Z-]*[:)])|\{(\d+),?(\d*)\}|.", re.DOTALL
+)
+
+
+class Guide(Protocol):
+    """The tokens that may come next in one text."""
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Return for each token of the vocabulary whether it may come next; end-of-text, if the text may end here."""
+
+    def push(self, token: int) -> None:
+        """Add a token to the text; it is allowed."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text may end here."""
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the text ends here, without an end-of-text token."""
+
+    @property
+    def block(self) -> str:
+        """The reason why no token is allowed, if none is."""
+
+
+# --- regexes ---------------------------------------------------------------------------------------------------------
+
+
+class RegexGuide:
+    """Leads a text to a match of a regex.
+
+    Args:
+        matcher: at the beginning of the text. Copies of a matcher share the states that were built.
+    """
+
+    is_final = False
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Return for each token whether it may come next."""
+        mask = np.frombuffer(self._matcher.compute_logit_bias(), dtype=np.bool_)
+        return np.zeros_like(mask) if self._matcher.is_error() else mask
+
+    def push(self, token: int) -> None:
+        """Add a token to the text."""
+        self._matcher.consume_token(token)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the text matches."""
+        return not self._matcher.is_error() and self._matcher.is_accepting()
+
+    @property
+    def block(self) -> str:
+        """The reason why no token is allowed, if none is."""
+        return "regex_limit" if self._matcher.is_error() else "nothing_allowed"
+
+
+def new_guide(config: SamplingConfig, tokenizer: Tokenizer) -> Guide | None:
+    """Return the guide of a new text; None if nothing is wanted of it, or its choice is not drawn yet.
+
+    Raises:
+        ValueError: see `compile_regex`.
+    """
+    return None if config.regex is None else RegexGuide(compile_regex(config.regex, tokenizer).deep_copy())
+
+
+def require_guidable(config: SamplingConfig, tokenizer: Tokenizer) -> None:
+    """Check `regex` and `choices` against the tokenizer.
+
+    Raises:
+        ValueError: see `compile_regex` and `encode_choices`; forced tokens do not match, or a choice is too long.
+    """
+    if config.regex is not None:
+        guide = RegexGuide(compile_regex(config.regex, tokenizer).deep_copy())
+        for token in config.forced_tokens:
+            if not guide.allowed()[token]:
+                raise ValueError(f"`forced_tokens` must begin a match of `regex`: {token}")
+            guide.push(token)
+    for choice, tokens in zip(config.choices, encode_choices(config.choices, tokenizer), strict=True):
+        if len(tokens) > config.max_new_tokens:
+            raise ValueError(
+                f"`choices` must have at most `max_new_tokens` {config.max_new_tokens} tokens: {choice[:40]!r} has "
+                f"{len(tokens)}"
+            )
+
+
+@functools.lru_cache(maxsize=32)
+def compile_regex(regex: str, tokenizer: Tokenizer) -> llguidance.LLMatcher:
+    """Return a matcher at the beginning of a text, for copies.
+
+    The regex is in the syntax of Rust's crate `regex`, without look-around, word boundaries and back references.
+
+    Raises:
+        ValueError: the regex is wrong, matches no text, or is too large; or the tokenizer loses text.
+    """
+    require_packages("`regex`", "llguidance", extra="guide")
+    import llguidance
+
+    if not tokenizer.is_lossless:
+        raise ValueError("`regex` needs a tokenizer that loses no text, and this is a word tokenizer")
+
+    def new_matcher(states: int, fuel: int) -> llguidance.LLMatcher:
+        limits = llguidance.LLParserLimits(max_lexer_states=states, step_lexer_fuel=fuel, initial_lexer_fuel=fuel)
+        grammar = llguidance.LLMatcher.grammar_from_regex(regex)
+        return llguidance.LLMatcher(_guided_tokenizer(tokenizer), grammar, log_level=0, limits=limits)
+
+    matcher = new_matcher(TRIAL_STATES, TRIAL_FUEL)
+    if error := matcher.get_error():
+        raise ValueError(f"`regex` cannot be used: {_first_cause(error)}")
+    if (size := count_positions(regex)) > MAX_POSITIONS:
+        raise ValueError(f"`regex` is too large: {size} positions with its repetitions, at most {MAX_POSITIONS}")
+    _try_out(matcher, tokenizer)
+    return new_matcher(MAX_STATES, MAX_FUEL)
+
+
+def _first_cause(error: str) -> str:
+    """Return the one line of llguidance's error that names the cause."""
+    causes = [line.removeprefix("error: ") for line in error.splitlines() if line.startswith("error: ")]
+    return (causes or [error.splitlines()[0].partition("(in regex): ")[2] or error.splitlines()[0]])[0][:200]
+
+
+def _try_out(matcher: llguidance.LLMatcher, tokenizer: Tokenizer) -> None:
+    """Write random texts that match a regex, always the same ones.
+
+    Raises:
+        ValueError: the regex matches no text, or a text takes too many states.
+    """
+    for trial in range(NUM_TRIALS):
+        guide, chance = RegexGuide(matcher.deep_copy()), random.Random(trial)
+        for position in range(TRIAL_TOKENS):
+            tokens = np.flatnonzero(guide.allowed())
+            if position == 0 and not len(tokens):
+                raise ValueError("`regex` matches no text")
+            if guide.block == "regex_limit":
+                raise ValueError(f"`regex` is too large: texts that match it take more than {TRIAL_STATES} states")
+            tokens = tokens[tokens != tokenizer.eos_id]
+            if not len(tokens):
+                break
+            guide.push(int(tokens[chance.randrange(len(tokens))]))
+
+
+def count_positions(regex: str) -> int:
+    """Return the number of characters and classes of a valid regex, with its repetitions written out."""
+    sizes, last = [0], 0  # of the open groups, and of the item that a repetition would repeat
+    for found in REGEX_PARTS.finditer(regex):
+        text = found[0]
+        if text[0] == "(" and not text.endswith(")"):
+            sizes.append(0)
+            last = 0
+        elif text == ")":
+            last = sizes.pop() if len(sizes) > 1 else 0
+            sizes[-1] += last
+        elif found[1] is not None:
+            times = max(int(found[1][:9]), int(found[2][:9] or 1))
+            sizes[-1] += last * (times - 1)
+            last *= times
+        elif text not in ("|", "*", "+", "?", "^", "$") and text[:2] != "(?":
+            last = 1
+            sizes[-1] += 1
+    return sum(sizes)
+
+
+@functools.lru_cache(maxsize=4)
+def _guided_tokenizer(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
+    """Return the tokens' bytes as llguidance wants them. End-of-text and the unknown token are no text."""
+    import llguidance
+
+    class _Vocabulary:
+        eos_token_id = bos_token_id = tokenizer.eos_id
+        special_token_ids = (tokenizer.eos_id, tokenizer.unk_id)
+        tokens = [
+            f"<{i}>".encode() if i in (tokenizer.eos_id, tokenizer.unk_id) else tokenizer.token_bytes(i)
+            for i in range(tokenizer.vocab_size)
+        ]
+
+        def __call__(self, text: bytes) -> list[int]:
+            return tokenizer.encode(text.decode())
+
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary()))
+
+
+# --- choices ---------------------------------------------------------------------------------------------------------
+
+
+class ChoiceGuide:
+    """Leads a text through the given tokens to its end."""
+
+    is_complete = False
+    block = "nothing_allowed"
+
+    def __init__(self, tokens: Sequence[int], vocab_size: int) -> None:
+        self._tokens, self._position, self._vocab_size = tokens, 0, vocab_size
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Return for each token whether it may come next."""
+        mask = np.zeros(self._vocab_size, dtype=np.bool_)
+        mask[self._tokens[self._position]] = True
+        return mask
+
+    def push(self, token: int) -> None:
+        """Add a token to the text."""
+        self._position += 1
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the choice is spelled."""
+        return self._position == len(self._tokens)
+
+
+@functools.lru_cache(maxsize=32)
+def encode_choices(choices: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """Return the tokens of each choice, encoded apart: no token spans the end of the prompt.
+
+    Raises:
+        ValueError: the tokenizer loses text, or a choice has no tokens.
+    """
+    if choices and not tokenizer.is_lossless:
+        raise ValueError("`choices` needs a tokenizer that loses no text, and this is a word tokenizer")
+    encoded = tuple(tuple(tokenizer.encode(choice)) for choice in choices)
+    if () in encoded:
+        raise ValueError(f"`choices` must not be spaces alone: {choices[encoded.index(())]!r}")
+    return encoded
+
+
+def score_choices(decoder: Decoder, token: int, state: DecoderState, choices: Sequence[Sequence[int]]) -> list[float]:
+    """Return the log-probability that the text goes on with each choice, by the model alone.
+
+    Args:
+        decoder: reads the choices side by side.
+        token: last one of the prompt.
+        state: (1, ...) before it.
+        choices: their tokens.
+
+    Returns:
+        One number for each choice.
+    """
+    order = sorted(range(len(choices)), key=lambda i: -len(choices[i]))  # the longest first
+    scores = torch.zeros(len(choices), dtype=torch.float64)
+    tokens = torch.tensor([token], device=decoder.device)
+    for position in range(len(choices[order[0]])):
+        running = [i for i in order if len(choices[i]) > position]  # the first rows; the others are finished
+        logits, state = decoder.step(tokens, [part[: len(tokens)] for part in state])
+        logprobs = logits.log_softmax(-1)
+        if position == 0:
+            logprobs, state = (logprobs.repeat(len(order), 1), [part.repeat(len(order), 1) for part in state])
+        tokens = torch.tensor([choices[i][position] for i in running], device=decoder.device)
+        scores[running] += logprobs.gather(1, tokens[:, None])[:, 0].double().cpu()
+        tokens = tokens[: sum(len(choices[i]) > position + 1 for i in running)]  # the rows that go on
+    scored: list[float] = scores.tolist()
+    return scored
