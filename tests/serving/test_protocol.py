@@ -51,7 +51,14 @@ def refused(fields: dict[str, Any] | str) -> tuple[str, str | None]:
         ({"suffix": "end"}, '`suffix` is not supported: "end"; leave it out'),
         ({"best_of": 129}, "`best_of` must be at most 128: 129"),
         ({"best_of": 0}, "`best_of` must be at least 1: 0"),
-        ({"logit_bias": {"50256": -100}}, "`logit_bias` is not supported; leave it out"),
+        ({"logit_bias": [1]}, "`logit_bias` must be an object"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "`logit_bias` has 1025 items; at most 1024"),
+        ({"regex": ""}, "`regex` is an empty string"),
+        ({"regex": 1}, "`regex` must be a string: 1"),
+        ({"regex": "a" * 4097}, "`regex` has 4097 characters; at most 4096"),
+        ({"choices": []}, "`choices` is an empty list"),
+        ({"choices": "a,b"}, '`choices` must be a list: "a,b"'),
+        ({"choices": ["a"] * 257}, "`choices` has 257 items; at most 256"),
         ({"tools": [{"type": "function"}]}, "`tools` is not supported; leave it out"),
         ({"store": True}, "`store` is not supported: true; leave it out"),
         ({"store": 0}, "`store` must be true or false: 0"),
@@ -88,6 +95,9 @@ def test_a_wrong_value_is_named_in_one_line_with_what_is_wanted(fields: dict[str
          "`stream_options.include_obfuscation` is not supported: true; leave it out"),
         ({"response_format": {"type": "json_object"}},
          '`response_format.type` is not supported: "json_object"; leave it out'),
+        ({"logit_bias": {"17": -101}}, "`logit_bias.17` must be at least -100: -101"),
+        ({"logit_bias": {"17": "1"}}, '`logit_bias.17` must be a number: "1"'),
+        ({"choices": ["a", ""]}, "`choices[1]` is an empty string"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_in_a_list_or_object_is_named_by_its_whole_path(fields: dict[str, Any], message: str) -> None:
@@ -124,3 +134,25 @@ def test_null_is_nothing_for_every_field_of_openais_completions_and_chats() -> N
     assert names < {*CompletionRequest.model_fields}
     assert {*UnsupportedFields.model_fields} < names
     parse_request(json.dumps(dict.fromkeys(names)).encode(), Limits())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"choices": ["a", "a"]}, "`choices` must be different texts that are not empty: ['a', 'a']"),
+        ({"choices": ["é" * 1000] * 5}, "`choices` must be at most 8192 bytes together: 10000"),
+        ({"choices": ["a"], "regex": "a"}, "`choices` cannot be combined with `regex`: a"),
+        ({"choices": ["a"], "top_k": 2}, "`choices` cannot be combined with `top_k`: 2"),
+        ({"choices": ["a"], "stop": "x"}, "`choices` cannot be combined with `stop`: ('x',)"),
+        ({"choices": ["a"], "logit_bias": {"a": 1}}, "`choices` cannot be combined with `logit_bias`: (('a', 1.0),)"),
+        ({"regex": "a", "stop": ["x"]}, "`regex` cannot be combined with `stop`: ('x',)"),
+        ({"regex": "é" * 2100}, "`regex` must be a text of at most 4096 bytes: 2100 characters"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(fields: dict[str, Any], message: str) -> None:
+    request = parse_request(json.dumps(fields).encode(), Limits())
+    with pytest.raises(ApiError) as error:
+        request.config("none", 100)
+    assert (error.value.status, str(error.value), error.value.param) == (400, message, next(iter(fields)))
+    neutral = {"top_p": 1, "min_p": 0, "presence_penalty": 0, "stop": [], "logit_bias": {}}
+    parse_request(json.dumps(neutral | {"choices": ["a"]}).encode(), Limits()).config("none", 100)

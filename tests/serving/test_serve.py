@@ -150,6 +150,55 @@ def test_penalties_and_top_k_reach_the_draw(server: Running, alone: Alone) -> No
     assert server.complete(**asked, top_k=1)["choices"][0]["text"] == likeliest
 
 
+def test_biases_regexes_and_choices_give_the_texts_of_textgen_sample(
+    client: openai.OpenAI, server: Running, alone: Alone
+) -> None:
+    asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPTS[:2], "n": 3, "seed": 4, "max_tokens": 20}
+    settings: list[dict[str, Any]] = [
+        {"logit_bias": {"17": 5, "was": 3.5}},
+        {"regex": r" [a-z]{2,9}( [a-z]{2,9}){0,2}\."},
+        {"choices": [" a", " was good"]},
+    ]
+    for setting in settings:
+        answer = client.completions.create(**asked, extra_body=setting)
+        config = {
+            name: tuple(v.items() if isinstance(v, dict) else v) for name, v in setting.items() if name != "regex"
+        }
+        config |= {"seed": 4, "max_new_tokens": 20} | ({"regex": setting["regex"]} if "regex" in setting else {})
+        samples = [alone(prompt, number, **config) for prompt in PROMPTS[:2] for number in range(3)]
+        assert [choice.text for choice in answer.choices] == [sample.text for sample in samples]
+        reasons = {"end": "stop", "choice": "stop", "length": "length"}
+        assert [choice.finish_reason for choice in answer.choices] == [reasons[sample.reason] for sample in samples]
+        events = client.completions.create(**asked | {"n": 1}, stream=True, extra_body=setting)
+        texts = ["", ""]
+        for event in events:
+            texts[event.choices[0].index] += event.choices[0].text
+        assert texts == [samples[0].text, samples[3].text]
+    choice = server.complete(prompt=PROMPTS[0], choices=[" a", " was good"])["choices"][0]
+    assert choice["probabilities"] == pytest.approx(dict(samples[0].choices or ()), abs=1e-5)
+
+
+def test_steering_that_cannot_be_is_400_by_name(server: Running) -> None:
+    for setting, message in {
+        ("regex", "(a{1,1000}){1,1000}"): "`regex` is too large: 1000000 positions with its repetitions, at most 2000",
+        ("regex", "(a?){900}a{900}"): "`regex` is too large: texts that match it take more than 10000 states",
+        ("regex", "a("): "`regex` cannot be used: unclosed group",
+        ("regex", r"[^\s\S]"): "`regex` matches no text",
+        ("logit_bias", "9999"): "`logit_bias` must be below the vocabulary's size 340: 9999",
+        ("logit_bias", ""): "`logit_bias`: the tokenizer has no token for ''",
+    }.items():
+        name, value = setting
+        status, _, body = server.ask("POST", "/v1/completions", {name: {value: 1} if name == "logit_bias" else value})
+        error = json.loads(body)["error"]
+        assert (status, error["message"], error["param"]) == (400, message, name)
+
+
+def test_a_text_that_nothing_can_continue_says_so(server: Running) -> None:
+    ended = server.complete(prompt="The", regex="a{2}", logit_bias={"a": -100}, max_tokens=9, logprobs=1)["choices"][0]
+    assert ended["finish_reason"] in ("stop", "length"), "a bias bans nothing for sure"
+    assert len(ended["logprobs"]["tokens"]) == len(ended["logprobs"]["text_offset"]) >= 1
+
+
 @pytest.mark.parametrize("settings", [{}, {"seed": 7}, {"n": 2, "seed": 7}])
 def test_equal_prompts_of_a_list_get_different_texts_those_of_n(
     client: openai.OpenAI, alone: Alone, settings: dict[str, Any]
@@ -235,7 +284,7 @@ def test_null_is_as_good_as_nothing(server: Running) -> None:
 def test_responses_have_the_fields_of_their_models_in_order(server: Running) -> None:
     def check(model: type[BaseModel], body: bytes) -> None:
         parsed = model.model_validate_json(body, strict=True, extra="forbid")
-        assert json.dumps(parsed.model_dump()) == json.dumps(json.loads(body))
+        assert json.dumps(parsed.model_dump(exclude_unset=True)) == json.dumps(json.loads(body))
 
     asked = {"prompt": ["The", "A"], "logprobs": 2, "max_tokens": 5}
     for path, model, request in [
@@ -246,6 +295,7 @@ def test_responses_have_the_fields_of_their_models_in_order(server: Running) -> 
         ("/v1/completions", responses.ErrorResponse, {"n": 0}),
         ("/v1/completions", responses.Completion, {"prompt": "The"}),
         ("/v1/completions", responses.Completion, asked),
+        ("/v1/completions", responses.Completion, {"prompt": "The", "choices": ["a", "b"]}),
     ]:
         check(model, server.ask("GET" if request is None else "POST", path, request)[2])
     events = server.ask("POST", "/v1/completions", asked | {"stream": True})[2].split(b"\n\n")

@@ -334,6 +334,33 @@ def test_the_description_holds_what_the_server_does(tiny_run: Path, tmp_path: Pa
     assert "failed" not in (tmp_path / "log").read_text()
 
 
+def test_regexes_and_lists_that_would_take_all_time_or_memory_are_refused_or_bounded(
+    server: Running, witness: Witness
+) -> None:
+    refused = [
+        "(a{1,1000}){1,1000}",
+        "((((x{9}){9}){9}){9}){9}",
+        "(a?){900}a{900}",
+        "(" * 2000 + ")" * 2000,
+        "(a|" * 999,
+    ]
+    for regex in refused:
+        status, _, body = server.ask("POST", "/v1/completions", {"regex": regex})
+        assert status == 400, (regex[:40], body)
+        assert json.loads(body)["error"]["message"].startswith("`regex` ")
+    for allowed in (
+        r"(\w{1,9} ){1,60}",
+        "(.*a.{5}){30}b",
+        "([a-z]{2,20}){1,50}",
+        r"[\s\S]{1,999}",
+        "(a|b)*a(a|b){300}",
+    ):
+        choices = server.complete(regex=allowed, n=8, max_tokens=100)["choices"]
+        assert {choice["finish_reason"] for choice in choices} <= {"stop", "length", "regex_limit"}
+    many = [f"{i} of many choices, each longer" for i in range(250)]
+    assert server.complete(choices=many, n=8)["choices"][0]["text"] in many
+
+
 def test_meanwhile_another_stream_went_on_evenly(server: Running, witness: Witness) -> None:
     texts = witness.texts
     while witness.texts < texts + 2:

@@ -319,6 +319,12 @@ class RunningSample:
         prompt_ids = list(request.ids or (begin, *tokenizer.encode(request.prompt)))
         return cls(index=index, request=request, tokenizer=tokenizer, prompt_ids=prompt_ids)
 
+    @property
+    def num_read(self) -> int:
+        """Number of tokens that are read before the first one is drawn."""
+        choices = encode_choices(self.request.config.choices, self.tokenizer)
+        return len(self.prompt_ids) + sum(map(len, choices))
+
     def begin(self) -> Iterator[str | Sample]:
         """Push the forced tokens, as if they had been drawn."""
         for token in self.request.config.forced_tokens:

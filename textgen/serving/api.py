@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from textgen.config import SamplingConfig
 from textgen.data.corpus import normalize
 from textgen.decoding.decoders import PREFILL_WINDOW
-from textgen.decoding.generation import number_requests
+from textgen.decoding.generation import number_requests, require_drawable
 from textgen.serving.completion import EventStream, PendingChoice, PendingCompletion, cancel_on_disconnect
 from textgen.serving.description import describe_api
 from textgen.serving.prompts import (
@@ -38,6 +40,7 @@ from textgen.serving.protocol import (
     parse_body,
     parse_request,
     read_body,
+    setting_error,
 )
 from textgen.serving.responses import ApiError
 from textgen.serving.scheduler import Delta, Scheduler, Stream
@@ -95,7 +98,7 @@ class Api:
     ) -> None:
         self.metrics = Metrics()
         self._name, self._normalization, self._scheduler, self._limits = name, normalization, scheduler, limits
-        self._num_connections = num_connections
+        self._num_connections, self._compiling = num_connections, asyncio.Lock()
         self._model = {
             "id": name,
             "object": "model",
@@ -160,7 +163,9 @@ class Api:
         """Continue prompts."""
         parsed = parse_request(await read_body(request, self._limits.body_bytes), self._limits)
         self._require_model(parsed.model)
-        completion = self._new_completion(parsed)
+        config = parsed.config(self._normalization, self._limits.max_tokens)
+        await self._require_drawable(config)
+        completion = self._new_completion(parsed, config)
         completion.start(self._limits.timeout)
         self.metrics.prompt_tokens += completion.num_prompt_tokens
         if parsed.stream:
@@ -175,14 +180,30 @@ class Api:
         if name not in (None, self._name):
             raise _model_not_found(self._name)
 
-    def _new_completion(self, request: CompletionRequest) -> PendingCompletion:
+    async def _require_drawable(self, config: SamplingConfig) -> None:
+        """Check settings against the tokenizer. A regex is compiled in a thread, one at a time, for all samples.
+
+        Raises:
+            ApiError: the settings cannot be used.
+        """
+        if config.regex is not None and find_spec("llguidance") is None:
+            raise ApiError(400, "`regex` is not supported here: the server lacks the package llguidance", param="regex")
+        try:
+            if config.regex is None:
+                require_drawable(config, self._scheduler.tokenizer)
+            else:
+                async with self._compiling:
+                    await asyncio.to_thread(require_drawable, config, self._scheduler.tokenizer)
+        except ValueError as error:
+            raise setting_error(error) from None
+
+    def _new_completion(self, request: CompletionRequest, config: SamplingConfig) -> PendingCompletion:
         """Return a completion that is not started.
 
         Raises:
             ApiError: a prompt has too many tokens, or an id is not in the vocabulary.
         """
         tokenizer, num_drawn = self._scheduler.tokenizer, request.num_samples
-        config = request.config(self._normalization)
         completion = PendingCompletion(self._name, self._scheduler, n=request.n or 1, num_drawn=num_drawn)
         prompts = read_prompts(request, tokenizer, self._normalization, self._limits)
         samples = number_requests(((prompt.text, config) for prompt in prompts), num_drawn)

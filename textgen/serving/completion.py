@@ -9,7 +9,7 @@ import time
 from collections.abc import Coroutine, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -36,14 +36,14 @@ class PendingChoice:
     scored: PromptReader | None
     """of a prompt whose scores are not sent yet"""
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: str | None = None
 
     def add(self, delta: Delta) -> None:
         """Add a delta."""
         self.text += delta.text
         self.logprobs += delta.logprobs
         if (sample := delta.sample) is not None:
-            self.finish_reason = "stop" if sample.finished or sample.stop is not None else "length"
+            self.finish_reason = "stop" if sample.reason in ("end", "stop", "choice") else sample.reason
 
     @property
     def mean_logprob(self) -> float:
@@ -69,6 +69,8 @@ class PendingChoice:
                 before, self.scored = self.scored.logprobs(self.stream.running.tokenizer), None
                 logprobs = {name: before[name] + values for name, values in logprobs.items()}
         choice = {"index": self.index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish_reason}
+        if self.finish_reason is not None and (choices := self.stream.running.choices) is not None:
+            choice["probabilities"] = {text: round(probability, 6) for text, probability in choices}
         self.text, self.logprobs = "", []
         return choice
 

@@ -23,8 +23,8 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.requests import Request
 
-from textgen.config import SamplingConfig
-from textgen.data.corpus import normalize
+from textgen.config import MAX_CHOICES, MAX_REGEX_BYTES, SamplingConfig
+from textgen.decoding.steering import normalize_settings
 from textgen.serving.responses import ApiError
 
 BODY_BYTES = 1 << 20
@@ -65,6 +65,9 @@ class Limits:
 
 TokenId = Annotated[int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1, max_length=64)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+Regex = Annotated[str, Field(min_length=1, max_length=MAX_REGEX_BYTES, json_schema_extra={"format": "regex"})]
+Choice = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 def _require_false(value: bool) -> bool:
@@ -135,7 +138,6 @@ class UnsupportedFields(BaseModel):
     """
 
     suffix: Literal[""] | None = None
-    logit_bias: EmptyObject | None = None
     messages: EmptyList | None = None
     tools: EmptyList | None = None
     tool_choice: Literal["none", "auto"] | None = None
@@ -168,7 +170,20 @@ def _add_conditions(schema: dict[str, Any]) -> None:
         return {"required": list(fields), "properties": fields}
 
     usage = sets(stream_options={"type": "object"} | sets(include_usage={"const": True}))
+    some_stop = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1}]}
+    beside_choices: dict[str, dict[str, Any]] = {
+        "regex": {"type": "string"},
+        "stop": some_stop,
+        "logit_bias": {"type": "object", "minProperties": 1},
+        "top_k": {"type": "number"},
+        "top_p": {"type": "number", "not": {"const": 1}},
+        **{
+            name: {"type": "number", "not": {"const": 0}} for name in ("min_p", "presence_penalty", "frequency_penalty")
+        },
+    }
     refused = [
+        sets(regex={"type": "string"}, stop=some_stop),
+        *(sets(choices={"type": "array"}, **{name: value}) for name, value in beside_choices.items()),
         sets(max_tokens={"const": 0}) | {"not": sets(echo={"const": True})},
         usage | {"not": sets(stream={"const": True})},
     ]
@@ -199,6 +214,14 @@ class CompletionRequest(UnsupportedFields):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=1, le=1 << 20, description="an extension")
     min_p: float | None = Field(None, ge=0, le=1, description="an extension")
+    logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = Field(
+        None, description="numbers to add to the logits of tokens, by id or, as an extension, by text"
+    )
+    regex: Regex | None = Field(None, description="the whole text matches it, unless it is cut; an extension")
+    choices: (
+        Annotated[list[Choice], Field(min_length=1, max_length=MAX_CHOICES, json_schema_extra={"uniqueItems": True})]
+        | None
+    ) = Field(None, description="the text is one of these, by the model's probability of each; an extension")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
@@ -233,20 +256,37 @@ class CompletionRequest(UnsupportedFields):
         """Return whether prompts are scored."""
         return bool(self.echo) and self.logprobs is not None
 
-    def config(self, normalization: str) -> SamplingConfig:
-        """Return the sampling settings; the same normalization applies to stop strings as to the training text."""
-        names = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logprobs", "seed")
+    def config(self, normalization: str, max_tokens: int) -> SamplingConfig:
+        """Return the sampling settings, whose texts are normalized as the training text was.
+
+        Args:
+            normalization: of the training text.
+            max_tokens: the server's limit, which holds for `choices` without `max_tokens`.
+
+        Raises:
+            ApiError: settings do not go together.
+        """
+        names = (
+            "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logprobs", "seed",
+            "regex",
+        )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.num_samples > (self.n or 1):  # samples are compared by their log-probabilities
             given.setdefault("logprobs", 0)
         if self.top_p == 1:  # filters nothing, and would cost time
             del given["top_p"]
-        stops = [self.stop] if isinstance(self.stop, str) else self.stop or []
-        return SamplingConfig(
-            **{"seed": secrets.randbits(32)} | given,
-            max_new_tokens=16 if self.max_tokens is None else max(self.max_tokens, 1),
-            stop=tuple(normalize(stop, normalization) for stop in stops),
-        )
+        default = max_tokens if self.choices else 16  # a choice is whole
+        try:
+            config = SamplingConfig(
+                **{"seed": secrets.randbits(32)} | given,
+                max_new_tokens=default if self.max_tokens is None else max(self.max_tokens, 1),
+                stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+                logit_bias=tuple((self.logit_bias or {}).items()),
+                choices=tuple(self.choices or ()),
+            )
+        except ValueError as error:
+            raise setting_error(error) from None
+        return normalize_settings(config, normalization)
 
 
 class TokenizeRequest(BaseModel):
@@ -267,6 +307,12 @@ class DetokenizeRequest(BaseModel):
 
     model: str | None = Field(None, description="the name in `/v1/models`")
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+
+
+def setting_error(error: ValueError) -> ApiError:
+    """Return the response for settings that do not go together, or that the model cannot follow."""
+    message = str(error)
+    return ApiError(400, message, param=message.partition("`")[2].partition("`")[0])
 
 
 async def read_body(request: Request, limit: int = BODY_BYTES) -> bytes:

@@ -29,7 +29,12 @@ class CompletionChoice(BaseModel):
     index: int
     text: str
     logprobs: Logprobs | None
-    finish_reason: Literal["stop", "length"] | None = Field(description="null in a stream until the sample ends")
+    finish_reason: Literal["stop", "length", "nothing_allowed", "regex_limit"] | None = Field(
+        description="null in a stream until the sample ends. The last two are extensions: no token could be drawn"
+    )
+    probabilities: dict[str, float] | None = Field(
+        None, description="of the texts of `choices`, at the sample's end; an extension"
+    )
 
 
 class Usage(BaseModel):

@@ -86,15 +86,14 @@ class Stream:
     def push(self, token: int, logprobs: TokenLogprobs | None) -> None:
         """Add a token that was drawn."""
         running = self.running
-        offset = len(running.text) + len(running.held)
+        offset, num_logprobs = len(running.text) + len(running.held), len(running.logprobs)
         for event in running.push(token, logprobs):
             if isinstance(event, str):
                 self.text += event
             else:
                 self.sample = event
-        if logprobs is not None and running.request.config.logprobs is not None:
-            # `running` has cut the alternatives, of which the batch returns as many as any sample wants.
-            self.logprobs.append((offset, running.logprobs[-1]))
+        # `running` has cut the alternatives, of which the batch returns as many as any sample wants.
+        self.logprobs += [(offset, token) for token in running.logprobs[num_logprobs:]]
 
     def end_read(self) -> None:
         """End the sample without a token."""
@@ -232,7 +231,7 @@ class Scheduler:
             while self._waiting and len(self._running) + len(self._reading) + len(joining) < self._batch_size:
                 first = self._waiting[0]
                 if first.reader is None and not first.reads_only:
-                    num_tokens += len(first.running.prompt_ids)
+                    num_tokens += first.running.num_read
                     if joining and num_tokens > PROMPT_TOKENS_PER_STEP:
                         break
                     joining.append(first)
