@@ -579,7 +579,7 @@ def _draw_choices(
             scored[ids, choices] = score_choices(decoder, ids[-1], state, tokens)
         scores = torch.tensor(scored[ids, choices], dtype=torch.float64)
         sample.choices = tuple(zip(choices, scores.softmax(-1).tolist(), strict=True))
-        drawn = draw_item(scores, request.config, _sample_number(request.text, request.number))
+        drawn = draw_item(scores, request.config, _sample_number(request.prompt, request.number))
         sample.guide = ChoiceGuide(tokens[drawn], decoder.vocab_size)
 
 
