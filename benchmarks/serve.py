@@ -125,10 +125,10 @@ async def load(port: int, num_clients: int, args: Any) -> tuple[float, list[Seen
 
 
 @contextmanager
-def server(checkpoint: str, args: Any) -> Iterator[int]:
+def server(checkpoint: str, args: Any, *flags: str) -> Iterator[int]:
     """Start a server and end it; yield its port."""
     argv = [sys.executable, "-m", "textgen", "serve", checkpoint, "--port", "0", "--decoder", args.decoder]
-    argv += ["--batch_size", str(args.clients), *(["--threads", str(args.threads)] if args.threads else [])]
+    argv += ["--batch_size", str(args.clients), *(["--threads", str(args.threads)] if args.threads else []), *flags]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("wb") as file:
