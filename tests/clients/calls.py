@@ -67,6 +67,8 @@ def litellm_calls(url: str) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "stream", lambda: "".join(event.choices[0].text or "" for event in complete(stream=True))  # type: ignore
     yield "score", lambda: complete(echo=True, logprobs=3).choices[0].logprobs.token_logprobs  # type: ignore
     yield "ids", lambda: complete(prompt=[[5, 6, 7]]).choices[0].text  # type: ignore
+    yield "best_of", lambda: [choice.text for choice in complete(best_of=3, n=2).choices]  # type: ignore
+    yield "batch", lambda: [choice.text for choice in complete(prompt=[PROMPT, "A film"]).choices]  # type: ignore
 
 
 def llm_calls(url: str) -> Iterator[tuple[str, Callable[[], object]]]:

@@ -3,8 +3,11 @@
 - `access`: access control by host, origin and token; security headers, the request log
 - `api`: routes and metrics
 - `completion`: a completion while its samples are decoded; streams of events
+- `description`: the OpenAPI description, made of the models of requests and responses
 - `page/`: the page that browsers load
-- `protocol`: requests, responses, errors, and the OpenAPI description
+- `prompts`: a request's texts and token ids; prompts that are read in parts and scored
+- `protocol`: requests, and the errors of wrong ones
+- `responses`: responses and errors
 - `scheduler`: one thread that decodes the samples of all clients in one batch
 - `server`: the socket, limits on connections, the shutdown
 """
