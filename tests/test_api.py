@@ -141,6 +141,22 @@ bits: float = score.bits_per_byte
     assert 'Module has no attribute "trian"' in done.stdout
 
 
+def test_init_from_is_a_setting(tiny_run: Path, documents: list[str], settings: dict[str, Any], tmp_path: Path) -> None:
+    """The shape of a preset and of a TrainConfig is the base's; a setting that differs is refused."""
+    own = {name: value for name, value in settings.items() if name not in ("model", "tokenizer", "run_dir")}
+    own |= {"init_from": tiny_run, "texts": documents[:100], "sample_prompts": ()}
+    run = textgen.train("quick", **own, max_minutes=None, run_dir=tmp_path / "preset")
+    config = textgen.TrainConfig(model=textgen.ModelConfig(num_layers=3), seed=1)
+    other = textgen.train(config, **own, run_dir=tmp_path / "config")
+    for one in (run, other):
+        assert one.metrics[0]["step"] == 0
+        assert one.settings["model.hidden_size"] == 32
+        assert one.settings["model.num_layers"] == 2
+    assert textgen.train("quick", **own, max_minutes=None, run_dir=tmp_path / "preset").status["state"] == "finished"
+    with pytest.raises(textgen.TextgenError, match=r"`model\.num_layers` 3 differs from 2"):
+        textgen.train("quick", **own, model={"num_layers": 3}, run_dir=tmp_path / "refused")
+
+
 # --- using a model ---------------------------------------------------------------------------------------------------
 
 

@@ -175,6 +175,11 @@ class Tokenizer:
             raise TokenizerError(f"token id {token_id} is not in 0..{self.vocab_size - 1}")
         return self._bytes_of[token_id]
 
+    @property
+    def pieces(self) -> list[str]:
+        """The pieces by id, as SentencePiece spells them: `\u2581the` with a space before it, `<0x41>`, `</s>`."""
+        return [self._processor.IdToPiece(token_id) for token_id in range(self.vocab_size)]
+
     def stream(self) -> "StreamDecoder":
         """Start decoding token by token."""
         return StreamDecoder(self)

@@ -183,6 +183,7 @@ def test_global_batch_is_refused_in_the_words_of_the_trainer(
         ),
         ("--sweep open.txt", "`open.txt` line 2 has a quote that is not closed: --seed '4"),
         ("--sweep wrong.txt", "`seed` must be an integer: four"),
+        ("-- --init_from gone", "`gone` has no `config.json`: not a checkpoint directory"),
         ("--sweep three.txt --gpus_per_node 5", "batch_size 128 is not divisible by 5 processes x 1 "),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,19 @@ def test_resume_on_two_processes_is_bitwise(launch_training: Launch) -> None:
     for steps in ("10", "30"):
         rows = launch_training("two", "--max_steps", steps, *FLAGS, processes=2)
     assert losses(rows) == losses(whole)
+
+
+def test_a_training_from_a_base_keeps_both_laws(launch_training: Launch, tmp_path: Path) -> None:
+    """Two processes have the losses of one. Resumed, bit for bit the same ones, with the base gone."""
+    base = tmp_path / "base"
+    launch_training(str(base), "--max_steps", "5")
+    flags = ("--init_from", str(base), "--tokenizer.vocab_size", "900", *FLAGS)
+    one = losses(launch_training("from-base-1", "--max_steps", "20", *flags))
+    whole = losses(launch_training("from-base-2", "--max_steps", "20", *flags, processes=2))
+    assert max(abs(a / b - 1) for a, b in zip(one, whole, strict=True)) <= 1e-5
+    launch_training("from-base-parts", "--max_steps", "7", *flags, processes=2)
+    shutil.rmtree(base)
+    assert losses(launch_training("from-base-parts", "--max_steps", "20", *flags, processes=2)) == whole
 
 
 def test_any_number_of_processes_goes_on_from_any_other(launch_training: Launch, tmp_path: Path) -> None:

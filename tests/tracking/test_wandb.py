@@ -280,6 +280,23 @@ def test_preempted_it_says_so_and_goes_on_as_the_same_run(flags: list[str], tmp_
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_key")
+def test_a_base_is_an_artifact_that_the_run_uses(flags: list[str], tiny_run: Path, tmp_path: Path) -> None:
+    """Recorded once, although the training is preempted and resumed."""
+    run_dir, flags = tmp_path / "run", [*flags, "--init_from", str(tiny_run)]
+    assert Job(flags, run_dir, fault("signal 15", at="stepping", call=2)).end() == 128 + signal.SIGTERM
+    assert Job(flags, run_dir).end() == 0
+    records = inspect(run_dir)
+    (used,) = (artifact for artifact in records["artifact"] if artifact.get("use_after_commit"))
+    base = json.loads(used["metadata"])
+    assert (used["type"], used["name"]) == ("model", f"base-{base['sha256'][:12]}")
+    assert {entry["ref"] for entry in used["manifest"]["contents"]} == {
+        file.resolve().as_uri() for file in checkpoints(tiny_run)[0][1].iterdir()
+    }
+    assert_each_row_once(run_dir, records)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_key")
 def test_a_loss_that_is_no_number_is_an_alert(flags: list[str], tmp_path: Path) -> None:
     assert Job(flags, tmp_path / "run", fault("nan loss", at="updating", call=3)).end() == 2
     records = inspect(tmp_path / "run")

@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
 from tests.training.test_resume import assert_same_end, flags_for
 from textgen.cli import main, train_main
+from textgen.data.store import TokenStore
+from textgen.data.texts import store_of
 from textgen.model.files import load_model
 from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics_file import read_metrics
@@ -80,7 +83,8 @@ def test_a_training_starts_from_the_weights_of_its_base(
         theirs = load_file(base / "model.safetensors")
         assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
     assert trainer_of(tmp_path / "run")["base"] == {
-        "source": str(tiny_run), "step": 4, "sha256": before[str(base / "model.safetensors")], "pieces_kept": 340,
+        "source": str(tiny_run), "directory": str(base), "step": 4, "pieces_kept": 340, "license": None, "datasets": [],
+        "sha256": before[str(base / "model.safetensors")],
     }  # fmt: skip
     assert trainer_of(tmp_path / "run")["progression"]["step"] == 4
 
@@ -173,3 +177,96 @@ def test_messages_name_init_from_where_resume_is_a_trap(
         f"resuming regardless keeps step, schedule, optimizer and LSTM states of `{newest}`: `--init_from` with "
         "another `--run_dir` takes its weights alone"
     ) in caplog.messages
+
+
+@pytest.mark.parametrize(("vocab_size", "model_type"), [("400", "unigram"), ("340", "bpe")])
+def test_rows_go_to_the_same_pieces_of_another_tokenizer(
+    plain_flags: list[str],
+    tiny_run: Path,
+    tmp_path: Path,
+    stop_at: StopAt,
+    caplog: Log,
+    vocab_size: str,
+    model_type: str,
+) -> None:
+    """A tokenizer of more pieces, and one of as many other ones. A new piece has the mean row of its parts."""
+    base = shutil.copytree(tiny_run, tmp_path / "base")
+    own = ["--tokenizer.vocab_size", vocab_size, "--tokenizer.model_type", model_type]
+    flags = flags_for(plain_flags, tmp_path / "run", *own, "--init_from", str(base))
+    stop_at(1)
+    with pytest.raises(SystemExit):
+        train_main(flags)
+    old, old_tokenizer = load_model(base)
+    new, tokenizer = load_model(tmp_path / "run" / "checkpoints" / "step-000000")
+    ids = {piece: i for i, piece in enumerate(old_tokenizer.pieces)}
+    kept = [piece for piece in tokenizer.pieces if piece in ids]
+    assert 256 < len(kept) < tokenizer.vocab_size
+    assert f"starting from `{base}` step 4: {len(kept)} of {vocab_size} pieces kept" in caplog.messages
+    for i, piece in enumerate(tokenizer.pieces):
+        parts = [ids[piece]] if piece in ids else old_tokenizer.encode(tokenizer.token_bytes(i).decode())
+        assert torch.allclose(new.embedding.weight[i], old.embedding.weight[parts].mean(0))
+    counts = store_of(tmp_path / "run" / "checkpoints" / "step-000000").unigram_counts + 1
+    assert torch.allclose(new.output.bias, (counts / counts.sum()).log())
+    ours, theirs = new.state_tensors(), old.state_tensors()
+    others = ours.keys() - {"embedding.weight", "output.bias"}
+    assert [name for name in others if not torch.equal(ours[name], theirs[name])] == []
+    stop_at(None)
+    shutil.rmtree(base)
+    train_main(flags)
+    assert trainer_of(tmp_path / "run")["progression"]["finished"]
+
+
+def test_license_and_data_of_a_base_go_into_the_new_card(
+    plain_flags: list[str], tiny_run: Path, tmp_path: Path
+) -> None:
+    """Only names of the hub's form: a card is a stranger's YAML."""
+    base, card = tmp_path / "base", tmp_path / "base" / "README.md"
+    main(["publish", str(tiny_run), "--to", str(base), "--license", "mit"])
+    header = "---\nlicense: mit\ndatasets: [them/films, 'a\\n# b', 3]\nlibrary_name: !!python/name:os.system\n---\n"
+    for text, license, datasets in [
+        (header.replace("!!python/name:os.system", "textgen"), "mit", ["them/films"]),
+        (header, None, []),  # no header that the safe loader reads
+    ]:
+        card.write_text(text)
+        run = tmp_path / f"run-{license}"
+        train_main(flags_for(plain_flags, run, "--init_from", str(base), "--max_steps", "1"))
+        recorded = trainer_of(run)["base"]
+        assert (recorded["license"], recorded["datasets"]) == (license, datasets)
+        main(["publish", str(run), "--to", str(tmp_path / f"published-{license}")])
+        written = (tmp_path / f"published-{license}" / "README.md").read_text()
+        made = ModelCard(written)
+        assert (made.data.license, made.data.datasets or []) == (license, datasets)
+        assert recorded["sha256"] in written
+        assert str(base) not in written
+    train_main(flags_for(plain_flags, tmp_path / "third", "--init_from", str(tmp_path / "run-mit"), "--max_steps", "1"))
+    assert trainer_of(tmp_path / "third")["base"]["datasets"] == ["them/films"]
+
+
+def test_text_is_prepared_for_a_base(plain_flags: list[str], tiny_run: Path, capsys: Capture) -> None:
+    main(["prepare", *plain_flags, "--init_from", str(tiny_run)])
+    store = TokenStore.open(capsys.readouterr().out.strip())
+    assert store.tokenizer.sha256 == load_model(tiny_run)[1].sha256
+
+
+def test_labels_of_a_base_are_kept_and_new_ones_begin_as_no_label(
+    plain_flags: list[str], tmp_path: Path, reviews_file: Path, caplog: Log
+) -> None:
+    texts = [json.loads(line)["text"] for line in reviews_file.read_text().splitlines()]
+    for name, labels in {"old": ("good", "bad"), "new": ("bad", "so-so")}.items():
+        rows = ({"text": text, "label": labels[i % 2]} for i, text in enumerate(texts))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {
+        name: [*plain_flags, "--data.files", str(tmp_path / f"{name}.jsonl"), "--data.label_column", "label"]
+        for name in ("old", "new")
+    }
+    small = ["--model.hidden_size", "32", "--model.embedding_dim", "16", "--max_steps", "1"]
+    train_main(flags_for(flags["old"], tmp_path / "base", *small, "--tokenizer.vocab_size", "340"))
+    train_main(flags_for(flags["new"], tmp_path / "run", "--max_steps", "1", "--init_from", str(tmp_path / "base")))
+    assert "labels: 1 of 2 kept; the base has 2" in caplog.messages
+    base, _ = load_model(tmp_path / "base")
+    model, tokenizer = load_model(tmp_path / "run" / "checkpoints" / "step-000000")
+    assert (base.labels, model.labels) == (("bad", "good"), ("bad", "so-so"))
+    assert base.label_embedding is not None
+    assert model.label_embedding is not None
+    wanted = torch.stack([base.label_embedding.weight[0], base.embedding.weight[tokenizer.eos_id]])
+    assert torch.equal(model.label_embedding.weight, wanted)

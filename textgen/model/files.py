@@ -138,7 +138,8 @@ def resolve_model_directory(name: str | Path) -> Path:
     except Exception as error:
         unreached = error
     try:
-        files = [CONFIG_NAME, WEIGHTS_NAME, MODEL_NAME, "decoder.json"]  # the last one tells which decoder to choose
+        # decoder.json tells which decoder to choose, the card what the model was trained on
+        files = [*MODEL_FILES, "decoder.json", "README.md"]
         offline = unreached is not None
         return Path(
             snapshot_download(repository, allow_patterns=files, etag_timeout=HUB_SECONDS, local_files_only=offline)

@@ -45,6 +45,8 @@ PRIVATE = {
     "tracking.upload_checkpoints",
 }
 
+MAX_HEADER_BYTES = 1 << 16  # of a card, whose header is a stranger's YAML
+
 LIMITS = """The model has learnt only which tokens follow which. It knows no facts and follows no instructions. It makes
 up names, events and judgements, also about real persons. It repeats errors, slurs and prejudice of its training text.
 Its memory is a state of fixed size: of a long text it keeps the topic and loses the details."""
@@ -96,6 +98,49 @@ def read_provenance(directory: Path) -> Provenance:
     )
 
 
+def origin_of(directory: Path) -> dict[str, Any]:
+    """Return license and data of a model: of the header of its card, or of the settings of its training.
+
+    Returns:
+        `license`, a text or None, and `datasets`, names on the hub; only values of these forms.
+    """
+    from textgen.runs.checkpoint import TRAINER_NAME
+
+    if (directory / TRAINER_NAME).exists():
+        provenance = read_provenance(directory)
+        datasets = [name for name in (_hub_dataset(provenance), *_base(provenance)["datasets"]) if name]
+        return {"license": _base(provenance)["license"], "datasets": list(dict.fromkeys(datasets))}
+    return _sound_origin(_read_header(directory / CARD_NAME))
+
+
+def _read_header(path: Path) -> dict[str, Any]:
+    """Return the YAML header of a card; empty if there is none, or it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_HEADER_BYTES).decode(errors="replace")
+        header = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
+    except (OSError, yaml.YAMLError, ValueError, IndexError, RecursionError):
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
+def _sound_origin(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return license and names of data that have the form of names on the hub; others are left out."""
+
+    def is_name(value: object) -> bool:
+        return isinstance(value, str) and re.fullmatch(r"[\w][\w./-]{0,99}", value, re.ASCII) is not None
+
+    datasets, license = values.get("datasets"), values.get("license")
+    named = datasets if isinstance(datasets, list) else [datasets]
+    return {"license": license if is_name(license) else None, "datasets": [name for name in named if is_name(name)]}
+
+
+def _base(provenance: Provenance) -> dict[str, Any]:
+    """Return license and data of the model whose weights the training started from, as trainer.json has them."""
+    base = provenance.trainer.get("base")
+    return _sound_origin(base if isinstance(base, dict) else {})
+
+
 # --- the card --------------------------------------------------------------------------------------------------------
 
 
@@ -121,6 +166,7 @@ def build_card(
         languages: the hub's names of languages.
     """
     name = re.sub(r"[^\w .-]", "_", name)
+    license = license or _base(provenance)["license"]
     config = model.config
     layers = "one LSTM layer" if config.num_layers == 1 else f"{config.num_layers} LSTM layers"
     introduction = (
@@ -133,6 +179,7 @@ def build_card(
         introduction,
         _figures(provenance, int8_cost),
         _data(provenance, model.text),
+        _base_section(provenance),
         _samples(provenance),
         _use(provenance, where),
         f"## Limits\n\n{LIMITS}",
@@ -145,7 +192,9 @@ def _header(provenance: Provenance, name: str, license: str | None, languages: S
     """Return the YAML header, made by the hub's client."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    dataset, bits = _hub_dataset(provenance), provenance.validation.get("valid/bits_per_byte")
+    dataset, base = _hub_dataset(provenance), _base(provenance)
+    datasets = list(dict.fromkeys([*([dataset] if dataset else []), *base["datasets"]]))
+    bits = provenance.validation.get("valid/bits_per_byte")
     languages = languages or (["en"] if dataset == IMDB else None)
     result = EvalResult(
         task_type="text-generation",
@@ -161,7 +210,8 @@ def _header(provenance: Provenance, name: str, license: str | None, languages: S
         library_name="textgen",
         pipeline_tag="text-generation",
         tags=["lstm", "language-model"],
-        datasets=[dataset] if dataset else None,
+        datasets=datasets or None,
+        base_model=_base_repository(provenance),
         metrics=["bits_per_byte"] if bits is not None else None,
         model_name=name,
         eval_results=[result] if bits is not None else None,
@@ -225,6 +275,29 @@ def _data(provenance: Provenance, text: Mapping[str, str]) -> str:
             *([f"Documents left out: {dropped}."] if dropped else []),
             *(["All text was lower-cased."] if text.get("normalization") == "lowercase" else []),
         ]
+    )
+
+
+def _base_repository(provenance: Provenance) -> str | None:
+    """Return the hub's name of the base; None if there is no base, or it is on this machine."""
+    source = str((provenance.trainer.get("base") or {}).get("source"))
+    return source.removeprefix(HUB) if re.fullmatch(rf"{HUB}\w[\w.-]*/\w[\w.-]*", source, re.ASCII) else None
+
+
+def _base_section(provenance: Provenance) -> str:
+    """Return what the training started from; a base on this machine has no name for others."""
+    base = provenance.trainer.get("base")
+    if not isinstance(base, dict):
+        return ""
+    repository, origin = _base_repository(provenance), _base(provenance)
+    named = f"`{repository}` of the Hugging Face hub" if repository else "another model"
+    step = f", its step {base['step']:,}" if isinstance(base.get("step"), int) else ""
+    trained = f" It was trained on {', '.join(origin['datasets'])}." if origin["datasets"] else ""
+    licensed = f" Its license is {origin['license']}." if origin["license"] else ""
+    digest = re.sub(r"[^0-9a-f]", "", str(base.get("sha256")))[:64]
+    return (
+        f"## Base\n\nThe training started from the weights of {named}{step}.{trained}{licensed} "
+        f"sha256 of the weights: `{digest}`."
     )
 
 

@@ -220,8 +220,22 @@ class WandbRun:
         for name in ("step", "tokens"):
             self._run.define_metric(name, hidden=True)
         self._run.define_metric("*", step_metric="step")
+        if "base" in self._settings and not self._resumed:
+            self._use_base(self._settings["base"])
         for name in ("train/bits_per_byte", "valid/bits_per_byte"):  # comparable between sizes of batches
             self._run.define_metric(name, step_metric="tokens")
+
+    def _use_base(self, base: Mapping[str, Any]) -> None:
+        """Record the model whose weights the training started from as an artifact that the run uses.
+
+        `use_artifact` does the same, but waits for the server, and refuses an offline run.
+        """
+        import wandb
+
+        artifact = wandb.Artifact(f"base-{base['sha256'][:12]}", type="model", metadata=dict(base))
+        if (directory := Path(base["directory"])).exists():  # a later run of the same training may find it gone
+            artifact.add_reference(directory.resolve().as_uri(), checksum=False)
+        self._run._log_artifact(artifact, aliases=[], is_user_created=True, use_after_commit=True)
 
     def _begin_again(self, number: int) -> None:
         """Begin a new run, without rows, since the run has another row of a number; link the two runs."""

@@ -44,7 +44,7 @@ class Training:
     origin: str | None = None
     """checkpoint of another run that this one started from"""
     base: dict[str, Any] | None = None
-    """the model whose weights this training started from: its name, step and sha256"""
+    """the model whose weights this training started from: its name, folder, step, sha256, license and data"""
     on_row: Callable[[dict[str, float]], None] | None = None
     """called with each row of metrics on the main process"""
     is_trial: bool = False

@@ -1,20 +1,19 @@
 """Starting a new training from the weights of another model, its base: `--init_from`.
 
-Only the base's config.json, model.safetensors and tokenizer.model are read, and of a checkpoint its manifest. A run
-that has a checkpoint continues from it and never looks at the base again.
+Of the base, config.json, model.safetensors and tokenizer.model are read, the header of its card, and of a checkpoint
+its manifest and settings. A run that has a checkpoint continues from it and never looks at the base again.
 """
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from textgen.config import TokenizerConfig, TrainConfig
 from textgen.distributed import launch
@@ -28,6 +27,7 @@ from textgen.model.files import (
     resolve_model_directory,
 )
 from textgen.model.lstm import LSTMLanguageModel
+from textgen.reporting.card import origin_of
 from textgen.runs.checkpoint import MANIFEST_NAME, TRAINER_NAME, checkpoints, find_checkpoint, read_json, verify
 from textgen.settings import complete_record, flatten
 from textgen.tokenizer import MODEL_NAME, Tokenizer
@@ -146,51 +146,67 @@ def start_from_base(training: Training) -> None:
     with (directory / WEIGHTS_NAME).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     step = verify(directory, []).step if (directory / MANIFEST_NAME).exists() else None
-    kept = copy_weights(base, base_tokenizer, model, tokenizer, training.store.unigram_counts)
+    kept = copy_weights(base, base_tokenizer, model, tokenizer)
     if learner.average is not None:
         learner.average.load_state_dict(model.state_dict())
     learner.lane_states = zero_lanes(learner)
-    training.base = {"source": name, "step": step, "sha256": digest, "pieces_kept": kept}
-    launch.assert_same(learner.accelerator, training.base, "the weights to start from")
+    launch.assert_same(learner.accelerator, (step, digest), "the weights to start from")
+    training.base = {
+        "source": name, "directory": str(directory), "step": step, "sha256": digest, "pieces_kept": kept,
+        **origin_of(directory),
+    }  # fmt: skip
     at = "" if step is None else f" step {step}"
     log.info("starting from `%s`%s: %s of %s pieces kept", name, at, f"{kept:,}", f"{tokenizer.vocab_size:,}")
 
 
 @torch.no_grad()
 def copy_weights(
-    base: LSTMLanguageModel,
-    base_tokenizer: Tokenizer,
-    model: LSTMLanguageModel,
-    tokenizer: Tokenizer,
-    unigram_counts: Tensor,
+    base: LSTMLanguageModel, base_tokenizer: Tokenizer, model: LSTMLanguageModel, tokenizer: Tokenizer
 ) -> int:
     """Copy the weights of a model into another one of the same shape, whose tokenizer may be another.
+
+    With another tokenizer, the row of a piece that the base has is copied. The row of another piece is the mean of the
+    rows of the pieces into which the base's tokenizer cuts it. The output bias stays: that of the new text's counts.
 
     Args:
         base: the model to copy from.
         base_tokenizer: of `base`.
-        model: the model whose weights are replaced.
+        model: the model with its initial weights; they are replaced.
         tokenizer: of `model`.
-        unigram_counts: how often each token occurs in the new training text; (vocab_size,).
 
     Returns:
-        The number of pieces that both tokenizers have.
+        The number of pieces of `tokenizer` that the base has too.
     """
     weights = base.state_tensors()
     kept = tokenizer.vocab_size
     if tokenizer.sha256 != base_tokenizer.sha256:
-        raise TextgenError("the tokenizer is another one than the base's")
-    rows = weights.pop("label_embedding.weight", None)
+        sources = piece_sources(base_tokenizer, tokenizer)
+        for name in {"embedding.weight", "output.weight"} & weights.keys():
+            weights[name] = torch.stack([weights[name][ids].mean(0) for ids in sources])
+        weights["output.bias"] = model.output.bias
+        kept = len(set(base_tokenizer.pieces) & set(tokenizer.pieces))
+    weights.pop("label_embedding.weight", None)
     model.load_state_dict(weights, strict=False)
-    _copy_labels(base.labels, rows, model)
+    _copy_labels(base, model, end=tokenizer.eos_id)
     return kept
 
 
-def _copy_labels(base_labels: Sequence[str], rows: Tensor | None, model: LSTMLanguageModel) -> None:
-    """Set the embeddings of the labels that the base has too, and log which ones it has not."""
-    shared = [label for label in model.labels if label in base_labels]
-    if model.label_embedding is not None and rows is not None:
-        for label in shared:
-            model.label_embedding.weight[model.labels.index(label)] = rows[base_labels.index(label)]
-    if model.labels or base_labels:
-        log.info("labels: %d of %d kept; the base has %d", len(shared), model.num_labels, len(base_labels))
+def _copy_labels(base: LSTMLanguageModel, model: LSTMLanguageModel, *, end: int) -> None:
+    """Copy the embeddings of the labels that both have. A new label gets that of end-of-text, whose place it takes."""
+    known = {} if base.label_embedding is None else dict(zip(base.labels, base.label_embedding.weight, strict=True))
+    if model.label_embedding is not None:
+        other = model.embedding.weight[end].cpu()
+        model.label_embedding.weight.copy_(torch.stack([known.get(label, other) for label in model.labels]))
+    if model.labels or base.labels:
+        kept = len(known.keys() & set(model.labels))
+        log.info("labels: %d of %d kept; the base has %d", kept, model.num_labels, len(base.labels))
+
+
+def piece_sources(base: Tokenizer, tokenizer: Tokenizer) -> list[list[int]]:
+    """Return for each piece the ids of a base's pieces that it is made of: one id if the base has the same piece."""
+    known = {piece: i for i, piece in enumerate(base.pieces)}
+    texts = (tokenizer.token_bytes(i).decode(errors="replace") for i in range(tokenizer.vocab_size))
+    return [
+        [known[piece]] if piece in known else base.encode(text) or [base.unk_id]
+        for piece, text in zip(tokenizer.pieces, texts, strict=True)
+    ]
