@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from textgen import hardware
 from textgen.cli import main, train_main
 from textgen.config import Precision
 from textgen.distributed import launch
 from textgen.distributed.launch import resolve_precision
+from textgen.distributed.world import World
+from textgen.errors import TextgenError
 from textgen.hardware import prefers_float16
+from textgen.runs.metrics_file import read_metrics
 
 H100 = {"capability": (9, 0), "multiprocessors": 132}
 V100 = {"capability": (7, 0), "multiprocessors": 80}
@@ -181,3 +185,52 @@ def test_flags_vendor_and_model_are_those_of_the_first_processor(monkeypatch: py
     before = hardware.processor_identity()
     fields["flags"] = ["fpu avx2", "fpu avx2"]
     assert hardware.processor_identity() != before
+
+
+# --- Apple's GPU: rules alone, as nobody has one here ----------------------------------------------------------------
+
+
+def test_apples_gpu_is_used_only_if_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: True)
+    assert launch._choose_device(World(processes=1, machines=1, local_processes=1)) != "mps"
+    monkeypatch.setenv("TEXTGEN_DEVICE", "mps")
+    assert launch._choose_device(World(processes=1, machines=1, local_processes=1)) == "mps"
+    with pytest.raises(TextgenError, match=r"^`TEXTGEN_DEVICE` mps is for one process, and there are 2$"):
+        launch._choose_device(World(processes=2, machines=1, local_processes=2))
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    for device, line in (
+        ("mps", "`TEXTGEN_DEVICE` is mps, and torch finds no GPU of Apple here"),
+        ("tpu", "`TEXTGEN_DEVICE` must be `mps`, Apple's GPU, or not set: tpu"),
+    ):
+        monkeypatch.setenv("TEXTGEN_DEVICE", device)
+        for command in (
+            ["sample", str(tiny_run), "--prompt", "a"],
+            ["evaluate", str(tiny_run), "--data", "validation"],
+        ):
+            with pytest.raises(SystemExit):
+                main(command)
+            assert capsys.readouterr().err.splitlines()[-1] == f"error: {line}"
+
+
+def test_apples_gpu_computes_in_float32() -> None:
+    assert launch._precision_of_mps(None, None) == launch._precision_of_mps("auto", "no") == "no"
+    for flag, environment in (("bf16", None), (None, "bf16")):
+        with pytest.raises(TextgenError, match=r"^mixed_precision bf16 is not for `TEXTGEN_DEVICE` mps: leave it out$"):
+            launch._precision_of_mps(flag, environment)  # type: ignore[arg-type]
+
+
+def test_losses_summed_without_float64_are_the_same_up_to_rounding(
+    monkeypatch: pytest.MonkeyPatch, tiny_flags: list[str], tiny_run: Path, tmp_path: Path
+) -> None:
+    assert hardware.sum_dtype(torch.device("mps")) == torch.float32
+    assert hardware.sum_dtype(torch.device("cpu")) == torch.float64
+    for module in ("training.setup", "training.loop", "evaluation"):
+        monkeypatch.setattr(f"textgen.{module}.sum_dtype", lambda _: torch.float32)
+    train_main([*tiny_flags, "--run_dir", str(tmp_path)])
+    wanted, found = (
+        [row[name] for row in read_metrics(run) for name in ("train/loss", "valid/loss") if name in row]
+        for run in (tiny_run, tmp_path)
+    )
+    assert found == pytest.approx(wanted, rel=1e-6)

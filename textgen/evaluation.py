@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from textgen.console import Progress
 from textgen.data.store import Split
+from textgen.hardware import sum_dtype
 from textgen.model.lstm import LSTMLanguageModel
 
 Tokens = NDArray[np.integer[Any]]
@@ -99,7 +100,7 @@ def score(
     model.eval()
     order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
     batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    nats = torch.zeros((), dtype=torch.float64, device=accelerator.device)
+    nats = torch.zeros((), dtype=sum_dtype(accelerator.device), device=accelerator.device)
     own = batches[accelerator.process_index :: accelerator.num_processes]
     rounds = math.ceil(len(batches) / accelerator.num_processes)
     with Progress("scored batch", rounds, show=progress) as bar:
@@ -121,11 +122,11 @@ def score(
 def _score_batch(
     accelerator: Accelerator, model: LSTMLanguageModel, documents: list[Tokens], first: list[int]
 ) -> torch.Tensor:
-    """Return the summed nats of documents sorted by falling length: a float64 scalar."""
+    """Return the summed nats of documents sorted by falling length: a scalar of `sum_dtype`."""
     device = accelerator.device
     longest = len(documents[0])
     state = model.zero_state(len(documents))
-    nats = torch.zeros((), dtype=torch.float64, device=device)
+    nats = torch.zeros((), dtype=sum_dtype(device), device=device)
     for start in range(0, longest, SCORE_WINDOW):
         rows = sum(len(d) > start for d in documents)  # the shorter ones have ended
         state = (state[0][:, :rows], state[1][:, :rows])

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import platform
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from textgen.errors import TextgenError
 
 if TYPE_CHECKING:
     import torch
@@ -71,6 +74,31 @@ def keep_freed_memory() -> None:
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(trim_threshold, 2**31 - 1)
         mallopt(mmap_max, 0)
+
+
+# --- Apple's GPU ------------------------------------------------------------------------------------------------------
+
+
+def wants_mps() -> bool:
+    """Return whether the user asks for Apple's GPU, by `TEXTGEN_DEVICE=mps`. It is not tried, so it is not a default.
+
+    Raises:
+        TextgenError: the variable names another device, or torch finds no such GPU.
+    """
+    import torch
+
+    if (device := os.environ.get("TEXTGEN_DEVICE", "")) not in ("", "mps"):
+        raise TextgenError(f"`TEXTGEN_DEVICE` must be `mps`, Apple's GPU, or not set: {device}")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise TextgenError("`TEXTGEN_DEVICE` is mps, and torch finds no GPU of Apple here")
+    return device == "mps"
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which losses are summed: float64, or float32 on Apple's GPU, which has no float64."""
+    import torch
+
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 # --- precision -------------------------------------------------------------------------------------------------------

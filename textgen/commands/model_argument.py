@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from textgen.commands.parsing import Parser
 from textgen.config import DecoderName
+from textgen.hardware import wants_mps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -73,7 +74,7 @@ def open_model(name: str | Path, *, best: bool, accelerator: Accelerator | None 
 
     checkpoint = find_checkpoint(name, best=best, files=MODEL_FILES)
     if accelerator is None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("mps" if wants_mps() else "cuda" if torch.cuda.is_available() else "cpu")
     else:
         from textgen.distributed.launch import assert_same  # imports accelerate, which not every command needs
 

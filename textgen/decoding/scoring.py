@@ -85,7 +85,7 @@ def read_windows(
         targets = tokens[first + 1 + skipped : first + 1 + len(window)]  # (scored,)
         top = logprobs.topk(min(num_top, logprobs.shape[-1]))
         drawn = logprobs.gather(1, targets[:, None])[:, 0]
-        yield Window(lstm_state, drawn.double().cpu(), top.values.cpu(), top.indices.cpu())
+        yield Window(lstm_state, drawn.cpu().double(), top.values.cpu(), top.indices.cpu())
 
 
 def token_logprobs(

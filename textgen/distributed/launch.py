@@ -6,6 +6,7 @@ import hashlib
 import os
 import socket
 from datetime import timedelta
+from typing import Literal
 
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
@@ -16,7 +17,7 @@ from textgen.config import ModelConfig, Precision
 from textgen.distributed.signals import Interrupted, StopSignals
 from textgen.distributed.world import World, env_flag, promised_gpus, promised_world, read_launch
 from textgen.errors import TextgenError, first_line
-from textgen.hardware import has_bfloat16, has_float16, keep_freed_memory, prefers_float16
+from textgen.hardware import has_bfloat16, has_float16, keep_freed_memory, prefers_float16, wants_mps
 
 LSTM_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of an LSTM's computation for each mixed_precision of accelerate."""
@@ -55,14 +56,18 @@ def start(
     if launch is not None and launch.use_cpu:  # accelerate passes this on to single processes only
         os.environ["ACCELERATE_USE_CPU"] = "true"
     _check_batch(world, batch_size, gradient_accumulation_steps)
-    use_cpu = _choose_device(world)
+    device = _choose_device(world)
+    use_cpu = device == "cpu"
     rows = batch_size // (world.processes * gradient_accumulation_steps) if batch_size is not None else None
-    persistent = not use_cpu and has_persistent_kernel(model, rows=rows, seq_len=seq_len)
+    persistent = device == "cuda" and has_persistent_kernel(model, rows=rows, seq_len=seq_len)
     environment = os.environ.get("ACCELERATE_MIXED_PRECISION")
-    precision = resolve_precision(mixed_precision, environment, use_cpu=use_cpu, persistent=persistent)
-    _configure_torch(precision, use_cpu=use_cpu, deterministic=deterministic)
+    if device == "mps":
+        precision = _precision_of_mps(mixed_precision, environment)
+    else:
+        precision = resolve_precision(mixed_precision, environment, use_cpu=use_cpu, persistent=persistent)
+    _configure_torch(precision, use_cuda=device == "cuda", deterministic=deterministic)
     accelerator = _build_accelerator(precision, processes=world.processes, use_cpu=use_cpu, timeout=timeout)
-    _assert_promised(accelerator, world.processes, "cpu" if use_cpu else "cuda", precision)
+    _assert_promised(accelerator, world.processes, device, precision)
     return accelerator
 
 
@@ -88,12 +93,17 @@ def _check_batch(world: World, batch_size: int | None, gradient_accumulation_ste
     os.environ.pop("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", None)
 
 
-def _choose_device(world: World) -> bool:
-    """Return whether the processes compute on CPUs.
+def _choose_device(world: World) -> Literal["cpu", "cuda", "mps"]:
+    """Return the device on which the processes compute.
 
     Raises:
-        TextgenError: GPUs are promised but torch finds none, or this machine has fewer GPUs than processes.
+        TextgenError: GPUs are promised but torch finds none, this machine has fewer GPUs than processes, or several
+            processes want Apple's GPU.
     """
+    if wants_mps():
+        if world.processes > 1:
+            raise TextgenError(f"`TEXTGEN_DEVICE` mps is for one process, and there are {world.processes}")
+        return "mps"
     use_cpu = not torch.cuda.is_available() or env_flag(os.environ, "ACCELERATE_USE_CPU")
     if use_cpu and (gpus := promised_gpus(os.environ)) is not None:
         raise TextgenError(
@@ -111,12 +121,24 @@ def _choose_device(world: World) -> bool:
             f"{world.local_processes} processes on this machine, but {torch.cuda.device_count()} GPUs: launch one "
             "process per GPU, or set ACCELERATE_USE_CPU=true"
         )
-    return use_cpu
+    return "cpu" if use_cpu else "cuda"
 
 
-def _configure_torch(precision: str, *, use_cpu: bool, deterministic: bool) -> None:
+def _precision_of_mps(flag: Precision | None, environment: str | None) -> str:
+    """Return the precision on Apple's GPU, where textgen computes in float32 alone.
+
+    Raises:
+        TextgenError: another precision is asked for.
+    """
+    precision = environment if flag in (None, "auto") else flag
+    if precision not in (None, "no"):
+        raise TextgenError(f"mixed_precision {precision} is not for `TEXTGEN_DEVICE` mps: leave it out")
+    return "no"
+
+
+def _configure_torch(precision: str, *, use_cuda: bool, deterministic: bool) -> None:
     """Set torch's process-wide switches for a device and a precision."""
-    if use_cpu:
+    if not use_cuda:
         keep_freed_memory()
         return
     if precision == "no":

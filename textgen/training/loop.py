@@ -26,6 +26,7 @@ from textgen.distributed import launch
 from textgen.distributed.signals import Interrupted, StopSignals
 from textgen.errors import DivergedError, TextgenError
 from textgen.files import write_atomic
+from textgen.hardware import sum_dtype
 from textgen.reporting.report import leave_report
 from textgen.runs.checkpoint import Saver, checkpoint_path
 from textgen.runs.directory import DATA_NAME, SETTINGS_NAME, RunDirectory
@@ -307,7 +308,9 @@ def describe_nonfinite(learner: Learner, per_epoch: int) -> str:
         for lanes, nats in record.parts:
             wrong = [float(value is not None and not value.isfinite()) for value in (nats, record.norm)]
             rows.append([float(record.step + 1), float(lanes.min()), float(lanes.max()), *wrong])
-    everyone = accelerator.gather(torch.tensor(rows, dtype=torch.float64, device=accelerator.device)).tolist()
+    everyone = accelerator.gather(
+        torch.tensor(rows, dtype=sum_dtype(accelerator.device), device=accelerator.device)
+    ).tolist()
     first = int(min((row[0] for row in everyone if row[3] or row[4]), default=step))
     of_step = [row for row in everyone if row[0] == first]
     wrong_loss = [row for row in of_step if row[3]]

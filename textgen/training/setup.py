@@ -19,6 +19,7 @@ from textgen.data.store import TokenStore
 from textgen.distributed.launch import LSTM_DTYPES
 from textgen.distributed.signals import StopSignals
 from textgen.errors import TextgenError
+from textgen.hardware import sum_dtype
 from textgen.kernels.capture import CudaCapture, Replay
 from textgen.model.lstm import LSTMLanguageModel, State
 from textgen.runs.checkpoint import Saver
@@ -36,8 +37,8 @@ class Training:
     loader: StepLoader
     stop: StopSignals
     nats: Tensor
-    """float64 scalar: of this process, since the last row of metrics. Sums of float32 values are exact in it, so a row
-    does not depend on the order of summation or on a resume"""
+    """scalar of `sum_dtype`: of this process, since the last row of metrics. Sums of float32 values are exact in
+    float64, so a row does not depend on the order of summation or on a resume"""
     saver: Saver | None = None
     """of the main process"""
     wandb_id: str | None = None
@@ -70,7 +71,7 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop
         store=store,
         loader=StepLoader(config, accelerator, store.split("train")),
         stop=stop,
-        nats=torch.zeros((), dtype=torch.float64, device=accelerator.device),
+        nats=torch.zeros((), dtype=sum_dtype(accelerator.device), device=accelerator.device),
     )
 
 
