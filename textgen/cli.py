@@ -22,7 +22,7 @@ from textgen.commands.train import train_command
 from textgen.console import use_utf8
 from textgen.distributed.signals import Interrupted, end_siblings, end_with_launcher
 from textgen.distributed.world import slurm_variables
-from textgen.errors import user_error
+from textgen.errors import TextgenError, user_error
 
 # Command NAME is the function NAME_command of textgen/commands/NAME.py.
 COMMAND_GROUPS = {
@@ -74,6 +74,7 @@ def run(action: Callable[[], None]) -> None:
 def _try(action: Callable[[], None]) -> None:
     """Run a command; an error that the user can correct becomes one line and exit code 2."""
     try:
+        _require_current_folder()
         os.environ.update(slurm_variables(os.environ))
         action()
     except (Interrupted, KeyboardInterrupt) as interrupted:
@@ -87,6 +88,14 @@ def _try(action: Callable[[], None]) -> None:
         if (line := user_error(error)) is None:
             _crash()
         fail(line)
+
+
+def _require_current_folder() -> None:
+    """Raise TextgenError if the current folder was deleted: torch would end the process while it is imported."""
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise TextgenError("the current folder was deleted: change to another one") from error
 
 
 def _crash() -> NoReturn:

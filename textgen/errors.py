@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 
-# Errors of the disk and of permissions: the user can correct them.
+# Errors of the disk and of permissions: the user can correct them. ENOENT: a file system without new files, such as
+# /proc, or a folder that was deleted.
 DISK_ERRORS = (
-    errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR,
-    errno.EIO, errno.ESTALE, errno.EEXIST,
+    errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR,
+    errno.EISDIR, errno.EIO, errno.ESTALE, errno.EEXIST,
 )  # fmt: skip
 
 

@@ -128,7 +128,7 @@ def test_flag_without_a_value_and_stray_words_are_refused(refuse_training: Refus
     assert refuse_training("--seed", "1", "2") == "unexpected argument `2`"
     assert refusal(lambda: main(["sample"]), capsys) == "an argument is missing: `checkpoint`"
     wanted = refusal(lambda: main([]), capsys)
-    assert wanted.startswith("`textgen` wants one of `train`, `prepare`, `submit`, `doctor`, ")
+    assert wanted.startswith("`textgen` wants one of `train`, `prepare`, `tune`, `submit`, `doctor`, ")
     assert refusal(lambda: main(["sampel"]), capsys) == f"{wanted}: sampel"
 
 
@@ -412,6 +412,28 @@ def test_full_disk_while_text_is_encoded_leaves_no_part_of_a_store(
     cache = small_disk("24k") / "cache"
     assert refuse_training("--data.cache_dir", str(cache)).startswith("No space left on device")
     assert [path.name for path in cache.iterdir()] == ["prepare.lock"]
+
+
+def test_a_file_system_without_new_files_is_refused(tiny_flags: list[str], capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as end:
+        train_main([*tiny_flags, "--run_dir", "/proc/run"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: No such file or directory: `/proc/run`"
+
+
+def test_a_current_folder_that_was_deleted_is_refused(tmp_path: Path) -> None:
+    program = f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); os.rmdir(os.getcwd()); "
+    program += "from textgen.cli import main; main(['sample', 'runs/a'])"
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path / "gone", capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: the current folder was deleted: change to another one\n")
+
+
+def test_an_error_with_the_name_of_a_file_is_one_line(tmp_path: Path, capsys: Capture) -> None:
+    with pytest.raises(SystemExit):
+        main(["verify", str(tmp_path / "a\nb\rc")])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "a\\nb\\rc" in line
 
 
 def test_run_directory_that_cannot_be_made_is_refused(tiny_flags: list[str], tmp_path: Path, capsys: Capture) -> None:

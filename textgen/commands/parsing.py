@@ -67,6 +67,7 @@ def fail(message: str) -> NoReturn:
     if rank != "0":
         time.sleep(PEER_WAIT_SECONDS)
         message = f"process {rank}: {message}"
+    message = message.replace("\n", "\\n").replace("\r", "\\r")  # of a file name: an error is one line
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(2)
 
