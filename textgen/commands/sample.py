@@ -31,7 +31,6 @@ from textgen.commands.prompts import (
     read_prompts,
     require_drawable,
     require_text,
-    with_labels,
 )
 from textgen.commands.state_argument import add_state_arguments, keep_state, open_state, require_readable
 from textgen.config import SamplingConfig
@@ -85,12 +84,10 @@ def sample_command(argv: Sequence[str]) -> None:
     setup_logging(main=True)
     opened, decoder = open_decoder(args.checkpoint, args.decoder, best=args.best)
     require_drawable(config, opened.tokenizer)
-    prompts = with_labels(prompts, args.label, opened.model)
-    require_readable(args, prompts)
     read = open_state(args.state, opened, decoder)
     before = "" if read is None else read.text
     if args["save_state"] is not None:
-        read = keep_state(args["save_state"], prompts[0], read, opened, decoder)
+        read = keep_state(args["save_state"], prompts[0].text, read, opened, decoder)
     prompts = [normalize_prompt(prompt, opened.normalization, opened.tokenizer, before=before) for prompt in prompts]
     num_samples: int = args.num_samples
 
@@ -102,7 +99,6 @@ def sample_command(argv: Sequence[str]) -> None:
         if args.batch_file is not None:
             settings = [_settings_record(config), args.num_samples, args.best_of, args.decoder]
             settings += [hashlib.sha256(before.encode()).hexdigest()] if before else []
-            settings += [args.label] if args.label else []
             origin = origin_of(raw, settings, opened.directory)
             if len({(prompt.whole, prompt.config) for prompt in prompts}) < len(prompts):
                 # An earlier version drew equal samples for equal prompts: its files must not be continued.
@@ -130,13 +126,6 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
         action="append",
         help="text to continue; can be given several times; '' starts a new text. Without a prompt, standard input is "
         "read unless it is a terminal",
-    )
-    parser.add_argument(
-        "--label",
-        nargs="+",
-        action="extend",
-        metavar="LABEL",
-        help="label of the texts, of a model with labels; several labels continue each prompt with each of them",
     )
     parser.add_argument(
         "--prompt_file", help="file with a prompt; a last line break is not part of it; - is standard input"
@@ -186,7 +175,6 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
     for name, least in (("num_samples", args["save_state"] is None), ("batch_size", 1)):
         if args[name] < least:
             parser.error(f"`{name}` must be at least {least:d}: {args[name]}")
-    args.label = [decode_text(os.fsencode(label), "`--label`") for label in args.label or ()]
     if args.best_of is not None and args.best_of < args.num_samples:
         parser.error(f"`best_of` must be at least `num_samples` {args.num_samples}: {args.best_of}")
     if args.best_of is not None and args.num_samples == 0:
@@ -266,8 +254,8 @@ class _Sampler:
             return prompt.config
 
         # All prompts are numbered, also those whose samples an earlier run has drawn: the numbers count equal prompts.
-        entries = ((prompt.whole, config_of(prompt), prompt.label) for prompt in self._prompts)
-        return number_requests(entries, self._drawn, read=self._read)
+        prompts = ((prompt.whole, config_of(prompt)) for prompt in self._prompts)
+        return number_requests(prompts, self._drawn, read=self._read)
 
     def groups(self, skip: int = 0) -> Iterator[list[Sample]]:
         """Yield the samples of each group, in order, except the first `skip` groups.
@@ -310,7 +298,6 @@ class _Sampler:
 def _record(sample: Sample, prompt: Prompt) -> dict[str, Any]:
     """Return a sample as a JSON object."""
     record: dict[str, Any] = {} if prompt.id is None else {"id": prompt.id}
-    record |= {} if prompt.label is None else {"label": prompt.label}
     record["prompt"] = prompt.text  # without the text of `--state`
     record |= {name: getattr(sample, name) for name in ("number", "text", "num_tokens", "finished")}
     if prompt.config.stop:

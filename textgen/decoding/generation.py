@@ -137,28 +137,27 @@ def generate(
 
 
 def number_requests(
-    prompts: Iterable[tuple[str, SamplingConfig] | tuple[str, SamplingConfig, str | None]],
+    prompts: Iterable[tuple[str, SamplingConfig]],
     num_samples: int,
     *,
     read: ReadState | None = None,
 ) -> Iterator[Request]:
     """Yield the requests for `num_samples` samples of each prompt of a list, in order.
 
-    Sample i of a prompt has the number `num_samples` x (earlier entries that are equal) + i. So a prompt that is in
-    the list k times has k different texts: those of one entry with k times `num_samples`.
+    Sample i of a prompt has the number `num_samples` x (earlier entries with the same prompt and settings) + i. So a
+    prompt that is in the list k times has k different texts: those of one entry with k times `num_samples`.
 
     Args:
-        prompts: texts and settings, and a label if the text has one.
+        prompts: texts and settings.
         num_samples: of each prompt.
         read: a text that was read earlier, with which the prompts begin.
     """
-    earlier: Counter[tuple[str, SamplingConfig, str | None]] = Counter()
-    for prompt, config, *rest in prompts:
-        label = rest[0] if rest else None
-        first = num_samples * earlier[prompt, config, label]
-        earlier[prompt, config, label] += 1
+    earlier: Counter[tuple[str, SamplingConfig]] = Counter()
+    for prompt, config in prompts:
+        first = num_samples * earlier[prompt, config]
+        earlier[prompt, config] += 1
         for i in range(num_samples):
-            yield Request(prompt, config, first + i, read=read, label=label)
+            yield Request(prompt, config, first + i, read=read)
 
 
 def sample_all(

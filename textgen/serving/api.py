@@ -22,7 +22,6 @@ from textgen.config import SamplingConfig
 from textgen.data.corpus import normalize
 from textgen.decoding.decoders import PREFILL_WINDOW
 from textgen.decoding.generation import number_requests, require_drawable
-from textgen.errors import TextgenError
 from textgen.serving.completion import EventStream, PendingChoice, PendingCompletion, cancel_on_disconnect
 from textgen.serving.description import describe_api
 from textgen.serving.prompts import (
@@ -109,7 +108,6 @@ class Api:
             "parent": None,
             "max_model_len": limits.max_model_len,
             "max_tokens": limits.max_tokens,
-            "labels": list(scheduler.labels),
         }
 
     def app(self) -> Starlette:
@@ -203,16 +201,12 @@ class Api:
         """Return a completion that is not started.
 
         Raises:
-            ApiError: a prompt has too many tokens, an id is not in the vocabulary, or the label is unknown.
+            ApiError: a prompt has too many tokens, or an id is not in the vocabulary.
         """
         tokenizer, num_drawn = self._scheduler.tokenizer, request.num_samples
-        try:
-            begin = self._scheduler.begin_id(request.label)
-        except TextgenError as error:
-            raise ApiError(400, f"`label`: {error}"[:1000], param="label") from None
         completion = PendingCompletion(self._name, self._scheduler, n=request.n or 1, num_drawn=num_drawn)
-        prompts = read_prompts(request, tokenizer, self._normalization, self._limits, begin=begin)
-        samples = number_requests(((prompt.text, config, request.label) for prompt in prompts), num_drawn)
+        prompts = read_prompts(request, tokenizer, self._normalization, self._limits)
+        samples = number_requests(((prompt.text, config) for prompt in prompts), num_drawn)
         for prompt in prompts:
             completion.num_prompt_tokens += len(prompt.tokens)
             scored = PromptReader(prompt, tokenizer.bos_id, request.logprobs) if request.scores_prompts else None
@@ -301,9 +295,7 @@ class Api:
 
     async def openapi(self, _: Request) -> Response:
         """Describe the API."""
-        return JSONResponse(
-            describe_api(self._name, self._limits, self._scheduler.tokenizer.vocab_size, self._scheduler.labels)
-        )
+        return JSONResponse(describe_api(self._name, self._limits, self._scheduler.tokenizer.vocab_size))
 
 
 def _static_route(path: str, name: str, media_type: str) -> Route:

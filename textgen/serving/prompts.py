@@ -26,18 +26,14 @@ class Prompt:
     """as the request gives them: with begin-of-text only if the request names it"""
     echo: str
     """returned before the sample, if the request asks for it"""
-    begin: int
-    """the first input: begin-of-text, or that of the request's label"""
 
     def ids(self, bos_id: int) -> list[int]:
-        """Return what the model reads: the first input, once, in place of begin-of-text."""
-        return [self.begin, *(self.tokens[1:] if self.tokens[:1] == [bos_id] else self.tokens)]
+        """Return what the model reads: begin-of-text first, once."""
+        return self.tokens if self.tokens[:1] == [bos_id] else [bos_id, *self.tokens]
 
 
-def read_prompts(
-    request: CompletionRequest, tokenizer: Tokenizer, normalization: str, limits: Limits, *, begin: int
-) -> list[Prompt]:
-    """Return a request's prompts, which begin with the input `begin`.
+def read_prompts(request: CompletionRequest, tokenizer: Tokenizer, normalization: str, limits: Limits) -> list[Prompt]:
+    """Return a request's prompts.
 
     Raises:
         ApiError: a prompt has too many tokens, or an id is not in the vocabulary.
@@ -61,7 +57,7 @@ def read_prompts(
         if len(tokens) > limits.max_prompt_tokens:
             message = f"`{name}` has {len(tokens)} tokens; at most {limits.max_prompt_tokens}"
             raise too_long(f"{message}, by the server's flag `--max_prompt_tokens`", name)
-        prompts.append(Prompt(text, tokens, echo if request.echo else "", begin))
+        prompts.append(Prompt(text, tokens, echo if request.echo else ""))
     total = sum(len(prompt.tokens) for prompt in prompts)
     if request.scores_prompts and total > limits.max_scored_tokens:
         message = f"`prompt` has {total} tokens in all; at most {limits.max_scored_tokens} with `echo` and `logprobs`"

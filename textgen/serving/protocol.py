@@ -212,9 +212,6 @@ class CompletionRequest(UnsupportedFields):
         | None,
         BeforeValidator(_check_prompt),
     ] = Field(None, description="texts or token ids; an absent or empty prompt starts a text")
-    label: Annotated[str, Field(max_length=1000)] | None = Field(
-        None, description="label of the text, of a model with labels; an extension"
-    )
     n: int | None = Field(None, ge=1, le=MAX_N, description="samples of each prompt; default 1")
     best_of: int | None = Field(
         None, ge=1, le=MAX_N, description="samples to draw of each prompt, of which the `n` likeliest are returned"

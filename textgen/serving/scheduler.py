@@ -25,7 +25,6 @@ from textgen.decoding.generation import (
     RunningSample,
     Sample,
     TokenLogprobs,
-    begin_id,
     reads_alone,
 )
 from textgen.serving.prompts import PromptReader
@@ -122,7 +121,6 @@ class Scheduler:
     def __init__(self, decoder: Decoder, tokenizer: Tokenizer, *, batch_size: int, max_waiting: int) -> None:
         self.tokenizer, self.max_waiting, self.num_tokens, self.num_read_tokens = tokenizer, max_waiting, 0, 0
         self._decoder, self._batch_size = decoder, batch_size
-        self.labels = decoder.model.labels
         # Any thread may read or change these two while it holds the condition.
         self._changed = threading.Condition()
         self._waiting: deque[Stream] = deque()
@@ -163,10 +161,6 @@ class Scheduler:
         """Wait at most `seconds` for the decoding thread to end."""
         self._thread.join(seconds)
 
-    def begin_id(self, label: str | None) -> int:
-        """Return the first input of a text with a label; raise TextgenError if the model does not know it."""
-        return begin_id(self._decoder.model, self.tokenizer, label)
-
     def new_stream(
         self, request: Request, ids: list[int], owner: Any, *, reader: PromptReader | None, reads_only: bool = False
     ) -> Stream:
@@ -174,7 +168,7 @@ class Scheduler:
 
         Args:
             request: its prompt is normalized.
-            ids: the first input and the prompt's tokens.
+            ids: begin-of-text and the prompt's tokens.
             owner: identifies the sample for the caller.
             reader: of a prompt that is scored or longer than a window.
             reads_only: whether the sample ends when the prompt is read.
