@@ -305,6 +305,19 @@ def test_a_model_goes_to_the_hub_and_comes_back_the_same(
     assert read_model("hub:me/reviews").config.hidden_size == 32
 
 
+def test_a_training_starts_from_a_model_of_the_hub(
+    hub: ThreadingHTTPServer, tiny_run: Path, tiny_flags: list[str], tmp_path: Path
+) -> None:
+    main(["publish", str(tiny_run), "--to", "hub:me/reviews", "--license", "mit"])
+    run, out = tmp_path / "run", tmp_path / "out"
+    main(["train", *tiny_flags, "--run_dir", str(run), "--init_from", "hub:me/reviews", "--max_steps", "1"])
+    repositories(hub).clear()
+    main(["publish", str(run), "--to", str(out)])
+    card = ModelCard((out / "README.md").read_text())
+    assert (card.data.base_model, card.data.license) == ("me/reviews", "mit")
+    assert "from the weights of `me/reviews` of the Hugging Face hub" in card.text
+
+
 def test_a_repository_keeps_its_visibility_and_loses_an_old_decoder(
     hub: ThreadingHTTPServer, tiny_run: Path, capsys: Capture
 ) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from tests.faults.jobs import Job, assert_as_if_nothing_had_happened, fault, finish
+
 Launch = Callable[..., list[dict[str, Any]]]
 
 pytestmark = pytest.mark.slow
@@ -27,17 +29,35 @@ def test_resume_on_two_processes_is_bitwise(launch_training: Launch) -> None:
     assert losses(rows) == losses(whole)
 
 
-def test_a_training_from_a_base_keeps_both_laws(launch_training: Launch, tmp_path: Path) -> None:
-    """Two processes have the losses of one. Resumed, bit for bit the same ones, with the base gone."""
+def test_two_processes_from_a_base_have_the_losses_of_one(launch_training: Launch, tmp_path: Path) -> None:
     base = tmp_path / "base"
     launch_training(str(base), "--max_steps", "5")
-    flags = ("--init_from", str(base), "--tokenizer.vocab_size", "900", *FLAGS)
-    one = losses(launch_training("from-base-1", "--max_steps", "20", *flags))
-    whole = losses(launch_training("from-base-2", "--max_steps", "20", *flags, processes=2))
-    assert max(abs(a / b - 1) for a, b in zip(one, whole, strict=True)) <= 1e-5
-    launch_training("from-base-parts", "--max_steps", "7", *flags, processes=2)
+    flags = ("--init_from", str(base), "--tokenizer.vocab_size", "900", "--max_steps", "20", *FLAGS)
+    one = losses(launch_training("from-base-1", *flags))
+    two = losses(launch_training("from-base-2", *flags, processes=2))
+    assert max(abs(a / b - 1) for a, b in zip(one, two, strict=True)) <= 1e-5
+
+
+def test_a_killed_labelled_training_from_a_base_ends_as_an_untouched_one(
+    tiny_flags: list[str], tiny_run: Path, reviews_file: Path, tmp_path: Path
+) -> None:
+    """Two processes, one of them killed between two checkpoints; then the base is gone. All is the same bit for bit."""
+    base, labelled = shutil.copytree(tiny_run, tmp_path / "base"), tmp_path / "labelled.jsonl"
+    texts = [json.loads(line)["text"] for line in reviews_file.read_text().splitlines()]
+    rows = (json.dumps({"text": text, "label": "good" if "won" in text else "bad"}) for text in texts)
+    labelled.write_text("\n".join(rows))
+    flags = [
+        *tiny_flags, "--data.files", str(labelled), "--data.label_column", "label", "--init_from", str(base),
+        "--model.dropout", "0.1", "--ema_decay", "0.9", "--max_steps", "12", "--evaluate_every", "6", "--save_every",
+        "3", "--log_every", "1", "--sample_tokens", "4",
+    ]  # fmt: skip
+    finish(flags, tmp_path / "whole", processes=2)
+    killed = Job(flags, tmp_path / "parts", fault("signal 9", at="stepping", call=6, rank=1), processes=2)
+    assert killed.end() != 0
+    killed.kill()
     shutil.rmtree(base)
-    assert losses(launch_training("from-base-parts", "--max_steps", "20", *flags, processes=2)) == whole
+    finish(flags, tmp_path / "parts", processes=2)
+    assert_as_if_nothing_had_happened(tmp_path / "parts", tmp_path / "whole")
 
 
 def test_any_number_of_processes_goes_on_from_any_other(launch_training: Launch, tmp_path: Path) -> None:

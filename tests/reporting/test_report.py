@@ -20,8 +20,8 @@ import pytest
 
 from tests.forking import run_script
 from textgen.cli import main
-from textgen.commands.parsing import parse_train_config
-from textgen.config import TrainConfig
+from textgen.commands.parsing import parse_train_config, take_base
+from textgen.config import TokenizerConfig, TrainConfig
 from textgen.reporting.charts import MOST_POINTS, make_chart, thin, ticks
 from textgen.reporting.charts import Curve as ChartCurve
 from textgen.reporting.report import leave_report, write_report
@@ -206,6 +206,16 @@ def test_command_makes_the_same_run_again(copy: Copy, tmp_path: Path) -> None:
     assert (again.max_minutes, again.max_steps) == (None, 4)
     same = {"run_dir": "", "max_minutes": None, "max_steps": None}
     assert TrainConfig(**vars(again) | same | {"run_dir": "x"}) == TrainConfig(**vars(made) | same | {"run_dir": "x"})
+
+
+def test_command_of_a_run_with_a_base_keeps_its_own_tokenizer(copy: Copy, tiny_run: Path) -> None:
+    run = copy("run")
+    config = run / "config.yaml"
+    text = config.read_text().replace("init_from: null", f"init_from: {tiny_run}")
+    config.write_text(text.replace("vocab_size: 340", "vocab_size: 400"))
+    (command,) = re.findall(r"train_distributed.py (.*)", report(run).text)
+    argv = shlex.split(command)
+    assert take_base(parse_train_config(argv), argv).tokenizer == TokenizerConfig(vocab_size=400)
 
 
 # --- texts are texts -------------------------------------------------------------------------------------------------

@@ -393,6 +393,10 @@ def _training_commands(run: RunFiles) -> str:
     if summary.settings.get("mixed_precision") is not None:
         command += f" --mixed_precision {shlex.quote(str(summary.settings['mixed_precision']))}"
     # With `max_minutes` the number of steps depends on the clock.
+    if summary.settings.get("init_from") is not None:  # whose model decides these settings of a config file
+        own = () if summary.settings.get("tokenizer.path") else ("tokenizer.vocab_size", "tokenizer.model_type")
+        for name in ("data.normalization", *own):
+            command += f" --{name} {shlex.quote(str(summary.settings[name]))}"
     if summary.settings.get("max_minutes") is not None and summary.total_steps:
         command += f" --max_minutes null --max_steps {summary.total_steps}"
     return "\n".join([*lines, f"{command} --run_dir runs/again"])
