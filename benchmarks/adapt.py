@@ -203,7 +203,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for moment, bits in score.items():
                     figures[way][moment].append(bits)
                 print(f"seed {seed}, {way}: {score}", flush=True)
-            save(args.name, {"steps": args.steps, "seeds": args.seeds, "ways": figures})
+                save(args.name, {"steps": args.steps, "seeds": args.seeds, "ways": figures})
     print("\n".join(as_line(way, scores) for way, scores in figures.items()))
 
 

@@ -181,6 +181,11 @@ def test_a_base_that_cannot_be_used_is_refused(
     save_file(weights, published / "model.safetensors")
     line = refusal([*flags, "--init_from", str(published)], capsys)
     assert line == f"`{published / 'model.safetensors'}` has weights that are not finite"
+    config = json.loads((published / "config.json").read_text())
+    config["text"]["normalization"] = "rot13"
+    (published / "config.json").write_text(json.dumps(config))
+    line = refusal([*flags, "--init_from", str(published)], capsys)
+    assert line == f"`{published}`: `data.normalization` must be one of `none`, `lowercase`: rot13"
     assert not (tmp_path / "run").exists()
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Collection
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from textgen.model.files import (
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.reporting.card import origin_of
 from textgen.runs.checkpoint import MANIFEST_NAME, TRAINER_NAME, checkpoints, find_checkpoint, read_json, verify
-from textgen.settings import complete_record, flatten
+from textgen.settings import build_settings, complete_record, flatten
 from textgen.tokenizer import MODEL_NAME, Tokenizer
 from textgen.training.setup import Training
 from textgen.training.step import zero_lanes
@@ -79,7 +79,7 @@ def settings_from_base(config: TrainConfig, *, given: Collection[str], from_file
             )
     if unused := [f"`{name}` {current[name]}" for name in differing if name in from_files]:
         log.info("`%s` decides shape and tokenizer, so these settings are not used: %s", where, ", ".join(unused))
-    return _replace(config, differing)
+    return _replace(config, differing, where)
 
 
 def _settings_of_base(name: str) -> dict[str, Any]:
@@ -114,13 +114,20 @@ def _settings_of_run(run_dir: Path) -> dict[str, Any] | None:
     return {} if directories else None
 
 
-def _replace(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
-    """Return the settings with other values, by dotted name."""
-    groups: dict[str, dict[str, Any]] = {}
+def _replace(config: TrainConfig, values: dict[str, Any], where: str) -> TrainConfig:
+    """Return the settings with other values, by dotted name.
+
+    Raises:
+        TextgenError: a value of the file in `where` is not allowed.
+    """
+    nested = asdict(config)
     for name, value in values.items():
         group, _, field = name.partition(".")
-        groups.setdefault(group, {})[field] = value
-    return replace(config, **{group: replace(getattr(config, group), **fields) for group, fields in groups.items()})
+        nested[group][field] = value
+    try:
+        return build_settings(TrainConfig, nested)
+    except ValueError as error:
+        raise TextgenError(f"`{where}`: {error}") from error
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
