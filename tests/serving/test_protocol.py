@@ -80,7 +80,7 @@ def test_a_wrong_value_is_named_in_one_line_with_what_is_wanted(fields: dict[str
         ({"prompt": [1, "a"]}, '`prompt[1]` must be a token id, as `prompt[0]`: "a"'),
         ({"prompt": [1, -2]}, "`prompt[1]` must be a token id, as `prompt[0]`: -2"),
         ({"prompt": [1, True]}, "`prompt[1]` must be a token id, as `prompt[0]`: true"),
-        ({"prompt": [1, 2.0]}, "`prompt[1]` must be a token id, as `prompt[0]`: 2.0"),
+        ({"prompt": [1, 2.5]}, "`prompt[1]` must be a token id, as `prompt[0]`: 2.5"),
         ({"prompt": [-1]}, "`prompt[0]` must be a text, a token id, or a list of ids: -1"),
         ({"prompt": [[1], 2]}, "`prompt[1]` must be a list of ids, as `prompt[0]`: 2"),
         ({"prompt": [[1], "a"]}, '`prompt[1]` must be a list of ids, as `prompt[0]`: "a"'),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import select
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forking import ROOT
 from tests.serving.servers import Running, running
 
 # A piece comes every few milliseconds. So long a pause would mean that something held the server up, not that this
@@ -72,12 +74,12 @@ def witness(server: Running) -> Iterator[Witness]:
     witness.join()
 
 
-def post(body: bytes, *headers: str) -> bytes:
+def post(body: bytes, *headers: str, path: str = "/v1/completions") -> bytes:
     """Return a request as bytes; a header replaces the usual one of its name."""
     usual = {"host": "localhost", "content-type": "application/json", "content-length": str(len(body))}
     own = {header.split(":")[0].lower() for header in headers}
     lines = [f"{name}: {value}" for name, value in usual.items() if name not in own]
-    return "\r\n".join(["POST /v1/completions HTTP/1.1", *lines, *headers, "", ""]).encode() + body
+    return "\r\n".join([f"POST {path} HTTP/1.1", *lines, *headers, "", ""]).encode() + body
 
 
 # Values in JSON that a field must not have.
@@ -152,6 +154,21 @@ BODIES = {
     "200 kB": b'{"prompt": "' + b"x" * 200_000 + b'"}',
     "5 MB": b" " * 5_000_000,
 }
+NO_BODIES = {name: body for name, body in BODIES.items() if name != "200 kB"}  # of which tokens are counted
+TOKENIZER = {
+    "/tokenize": NO_BODIES | {
+        "no prompt": b"{}", "ids": b'{"prompt": [1]}', "null": b'{"prompt": null}',
+        "half a pair": b'{"prompt": "\\ud800"}',
+        "an unknown field": b'{"prompt": "x", "messages": []}', "a number": b'{"prompt": "x", "add_special_tokens": 1}',
+        "another model": b'{"prompt": "x", "model": "gpt-4"}',
+    },
+    "/detokenize": NO_BODIES | {
+        "no tokens": b"{}", "a text": b'{"tokens": "x"}', "a large id": b'{"tokens": [1000000]}',
+        "a negative id": b'{"tokens": [-1]}', "a huge id": b'{"tokens": [' + b"9" * 400 + b"]}",
+        "true": b'{"tokens": [true]}', "a list": b'{"tokens": [[1]]}', "half": b'{"tokens": [0.5]}',
+        "500,000 wrong ids": b'{"tokens": [' + b"-1," * 300_000 + b"1]}",
+    },
+}  # fmt: skip
 HEADERS = {
     "no type": ["content-type: "],
     "a form": ["content-type: application/x-www-form-urlencoded"],
@@ -197,6 +214,7 @@ REQUESTS = (
     {f"{name} is {v[:24]}": post(b'{"%s": %s}' % (name.encode(), v.encode())) for name, values in FIELDS.items()
      for v in (*values, *ANY) if (name, v) not in {("stop", "[]"), ("stream_options", "{}")}}
     | {f"body: {name}": post(body) for name, body in BODIES.items()}
+    | {f"{path}: {name}": post(body, path=path) for path, bodies in TOKENIZER.items() for name, body in bodies.items()}
     | {f"header: {name}": post(b"{}", *headers) for name, headers in HEADERS.items()}
     | LINES
 )  # fmt: skip
@@ -324,12 +342,13 @@ def test_10000_connections_do_not_stop_those_that_are_there(server: Running, wit
 def test_the_description_holds_what_the_server_does(tiny_run: Path, tmp_path: Path) -> None:
     """Requests made from the OpenAPI description, right and wrong ones, are answered as it says."""
     command = Path(sys.executable).with_name("schemathesis")
-    # A schema cannot count tokens. schemathesis does not expect 413: a body may hold 61 of the longest prompts.
+    # A schema cannot count the tokens of a text, nor compare fields: schemathesis_hooks.py does.
     limits = ["--max_tokens", "50", "--max_prompt_tokens", "100000", "--max_waiting", "60"]
     with running(tiny_run, tmp_path / "log", *limits) as server:
         argv = [str(command), "run", f"{server.url}/openapi.json", "--max-examples", "100", "--seed", "1", "--no-color"]
         argv += ["--exclude-checks", "unsupported_method"]
-        ended = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=600)
+        hooks = {"SCHEMATHESIS_HOOKS": "tests.serving.schemathesis_hooks", "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, timeout=600, env=os.environ | hooks)
     assert ended.returncode == 0, ended.stdout[-5000:] + ended.stderr[-1000:]
     assert "failed" not in (tmp_path / "log").read_text()
 

@@ -6,9 +6,10 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect
@@ -23,7 +24,7 @@ from textgen.serving.scheduler import BusyError, ClosedError, Delta, Scheduler, 
 Result = TypeVar("Result")
 
 
-@dataclass
+@dataclass(eq=False)
 class PendingChoice:
     """One sample of a completion, with the part of it that is not sent yet."""
 
@@ -45,6 +46,16 @@ class PendingChoice:
         if (sample := delta.sample) is not None:
             self.finish_reason = "stop" if sample.reason in ("end", "stop", "choice") else sample.reason
 
+    def pop_scores(self) -> Iterator[dict[str, Any]]:
+        """Yield the scores of the prompt, a window at a time, in the form of `CompletionChoice`; nothing the next time.
+
+        The first one has the text since the previous `pop`, which comes before the scores in no response.
+        """
+        scored, self.scored = self.scored, None
+        for logprobs in () if scored is None else scored.logprobs(self.stream.running.tokenizer):
+            text, self.text = self.text, ""
+            yield {"index": self.index, "text": text, "logprobs": logprobs, "finish_reason": None}
+
     @property
     def mean_logprob(self) -> float:
         """Log-probability per token of the sample, which has ended."""
@@ -65,9 +76,6 @@ class PendingChoice:
                 ],
                 "text_offset": [self.offset + offset for offset, _ in self.logprobs],
             }
-            if self.scored is not None:
-                before, self.scored = self.scored.logprobs(self.stream.running.tokenizer), None
-                logprobs = {name: before[name] + values for name, values in logprobs.items()}
         choice = {"index": self.index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish_reason}
         if self.finish_reason is not None and (choices := self.stream.running.choices) is not None:
             choice["probabilities"] = {text: round(probability, 6) for text, probability in choices}
@@ -146,6 +154,14 @@ class PendingCompletion:
             ApiError: the model failed, the time is over, or the server is shutting down.
         """
         await self._event.wait()
+        return self.pop_changes()
+
+    def pop_changes(self) -> list[PendingChoice]:
+        """Return the samples that have changed since the previous call.
+
+        Raises:
+            ApiError: as `wait_for_changes`.
+        """
         self._event.clear()
         if self._error is not None and not self.ended:
             raise self._error
@@ -160,13 +176,9 @@ class PendingCompletion:
         """
         while not self.ended:
             await self.wait_for_changes()
-        choices = []
-        for choice in self._best():
-            choices.append(_encode(choice.pop()))
-            await asyncio.sleep(0)  # a scored prompt takes tens of milliseconds: let streams go on
+        choices = [await _encode_choice(choice) for choice in self._best()]
         head = {name: _encode(value) for name, value in self.head.items()}
-        fields = head | {"choices": b"[%s]" % b",".join(choices), "usage": _encode(self.usage)}
-        return b"{%s}" % b",".join(_encode(name) + b":" + value for name, value in fields.items())
+        return _encode_object(head | {"choices": b"[%s]" % b",".join(choices), "usage": _encode(self.usage)})
 
     def _best(self) -> list[PendingChoice]:
         """Return the samples to send: of each prompt the `n` with the largest mean log-probability, best first."""
@@ -212,6 +224,13 @@ class EventStream(Response):
         while not ended:
             try:
                 changed = await completion.wait_for_changes()
+                if any(choice.scored is not None for choice in changed):
+                    for part in (part for choice in changed for part in choice.pop_scores()):
+                        event = completion.head | usage | {"choices": [part]}
+                        body = _encode_events([event])
+                        await send({"type": "http.response.body", "body": body, "more_body": True})
+                        await asyncio.sleep(0)  # other streams go on
+                    changed = list(dict.fromkeys((*changed, *completion.pop_changes())))
                 ended = completion.ended
                 events = [completion.head | usage | {"choices": [choice.pop()]} for choice in changed]
                 if ended and self._include_usage:
@@ -224,6 +243,26 @@ class EventStream(Response):
 
 def _encode_events(events: Sequence[dict[str, Any]]) -> bytes:
     return b"".join(b"data: %s\n\n" % json.dumps(event, ensure_ascii=False).encode() for event in events)
+
+
+async def _encode_choice(choice: PendingChoice) -> bytes:
+    """Return a `CompletionChoice` as JSON. The event loop goes on between the parts of a long one."""
+    texts: list[str] = []
+    lists: dict[str, list[bytes]] = {}
+    fields: dict[str, Any] = {}
+    for fields in chain(choice.pop_scores(), (choice.pop() for _ in range(1))):  # `pop` after the scores
+        texts.append(fields["text"])
+        for name, values in (fields["logprobs"] or {}).items():
+            lists.setdefault(name, []).extend([_encode(values)[1:-1]] if values else [])
+        await asyncio.sleep(0)
+    encoded = {name: _encode(value) for name, value in fields.items()} | {"text": _encode("".join(texts))}
+    if lists:
+        encoded["logprobs"] = _encode_object({name: b"[%s]" % b",".join(parts) for name, parts in lists.items()})
+    return _encode_object(encoded)
+
+
+def _encode_object(fields: dict[str, bytes]) -> bytes:
+    return b"{%s}" % b",".join(_encode(name) + b":" + value for name, value in fields.items())
 
 
 def _encode(value: object) -> bytes:

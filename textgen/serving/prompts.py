@@ -5,8 +5,9 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
+
+from torch import Tensor
 
 from textgen.data.corpus import normalize
 from textgen.decoding.decoders import PREFILL_WINDOW, Decoder, DecoderState, decoder_state
@@ -118,7 +119,7 @@ class PromptReader:
         """after all tokens but the last one, once they are read"""
         self._tokens, self._num_top = prompt.tokens, num_top
         self._windows: Iterator[Window] | None = None
-        self._scored: list[Window] = []
+        self._scored: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_read = 0
 
     @property
@@ -140,27 +141,28 @@ class PromptReader:
         self._num_read += self.next_size
         window = next(self._windows)
         if self._num_top is not None:
-            self._scored.append(window)
+            self._scored.append((window.logprobs, window.top_logprobs, window.top_ids.int()))
         if self.is_done:
-            self.state = decoder_state(window.state)
+            self.state, self._windows = decoder_state(window.state), None
 
-    def logprobs(self, tokenizer: Tokenizer) -> dict[str, list[Any]]:
-        """Return the scores in the form of `Logprobs`, with offsets from the prompt's first character."""
-        values = list(chain.from_iterable(window.logprobs.tolist() for window in self._scored))
-        alternatives = chain.from_iterable(
-            zip(window.top_ids.tolist(), window.top_logprobs.tolist(), strict=True) for window in self._scored
-        )
+    def logprobs(self, tokenizer: Tokenizer) -> Iterator[dict[str, list[Any]]]:
+        """Yield the scores of all windows in the form of `Logprobs`, with offsets from the prompt's first character."""
         texts = [token_text(tokenizer, token) for token in self._tokens]
-        tops: list[dict[str, float] | None] = [None] * min(len(texts), 1)
-        for token, value, (ids, top) in zip(texts[1:], values, alternatives, strict=True):
-            others = zip((token_text(tokenizer, i) for i in ids), top, strict=True)
-            tops.append({text: for_json(logprob) for text, logprob in (*others, (token, value))})
-        return {
-            "tokens": texts,
-            "token_logprobs": [None] * min(len(texts), 1) + [for_json(value) for value in values],
-            "top_logprobs": tops,
-            "text_offset": _offsets(tokenizer, self._tokens),
-        }
+        offsets = _offsets(tokenizer, self._tokens)
+        names = "tokens", "token_logprobs", "top_logprobs", "text_offset"
+        yield dict(zip(names, (texts[:1], [None][: len(texts)], [None][: len(texts)], offsets[:1]), strict=True))
+        start = 1
+        for values, top_values, top_ids in self._scored:
+            end = start + len(values)
+            tops = [
+                {token_text(tokenizer, i): for_json(value) for i, value in zip(ids, top, strict=True)}
+                for ids, top in zip(top_ids.tolist(), top_values.tolist(), strict=True)
+            ]
+            rounded = [for_json(value) for value in values.tolist()]
+            for text, value, top in zip(texts[start:end], rounded, tops, strict=True):
+                top[text] = value
+            yield dict(zip(names, (texts[start:end], rounded, tops, offsets[start:end]), strict=True))
+            start = end
 
 
 def _offsets(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[int]:

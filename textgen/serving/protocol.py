@@ -84,17 +84,30 @@ def _check_prompt(value: object) -> object:
         raise _prompt_error("prompt", "must be a text, a list of texts, token ids, or a list of lists of ids", value)
     if not value:
         raise _prompt_error("prompt", "is an empty list", value)
-    kind = next((kind for kind in (str, list, int) if _is_a(value[0], kind)), None)
+    given = _integral_items(value)
+    kind = next((kind for kind in (str, list, int) if _is_a(given[0], kind)), None)
     if kind is None:
-        raise _prompt_error("prompt[0]", "must be a text, a token id, or a list of ids", value[0])
+        raise _prompt_error("prompt[0]", "must be a text, a token id, or a list of ids", given[0])
     items = {str: "a text, as `prompt[0]`", list: "a list of ids, as `prompt[0]`", int: "a token id, as `prompt[0]`"}
-    for i, item in enumerate(value):
+    for i, item in enumerate(given):
         if not _is_a(item, kind):
             raise _prompt_error(f"prompt[{i}]", f"must be {items[kind]}", item)
         for j, token in enumerate(item if isinstance(item, list) else ()):
             if not _is_a(token, int):
                 raise _prompt_error(f"prompt[{i}][{j}]", "must be a token id", token)
-    return value
+    return given
+
+
+def _integral(value: object) -> object:
+    """Return 1.0 as 1: in JSON Schema it is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _integral_items(value: Any) -> Any:
+    """Return a list, also one of lists, with `_integral` of its items; any other value as it is."""
+    if not isinstance(value, list):
+        return value
+    return [_integral_items(item) if isinstance(item, list) else _integral(item) for item in value]
 
 
 def _is_a(value: object, kind: type) -> bool:
@@ -250,8 +263,7 @@ class CompletionRequest(UnsupportedFields):
     @field_validator("best_of", "dry_allowed_length", "n", "max_tokens", "top_k", "seed", "logprobs", mode="before")
     @classmethod
     def _integral_float(cls, value: object) -> object:
-        """Accept 1.0 as an integer: in JSON Schema it is one."""
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+        return _integral(value)
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -323,7 +335,7 @@ class DetokenizeRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str | None = Field(None, description="the name in `/v1/models`")
-    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True), BeforeValidator(_integral_items)]
 
 
 def setting_error(error: ValueError) -> ApiError:
