@@ -157,22 +157,6 @@ def tiny_flags(reviews_file: Path, share: Share) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def labelled_flags(tiny_flags: list[str], reviews_file: Path, share: Share) -> list[str]:
-    """Return the flags of a tiny training with labels: good for the reviews that say so, bad, and some without."""
-
-    def write(directory: Path) -> None:
-        rows = [json.loads(line) for line in reviews_file.read_text(encoding="utf-8").splitlines()]
-        for row in rows:
-            text = row["text"]
-            row["label"] = "good" if "10/10" in text or "See it twice" in text else "bad" if "Avoid" in text else None
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (directory / "reviews.jsonl").write_text("".join(lines), encoding="utf-8")
-
-    path = share("labelled-reviews", write) / "reviews.jsonl"
-    return [*tiny_flags[:3], str(path), *tiny_flags[4:], "--data.label_column", "label"]
-
-
-@pytest.fixture(scope="session")
 def tiny_run(tiny_flags: list[str], share: Share) -> Path:
     """Return the directory of a finished tiny training; do not change what is in it."""
 

@@ -52,7 +52,6 @@ LISTS = {
     "stop": "texts that end a sample and are not part of it; the first one to be complete counts",
     "logit_bias": "numbers from -100 to 100 that are added to the logits of tokens: `17=-100` for the token of an id, "
     "`good=2` for the token that the text begins with, alone or after a space",
-    "dry_breakers": "texts whose tokens end a repetition for DRY; default: line break, colon, quotation mark, asterisk",
     "banned_tokens": "ids of tokens that are never drawn",
     "choices": "texts of which a sample is one, such as `good,bad`, drawn by the model's probability of each",
     "forced_tokens": "ids of tokens that every sample begins with",
@@ -163,8 +162,6 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
     values["stop"] = [decode_text(os.fsencode(stop), "`--stop`") for stop in args.stop or ()]
     for name in ("banned_tokens", "forced_tokens"):
         values[name] = [int(item) if re.fullmatch(r"-?\d{1,18}", item) else item for item in args[name] or ()]
-    if values.pop("dry_breakers") is not None:
-        values["dry_breakers"] = [decode_text(os.fsencode(text), "`--dry_breakers`") for text in args.dry_breakers]
     choices = [decode_text(os.fsencode(item), "`--choices`") for item in args.choices or ()]
     values["choices"] = [choice for item in choices for choice in item.split(",")]
     values["logit_bias"] = [_parse_bias(item, parser) for item in args.logit_bias or ()]

@@ -68,16 +68,31 @@ def _build(args: Any, opened: OpenModel, decoder: Decoder, token: str | None) ->
     from textgen.serving.protocol import Limits
     from textgen.serving.scheduler import Scheduler
     from textgen.serving.server import build_server
+    from textgen.serving.states import PrefixTable, StateTable
 
     server: DrainingServer  # built last, from the API, which reads its number of connections at each request
-    scheduler = Scheduler(decoder, opened.tokenizer, batch_size=args.batch_size, max_waiting=args.max_waiting)
+    scheduler = Scheduler(
+        decoder,
+        opened.tokenizer,
+        batch_size=args.batch_size,
+        max_waiting=args.max_waiting,
+        prefixes=PrefixTable(int(args.prefix_cache * 2**20)),
+    )
+    states = StateTable(args.kept_states, args.kept_state_seconds)
     limits = Limits(
         max_tokens=args.max_tokens,
         max_prompt_tokens=args.max_prompt_tokens,
         max_samples=args.max_waiting,
         timeout=args.timeout,
     )
-    api = Api(_model_name(args), opened.normalization, scheduler, limits, lambda: len(server.server_state.connections))
+    api = Api(
+        _model_name(args),
+        opened.normalization,
+        scheduler,
+        limits,
+        states,
+        lambda: len(server.server_state.connections),
+    )
     app = AccessMiddleware(
         api.app(),
         hosts=[*LOOPBACK_NAMES, _in_url(args.host), *(name.lower() for name in args.allowed_hosts or ())],
@@ -122,8 +137,31 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--max_tokens", type=int, default=1024, help="maximum number of tokens of a sample")
     parser.add_argument("--max_prompt_tokens", type=int, default=2048, help="maximum number of tokens of a prompt")
     parser.add_argument("--timeout", type=float, default=300.0, help="maximum number of seconds of a request")
+    parser.add_argument(
+        "--prefix_cache",
+        type=float,
+        default=64.0,
+        help="MiB for the model's states after beginnings of prompts, which are then read once; 0 turns this off",
+    )
+    parser.add_argument(
+        "--kept_states",
+        type=int,
+        default=1024,
+        help="maximum number of texts that clients may continue by a `state_id`; 0 turns this off",
+    )
+    parser.add_argument(
+        "--kept_state_seconds", type=float, default=3600.0, help="maximum age of such a text, in seconds"
+    )
     args = parser.parse_args(list(argv))
-    least = {"batch_size": 1, "max_waiting": 1, "max_tokens": 1, "max_prompt_tokens": 1, "port": 0}
+    least = {
+        "batch_size": 1,
+        "max_waiting": 1,
+        "max_tokens": 1,
+        "max_prompt_tokens": 1,
+        "port": 0,
+        "prefix_cache": 0,
+        "kept_states": 0,
+    }
     for name, value in least.items():
         if args[name] < value:
             parser.error(f"`{name}` must be at least {value}: {args[name]}")
@@ -133,6 +171,10 @@ def _parse(argv: Sequence[str]) -> Any:
         parser.error(f"`port` must be at most 65535: {args.port}")
     if not 0 < args.timeout <= 86400:
         parser.error(f"`timeout` must be above 0 and at most 86400: {args.timeout}")
+    if not args.prefix_cache < 2**30:
+        parser.error(f"`prefix_cache` must be below {2**30} MiB: {args.prefix_cache}")
+    if not 0 < args.kept_state_seconds <= 86400 * 365:
+        parser.error(f"`kept_state_seconds` must be above 0 and at most a year: {args.kept_state_seconds}")
     if args.token_file is None and not _is_loopback(args.host):
         parser.error(f"`host` {args.host} is not a loopback address: set `token_file`")
     require_packages("`textgen serve`", "pydantic", "starlette", "uvicorn", extra="serve")

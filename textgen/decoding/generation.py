@@ -32,7 +32,7 @@ from textgen.decoding.sampling import (
     record_tokens,
     select_sampling_state,
 )
-from textgen.decoding.steering import bias_of, breaks_of
+from textgen.decoding.steering import bias_of
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer
 
@@ -476,7 +476,6 @@ class Batch:
             vocab_size=decoder.vocab_size,
             device=device,
             bias=bias_of(request.config, tokenizer),
-            breaks=breaks_of(request.config.dry_breakers, tokenizer) if request.config.dry_multiplier else (),
         )
         for forced in request.config.forced_tokens:  # they count as drawn
             record_tokens(sampling, torch.tensor([forced], device=device))

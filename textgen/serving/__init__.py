@@ -9,5 +9,6 @@
 - `protocol`: requests, and the errors of wrong ones
 - `responses`: responses and errors
 - `scheduler`: one thread that decodes the samples of all clients in one batch
+- `states`: states of the beginnings of prompts, and of answers that clients continue
 - `server`: the socket, limits on connections, the shutdown
 """

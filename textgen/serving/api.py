@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -21,10 +22,11 @@ from starlette.routing import Route
 from textgen.config import SamplingConfig
 from textgen.data.corpus import normalize
 from textgen.decoding.decoders import PREFILL_WINDOW
-from textgen.decoding.generation import number_requests, require_drawable
+from textgen.decoding.generation import Sample, number_requests, require_drawable
 from textgen.serving.completion import EventStream, PendingChoice, PendingCompletion, cancel_on_disconnect
 from textgen.serving.description import describe_api
 from textgen.serving.prompts import (
+    Prompt,
     PromptReader,
     decode_document,
     encode_document,
@@ -44,6 +46,7 @@ from textgen.serving.protocol import (
 )
 from textgen.serving.responses import ApiError
 from textgen.serving.scheduler import Delta, Scheduler, Stream
+from textgen.serving.states import KeptState, StateTable
 
 PAGE = Path(__file__).parent / "page"
 
@@ -59,7 +62,7 @@ class Metrics:
     first_token_seconds: float = 0.0
     """sum of the seconds from a request to its first token"""
 
-    def text(self, scheduler: Scheduler, num_connections: int) -> str:
+    def text(self, scheduler: Scheduler, num_connections: int, num_states: int) -> str:
         """Return all metrics in Prometheus' text format."""
         values: list[tuple[str, str, str, float]] = [
             ("counter", "requests_total", f'{{path="{path}",code="{code}"}}', count)
@@ -68,6 +71,10 @@ class Metrics:
         values += [
             ("counter", "prompt_tokens_total", "", self.prompt_tokens),
             ("counter", "prompt_tokens_read_in_slots_total", "", scheduler.num_read_tokens),
+            ("counter", "prefix_tokens_reused_total", "", scheduler.num_reused_tokens),
+            ("gauge", "prefix_states", "", len(scheduler.prefixes)),
+            ("gauge", "prefix_bytes", "", scheduler.prefixes.num_bytes),
+            ("gauge", "kept_states", "", num_states),
             ("counter", "tokens_total", "", scheduler.num_tokens),
             ("gauge", "samples_running", "", scheduler.num_running),
             ("gauge", "samples_waiting", "", scheduler.num_waiting),
@@ -90,13 +97,20 @@ class Api:
         normalization: the normalization of the model's training text.
         scheduler: decodes the samples.
         limits: limits of a request.
+        states: the texts that clients may continue.
         num_connections: returns the number of open connections.
     """
 
     def __init__(
-        self, name: str, normalization: str, scheduler: Scheduler, limits: Limits, num_connections: Callable[[], int]
+        self,
+        name: str,
+        normalization: str,
+        scheduler: Scheduler,
+        limits: Limits,
+        states: StateTable,
+        num_connections: Callable[[], int],
     ) -> None:
-        self.metrics = Metrics()
+        self.metrics, self._states = Metrics(), states
         self._name, self._normalization, self._scheduler, self._limits = name, normalization, scheduler, limits
         self._num_connections, self._compiling = num_connections, asyncio.Lock()
         self._model = {
@@ -165,7 +179,7 @@ class Api:
         self._require_model(parsed.model)
         config = parsed.config(self._normalization, self._limits.max_tokens)
         await self._require_drawable(config)
-        completion = self._new_completion(parsed, config)
+        completion = self._new_completion(parsed, config, request.client)
         completion.start(self._limits.timeout)
         self.metrics.prompt_tokens += completion.num_prompt_tokens
         if parsed.stream:
@@ -197,22 +211,24 @@ class Api:
         except ValueError as error:
             raise setting_error(error) from None
 
-    def _new_completion(self, request: CompletionRequest, config: SamplingConfig) -> PendingCompletion:
+    def _new_completion(
+        self, request: CompletionRequest, config: SamplingConfig, connection: Hashable
+    ) -> PendingCompletion:
         """Return a completion that is not started.
 
         Raises:
-            ApiError: a prompt has too many tokens, or an id is not in the vocabulary.
+            ApiError: a prompt has too many tokens, an id is not in the vocabulary, or a state is unknown.
         """
         tokenizer, num_drawn = self._scheduler.tokenizer, request.num_samples
+        kept = self._kept_state(request)
         completion = PendingCompletion(self._name, self._scheduler, n=request.n or 1, num_drawn=num_drawn)
-        prompts = read_prompts(request, tokenizer, self._normalization, self._limits)
+        before = "" if kept is None else kept.text
+        prompts = read_prompts(request, tokenizer, self._normalization, self._limits, before=before)
         samples = number_requests(((prompt.text, config) for prompt in prompts), num_drawn)
         for prompt in prompts:
             completion.num_prompt_tokens += len(prompt.tokens)
-            scored = PromptReader(prompt, tokenizer.bos_id, request.logprobs) if request.scores_prompts else None
-            reader = scored
-            if reader is None and len(prompt.tokens) > PREFILL_WINDOW and request.max_tokens != 0:
-                reader = PromptReader(prompt, tokenizer.bos_id, None)
+            reader = self._new_reader(request, prompt, kept)
+            keep = partial(self._keep, prompt, reader, connection) if request.keep_state else None
             for sample in islice(samples, num_drawn):
                 index = len(completion.choices)
                 stream = self._scheduler.new_stream(
@@ -222,10 +238,42 @@ class Api:
                     reader=reader,
                     reads_only=request.max_tokens == 0,
                 )
-                wants_logprobs = request.logprobs is not None
-                choice = PendingChoice(index, stream, len(prompt.echo), prompt.echo, wants_logprobs, scored)
+                wants_logprobs, scored = request.logprobs is not None, reader if request.scores_prompts else None
+                choice = PendingChoice(index, stream, len(prompt.echo), prompt.echo, wants_logprobs, scored, keep)
                 completion.choices.append(choice)
         return completion
+
+    def _new_reader(self, request: CompletionRequest, prompt: Prompt, kept: KeptState | None) -> PromptReader | None:
+        """Return the reader of a prompt that is scored or longer than a window; None for another one."""
+        bos_id = self._scheduler.tokenizer.bos_id
+        if request.scores_prompts:
+            return PromptReader(prompt, bos_id, request.logprobs)
+        if len(prompt.tokens) <= PREFILL_WINDOW or (request.max_tokens == 0 and not request.keep_state):
+            return None
+        keys = self._scheduler.prefixes.keys(prompt.ids(bos_id), request.cache_salt or "")
+        return PromptReader(prompt, bos_id, None, keys=keys, read=None if kept is None else kept.read)
+
+    def _kept_state(self, request: CompletionRequest) -> KeptState | None:
+        """Return the state that a request continues; None if it continues none.
+
+        Raises:
+            ApiError: the state is unknown, or the server keeps none.
+        """
+        if self._states.max_states == 0 and (request.keep_state or request.state_id is not None):
+            name = "keep_state" if request.keep_state else "state_id"
+            raise ApiError(400, f"`{name}` is off, by the server's flag `--kept_states 0`", param=name)
+        if request.state_id is None:
+            return None
+        kept = self._states.get(request.state_id)
+        if kept is None:  # without the id, which a client may log
+            message = "`state_id` is not known here: it is too old, or of another server process; send the whole text"
+            raise ApiError(404, message, code="state_not_found", param="state_id")
+        return kept
+
+    def _keep(self, prompt: Prompt, reader: PromptReader | None, connection: Hashable, sample: Sample) -> str:
+        """Keep the state after a sample, and return its id."""
+        read = None if reader is None else reader.read_state(self._scheduler.decoder)
+        return self._states.put(KeptState(prompt.given + sample.text, read), connection)
 
     async def tokenize(self, request: Request) -> Response:
         """Return the tokens of a text, as vLLM does."""
@@ -290,7 +338,7 @@ class Api:
 
     async def prometheus(self, _: Request) -> Response:
         """Return metrics for Prometheus."""
-        text = self.metrics.text(self._scheduler, self._num_connections())
+        text = self.metrics.text(self._scheduler, self._num_connections(), len(self._states))
         return Response(text, media_type="text/plain; version=0.0.4")
 
     async def openapi(self, _: Request) -> Response:

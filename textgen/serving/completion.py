@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import chain
@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from textgen.decoding.generation import TokenLogprobs
+from textgen.decoding.generation import Sample, TokenLogprobs
 from textgen.serving.prompts import PromptReader, for_json
 from textgen.serving.responses import ApiError
 from textgen.serving.scheduler import BusyError, ClosedError, Delta, Scheduler, Stream
@@ -36,6 +36,8 @@ class PendingChoice:
     wants_logprobs: bool
     scored: PromptReader | None
     """of a prompt whose scores are not sent yet"""
+    keep: Callable[[Sample], str] | None = None
+    """keeps the state after the sample and returns its id; None if the request does not ask for it"""
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     finish_reason: str | None = None
 
@@ -79,6 +81,8 @@ class PendingChoice:
         choice = {"index": self.index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish_reason}
         if self.finish_reason is not None and (choices := self.stream.running.choices) is not None:
             choice["probabilities"] = {text: round(probability, 6) for text, probability in choices}
+        if self.keep is not None and self.stream.sample is not None and self.finish_reason is not None:
+            choice["state_id"] = self.keep(self.stream.sample)
         self.text, self.logprobs = "", []
         return choice
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from textgen.data.corpus import normalize
 from textgen.decoding.decoders import PREFILL_WINDOW, Decoder, DecoderState, decoder_state
+from textgen.decoding.reading import ReadState
 from textgen.decoding.scoring import Window, read_windows
 from textgen.serving.protocol import CompletionRequest, Limits
 from textgen.serving.responses import ApiError
@@ -27,24 +28,35 @@ class Prompt:
     """as the request gives them: with begin-of-text only if the request names it"""
     echo: str
     """returned before the sample, if the request asks for it"""
+    given: str = ""
+    """the text before normalization, after that of `state_id`; empty if the request gives ids"""
 
     def ids(self, bos_id: int) -> list[int]:
         """Return what the model reads: begin-of-text first, once."""
         return self.tokens if self.tokens[:1] == [bos_id] else [bos_id, *self.tokens]
 
 
-def read_prompts(request: CompletionRequest, tokenizer: Tokenizer, normalization: str, limits: Limits) -> list[Prompt]:
+def read_prompts(
+    request: CompletionRequest, tokenizer: Tokenizer, normalization: str, limits: Limits, *, before: str = ""
+) -> list[Prompt]:
     """Return a request's prompts.
+
+    Args:
+        request: the request.
+        tokenizer: the model's.
+        normalization: of the model's training text.
+        limits: of a request.
+        before: the text of `state_id`, which every prompt continues.
 
     Raises:
         ApiError: a prompt has too many tokens, or an id is not in the vocabulary.
     """
     is_list = isinstance(request.prompt, list) and isinstance(request.prompt[0], str | list)
-    prompts = []
+    prompts: list[Prompt] = []
     for i, given in enumerate(request.prompts):
         name = f"prompt[{i}]" if is_list else "prompt"
         if isinstance(given, str):
-            normalized = normalize(given, normalization)
+            normalized = normalize(before + given, normalization)
             tokens, text, echo = tokenizer.encode(normalized), normalized, given
             if request.scores_prompts:
                 tokens = encode_document(tokenizer, normalized)
@@ -56,9 +68,11 @@ def read_prompts(request: CompletionRequest, tokenizer: Tokenizer, normalization
         if request.scores_prompts:
             echo = tokenizer.decode(tokens)  # what the tokens' offsets count
         if len(tokens) > limits.max_prompt_tokens:
-            message = f"`{name}` has {len(tokens)} tokens; at most {limits.max_prompt_tokens}"
+            whole = " with the text of `state_id`" if before else ""
+            message = f"`{name}` has {len(tokens)} tokens{whole}; at most {limits.max_prompt_tokens}"
             raise too_long(f"{message}, by the server's flag `--max_prompt_tokens`", name)
-        prompts.append(Prompt(text, tokens, echo if request.echo else ""))
+        raw = before + given if isinstance(given, str) else ""
+        prompts.append(Prompt(text, tokens, echo if request.echo else "", raw))
     total = sum(len(prompt.tokens) for prompt in prompts)
     if request.scores_prompts and total > limits.max_scored_tokens:
         message = f"`prompt` has {total} tokens in all; at most {limits.max_scored_tokens} with `echo` and `logprobs`"
@@ -111,16 +125,31 @@ class PromptReader:
         prompt: the prompt.
         bos_id: the token that every text begins with.
         num_top: number of likeliest tokens to report at each place; None to score nothing.
+        keys: of the prompt's prefixes in the table of prefixes, which are not read again if they are known.
+        read: the state after some first tokens; ignored if it is that of another text.
     """
 
-    def __init__(self, prompt: Prompt, bos_id: int, num_top: int | None) -> None:
-        self.ids = tuple(prompt.ids(bos_id))
+    def __init__(
+        self,
+        prompt: Prompt,
+        bos_id: int,
+        num_top: int | None,
+        *,
+        keys: Sequence[bytes] = (),
+        read: ReadState | None = None,
+    ) -> None:
+        self.ids, self.keys = tuple(prompt.ids(bos_id)), keys
         self.state: DecoderState | None = None
         """after all tokens but the last one, once they are read"""
+        self.border: tuple[int, DecoderState] | None = None
+        """the number of whole windows that are read, and the state after them; None before the first one"""
         self._tokens, self._num_top = prompt.tokens, num_top
         self._windows: Iterator[Window] | None = None
         self._scored: list[tuple[Tensor, Tensor, Tensor]] = []
         self._num_read = 0
+        self._num_reused = 0
+        if read is not None and read.begins(self.ids):
+            self.skip(read.num_read // PREFILL_WINDOW, read.state)
 
     @property
     def is_done(self) -> bool:
@@ -132,18 +161,48 @@ class PromptReader:
         """Number of tokens that `read` reads next."""
         return min(len(self.ids) - 1 - self._num_read, PREFILL_WINDOW)
 
+    @property
+    def num_windows(self) -> int:
+        """Number of windows that are read, the last one may be shorter."""
+        return -(-self._num_read // PREFILL_WINDOW)
+
+    def skip(self, num_windows: int, state: DecoderState) -> None:
+        """Go on after a number of whole windows, whose state is known."""
+        self._num_reused += num_windows * PREFILL_WINDOW - self._num_read
+        self._windows = None
+        self._pass(num_windows * PREFILL_WINDOW, state)
+
+    def pop_reused(self) -> int:
+        """Return the number of tokens that were skipped since the previous call."""
+        count, self._num_reused = self._num_reused, 0
+        return count
+
     def read(self, decoder: Decoder) -> None:
         """Read a window."""
         if self._windows is None:
             # The first token of the prompt has no score, as with OpenAI.
             given = len(self.ids) if self._num_top is None else len(self.ids) - max(len(self._tokens) - 1, 0)
-            self._windows = read_windows(decoder, self.ids, given=given, num_top=self._num_top or 0)
-        self._num_read += self.next_size
+            top, read = self._num_top or 0, self.read_state(decoder)
+            self._windows = read_windows(decoder, self.ids, given=given, num_top=top, read=read)
         window = next(self._windows)
         if self._num_top is not None:
             self._scored.append((window.logprobs, window.top_logprobs, window.top_ids.int()))
+        self._pass(self._num_read + self.next_size, decoder_state(window.state))
+
+    def read_state(self, decoder: Decoder) -> ReadState | None:
+        """Return the state after the whole windows that are read; None before the first one."""
+        if self.border is None:
+            return None
+        num_read = self.border[0] * PREFILL_WINDOW
+        return ReadState(text="", ids=self.ids[:num_read], num_read=num_read, state=self.border[1], decoder=decoder)
+
+    def _pass(self, num_read: int, state: DecoderState) -> None:
+        """Note the state after some first tokens."""
+        self._num_read = num_read
+        if num_read % PREFILL_WINDOW == 0:
+            self.border = num_read // PREFILL_WINDOW, state
         if self.is_done:
-            self.state, self._windows = decoder_state(window.state), None
+            self.state, self._windows = state, None
 
     def logprobs(self, tokenizer: Tokenizer) -> Iterator[dict[str, list[Any]]]:
         """Yield the scores of all windows in the form of `Logprobs`, with offsets from the prompt's first character."""

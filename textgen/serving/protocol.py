@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.requests import Request
 
-from textgen.config import MAX_CHOICES, MAX_REGEX_BYTES, SAMPLER_PARTS, SamplingConfig
+from textgen.config import MAX_CHOICES, MAX_REGEX_BYTES, SamplingConfig
 from textgen.decoding.steering import normalize_settings
 from textgen.serving.responses import ApiError
 
@@ -182,30 +182,28 @@ def _add_conditions(schema: dict[str, Any]) -> None:
     def sets(**fields: dict[str, Any]) -> dict[str, Any]:
         return {"required": list(fields), "properties": fields}
 
+    token_ids = {"type": "array", "items": {"not": {"type": "string"}}}
     usage = sets(stream_options={"type": "object"} | sets(include_usage={"const": True}))
     some_stop = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1}]}
-    nonzero = {"type": "number", "not": {"const": 0}}
     beside_choices: dict[str, dict[str, Any]] = {
         "regex": {"type": "string"},
         "stop": some_stop,
         "logit_bias": {"type": "object", "minProperties": 1},
         "top_k": {"type": "number"},
         "top_p": {"type": "number", "not": {"const": 1}},
-        **dict.fromkeys(
-            ("min_p", "presence_penalty", "frequency_penalty", "xtc_probability", "dry_multiplier"), nonzero
-        ),
+        **{
+            name: {"type": "number", "not": {"const": 0}} for name in ("min_p", "presence_penalty", "frequency_penalty")
+        },
     }
-    parts = [
-        sets(**{part: {"not": {"type": "null"}}}) | {"not": sets(**{name: nonzero})}
-        for name, names in SAMPLER_PARTS.items()
-        for part in names
-    ]
     refused = [
         sets(regex={"type": "string"}, stop=some_stop),
-        *parts,
         *(sets(choices={"type": "array"}, **{name: value}) for name, value in beside_choices.items()),
         sets(max_tokens={"const": 0}) | {"not": sets(echo={"const": True})},
         usage | {"not": sets(stream={"const": True})},
+        sets(state_id={"type": "string"}, echo={"const": True}),
+        sets(keep_state={"const": True}, echo={"const": True}, logprobs={"type": "number"}),
+        sets(keep_state={"const": True}, prompt=token_ids),
+        sets(state_id={"type": "string"}, prompt=token_ids),
     ]
     schema["allOf"] = [{"not": condition} for condition in refused]
 
@@ -244,14 +242,6 @@ class CompletionRequest(UnsupportedFields):
     ) = Field(None, description="the text is one of these, by the model's probability of each; an extension")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    xtc_probability: float | None = Field(None, ge=0, le=1, description="an extension, as in llama.cpp")
-    xtc_threshold: float | None = Field(None, ge=0, le=0.5, description="needs `xtc_probability`; default 0.1")
-    dry_multiplier: float | None = Field(None, ge=0, le=100, description="an extension, as in llama.cpp")
-    dry_base: float | None = Field(None, ge=1, le=10, description="needs `dry_multiplier`; default 1.75")
-    dry_allowed_length: int | None = Field(None, ge=1, le=30, description="needs `dry_multiplier`; default 2")
-    dry_breakers: Annotated[list[Stop], Field(max_length=16)] | None = Field(
-        None, description="needs `dry_multiplier`; default line break, colon, quotation mark, asterisk"
-    )
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=0, lt=1 << 63, description="fixes the samples; random for each request if absent")
     logprobs: int | None = Field(None, ge=0, le=10, description="number of most likely tokens to return per token")
@@ -259,8 +249,17 @@ class CompletionRequest(UnsupportedFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=256)] | None = Field(None, description="ignored")
+    keep_state: bool | None = Field(
+        None, description="return a `state_id` with each sample, to continue its text; an extension"
+    )
+    state_id: Annotated[str, Field(max_length=64)] | None = Field(
+        None, description="of an earlier sample: its text, with its prompt, comes before each prompt; an extension"
+    )
+    cache_salt: Annotated[str, Field(max_length=256)] | None = Field(
+        None, description="requests with other salts share no states of prompts; an extension, as with vLLM"
+    )
 
-    @field_validator("best_of", "dry_allowed_length", "n", "max_tokens", "top_k", "seed", "logprobs", mode="before")
+    @field_validator("best_of", "n", "max_tokens", "top_k", "seed", "logprobs", mode="before")
     @classmethod
     def _integral_float(cls, value: object) -> object:
         return _integral(value)
@@ -279,6 +278,11 @@ class CompletionRequest(UnsupportedFields):
         return max(self.n or 1, self.best_of or 1)
 
     @property
+    def gives_ids(self) -> bool:
+        """Return whether prompts are token ids."""
+        return not isinstance(self.prompts[0], str)
+
+    @property
     def scores_prompts(self) -> bool:
         """Return whether prompts are scored."""
         return bool(self.echo) and self.logprobs is not None
@@ -295,15 +299,13 @@ class CompletionRequest(UnsupportedFields):
         """
         names = (
             "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logprobs", "seed",
-            "regex", "xtc_probability", "xtc_threshold", "dry_multiplier", "dry_base", "dry_allowed_length",
+            "regex",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.num_samples > (self.n or 1):  # samples are compared by their log-probabilities
             given.setdefault("logprobs", 0)
         if self.top_p == 1:  # filters nothing, and would cost time
             del given["top_p"]
-        if self.dry_breakers is not None:
-            given["dry_breakers"] = tuple(self.dry_breakers)
         default = max_tokens if self.choices else 16  # a choice is whole
         try:
             config = SamplingConfig(
@@ -391,6 +393,13 @@ def parse_request(body: bytes, limits: Limits) -> CompletionRequest:
         items, times = f"`prompt` has {prompts} items", f"`{'n' if samples == n else 'best_of'}` is {samples}"
         seen = items if samples == 1 else times if prompts == 1 else f"{items} and {times}: {samples * prompts} samples"
         wrong = "prompt", f"{seen}; at most {limits.max_samples}, by the server's flag `--max_waiting`"
+    elif request.state_id is not None and request.echo:
+        wrong = "echo", "`echo` cannot be combined with `state_id`"
+    elif request.keep_state and request.scores_prompts:
+        wrong = "keep_state", "`keep_state` cannot be combined with `echo` and `logprobs`"
+    elif (request.keep_state or request.state_id is not None) and request.gives_ids:
+        name = "keep_state" if request.keep_state else "state_id"
+        wrong = "prompt", f"`prompt` must be a text with `{name}`, not token ids"
     elif wants_usage and not request.stream:
         wrong = "stream_options", "`stream_options.include_usage` needs `stream`"
     else:

@@ -35,6 +35,9 @@ class CompletionChoice(BaseModel):
     probabilities: dict[str, float] | None = Field(
         None, description="of the texts of `choices`, at the sample's end; an extension"
     )
+    state_id: str | None = Field(
+        None, description="continues the text, at the sample's end, with `keep_state`; an extension"
+    )
 
 
 class Usage(BaseModel):

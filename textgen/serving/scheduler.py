@@ -28,6 +28,7 @@ from textgen.decoding.generation import (
     reads_alone,
 )
 from textgen.serving.prompts import PromptReader
+from textgen.serving.states import PrefixTable
 from textgen.tokenizer import Tokenizer
 
 log = logging.getLogger("textgen")
@@ -116,11 +117,15 @@ class Scheduler:
         tokenizer: the model's tokenizer.
         batch_size: maximum number of running samples.
         max_waiting: maximum number of samples in the queue.
+        prefixes: states of the beginnings of prompts; the decoding thread alone reads and changes it.
     """
 
-    def __init__(self, decoder: Decoder, tokenizer: Tokenizer, *, batch_size: int, max_waiting: int) -> None:
-        self.tokenizer, self.max_waiting, self.num_tokens, self.num_read_tokens = tokenizer, max_waiting, 0, 0
-        self._decoder, self._batch_size = decoder, batch_size
+    def __init__(
+        self, decoder: Decoder, tokenizer: Tokenizer, *, batch_size: int, max_waiting: int, prefixes: PrefixTable
+    ) -> None:
+        self.tokenizer, self.max_waiting, self.prefixes = tokenizer, max_waiting, prefixes
+        self.num_tokens = self.num_read_tokens = self.num_reused_tokens = 0
+        self.decoder, self._batch_size = decoder, batch_size
         # Any thread may read or change these two while it holds the condition.
         self._changed = threading.Condition()
         self._waiting: deque[Stream] = deque()
@@ -252,11 +257,9 @@ class Scheduler:
         if joining:
             # Of these prompts the decoder would read the same windows.
             readers = [stream.reader for stream in joining if stream.reader is not None]
-            self._prefilled |= {r.ids: r.state for r in readers if r.state and reads_alone(self._decoder, r.ids)}
+            self._prefilled |= {r.ids: r.state for r in readers if r.state and reads_alone(self.decoder, r.ids)}
             samples = [stream.running for stream in joining]
-            self._batch = Batch.of(
-                self._decoder, self.tokenizer, samples, beside=self._batch, prefilled=self._prefilled
-            )
+            self._batch = Batch.of(self.decoder, self.tokenizer, samples, beside=self._batch, prefilled=self._prefilled)
             self._running |= {stream.running.index: stream for stream in joining}
         batch = self._batch
         if batch is None:
@@ -292,12 +295,18 @@ class Scheduler:
             if stream.cancelled:
                 continue
             reader = stream.reader
+            if reader is not None and (known := self.prefixes.find(reader.keys, reader.num_windows)) is not None:
+                reader.skip(*known)
             if reader is not None and not reader.is_done:
                 if num_tokens and num_tokens + reader.next_size > PREFILL_WINDOW:
                     self._reading.appendleft(stream)
                     break
                 num_tokens += reader.next_size
-                reader.read(self._decoder)
+                reader.read(self.decoder)
+                if reader.border is not None and 0 < reader.border[0] <= len(reader.keys):
+                    self.prefixes.put(reader.keys[reader.border[0] - 1], reader.border[1])
+            if reader is not None:
+                self.num_reused_tokens += reader.pop_reused()
             if reader is not None and not reader.is_done:
                 self._reading.append(stream)
             elif stream.reads_only:

@@ -1,0 +1,171 @@
+"""States that the server keeps: of the beginnings of prompts, and of answers that a client wants to continue."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from textgen.decoding.decoders import PREFILL_WINDOW, DecoderState
+from textgen.decoding.reading import ReadState
+
+# Counted for an entry beside its tensors: keys, Python's objects.
+ENTRY_BYTES = 2048
+
+# A connection may hold this share of the kept states, so that it cannot drive out those of all others.
+CONNECTION_SHARE = 1 / 8
+
+# Bytes per kept state, on average, beyond which the oldest ones are dropped.
+STATE_BYTES = 256 << 10
+
+
+def num_bytes(state: DecoderState) -> int:
+    """Return the memory of a decoder's state."""
+    return ENTRY_BYTES + sum(part.nbytes for part in state)
+
+
+class PrefixTable:
+    """States after whole windows of prompts, so that prompts which begin alike read these windows once.
+
+    A prefix is found by a keyed hash of its tokens, with a key of the process. The least recently used states are
+    dropped. One thread may use a table.
+
+    Args:
+        max_bytes: of memory; 0 keeps nothing.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.num_bytes, self.max_bytes = 0, max_bytes
+        self._states: OrderedDict[bytes, DecoderState] = OrderedDict()
+        self._key = secrets.token_bytes(32)
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def keys(self, ids: Sequence[int], salt: str) -> list[bytes]:
+        """Return the key after each whole window of a prompt that leaves a token to read; none of a table that is off.
+
+        Args:
+            ids: all tokens that the model reads.
+            salt: of the client: prefixes with other salts are other prefixes.
+        """
+        if not self.max_bytes:
+            return []
+        digest = hashlib.blake2b(key=self._key)
+        digest.update(hashlib.sha256(salt.encode()).digest())
+        keys = []
+        for end in range(PREFILL_WINDOW, len(ids), PREFILL_WINDOW):
+            digest.update(np.array(ids[end - PREFILL_WINDOW : end], dtype=np.int32).tobytes())
+            keys.append(digest.digest())
+        return keys
+
+    def find(self, keys: Sequence[bytes], first: int) -> tuple[int, DecoderState] | None:
+        """Return the number of windows of the longest known prefix and its state; None if it has at most `first`."""
+        for count in range(len(keys), first, -1):
+            if (state := self._states.get(keys[count - 1])) is not None:
+                self._states.move_to_end(keys[count - 1])
+                return count, state
+        return None
+
+    def put(self, key: bytes, state: DecoderState) -> None:
+        """Keep a state, and drop those that were not used for the longest time if there is no room."""
+        if key in self._states or (size := num_bytes(state)) > self.max_bytes:
+            return
+        self._states[key] = state
+        self.num_bytes += size
+        while self.num_bytes > self.max_bytes:
+            _, dropped = self._states.popitem(last=False)
+            self.num_bytes -= num_bytes(dropped)
+
+
+@dataclass(frozen=True)
+class KeptState:
+    """A text that a client wants to continue: a prompt and its sample."""
+
+    text: str
+    """as the client sent and got it"""
+    read: ReadState | None
+    """a beginning of it that the model has read; None if it has less than a window"""
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the text and the state."""
+        read = [] if self.read is None else self.read.state
+        return num_bytes(read) + 4 * len(self.text) + (0 if self.read is None else 8 * len(self.read.ids))
+
+
+@dataclass(frozen=True)
+class _Entry:
+    id: str
+    kept: KeptState
+    connection: Hashable
+    expires_at: float
+
+
+class StateTable:
+    """Kept states by their ids: 128 random bits, which are valid in this process.
+
+    Args:
+        max_states: number of states; 0 keeps none.
+        max_seconds: age of a state.
+        clock: returns seconds.
+    """
+
+    def __init__(self, max_states: int, max_seconds: float, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self.max_states, self._max_seconds, self._clock = max_states, max_seconds, clock
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # the oldest first
+        self._of_connection: Counter[Hashable] = Counter()
+        self._num_bytes = 0
+        self._key = secrets.token_bytes(32)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def put(self, kept: KeptState, connection: Hashable) -> str:
+        """Keep a state and return its id. The connection's oldest states, then the oldest of all, make room.
+
+        Args:
+            kept: the state.
+            connection: identifies the connection that asked for it.
+        """
+        self._drop_old()
+        entry = _Entry(f"state-{secrets.token_hex(16)}", kept, connection, self._clock() + self._max_seconds)
+        self._entries[self._hash(entry.id)] = entry
+        self._of_connection[connection] += 1
+        self._num_bytes += kept.num_bytes
+        if self._of_connection[connection] > max(self.max_states * CONNECTION_SHARE, 1):
+            self._drop(next(key for key, entry in self._entries.items() if entry.connection == connection))
+        while len(self._entries) > self.max_states or self._num_bytes > self.max_states * STATE_BYTES:
+            self._drop(next(iter(self._entries)))
+        return entry.id
+
+    def get(self, state_id: str) -> KeptState | None:
+        """Return the state of an id; None if there is none, or none any more.
+
+        An id is found by its keyed hash and compared in constant time, so how long it takes says nothing about ids.
+        """
+        self._drop_old()
+        entry = self._entries.get(self._hash(state_id))
+        known = entry is not None and hmac.compare_digest(entry.id.encode(), state_id.encode())
+        return entry.kept if entry is not None and known else None
+
+    def _hash(self, state_id: str) -> bytes:
+        return hashlib.blake2b(state_id.encode(), key=self._key, digest_size=16).digest()
+
+    def _drop_old(self) -> None:
+        now = self._clock()
+        while self._entries and next(iter(self._entries.values())).expires_at <= now:
+            self._drop(next(iter(self._entries)))
+
+    def _drop(self, key: bytes) -> None:
+        entry = self._entries.pop(key)
+        self._num_bytes -= entry.kept.num_bytes
+        self._of_connection[entry.connection] -= 1
+        if not self._of_connection[entry.connection]:
+            del self._of_connection[entry.connection]
