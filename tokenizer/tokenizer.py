@@ -22,8 +22,9 @@ SPACE_UTF8 = SPACE.encode()
 REPLACEMENT_UTF8 = "\ufffd".encode()
 
 # Field numbers of sentencepiece_model.proto. Four settings do not earn a dependency on protobuf.
-TRAINER_SPEC, NORMALIZER_SPEC = 2, 3
-MODEL_TYPE, UNIGRAM, WORD, MODEL_TYPES = 3, 1, 3, range(1, 5)
+PIECES, TRAINER_SPEC, NORMALIZER_SPEC = 1, 2, 3
+PIECE_TYPE, NORMAL, USER_DEFINED = 3, 1, 4
+MODEL_TYPE, UNIGRAM, MODEL_TYPES = 3, 1, {1: "unigram", 2: "bpe", 3: "word", 4: "char"}
 CHARSMAP, ADD_DUMMY_PREFIX, REMOVE_EXTRA_WHITESPACES, ESCAPE_WHITESPACES = 2, 3, 4, 5
 
 
@@ -46,6 +47,7 @@ class Tokenizer:
         eos_token: Name of `eos_id`, usually `</s>`; no text spells it.
         unk_token: Name of `unk_id`.
         unk_id: Id of text that a model cannot spell; it decodes to U+FFFD.
+        model_type: `unigram`, `bpe`, `char` or `word`.
         is_lossless: False for word models only.
     """
 
@@ -78,7 +80,8 @@ class Tokenizer:
         model_type = _numbers(_submessage(model_proto, TRAINER_SPEC)).get(MODEL_TYPE, UNIGRAM)
         if model_type not in MODEL_TYPES:  # SentencePiece would pass over it
             raise TokenizerError(f"not a SentencePiece model: model_type {model_type}")
-        self.is_lossless = model_type != WORD
+        self.model_type = MODEL_TYPES[model_type]
+        self.is_lossless = self.model_type != "word"
         if self.is_lossless:
             num_byte_pieces = sum(map(processor.IsByte, range(self.vocab_size)))
             _check_lossless(_submessage(model_proto, NORMALIZER_SPEC), num_byte_pieces)
@@ -179,6 +182,13 @@ class Tokenizer:
     def pieces(self) -> list[str]:
         """The pieces by id, as SentencePiece spells them: `\u2581the` with a space before it, `<0x41>`, `</s>`."""
         return [self._processor.IdToPiece(token_id) for token_id in range(self.vocab_size)]
+
+    def scored_pieces(self) -> Iterator[tuple[str, float, int]]:
+        """Yield each piece as the model file spells it, its score, and its type, such as `NORMAL`."""
+        pieces = (value for number, value in _fields(self.model_proto) if number == PIECES)
+        for token_id, message in enumerate(pieces):
+            kind = _numbers(message).get(PIECE_TYPE, NORMAL) if isinstance(message, bytes) else NORMAL
+            yield self._processor.IdToPiece(token_id), self._processor.GetScore(token_id), kind
 
     def stream(self) -> "StreamDecoder":
         """Start decoding token by token."""

@@ -1,0 +1,69 @@
+"""The files for Hugging Face's library give the ids of the tokenizer itself."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as FastTokenizer
+
+from tests.tokenizer.test_tokenizer import MANY, MIXED, TRAPS
+from tokenizer import Tokenizer, TokenizerError
+from tokenizer.hugging_face import TOKENIZER_FILES, hugging_face_files
+
+
+def fast_of(tokenizer: Tokenizer) -> FastTokenizer:
+    fast = FastTokenizer.from_str(hugging_face_files(tokenizer)["tokenizer.json"])
+    fast.encode_special_tokens = True  # as `split_special_tokens` of tokenizer_config.json
+    return fast
+
+
+@pytest.fixture(scope="session")
+def fasts(unigram: Tokenizer, bpe: Tokenizer, char: Tokenizer) -> dict[str, FastTokenizer]:
+    return {tokenizer.model_type: fast_of(tokenizer) for tokenizer in (unigram, bpe, char)}
+
+
+def same(ours: list[int], theirs: list[int], model_type: str) -> bool:
+    """Return whether ids are equal; a unigram model may order the pieces of a tie differently."""
+    return ours == theirs or (model_type == "unigram" and sorted(ours) == sorted(theirs))
+
+
+@MANY
+@given(text=st.one_of(MIXED, st.text(".!*m '<>/s0x41brunk\u2581", max_size=60)))
+def test_any_text_has_the_same_ids(lossless: Tokenizer, fasts: dict[str, FastTokenizer], text: str) -> None:
+    fast, ours = fasts[lossless.model_type], lossless.encode(text)
+    assert same(ours, fast.encode(text).ids, lossless.model_type)
+    assert fast.decode(ours) == text
+
+
+@pytest.mark.parametrize("text", TRAPS)
+def test_traps_have_the_same_ids(lossless: Tokenizer, fasts: dict[str, FastTokenizer], text: str) -> None:
+    assert fasts[lossless.model_type].encode(text).ids == lossless.encode(text)
+
+
+def test_reviews_have_the_same_ids_but_for_ties(
+    lossless: Tokenizer, fasts: dict[str, FastTokenizer], reviews: list[str]
+) -> None:
+    texts = reviews[1::20]
+    encoded = [encoding.ids for encoding in fasts[lossless.model_type].encode_batch(texts)]
+    different = [
+        (ours, theirs) for ours, theirs in zip(map(lossless.encode, texts), encoded, strict=True) if ours != theirs
+    ]
+    assert all(same(ours, theirs, lossless.model_type) for ours, theirs in different)
+    assert len(different) <= 0.02 * len(texts)
+
+
+def test_special_tokens_have_their_ids_and_no_text(unigram: Tokenizer, fasts: dict[str, FastTokenizer]) -> None:
+    fast = fasts["unigram"]
+    assert (fast.token_to_id("</s>"), fast.token_to_id("<unk>")) == (unigram.eos_id, unigram.unk_id)
+    assert fast.get_vocab_size() == unigram.vocab_size
+    assert fast.decode([*unigram.encode("a film"), unigram.eos_id]) == "a film"
+    config = json.loads(hugging_face_files(unigram)[TOKENIZER_FILES[1]])
+    assert (config["bos_token"], config["eos_token"], config["split_special_tokens"]) == ("</s>", "</s>", True)
+
+
+def test_a_word_tokenizer_is_refused(word: Tokenizer) -> None:
+    with pytest.raises(TokenizerError, match="a word tokenizer cannot be written"):
+        hugging_face_files(word)
