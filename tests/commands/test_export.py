@@ -13,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
+from tokenizers import Tokenizer as FastTokenizer
 
 from textgen.cli import main
 from textgen.commands.export import export_command
@@ -28,6 +29,7 @@ from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
 from textgen.packages import HOME
 from textgen.runs.checkpoint import newest_valid, verify
 from textgen.runs.tensors import read_header
+from textgen.tokenizer import Tokenizer
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -147,7 +149,7 @@ def test_export_to_onnx_compares_under_onnxruntime(checkpoint: Path, capsys: pyt
     [
         (["--limit", "0"], "error: `limit` must be at least 1: 0"),
         (["--batch_size", "0"], "error: `batch_size` must be at least 1: 0"),
-        (["--to", "zip"], "error: `to` must be one of `decoder`, `onnx`: zip"),
+        (["--to", "zip"], "error: `to` must be one of `decoder`, `onnx`, `tokenizer`: zip"),
     ],
 )
 def test_wrong_flags_end_with_one_line(argv: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -166,4 +168,30 @@ def test_missing_packages_are_named_before_anything_is_read(
     assert ended.value.code == 2
     assert capsys.readouterr().err == (
         f"error: `--to onnx` needs `onnxscript`: run `pip install -e '.[export]'` in `{HOME}`\n"
+    )
+
+
+def test_a_tokenizer_is_written_for_hugging_face(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    main(["export", str(checkpoint), "--to", "tokenizer"])
+    names = ["tokenizer.json", "tokenizer_config.json"]
+    assert capsys.readouterr().out.splitlines() == [str(checkpoint / name) for name in names]
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir() if path.name not in names} == before
+    verify(checkpoint)
+    main(["export", str(checkpoint), "--to", "tokenizer", "--out", str(tmp_path / "new" / "out")])
+    for name in names:
+        assert (tmp_path / "new" / "out" / name).read_bytes() == (checkpoint / name).read_bytes()
+    fast = FastTokenizer.from_file(str(checkpoint / "tokenizer.json"))
+    text = "The plot was \u2581 Ça 🙂 <br /><br />silly."
+    assert fast.encode(text).ids == Tokenizer.from_file(checkpoint).encode(text)
+
+
+def test_flags_of_scoring_are_refused_for_a_tokenizer(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["export", str(checkpoint), "--to", "tokenizer", "--limit", "3"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: `limit` has no effect with `--to tokenizer`, which scores no documents\n"
     )

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard, constants
+from tokenizers import Tokenizer as FastTokenizer
 
 from textgen.cli import main
 from textgen.commands.export import export_command
@@ -26,9 +27,12 @@ from textgen.model import files as model_files
 from textgen.model.files import read_model
 from textgen.runs.checkpoint import newest_valid
 from textgen.runs.metrics_file import read_metrics
+from textgen.tokenizer import Tokenizer
 
 Capture = pytest.CaptureFixture[str]
-FILES = {"README.md", "config.json", "model.safetensors", "tokenizer.model"}
+FILES = {
+    "README.md", "config.json", "model.safetensors", "tokenizer.model", "tokenizer.json", "tokenizer_config.json",
+}  # fmt: skip
 
 
 def refusal(capsys: Capture, *argv: str) -> str:
@@ -69,6 +73,12 @@ def checkpoint(tiny_run: Path, tmp_path: Path) -> Path:
 def test_published_folder_samples_the_text_of_the_run(published: Path, tiny_run: Path, capsys: Capture) -> None:
     assert {path.name for path in published.iterdir()} == FILES
     assert sampled(capsys, published) == sampled(capsys, tiny_run)
+
+
+def test_a_published_tokenizer_has_the_same_ids_for_hugging_face(published: Path) -> None:
+    fast = FastTokenizer.from_file(str(published / "tokenizer.json"))
+    text = "The plot was \u2581 Ça 🙂 <br /><br />silly."
+    assert fast.encode(text).ids == Tokenizer.from_file(published).encode(text)
 
 
 def test_nothing_is_published_over_something_else(published: Path, tiny_run: Path, capsys: Capture) -> None:

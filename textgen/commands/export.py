@@ -1,4 +1,4 @@
-"""The command `export`: write a checkpoint's decoder as files, and the bits per byte of each decoder beside them."""
+"""The command `export`: write a checkpoint's decoder with its cost in bits per byte, or its tokenizer, as files."""
 
 from __future__ import annotations
 
@@ -11,18 +11,30 @@ from typing import Any, Literal
 
 from textgen.commands.model_argument import add_model_arguments, open_model
 from textgen.commands.parsing import Parser, add_reading_flags, reading_settings
+from textgen.config import READING_SETTINGS
 from textgen.packages import require_packages
 
 
 def export_command(argv: Sequence[str]) -> None:
-    """Write a decoder, and print the figures that are kept with it."""
-    _export(_parse(argv))
+    """Write a decoder, and print the figures that are kept with it; or write a tokenizer."""
+    args = _parse(argv)
+    if args.to == "tokenizer":
+        _export_tokenizer(args)
+    else:
+        _export(args)
 
 
 def _parse(argv: Sequence[str]) -> Any:
-    parser = Parser(prog="textgen export", description="Write a checkpoint's decoder as files, with its cost.")
+    parser = Parser(
+        prog="textgen export", description="Write a checkpoint's decoder as files, with its cost, or its tokenizer."
+    )
     add_model_arguments(parser)
-    parser.add_argument("--to", type=Literal["decoder", "onnx"], default="decoder", help="what to write")
+    parser.add_argument(
+        "--to",
+        type=Literal["decoder", "onnx", "tokenizer"],
+        default="decoder",
+        help="what to write; tokenizer: tokenizer.json and tokenizer_config.json, which `AutoTokenizer` reads",
+    )
     parser.add_argument("--out", default=None, help="folder to write to; default: the checkpoint's folder")
     parser.add_argument(
         "--data",
@@ -37,9 +49,25 @@ def _parse(argv: Sequence[str]) -> Any:
     for name in ("limit", "batch_size"):
         if getattr(args, name) < 1:
             parser.error(f"`{name}` must be at least 1: {getattr(args, name)}")
+    scoring = ("data", "limit", "batch_size", *READING_SETTINGS)
+    if args.to == "tokenizer" and (given := [n for n in scoring if args[n] != parser.get_default(n)]):
+        parser.error(f"`{given[0]}` has no effect with `--to tokenizer`, which scores no documents")
     if args.to == "onnx":
         require_packages("`--to onnx`", "onnx", "onnxscript", "onnxruntime", extra="export")
     return args
+
+
+def _export_tokenizer(args: Any) -> None:
+    from textgen.files import make_directory, write_atomic
+    from textgen.tokenizer.hugging_face import hugging_face_files
+
+    opened = open_model(args.checkpoint, best=args.best)
+    files = hugging_face_files(opened.tokenizer)
+    out = opened.directory if args.out is None else Path(args.out)
+    make_directory(out)
+    for name, content in files.items():
+        write_atomic(out / name, content)
+        print(out / name)
 
 
 def _export(args: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -13,9 +14,12 @@ from typing import Any
 
 from textgen.commands.model_argument import add_model_arguments
 from textgen.commands.parsing import Parser, fail
+from textgen.console import setup_logging
 from textgen.errors import one_line
 from textgen.files import decode_text
 from textgen.reporting.card import CARD_NAME, HUB, build_card, read_provenance
+
+log = logging.getLogger("textgen")
 
 # Time limit for the hub's first answer. Later requests have the limits of the hub's client.
 REACH_SECONDS = 10.0
@@ -42,6 +46,7 @@ def publish_command(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--public", action="store_true", help="make the repository public; default: private")
     args = parser.parse_args(list(argv))
+    setup_logging(main=True)
     if args.to.startswith(HUB):
         _to_hub(args, args.to.removeprefix(HUB))
     else:
@@ -78,9 +83,12 @@ def _to_hub(args: Any, name: str) -> None:
                 if (private := api.model_info(name, timeout=REACH_SECONDS).private) == args.public:
                     fail(f"`{name}` is {'private' if private else 'public'} on the hub, `--public` is {args.public}")
             url = api.create_repo(name, private=not args.public, exist_ok=True)
-            # The same commit deletes a decoder of earlier weights.
+            # The same commit deletes the decoder and the tokenizer of an earlier model.
             api.upload_folder(
-                repo_id=name, folder_path=folder, commit_message="Publish a model", delete_patterns="decoder.*"
+                repo_id=name,
+                folder_path=folder,
+                commit_message="Publish a model",
+                delete_patterns=["decoder.*", "tokenizer*.json"],
             )
         except Exception as error:  # of the client, of its transport, or of the system
             fail(f"`{name}` cannot be published on {api.endpoint}: {one_line(error)}")
@@ -117,12 +125,18 @@ def write_publication(args: Any, out: Path, *, name: str, where: str) -> None:
     from textgen.decoding.export import copy_decoder
     from textgen.model.files import MODEL_FILES, read_model_and_tokenizer, resolve_model_directory
     from textgen.runs.checkpoint import find_checkpoint
+    from textgen.tokenizer.hugging_face import TOKENIZER_FILES, hugging_face_files
 
     checkpoint = find_checkpoint(args.checkpoint, best=args.best, files=None)
     directory = checkpoint or resolve_model_directory(args.checkpoint)
     for file in MODEL_FILES:
         shutil.copyfile(directory / file, out / file)
-    model, _ = read_model_and_tokenizer(out)  # the copy, so that an unreadable model is not published
+    model, tokenizer = read_model_and_tokenizer(out)  # the copy, so that an unreadable model is not published
+    if tokenizer.is_lossless:
+        for file, content in hugging_face_files(tokenizer).items():
+            (out / file).write_text(content, encoding="utf-8")
+    else:
+        log.info("no `%s`: Hugging Face's library has no equal of a word tokenizer", TOKENIZER_FILES[0])
     cost = copy_decoder(directory, out)
     card = build_card(
         model,
