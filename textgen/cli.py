@@ -41,6 +41,8 @@ COMMAND_GROUPS = {
         "publish": "write a model and its card to a folder, or to the Hugging Face hub",
     },
     "judge a run": {
+        "score": "print what each token of a text costs, as lines, JSON, CSV or a page",
+        "tokenize": "print the tokens of a text, or the text of tokens",
         "evaluate": "print the bits per byte of a checkpoint on a file or a split",
         "measure": "compare generated texts with human ones: variety, repetition, copied text",
         "compare": "print a table of runs: bits per byte, tokens per second, different settings",

@@ -65,6 +65,11 @@ def escape_controls(text: str) -> str:
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
+def quoted(text: str) -> str:
+    """Return a text on one line in quotes, for a terminal; its control characters are codes."""
+    return '"' + escape_controls(text.replace("\n", "\\n").replace("\t", "\\t")) + '"'
+
+
 def start_log() -> None:
     """Send textgen's log to standard error from process 0; other processes log errors only."""
     setup_logging(main=os.environ.get("RANK", "0") == "0")

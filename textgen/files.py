@@ -7,7 +7,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from typing import Any
 from textgen.errors import TextgenError
 
 
-def write_atomic(path: Path, text: str, *, require: Callable[[], None] | None = None) -> None:
+def write_atomic(path: Path, text: str | Iterable[str], *, require: Callable[[], None] | None = None) -> None:
     """Write a file of a run so that it holds the old text or the new, whatever happens.
 
     Args:
         path: the file.
-        text: its content.
+        text: its content, or parts of it that are made while the file is written.
         require: called just before the file is replaced; if it raises, the file stays as it is.
 
     Raises:
@@ -29,7 +29,7 @@ def write_atomic(path: Path, text: str, *, require: Callable[[], None] | None = 
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         if require is not None:

@@ -20,7 +20,14 @@ from textgen.settings import build_settings, complete_record
 def texts_to_score(
     checkpoint: Path | None, data: str, settings: DataConfig, *, limit: int | None, normalization: str
 ) -> list[str]:
-    """Return documents of files, or of a split of the data that a checkpoint was trained on.
+    """Return the texts of `documents_to_score` in memory."""
+    return list(documents_to_score(checkpoint, data, settings, limit=limit, normalization=normalization))
+
+
+def documents_to_score(
+    checkpoint: Path | None, data: str, settings: DataConfig, *, limit: int | None, normalization: str
+) -> Iterator[str]:
+    """Yield documents of files, or of a split of the data that a checkpoint was trained on.
 
     They carry their labels if `settings` or the training ask for them, see `label_of`.
 
@@ -37,17 +44,15 @@ def texts_to_score(
     if data in SPLITS:
         if checkpoint is None:
             raise TextgenError(f"the model has no record of its training text: give `--data` a file, not `{data}`")
-        texts = _split_texts(checkpoint, data, limit)
+        texts = read_split(store_of(checkpoint), data)
     else:
         documents = (text for text in read_documents([data], settings) if text.strip())
-        texts = [copy_label(normalize(text, normalization), text) for text in islice(documents, limit)]
-    if not texts:
+        texts = (copy_label(normalize(text, normalization), text) for text in documents)
+    text = None
+    for text in islice(texts, limit):
+        yield text
+    if text is None:
         raise TextgenError(f"`{data}` holds no documents")
-    return texts
-
-
-def _split_texts(checkpoint: Path, name: str, limit: int | None) -> list[str]:
-    return list(islice(read_split(store_of(checkpoint), name), limit))
 
 
 def read_split(store: TokenStore, name: str) -> Iterator[str]:

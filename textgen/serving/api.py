@@ -23,6 +23,7 @@ from textgen.config import SamplingConfig
 from textgen.data.corpus import normalize
 from textgen.decoding.decoders import PREFILL_WINDOW
 from textgen.decoding.generation import Sample, number_requests, require_drawable
+from textgen.decoding.scoring import token_text
 from textgen.serving.completion import EventStream, PendingChoice, PendingCompletion, cancel_on_disconnect
 from textgen.serving.description import describe_api
 from textgen.serving.prompts import (
@@ -32,7 +33,6 @@ from textgen.serving.prompts import (
     encode_document,
     read_prompts,
     require_ids,
-    token_text,
 )
 from textgen.serving.protocol import (
     CompletionRequest,

@@ -12,7 +12,7 @@ from torch import Tensor
 from textgen.data.corpus import normalize
 from textgen.decoding.decoders import PREFILL_WINDOW, Decoder, DecoderState, decoder_state
 from textgen.decoding.reading import ReadState
-from textgen.decoding.scoring import Window, read_windows
+from textgen.decoding.scoring import Window, read_windows, token_text
 from textgen.serving.protocol import CompletionRequest, Limits
 from textgen.serving.responses import ApiError
 from textgen.tokenizer import Tokenizer
@@ -113,11 +113,6 @@ def decode_document(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     return b"".join(parts).decode(errors="replace")
 
 
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Return the text of a token; bytes that are no whole character in hexadecimal, as Python does."""
-    return tokenizer.token_bytes(token).decode(errors="backslashreplace")
-
-
 class PromptReader:
     """Reads a prompt window by window, so that running samples wait for one window only; it may score the tokens.
 
@@ -182,8 +177,8 @@ class PromptReader:
         if self._windows is None:
             # The first token of the prompt has no score, as with OpenAI.
             given = len(self.ids) if self._num_top is None else len(self.ids) - max(len(self._tokens) - 1, 0)
-            top, read = self._num_top or 0, self.read_state(decoder)
-            self._windows = read_windows(decoder, self.ids, given=given, num_top=top, read=read)
+            read = self.read_state(decoder)
+            self._windows = read_windows(decoder, self.ids, given=given, num_top=self._num_top, read=read)
         window = next(self._windows)
         if self._num_top is not None:
             self._scored.append((window.logprobs, window.top_logprobs, window.top_ids.int()))
