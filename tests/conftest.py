@@ -157,6 +157,22 @@ def tiny_flags(reviews_file: Path, share: Share) -> list[str]:
 
 
 @pytest.fixture(scope="session")
+def labelled_flags(tiny_flags: list[str], reviews_file: Path, share: Share) -> list[str]:
+    """Return the flags of a tiny training with labels: good for the reviews that say so, bad, and some without."""
+
+    def write(directory: Path) -> None:
+        rows = [json.loads(line) for line in reviews_file.read_text(encoding="utf-8").splitlines()]
+        for row in rows:
+            text = row["text"]
+            row["label"] = "good" if "10/10" in text or "See it twice" in text else "bad" if "Avoid" in text else None
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (directory / "reviews.jsonl").write_text("".join(lines), encoding="utf-8")
+
+    path = share("labelled-reviews", write) / "reviews.jsonl"
+    return [*tiny_flags[:3], str(path), *tiny_flags[4:], "--data.label_column", "label"]
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tiny_flags: list[str], share: Share) -> Path:
     """Return the directory of a finished tiny training; do not change what is in it."""
 
@@ -164,6 +180,34 @@ def tiny_run(tiny_flags: list[str], share: Share) -> Path:
         run_script("train_distributed.py", *tiny_flags, "--run_dir", str(directory / "tiny"))
 
     return share("runs", train) / "tiny"
+
+
+def write_labelled_reviews(path: Path) -> None:
+    """Write 400 made-up reviews to a jsonl file, in turns negative and positive; the adjectives tell which."""
+    draw = random.Random(1)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(400):
+            label, words = (("negative", "bad dull weak"), ("positive", "good fine great"))[number % 2]
+            said = " ".join(f"{draw.choice(words.split())} {draw.choice(THINGS)}" for _ in range(2))
+            file.write(json.dumps({"text": f"{said} {number}", "label": label}) + "\n")
+
+
+@pytest.fixture(scope="session")
+def labelled_reviews(share: Share) -> Path:
+    """Write 400 reviews with labels, see `write_labelled_reviews`."""
+    return share("labelled", lambda place: write_labelled_reviews(place / "labelled.jsonl")) / "labelled.jsonl"
+
+
+@pytest.fixture(scope="session")
+def labelled_run(tiny_flags: list[str], labelled_reviews: Path, share: Share) -> Path:
+    """Return the directory of a finished training with labels that has learned them; do not change what is in it."""
+
+    def train(directory: Path) -> None:
+        flags = ["--data.files", str(labelled_reviews), "--data.label_column", "label", "--max_steps", "250"]
+        flags += ["--learning_rate", "0.01", "--model.num_layers", "1"]
+        run_script("train_distributed.py", *tiny_flags, *flags, "--run_dir", str(directory / "labelled"))
+
+    return share("labelled-runs", train) / "labelled"
 
 
 @pytest.fixture

@@ -72,9 +72,9 @@ def losses(run: textgen.Run | Path) -> list[dict[str, float]]:
 
 def test_public_names() -> None:
     assert textgen.__all__ == [
-        "DataConfig", "LanguageModel", "ModelConfig", "ReadState", "Run", "Sample", "SamplingConfig", "TextScore",
-        "TextgenError", "TokenLogprobs", "TokenizerConfig", "TrackingConfig", "TrainConfig", "__version__", "load",
-        "train",
+        "Classification", "DataConfig", "LanguageModel", "ModelConfig", "ReadState", "Run", "Sample", "SamplingConfig",
+        "TextScore", "TextgenError", "TokenLogprobs", "TokenizerConfig", "TrackingConfig", "TrainConfig", "__version__",
+        "load", "train",
     ]  # fmt: skip
     assert all(getattr(textgen, name) for name in textgen.__all__)
     assert set(textgen.__all__) <= set(dir(textgen))
@@ -120,6 +120,10 @@ samples: list[textgen.Sample] = lm.generate(["i love", ""], details=True, config
 read: textgen.ReadState = lm.read("a long prologue")
 read.save("prologue.safetensors")
 read = lm.load_state("prologue.safetensors")
+by_label: list[str] = lm.generate("i love", label="positive")
+one: textgen.Classification = lm.classify("i love it")
+several: list[textgen.Classification] = lm.classify(["i love it", "no"], priors={label: 1 for label in lm.labels})
+print(one.label, one.probability, one.margin, several[0].bits["positive"], lm.score("a", label="positive").nats)
 for piece in lm.stream("i love", state=read):
     print(piece.upper())
 score: textgen.TextScore = lm.score("i love this movie")

@@ -8,13 +8,14 @@ import os
 
 TYPE_CHECKING = False  # not that of `typing`, which takes longer to import than all of this
 if TYPE_CHECKING:
-    from textgen.api import LanguageModel, ReadState, Run, Sample, TextScore, TokenLogprobs, load, train
+    from textgen.api import Classification, LanguageModel, ReadState, Run, Sample, TextScore, TokenLogprobs, load, train
     from textgen.config import DataConfig, ModelConfig, SamplingConfig, TokenizerConfig, TrackingConfig, TrainConfig
     from textgen.errors import TextgenError
 
     __version__: str
 
 __all__ = [
+    "Classification",
     "DataConfig",
     "LanguageModel",
     "ModelConfig",

@@ -17,6 +17,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
+from textgen.classification.classifier import new_classifier
+from textgen.classification.decision import Classification
+from textgen.classification.head import read_head
 from textgen.commands.model_argument import OpenModel, open_decoder
 from textgen.commands.parsing import names_in, read_config_file
 from textgen.config import SamplingConfig, TrainConfig
@@ -30,6 +33,7 @@ from textgen.decoding.generation import (
     Request,
     Sample,
     TokenLogprobs,
+    begin_id,
     generate_stream,
     number_requests,
     require_drawable,
@@ -42,6 +46,7 @@ from textgen.distributed.process import process_as_before
 from textgen.distributed.signals import Interrupted
 from textgen.distributed.world import slurm_variables
 from textgen.errors import TextgenError, in_backticks, user_error
+from textgen.model.files import weights_sha256
 from textgen.reporting.compare import read_settings
 from textgen.reporting.report import report_summary
 from textgen.runs.checkpoint import TRAINER_NAME, checkpoints, find_checkpoint, read_json
@@ -55,7 +60,8 @@ if TYPE_CHECKING:
     from textgen.decoding.decoders import Decoder
 
 __all__ = [
-    "LanguageModel", "Metrics", "ReadState", "Run", "Sample", "TextScore", "TokenLogprobs", "load", "train",
+    "Classification", "LanguageModel", "Metrics", "ReadState", "Run", "Sample", "TextScore", "TokenLogprobs", "load",
+    "train",
 ]  # fmt: skip
 
 # Without it Python would print warnings of a program that configures no logging.
@@ -371,6 +377,11 @@ class LanguageModel:
         self.path = opened.directory
         """directory of the model's files"""
 
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels that the model was trained with; () without labels."""
+        return self._decoder.model.labels
+
     def __repr__(self) -> str:
         return (
             f"<textgen.LanguageModel {str(self.path)!r}: {self._decoder.model.num_parameters:,} parameters, "
@@ -385,6 +396,7 @@ class LanguageModel:
         n: int = ...,
         config: SamplingConfig | None = ...,
         state: ReadState | None = ...,
+        label: str | None = ...,
         details: Literal[False] = ...,
         **settings: Any,
     ) -> list[str]: ...
@@ -396,6 +408,7 @@ class LanguageModel:
         n: int = ...,
         config: SamplingConfig | None = ...,
         state: ReadState | None = ...,
+        label: str | None = ...,
         details: Literal[True],
         **settings: Any,
     ) -> list[Sample]: ...
@@ -406,6 +419,7 @@ class LanguageModel:
         n: int = 1,
         config: SamplingConfig | None = None,
         state: ReadState | None = None,
+        label: str | None = None,
         details: bool = False,
         **settings: Any,
     ) -> list[str] | list[Sample]:
@@ -416,6 +430,7 @@ class LanguageModel:
             n: samples of each prompt.
             config: the settings of sampling.
             state: text before the prompt, from `read` or `load_state`.
+            label: of the texts, one of `labels`; not with `state`, whose text has its label.
             details: return `Sample` objects: the text, its number of tokens, how it ended, log-probabilities.
             **settings: fields of `SamplingConfig` by name, which override `config`: `temperature=0.8`.
 
@@ -430,25 +445,30 @@ class LanguageModel:
         prompts, n = [prompt] if isinstance(prompt, str) else list(prompt), _plain(n)
         if type(n) is not int or n < 1:
             raise TextgenError(f"`n` must be an integer of at least 1: {n}")
-        requests = self._requests(prompts, n, config, state, settings)
+        requests = self._requests(prompts, n, config, state, label, settings)
         with _user_errors():
             samples = {index: event for index, event in self._events(requests) if isinstance(event, Sample)}
         ordered = [samples[index] for index in range(len(requests))]
         return ordered if details else [sample.text for sample in ordered]
 
     def stream(
-        self, prompt: str = "", *, config: SamplingConfig | None = None, state: ReadState | None = None, **settings: Any
+        self,
+        prompt: str = "",
+        *,
+        config: SamplingConfig | None = None,
+        state: ReadState | None = None,
+        label: str | None = None,
+        **settings: Any,
     ) -> Iterator[str]:
         """Return the pieces of one continuation as they are drawn; joined they are the text of `generate`.
 
         Args and errors are those of `generate`. A piece is whole characters and never empty.
         """
-        requests = self._requests(
-            [prompt], 1, config, state, settings
-        )  # wrong input fails here, not at the first piece
+        # wrong input fails here, not at the first piece
+        requests = self._requests([prompt], 1, config, state, label, settings)
         return (event for _, event in self._events(requests) if isinstance(event, str))
 
-    def read(self, text: str, *, state: ReadState | None = None) -> ReadState:
+    def read(self, text: str, *, state: ReadState | None = None, label: str | None = None) -> ReadState:
         """Read a text once, for many continuations and scores.
 
         `generate(b, state=read(a))` is, bit for bit, `generate(a + b)`, wherever the text is cut. `state.save(path)`
@@ -457,14 +477,17 @@ class LanguageModel:
         Args:
             text: at least one character that is not a space.
             state: the text before it, from an earlier `read`.
+            label: of the whole text, one of `labels`; not with `state`.
 
         Raises:
-            TextgenError: the text is empty or not text, or the state is of another model.
+            TextgenError: the text is empty or not text, the state is of another model, or the label is unknown.
         """
-        self._require_own(state)
+        begin = self._begin(label, state)
         if not self._text(text, "`text`", after=state) or not text:
             raise TextgenError("`text` is empty: there is nothing to read")
-        return read_text(self._decoder, self._tokenizer, text, normalization=self._normalization, after=state)
+        return read_text(
+            self._decoder, self._tokenizer, text, normalization=self._normalization, after=state, begin=begin
+        )
 
     def load_state(self, path: str | os.PathLike[str]) -> ReadState:
         """Read a state from the file that its `save` has written, in this process or in another one.
@@ -479,7 +502,13 @@ class LanguageModel:
 
     @overload
     def score(
-        self, text: str, *, state: ReadState | None = ..., end: bool = ..., alternatives: int | None = ...
+        self,
+        text: str,
+        *,
+        state: ReadState | None = ...,
+        label: str | None = ...,
+        end: bool = ...,
+        alternatives: int | None = ...,
     ) -> TextScore: ...
     @overload
     def score(
@@ -487,6 +516,7 @@ class LanguageModel:
         text: list[str] | tuple[str, ...],
         *,
         state: ReadState | None = ...,
+        label: str | None = ...,
         end: bool = ...,
         alternatives: int | None = ...,
     ) -> list[TextScore]: ...
@@ -495,6 +525,7 @@ class LanguageModel:
         text: str | list[str] | tuple[str, ...],
         *,
         state: ReadState | None = None,
+        label: str | None = None,
         end: bool = True,
         alternatives: int | None = None,
     ) -> TextScore | list[TextScore]:
@@ -506,13 +537,14 @@ class LanguageModel:
         Args:
             text: at least one character that is not a space.
             state: the text before it, from `read`; it is not scored.
+            label: of the text, one of `labels`; not with `state`.
             end: score the end of the text too, as a whole document; False for a part of a document.
             alternatives: also report the rank of each token, and this many of the likeliest tokens at its place.
 
         Raises:
             TextgenError: a text is empty or not text, the state is of another model, or the tokenizer loses text.
         """
-        self._require_own(state)
+        begin = self._begin(label, state)
         alternatives = _plain(alternatives)
         if alternatives is not None and (type(alternatives) is not int or alternatives < 0):
             raise TextgenError(f"`alternatives` must be an integer of at least 0, or None: {str(alternatives)[:40]}")
@@ -524,9 +556,69 @@ class LanguageModel:
         if not self._tokenizer.is_lossless:
             raise TextgenError(f"`{self.path}` has a word tokenizer, which loses text: it has no bits per byte")
         scores = score_stream(
-            self._decoder, self._tokenizer, texts, batch_size=BATCH_SIZE, end=end, read=state, num_top=alternatives
+            self._decoder,
+            self._tokenizer,
+            texts,
+            batch_size=BATCH_SIZE,
+            end=end,
+            read=state,
+            num_top=alternatives,
+            begin=begin,
         )
         return next(scores) if isinstance(text, str) else list(scores)
+
+    @overload
+    def classify(  # type: ignore[overload-overlap]  # a str is a sequence of texts too
+        self,
+        text: str,
+        *,
+        head: str | os.PathLike[str] | None = ...,
+        priors: Mapping[str, float] | None = ...,
+        temperature: float | None = ...,
+    ) -> Classification: ...
+    @overload
+    def classify(
+        self,
+        text: Sequence[str],
+        *,
+        head: str | os.PathLike[str] | None = ...,
+        priors: Mapping[str, float] | None = ...,
+        temperature: float | None = ...,
+    ) -> list[Classification]: ...
+    def classify(
+        self,
+        text: str | Sequence[str],
+        *,
+        head: str | os.PathLike[str] | None = None,
+        priors: Mapping[str, float] | None = None,
+        temperature: float | None = None,
+    ) -> Classification | list[Classification]:
+        """Find the label of a text, or of several: the one under which a text takes the fewest bits.
+
+        Args:
+            text: whole texts, as the model was trained on; at least one character each that is not a space.
+            head: folder of a head of this model, from `textgen classify --train`, which judges instead.
+            priors: weight of each label before a text is read; equal ones by default.
+            temperature: divides the scores, which are too sure of long texts; default 1, or that of the head. `textgen
+                classify --calibrate` finds it.
+
+        Raises:
+            TextgenError: the model has no labels, a text is empty or not text, or the head is of another model.
+        """
+        if not isinstance(text, Iterable):
+            raise TextgenError(f"`text` must be a text or a list of texts: {str(text)[:40]}")
+        texts = [text] if isinstance(text, str) else list(text)
+        for one in texts:
+            if not self._text(one, "`text`"):
+                raise TextgenError("`text` is empty: there is nothing to classify")
+        model = self._decoder.model
+        with _user_errors():
+            own = None if head is None else read_head(Path(head), model, weights_sha256=weights_sha256(self.path))
+            classifier = new_classifier(
+                model, self._tokenizer, name=str(self.path), head=own, priors=priors, temperature=temperature
+            )
+            found, _ = classifier.classify(texts)
+        return found[0] if isinstance(text, str) else found
 
     def _events(self, requests: Sequence[Request]) -> Iterator[tuple[int, str | Sample]]:
         run = GraphRunner(self._decoder) if self._decoder.in_graphs else None
@@ -538,10 +630,11 @@ class LanguageModel:
         n: int,
         config: SamplingConfig | None,
         state: ReadState | None,
+        label: str | None,
         settings: Mapping[str, Any],
     ) -> list[Request]:
         """Return the requests of samples, checked."""
-        self._require_own(state)
+        self._begin(label, state)
         known = [field.name for field in dataclasses.fields(SamplingConfig)]
         if unknown := [name for name in settings if name not in known]:
             raise TextgenError(unknown_setting(unknown[0], known))
@@ -556,7 +649,7 @@ class LanguageModel:
         texts = [
             self._text(prompt, "`prompt`", hint="; an empty prompt starts a text", after=state) for prompt in prompts
         ]
-        return list(number_requests(((text, made) for text in texts), n, read=state))
+        return list(number_requests(((text, made, label) for text in texts), n, read=state))
 
     def _text(self, text: object, name: str, *, hint: str = "", after: ReadState | None = None) -> str:
         """Return a user's text, after that of a state, normalized like the training text.
@@ -575,10 +668,17 @@ class LanguageModel:
             raise TextgenError(f"{name} is only spaces{hint}")
         return normalize(text, self._normalization)
 
-    def _require_own(self, state: ReadState | None) -> None:
+    def _begin(self, label: object, state: ReadState | None) -> int:
+        """Return the first input of a text; refuse a label beside a state, and a state of another model."""
+        if label is not None and not isinstance(label, str):
+            raise TextgenError(f"`label` must be a text: {str(label)[:40]}")
+        begin = begin_id(self._decoder.model, self._tokenizer, label)
         if state is None:
-            return
+            return begin
+        if label is not None:
+            raise TextgenError(f"`label` {label} comes before the text of `state`: give it to the `read` of that text")
         if not isinstance(state, ReadState):
             raise TextgenError(f"`state` must be a result of `read`: {str(state)[:40]}")
         if state.decoder is not self._decoder:
             raise TextgenError("`state` is of another model: call this model's `read`")
+        return state.ids[0]

@@ -37,6 +37,7 @@ COMMAND_GROUPS = {
         "sample": "continue prompts",
         "play": "write a text in the terminal, in turns with a model",
         "serve": "continue prompts over HTTP, with OpenAI's API and a page for a browser",
+        "classify": "find the labels of texts, by bits or by a head; trains a head",
         "export": "write a checkpoint as a quantised or ONNX decoder, with its cost",
         "publish": "write a model and its card to a folder, or to the Hugging Face hub",
     },

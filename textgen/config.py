@@ -367,9 +367,15 @@ GUIDES: dict[str, dict[str, object]] = {
     "choices": {
         "regex": None, "stop": (), "top_k": None, "top_p": 1, "min_p": 0, "typical_p": 1, "repetition_penalty": 1,
         "presence_penalty": 0, "frequency_penalty": 0, "no_repeat_ngram": None, "logit_bias": (), "banned_tokens": (),
-        "forced_tokens": (), "min_new_tokens": 0,
+        "forced_tokens": (), "min_new_tokens": 0, "xtc_probability": 0, "dry_multiplier": 0,
     },
 }  # fmt: skip
+
+# Settings without effect unless another one is above 0.
+SAMPLER_PARTS = {
+    "xtc_probability": ("xtc_threshold",),
+    "dry_multiplier": ("dry_base", "dry_allowed_length", "dry_breakers"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -394,6 +400,20 @@ class SamplingConfig:
     """subtracted from a token's logit for each time that it has been drawn"""
     no_repeat_ngram: int | None = None
     """draw no token that would repeat a sequence of n tokens of the last 1,024 tokens"""
+    xtc_probability: float = 0.0
+    """chance for each token that the likeliest tokens are left out: all those of at least `xtc_threshold` but the least
+    likely of them (XTC)"""
+    xtc_threshold: float = 0.1
+    """probability from which on a token counts for `xtc_probability`"""
+    dry_multiplier: float = 0.0
+    """strength of DRY, which makes tokens less likely that would go on with a repetition in the last 1,024 tokens:
+    after n repeated tokens, `dry_multiplier` x `dry_base` ^ (n - `dry_allowed_length`) is subtracted from the logit"""
+    dry_base: float = 1.75
+    """growth of DRY's penalty with each repeated token"""
+    dry_allowed_length: int = 2
+    """number of repeated tokens from which on DRY applies"""
+    dry_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    """texts whose tokens end a repetition for DRY"""
     logit_bias: tuple[tuple[str, float], ...] = ()
     """numbers from -100 to 100 that are added to the logits of tokens, before all else: pairs of a token and a number.
     Digits are a token's id. Another text stands for the token that it begins with, alone or after a space, whichever
@@ -428,9 +448,19 @@ class SamplingConfig:
                 raise ValueError(f"`{name}` must be above 0 and at most 1: {share}")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise ValueError(f"`min_p` must be at least 0 and at most 1: {self.min_p}")
-        for name, low in (("repetition_penalty", 0.01), ("presence_penalty", -100), ("frequency_penalty", -100)):
-            if not low <= getattr(self, name) <= 100:
-                raise ValueError(f"`{name}` must be at least {low} and at most 100: {getattr(self, name)}")
+        for name, low, high in (
+            ("repetition_penalty", 0.01, 100), ("presence_penalty", -100, 100), ("frequency_penalty", -100, 100),
+            ("xtc_probability", 0, 1), ("xtc_threshold", 0, 0.5), ("dry_multiplier", 0, 100), ("dry_base", 1, 10),
+            ("dry_allowed_length", 1, 30),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"`{name}` must be at least {low} and at most {high}: {getattr(self, name)}")
+        for name, parts in SAMPLER_PARTS.items():
+            for part in parts if not getattr(self, name) else ():
+                if getattr(self, part) != SamplingConfig.__dataclass_fields__[part].default:
+                    raise ValueError(f"`{part}` needs `{name}`")
+        if "" in self.dry_breakers:
+            raise ValueError("`dry_breakers` must be texts that are not empty")
         for token, bias in self.logit_bias:
             if not -100 <= bias <= 100:
                 raise ValueError(f"`logit_bias` must be at least -100 and at most 100: {bias} for {token[:40]!r}")

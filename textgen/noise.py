@@ -59,7 +59,7 @@ def hash_bits(seed: int | Tensor, *coordinates: Tensor | int, device: torch.devi
     return bits
 
 
-def uniform(seed: int, *coordinates: Tensor | int, device: torch.device | None = None) -> Tensor:
+def uniform(seed: int | Tensor, *coordinates: Tensor | int, device: torch.device | None = None) -> Tensor:
     """Draw float32 strictly between 0 and 1 at the coordinates (see `hash_bits`).
 
     A value is 23 random bits plus a half, divided by 2^23: exact in float32, and never 0 or 1.

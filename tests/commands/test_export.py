@@ -51,7 +51,7 @@ def checkpoint(tiny_run: Path, tmp_path: Path) -> Path:
 
 def random_model(config: ModelConfig) -> LSTMLanguageModel:
     torch.manual_seed(4)
-    model = LSTMLanguageModel(config, 60).eval()
+    model = LSTMLanguageModel(config, 60, labels=("a", "b")).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
@@ -127,6 +127,7 @@ def test_onnx_step_is_the_models(config: ModelConfig, tmp_path: Path) -> None:
     decoder = OnnxDecoder(model, tmp_path / "decoder.onnx", threads=1)
     for rows in (1, 3):
         ids = torch.randint(60, (rows, 20))
+        ids[:, 0] = torch.tensor([60, 61, 2][:rows])  # labels are inputs too
         with torch.inference_mode():
             wanted, _ = model(ids, model.zero_state(rows))
         state = [torch.zeros(rows, 32) for _ in range(2 * config.num_layers)]

@@ -174,6 +174,34 @@ def test_biases_are_flags_settings_of_a_line_and_of_python(sample: Sampler, tiny
     assert textgen.load(tiny_run).generate("a", max_new_tokens=3, logit_bias={"I": 100.0}) == ["III"]
 
 
+def test_regexes_choices_and_samplers_are_flags_settings_of_a_line_and_of_python(
+    sample: Sampler, tiny_run: Path, tmp_path: Path
+) -> None:
+    settings: list[tuple[list[str], dict[str, Any]]] = [
+        (["--regex", "null|[a-c]{2,3}"], {"regex": "null|[a-c]{2,3}"}),
+        (["--choices", " a, was,null", " x"], {"choices": [" a", " was", "null", " x"]}),
+        (["--xtc_probability", "0.5", "--dry_multiplier", "2", "--dry_breakers", "a", "."],
+         {"xtc_probability": 0.5, "dry_multiplier": 2, "dry_breakers": ["a", "."]}),
+    ]  # fmt: skip
+    file = write_prompts(tmp_path / "prompts.jsonl", [{"prompt": "a"} | setting for _, setting in settings])
+    out = tmp_path / "out.jsonl"
+    sample("--batch_file", str(file), "--out", str(out), "--max_new_tokens", "8", "--num_samples", "2")
+    rows = objects(out.read_text())
+    model = textgen.load(tiny_run)
+    for i, (flags, setting) in enumerate(settings):
+        common = ["--prompt", "a", "--max_new_tokens", "8", "--num_samples", "2", "--json"]
+        assert objects(sample(*common, *flags)) == rows[2 * i : 2 * i + 2]
+        assert model.generate("a", n=2, max_new_tokens=8, **setting) == [row["text"] for row in rows[2 * i : 2 * i + 2]]
+    assert {(row["reason"], row["finished"]) for row in rows[:2]} == {("end", True)}
+    for row in rows[2:4]:
+        assert (row["reason"], row["finished"]) == ("choice", False)
+        assert row["text"] in row["choices"]
+        assert sum(row["choices"].values()) == pytest.approx(1, abs=1e-5)
+    assert "reason" not in rows[4]
+    (best,) = objects(sample("--prompt", "a", "--json", "--choices", " a, was", "--best_of", "9"))
+    assert best["text"] == max(best["choices"], key=best["choices"].get)
+
+
 def test_logprobs_are_told_in_json(sample: Sampler) -> None:
     flags = ["--prompt", "The", "--max_new_tokens", "8", "--json"]
     (record,) = objects(sample(*flags, "--logprobs", "3"))
@@ -465,6 +493,15 @@ def refuse(tiny_run: Path, capsys: Capture) -> Sampler:
         (["--logit_bias", "a=nan"], "`logit_bias` must be at least -100 and at most 100: nan for 'a'"),
         (["--logit_bias", " I=1"], "`logit_bias`: the first token of ' I' is a space alone; leave the space out"),
         (["--logit_bias", "9999=1"], "`logit_bias` must be below the vocabulary's size 340: 9999"),
+        (["--regex", "a("], "`regex` cannot be used: unclosed group"),
+        (["--regex", ""], "`regex` must be a text of at most 4096 bytes: 0 characters"),
+        (["--regex", "(a{1,1000}){1,1000}"],
+         "`regex` is too large: 1000000 positions with its repetitions, at most 2000"),
+        (["--choices", "a,b,a"], "`choices` must be different texts that are not empty: ['a', 'b', 'a']"),
+        (["--choices", "a,"], "`choices` must be different texts that are not empty: ['a', '']"),
+        (["--choices", "a", "--top_k", "3"], "`choices` cannot be combined with `top_k`: 3"),
+        (["--regex", "a", "--stop", "b"], "`regex` cannot be combined with `stop`: ('b',)"),
+        (["--xtc_threshold", "0.2"], "`xtc_threshold` needs `xtc_probability`"),
         (["--no_repeat_ngram", "1025"], "`no_repeat_ngram` must be at most 1024: 1025"),
         (["--batch_size", "0"], "`batch_size` must be at least 1: 0"),
         (["--best_of", "2", "--num_samples", "3"], "`best_of` must be at least `num_samples` 3: 2"),

@@ -249,6 +249,8 @@ CONFIGS = st.builds(
     presence_penalty=st.sampled_from([0.0, 0.0, 0.7]),
     frequency_penalty=st.sampled_from([0.0, 0.0, -0.4]),
     no_repeat_ngram=st.sampled_from([None, None, 1, 2, 3]),
+    xtc_probability=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
+    dry_multiplier=st.sampled_from([0.0, 0.0, 0.8, 3.7]),
     logit_bias=st.sampled_from([(), (), (("2", 1.5), ("0", -100.0))]),
     banned_tokens=st.sampled_from([(), (), (3, 5)]),
     min_new_tokens=st.sampled_from([0, 0, 3]),
@@ -278,7 +280,7 @@ def test_a_rows_draws_are_the_same_whatever_other_rows_want(
 
     def state(row: int) -> SamplingState:
         bias = biases(configs[row])
-        return new_sampling_state(configs[row], prompts[row], row, vocab_size=SIZE, device=CPU, bias=bias)
+        return new_sampling_state(configs[row], prompts[row], row, vocab_size=SIZE, device=CPU, bias=bias, breaks=[4])
 
     rows = range(len(configs))
     alone = [run_rows(state(row), logits[:, row : row + 1], range(8)) for row in rows]
@@ -398,6 +400,19 @@ def test_tiny_temperatures_go_to_the_likeliest_token(temperature: float, top_p: 
 VALUES = [1.5, 0.3, -0.2, 2.0, -1.0, 0.9, -0.7, 1.1]
 
 
+def dry_by_hand(config: SamplingConfig, text: list[int], token: int, breaks: Sequence[int] = ()) -> float:
+    """Return what DRY subtracts from a token's logit, as llama.cpp's description has it."""
+    longest = 0
+    for place in range(len(text)):
+        if text[place] == token:
+            n = 0
+            while n < place and text[place - 1 - n] == text[len(text) - 1 - n] and text[place - 1 - n] not in breaks:
+                n += 1
+            longest = max(longest, n)
+    allowed = config.dry_allowed_length
+    return config.dry_multiplier * config.dry_base ** (longest - allowed) if longest >= allowed else 0.0
+
+
 def expected(config: SamplingConfig, prompt: list[int], drawn: list[int]) -> dict[int, float]:
     """Return the chances that tokens with VALUES for logits should have, 0 ending the text, by the book."""
     values = {i: value + biases(config).get(i, 0) for i, value in enumerate(VALUES)}
@@ -408,6 +423,8 @@ def expected(config: SamplingConfig, prompt: list[int], drawn: list[int]) -> dic
     for i in set(drawn):
         values[i] -= config.presence_penalty
     text, n = [*prompt, *drawn], config.no_repeat_ngram
+    for i in values:
+        values[i] -= dry_by_hand(config, text, i)
     banned = set(config.banned_tokens) | ({0} if len(drawn) < config.min_new_tokens else set())
     if n is not None:
         pairs = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
@@ -430,6 +447,10 @@ def expected(config: SamplingConfig, prompt: list[int], drawn: list[int]) -> dic
         else:
             ranked = [i for i, mass in zip(ranked, before, strict=True) if mass < limit]
         values = {i: values[i] for i in ranked}
+    chances = dict(zip(values, softmax(list(values.values())), strict=True))
+    tops = sorted((i for i in values if chances[i] >= config.xtc_threshold), key=lambda i: -chances[i])
+    if config.xtc_probability == 1:
+        values = {i: value for i, value in values.items() if i not in tops[:-1]}
     return dict(zip(values, softmax(list(values.values())), strict=True))
 
 
@@ -439,6 +460,8 @@ def expected(config: SamplingConfig, prompt: list[int], drawn: list[int]) -> dic
         {}, {"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.8}, {"min_p": 0.2}, {"typical_p": 0.7},
         {"repetition_penalty": 1.8}, {"presence_penalty": 0.9}, {"frequency_penalty": 0.6}, {"no_repeat_ngram": 2},
         {"logit_bias": (("2", 1.7), ("3", -1.0))}, {"logit_bias": (("4", 2.5),), "repetition_penalty": 1.5},
+        {"dry_multiplier": 0.9, "dry_allowed_length": 1}, {"xtc_probability": 1.0, "xtc_threshold": 0.15},
+        {"temperature": 0.8, "min_p": 0.05, "xtc_probability": 1.0, "xtc_threshold": 0.1},
         {"banned_tokens": (3, 6)}, {"min_new_tokens": 9}, {"temperature": 1.5, "top_k": 6, "top_p": 0.9},
         {"temperature": 0.8, "repetition_penalty": 1.2, "presence_penalty": -0.5, "min_p": 0.05, "typical_p": 0.9},
     ],
@@ -451,6 +474,42 @@ def test_a_million_draws_follow_the_softmax(setting: dict[str, Any]) -> None:
     assert 1 < len(wanted) <= 8
     assert sum(counts[i] for i in wanted) == MILLION
     assert abs(chi_square([counts[i] for i in wanted], list(wanted.values()))) < 4
+
+
+@settings(deadline=None)
+@given(
+    text=st.lists(st.integers(0, 3), max_size=60),
+    breaks=st.sampled_from([(), (2,), (0, 3)]),
+    allowed=st.integers(1, 4),
+    base=st.sampled_from([1.0, 1.75, 2.5]),
+)
+def test_dry_subtracts_what_its_description_says(
+    text: list[int], breaks: tuple[int, ...], allowed: int, base: float
+) -> None:
+    text = [*text, *text[:20]]  # a long repetition
+    config = SamplingConfig(dry_multiplier=0.8, dry_base=base, dry_allowed_length=allowed)
+    state = new_sampling_state(config, text, 0, vocab_size=6, device=CPU, breaks=breaks)
+    got = -process_logits(torch.zeros(1, 6), state, eos_id=5)[0]
+    wanted = [dry_by_hand(config, text, token, breaks) for token in range(6)]
+    # a repetition of more than 32 tokens counts as 32
+    most = 0.8 * base ** (32 - allowed)
+    assert got.tolist() == pytest.approx([min(penalty, most) for penalty in wanted], rel=1e-4)
+
+
+def test_xtc_leaves_the_likeliest_tokens_out_as_often_as_it_should() -> None:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04]).log()
+    config, count = SamplingConfig(seed=2, xtc_probability=0.3, xtc_threshold=0.1), 50_000
+
+    def drawn(config: SamplingConfig, count: int) -> list[int]:
+        tokens = draw(logits.expand(count, -1), config, samples=torch.arange(count), step=2)
+        return torch.bincount(tokens, minlength=5).tolist()
+
+    counts = drawn(config, count)
+    # in three of ten draws 0 and 1 are left out, and 2, 3, 4 are drawn by what is left
+    chances = [0.7 * p + 0.3 * (p / 0.3 if i >= 2 else 0) for i, p in enumerate([0.4, 0.3, 0.2, 0.06, 0.04])]
+    assert abs(chi_square(counts, chances)) < 4
+    for none in (SamplingConfig(seed=2), SamplingConfig(seed=2, xtc_probability=1, xtc_threshold=0.45)):
+        assert drawn(none, 2000) == drawn(SamplingConfig(seed=2), 2000), "fewer than two such tokens"
 
 
 def test_rare_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should_be() -> None:
@@ -519,6 +578,8 @@ def test_a_token_at_minus_infinity_is_never_drawn() -> None:
         ("top_k", 0), ("top_k", -1), ("top_k", math.nan),
         ("top_p", 0.0), ("top_p", -0.5), ("top_p", 1.1), ("top_p", math.nan),
         ("max_new_tokens", 0), ("max_new_tokens", -5), ("max_new_tokens", math.nan),
+        ("xtc_probability", 1.5), ("xtc_threshold", 0.6), ("dry_multiplier", -1), ("dry_base", 0.5),
+        ("dry_allowed_length", 0), ("dry_allowed_length", math.nan),
         ("seed", -1), ("seed", 1 << 63), ("seed", math.nan),
     ],
 )  # fmt: skip

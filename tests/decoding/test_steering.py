@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding.generation import sample_all
-from textgen.decoding.steering import bias_of, normalize_settings
+from textgen.decoding.steering import bias_of, breaks_of, normalize_settings
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.settings import build_settings
 from textgen.tokenizer import Tokenizer, train_tokenizer
@@ -76,3 +78,32 @@ def test_texts_of_settings_are_normalized_as_the_training_text() -> None:
     lower = normalize_settings(config, "lowercase")
     assert (lower.stop, lower.logit_bias) == (("end",), (("good", 1.0),))
     assert normalize_settings(config, "none") == config
+
+
+# --- samplers --------------------------------------------------------------------------------------------------------
+
+
+def test_settings_of_a_sampler_that_is_off_are_refused() -> None:
+    for part, value in {"xtc_threshold": 0.2, "dry_base": 2.0, "dry_allowed_length": 3, "dry_breakers": ("a",)}.items():
+        needed = "xtc_probability" if part.startswith("xtc") else "dry_multiplier"
+        with pytest.raises(ValueError, match=f"^`{part}` needs `{needed}`$"):
+            SamplingConfig(**{part: value})  # type: ignore[arg-type]
+        SamplingConfig(**{part: value, needed: 0.5})  # type: ignore[arg-type]
+
+
+def test_dry_counts_no_repetition_across_its_breakers(model: LSTMLanguageModel, tokenizer: Tokenizer) -> None:
+    assert {tokenizer.token_bytes(token) for token in breaks_of((":", "."), tokenizer)} >= {b":"}
+    greedy = SamplingConfig(temperature=0, max_new_tokens=60)
+    (loop,) = sample_all(model, tokenizer, ["a"], greedy)
+    strong = dataclasses.replace(greedy, dry_multiplier=5.0, dry_breakers=())
+    (varied,) = sample_all(model, tokenizer, ["a"], strong)
+    (broken,) = sample_all(model, tokenizer, ["a"], dataclasses.replace(strong, dry_breakers=(loop.text[-1:],)))
+    assert longest_repetition(tokenizer.encode(varied.text)) < longest_repetition(tokenizer.encode(loop.text))
+    assert longest_repetition(tokenizer.encode(broken.text)) > longest_repetition(tokenizer.encode(varied.text))
+
+
+def longest_repetition(ids: list[int]) -> int:
+    """Return the length of the longest sequence of tokens that comes twice."""
+    return max(
+        n for n in range(len(ids)) if len({tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)}) <= len(ids) - n
+    )

@@ -51,6 +51,24 @@ def test_another_seed_has_other_losses(launch_training: Launch, alone: list[dict
     assert largest_difference(losses(rows), losses(alone)[:5]) > 1e-4
 
 
+LABELS = (*DROPOUT, "--data.label_column", "label", "--max_steps", "20", "--batch_size", "32")
+
+
+@pytest.fixture(scope="session")
+def labelled(launch_training: Launch) -> list[dict[str, Any]]:
+    return launch_training("labels", *LABELS)
+
+
+@pytest.mark.parametrize(("processes", "micro_batches"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+def test_labels_are_the_same_inputs_in_any_layout(
+    launch_training: Launch, labelled: list[dict[str, Any]], processes: int, micro_batches: int
+) -> None:
+    accumulated = ("--gradient_accumulation_steps", str(micro_batches))
+    rows = launch_training(f"labels-{processes}", *LABELS, *accumulated, processes=processes)
+    assert largest_difference(losses(rows), losses(labelled)) <= 1e-5
+    assert largest_difference(norms(rows), norms(labelled)) <= 1e-4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("hidden_size", ["32", "64"])  # compiled code takes multiples of 64
 def test_bfloat16_on_two_processes_stays_within_its_band(launch_training: Launch, hidden_size: str) -> None:

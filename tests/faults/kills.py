@@ -65,12 +65,13 @@ in our row would call thrilling but my wife laughed twice at two silly jokes abo
 
 
 def write_reviews(path: Path, documents: int = 120) -> Path:
-    """Write made-up reviews, the same ones always; no two are equal."""
+    """Write made-up reviews with labels, the same ones always; no two are equal."""
     draw = random.Random(0)
     with path.open("w") as file:
         for number in range(documents):
             text = " ".join(draw.choices(WORDS, k=draw.randint(20, 60)))
-            file.write(json.dumps({"text": f"{text.capitalize()}. (No. {number})"}) + "\n")
+            row = {"text": f"{text.capitalize()}. (No. {number})", "label": ["bad", "good", None][number % 3]}
+            file.write(json.dumps(row) + "\n")
     return path
 
 

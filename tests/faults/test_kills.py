@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.faults.kills import IN_A_SAVE, Kill, Outcome, Trial
+from textgen.runs.checkpoint import checkpoints
 
 KILLS = {1: 10, 2: 6, 4: 4}
 pytestmark = pytest.mark.serial
@@ -69,3 +72,15 @@ def test_a_killed_training_ends_as_an_untouched_one(outcomes: list[Outcome]) -> 
     """Rows of metrics.jsonl, weights, averages, Adam's moments and lane states: the same bits."""
     assert [outcome.metrics for outcome in outcomes] == [0, 0, 0]
     assert [outcome.tensors for outcome in outcomes] == [0, 0, 0]
+
+
+@pytest.mark.slow
+def test_a_killed_training_with_labels_ends_as_an_untouched_one(tmp_path: Path) -> None:
+    """A document's label may be the last input of a window: it must not depend on where a training starts again."""
+    flags = [*MEDIUM, "--data.label_column", "label"]
+    outcome = Trial(2, 3, tmp_path, seed=1, flags=flags, share=5, gone_seconds=20.0).run()
+    assert outcome.notes == []
+    assert sum(kill.failed + kill.differing for kill in outcome.kills) == 0
+    assert (outcome.metrics, outcome.tensors) == (0, 0)
+    _, checkpoint = checkpoints(tmp_path / "killed" / "run")[0]
+    assert load_file(checkpoint / "model.safetensors")["label_embedding.weight"].shape == (2, 256)

@@ -150,23 +150,25 @@ def test_penalties_and_top_k_reach_the_draw(server: Running, alone: Alone) -> No
     assert server.complete(**asked, top_k=1)["choices"][0]["text"] == likeliest
 
 
-def test_biases_regexes_and_choices_give_the_texts_of_textgen_sample(
+def test_samplers_biases_regexes_and_choices_give_the_texts_of_textgen_sample(
     client: openai.OpenAI, server: Running, alone: Alone
 ) -> None:
     asked: dict[str, Any] = {"model": "tiny", "prompt": PROMPTS[:2], "n": 3, "seed": 4, "max_tokens": 20}
     settings: list[dict[str, Any]] = [
+        {"xtc_probability": 0.5, "xtc_threshold": 0.02, "dry_multiplier": 1.5, "dry_breakers": ["."]},
         {"logit_bias": {"17": 5, "was": 3.5}},
         {"regex": r" [a-z]{2,9}( [a-z]{2,9}){0,2}\."},
         {"choices": [" a", " was good"]},
     ]
     for setting in settings:
         answer = client.completions.create(**asked, extra_body=setting)
-        config = {
-            name: tuple(v.items() if isinstance(v, dict) else v) for name, v in setting.items() if name != "regex"
-        }
-        config |= {"seed": 4, "max_new_tokens": 20} | ({"regex": setting["regex"]} if "regex" in setting else {})
+        config = {name: tuple(value) if isinstance(value, list) else value for name, value in setting.items()}
+        if "logit_bias" in config:
+            config["logit_bias"] = tuple(config["logit_bias"].items())
+        config |= {"seed": 4, "max_new_tokens": 20}
         samples = [alone(prompt, number, **config) for prompt in PROMPTS[:2] for number in range(3)]
         assert [choice.text for choice in answer.choices] == [sample.text for sample in samples]
+        assert samples[0] != alone(PROMPTS[0], seed=4, max_new_tokens=20)
         reasons = {"end": "stop", "choice": "stop", "length": "length"}
         assert [choice.finish_reason for choice in answer.choices] == [reasons[sample.reason] for sample in samples]
         events = client.completions.create(**asked | {"n": 1}, stream=True, extra_body=setting)

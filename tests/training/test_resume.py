@@ -88,6 +88,28 @@ def test_every_schedule_and_precision_resumes_bit_for_bit(
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_a_training_with_labels_resumes_bit_for_bit_and_not_with_others(
+    labelled_flags: list[str], tmp_path: Path, stop_at: Callable[[int | None], None], capsys: Capture
+) -> None:
+    flags = ["--max_steps", "12", "--save_every", "4", "--model.dropout", "0.2", "--ema_decay", "0.9"]
+    train_main(flags_for(labelled_flags, tmp_path / "whole", *flags))
+    stop_at(7)
+    with pytest.raises(SystemExit):
+        train_main(flags_for(labelled_flags, tmp_path / "parts", *flags))
+    stop_at(None)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as refused:
+        train_main(flags_for(labelled_flags, tmp_path / "parts", *flags, "--data.label_column", "null"))
+    assert refused.value.code == 2
+    assert "`data.label_column` is None, `" in capsys.readouterr().err
+    train_main(flags_for(labelled_flags, tmp_path / "parts", *flags))
+    assert_same_end(tmp_path / "whole", tmp_path / "parts")
+    model, _ = load_model(tmp_path / "parts")
+    assert model.labels == ("bad", "good")
+    plain = load_file(newest_valid(tmp_path / "parts")[0] / "optimizer.safetensors")  # type: ignore[operator]
+    assert plain["exp_avg.label_embedding.weight"].abs().sum(1).gt(0).all()
+
+
 def test_an_evaluation_that_was_logged_and_not_saved_is_logged_once(
     tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_at: Callable[[int | None], None]
 ) -> None:

@@ -110,6 +110,32 @@ def test_a_stopped_training_never_looks_at_its_base_again(
     assert json.loads(capsys.readouterr().out)["nats_per_token"] == pytest.approx(row["valid/loss"], abs=1e-4)
 
 
+def test_labels_are_kept_by_name(labelled_flags: list[str], tmp_path: Path, caplog: Log) -> None:
+    """Of a base with the labels bad, good: a training with good, new, and one without labels."""
+    train_main(flags_for(labelled_flags, tmp_path / "base", "--max_steps", "2"))
+    rows = [json.loads(line) for line in Path(labelled_flags[3]).read_text().splitlines()]
+    other = tmp_path / "other.jsonl"
+    for row in rows:
+        row["label"] = {"bad": "new"}.get(row["label"], row["label"])
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    at = labelled_flags.index("--tokenizer.vocab_size")
+    flags = ["--data.source", "files", "--data.files", str(other), *labelled_flags[4:at], *labelled_flags[at + 6 :]]
+    base = load_file(checkpoints(tmp_path / "base")[0][1] / "model.safetensors")["label_embedding.weight"]
+    assert base.shape == (2, 16)
+    for name, more, message in (
+        ("with", [], "labels: 1 of 2 kept; the base has 2"),
+        ("without", ["--data.label_column", "null"], "labels: 0 of 0 kept; the base has 2"),
+    ):
+        caplog.clear()
+        train_main(flags_for(flags, tmp_path / name, "--init_from", str(tmp_path / "base"), *more))
+        assert message in caplog.messages
+        first = load_file(tmp_path / name / "checkpoints" / "step-000000" / "model.safetensors")
+        assert ("label_embedding.weight" in first) == (name == "with")
+        if name == "with":  # good, new
+            assert torch.equal(first["label_embedding.weight"][0], base[1])
+            assert not torch.equal(first["label_embedding.weight"][1], base[0])
+
+
 def test_the_shape_is_the_base_s(
     plain_flags: list[str], tiny_run: Path, tmp_path: Path, capsys: Capture, caplog: Log
 ) -> None:

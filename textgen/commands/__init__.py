@@ -12,6 +12,7 @@
 - `verify`: check every byte of a checkpoint
 - `sample`: continue prompts
 - `play`: write a text in turns with a model
+- `classify`: the labels of texts; trains a head
 - `serve`: answer OpenAI's completions API over HTTP
 - `export`: int8 and ONNX decoders as files
 - `publish`: a model and its card as a folder, or on the hub

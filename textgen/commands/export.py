@@ -75,11 +75,12 @@ def _export(args: Any) -> None:
     from textgen.data.store import encode_documents
     from textgen.data.texts import texts_to_score
     from textgen.decoding.choose import FIGURES_FORMAT
-    from textgen.decoding.export import decoded_nats, weights_sha256, write_decoder, write_onnx_decoder
+    from textgen.decoding.export import decoded_nats, write_decoder, write_onnx_decoder
     from textgen.distributed import launch
     from textgen.errors import TextgenError
     from textgen.evaluation import score
     from textgen.files import decode_text, make_directory, write_atomic
+    from textgen.model.files import weights_sha256
 
     accelerator = launch.start("no")
     opened = open_model(args.checkpoint, best=args.best, accelerator=accelerator)

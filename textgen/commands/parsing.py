@@ -210,22 +210,21 @@ def add_reading_flags(parser: Parser, *, labels: bool = False) -> None:
         parser.add_argument(f"--{name}", type=kinds[name], default=getattr(defaults, name), help=help_text)
 
 
-def reading_settings(args: Any) -> DataConfig:
-    """Return the settings that these flags give for the files of `--data`.
+def reading_settings(args: Any, *data: str) -> DataConfig:
+    """Return the settings that these flags give for the files of `data`; default those of `--data`.
 
     Raises:
-        TextgenError: a value is not allowed, or `--data` is a split, which is read as the training read it.
+        TextgenError: a value is not allowed, or all of `data` are splits, which are read as the training read them.
     """
     values = {name: args[name] for name in READING_SETTINGS + LABEL_SETTINGS if name in args}
     try:
         settings = DataConfig(**values)
     except ValueError as error:
         raise TextgenError(str(error)) from error
+    data = data or (args.data,)
     for name, value in values.items():
-        if args.data in SPLITS and value != getattr(DataConfig(), name):
-            raise TextgenError(
-                f"`{name}` {value} is for files; the split `{args.data}` is read as the training read it"
-            )
+        if all(one in SPLITS for one in data) and value != getattr(DataConfig(), name):
+            raise TextgenError(f"`{name}` {value} is for files; the split `{data[0]}` is read as the training read it")
     return settings
 
 

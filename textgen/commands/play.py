@@ -36,6 +36,7 @@ command; write `::` to begin a text with a colon.
   :undo        back to before the last continuation or line
   :n 3         draw three continuations at a time
   :pick 2      continue from the second of them
+  :label good  label of the whole text, of a model with labels; `none` takes it away
   :t 0.8       temperature; so do :p (top_p), :k (top_k) and the long names of the settings below.
                A name alone shows the value, `none` turns a filter off
   :text        the text so far
@@ -59,6 +60,7 @@ def play_command(argv: Sequence[str]) -> None:
     )
     add_model_arguments(parser, "run", help="run folder, checkpoint or hub repository", decoder=True)
     parser.add_class_arguments(SamplingConfig, None, fail_untyped=True, skip=NOT_HERE)
+    parser.add_argument("--label", default=None, help="label of the text, of a model with labels")
     args = parser.parse_args(list(argv))
     try:
         config = build_settings(SamplingConfig, {name: args[name] for name in SETTINGS})
@@ -73,6 +75,7 @@ def play_command(argv: Sequence[str]) -> None:
     from textgen.decoding.draft import Draft
 
     draft = Draft(decoder, opened.tokenizer)
+    draft.set_label(args.label)
     player = _Player(draft, config, lambda text: normalize(text, opened.normalization))
     if sys.stdin.isatty():
         _converse(player, _terminal_lines())
@@ -169,6 +172,8 @@ class _Player:
             self._draw(again=True)
         elif name == "undo":
             self.draft.undo()
+        elif name == "label":
+            self._set_label(value)
         elif name == "pick":
             self.draft.pick(_integer(name, value, MAX_ALTERNATIVES))
         elif name == "text":
@@ -197,6 +202,13 @@ class _Player:
             stream_samples(events(), lambda index: f"{index + 1}: " if n > 1 else "")
         if ended:
             _note(f"the model ended {'the text' if n == 1 else ', '.join(map(str, sorted(ended)))}")
+
+    def _set_label(self, value: str) -> None:
+        """Set the label of the text, or print it."""
+        if value:
+            self.draft.set_label(None if value == "none" else value)
+        else:
+            print(f"label {self.draft.label or 'none'}", flush=True)
 
     def _save(self, name: str, *, replace: bool) -> None:
         """Write the text to a file that does not exist yet, or in place of one."""

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 from textgen.commands.parsing import fail
 from textgen.config import SamplingConfig
+from textgen.errors import TextgenError
 from textgen.files import decode_text
 from textgen.settings import build_settings, in_words, unknown_setting
 
 if TYPE_CHECKING:
+    from textgen.model.lstm import LSTMLanguageModel
     from textgen.tokenizer import Tokenizer
 
 
@@ -30,6 +32,8 @@ class Prompt:
     """its name in errors: a flag, a file, or a line of a file"""
     id: str | int | None = None
     """the `id` of a batch file, which is copied to the samples"""
+    label: str | None = None
+    """of the text, for a model with labels"""
     whole: str = ""
     """normalized: everything before a sample, with the text of `--state`"""
 
@@ -85,19 +89,21 @@ def _parse_line(line: bytes, source: str, defaults: SamplingConfig) -> Prompt:
         fail(f"{source} holds a lone surrogate")
     if "prompt" not in values:
         fail(f"{source} has no `prompt`")
-    prompt, id_ = values.pop("prompt"), values.pop("id", None)
+    prompt, id_, label = values.pop("prompt"), values.pop("id", None), values.pop("label", None)
     if not isinstance(prompt, str):
         fail(f"{source}: `prompt` must be {in_words(str)}: {json.dumps(prompt)[:40]}")
     if id_ is not None and type(id_) not in (str, int):
         fail(f"{source}: `id` must be {in_words(str | int)}: {json.dumps(id_)[:40]}")
+    if label is not None and not isinstance(label, str):
+        fail(f"{source}: `label` must be {in_words(str)}: {json.dumps(label)[:40]}")
     known = [field.name for field in dataclasses.fields(SamplingConfig)]
     if unknown := [name for name in values if name not in known]:
-        fail(f"{source}: {unknown_setting(unknown[0], ['prompt', 'id', *known])}")
+        fail(f"{source}: {unknown_setting(unknown[0], ['prompt', 'id', 'label', *known])}")
     try:
         config = build_settings(SamplingConfig, dataclasses.asdict(defaults) | values) if values else defaults
     except ValueError as error:
         fail(f"{source}: {error}")
-    return Prompt(prompt, config, source, id_)
+    return Prompt(prompt, config, source, id_, label)
 
 
 def require_text(prompts: Sequence[Prompt]) -> None:
@@ -126,6 +132,29 @@ def normalize_prompt(prompt: Prompt, normalization: str, tokenizer: Tokenizer, *
     # The texts are normalized together: what a letter becomes may depend on the next one.
     whole = normalize(before + prompt.text, normalization)
     return dataclasses.replace(prompt, text=normalize(prompt.text, normalization), whole=whole, config=config)
+
+
+def with_labels(prompts: Sequence[Prompt], labels: Sequence[str], model: LSTMLanguageModel) -> list[Prompt]:
+    """Return each prompt with each label of `labels`; a prompt that has a label keeps it. Fail at an unknown label.
+
+    Args:
+        prompts: of the command line or a batch file.
+        labels: values of `--label`.
+        model: knows its labels.
+    """
+    of_flag: Sequence[str | None] = labels or (None,)
+    made = [
+        dataclasses.replace(prompt, label=label)
+        for prompt in prompts
+        for label in (of_flag if prompt.label is None else (prompt.label,))
+    ]
+    for prompt in made:
+        if prompt.label is not None:
+            try:
+                model.label_id(prompt.label)
+            except TextgenError as error:
+                fail(f"`--label`: {error}" if prompt.label in labels else f"{prompt.source}: {error}")
+    return made
 
 
 def require_drawable(config: SamplingConfig, tokenizer: Tokenizer, prefix: str = "") -> None:

@@ -31,6 +31,7 @@ from textgen.commands.prompts import (
     read_prompts,
     require_drawable,
     require_text,
+    with_labels,
 )
 from textgen.commands.state_argument import add_state_arguments, keep_state, open_state, require_readable
 from textgen.config import SamplingConfig
@@ -52,6 +53,7 @@ LISTS = {
     "stop": "texts that end a sample and are not part of it; the first one to be complete counts",
     "logit_bias": "numbers from -100 to 100 that are added to the logits of tokens: `17=-100` for the token of an id, "
     "`good=2` for the token that the text begins with, alone or after a space",
+    "dry_breakers": "texts whose tokens end a repetition for DRY; default: line break, colon, quotation mark, asterisk",
     "banned_tokens": "ids of tokens that are never drawn",
     "choices": "texts of which a sample is one, such as `good,bad`, drawn by the model's probability of each",
     "forced_tokens": "ids of tokens that every sample begins with",
@@ -83,10 +85,12 @@ def sample_command(argv: Sequence[str]) -> None:
     setup_logging(main=True)
     opened, decoder = open_decoder(args.checkpoint, args.decoder, best=args.best)
     require_drawable(config, opened.tokenizer)
+    prompts = with_labels(prompts, args.label, opened.model)
+    require_readable(args, prompts)
     read = open_state(args.state, opened, decoder)
     before = "" if read is None else read.text
     if args["save_state"] is not None:
-        read = keep_state(args["save_state"], prompts[0].text, read, opened, decoder)
+        read = keep_state(args["save_state"], prompts[0], read, opened, decoder)
     prompts = [normalize_prompt(prompt, opened.normalization, opened.tokenizer, before=before) for prompt in prompts]
     num_samples: int = args.num_samples
 
@@ -98,6 +102,7 @@ def sample_command(argv: Sequence[str]) -> None:
         if args.batch_file is not None:
             settings = [_settings_record(config), args.num_samples, args.best_of, args.decoder]
             settings += [hashlib.sha256(before.encode()).hexdigest()] if before else []
+            settings += [args.label] if args.label else []
             origin = origin_of(raw, settings, opened.directory)
             if len({(prompt.whole, prompt.config) for prompt in prompts}) < len(prompts):
                 # An earlier version drew equal samples for equal prompts: its files must not be continued.
@@ -125,6 +130,13 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
         action="append",
         help="text to continue; can be given several times; '' starts a new text. Without a prompt, standard input is "
         "read unless it is a terminal",
+    )
+    parser.add_argument(
+        "--label",
+        nargs="+",
+        action="extend",
+        metavar="LABEL",
+        help="label of the texts, of a model with labels; several labels continue each prompt with each of them",
     )
     parser.add_argument(
         "--prompt_file", help="file with a prompt; a last line break is not part of it; - is standard input"
@@ -162,6 +174,8 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
     values["stop"] = [decode_text(os.fsencode(stop), "`--stop`") for stop in args.stop or ()]
     for name in ("banned_tokens", "forced_tokens"):
         values[name] = [int(item) if re.fullmatch(r"-?\d{1,18}", item) else item for item in args[name] or ()]
+    if values.pop("dry_breakers") is not None:
+        values["dry_breakers"] = [decode_text(os.fsencode(text), "`--dry_breakers`") for text in args.dry_breakers]
     choices = [decode_text(os.fsencode(item), "`--choices`") for item in args.choices or ()]
     values["choices"] = [choice for item in choices for choice in item.split(",")]
     values["logit_bias"] = [_parse_bias(item, parser) for item in args.logit_bias or ()]
@@ -172,6 +186,7 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
     for name, least in (("num_samples", args["save_state"] is None), ("batch_size", 1)):
         if args[name] < least:
             parser.error(f"`{name}` must be at least {least:d}: {args[name]}")
+    args.label = [decode_text(os.fsencode(label), "`--label`") for label in args.label or ()]
     if args.best_of is not None and args.best_of < args.num_samples:
         parser.error(f"`best_of` must be at least `num_samples` {args.num_samples}: {args.best_of}")
     if args.best_of is not None and args.num_samples == 0:
@@ -251,8 +266,8 @@ class _Sampler:
             return prompt.config
 
         # All prompts are numbered, also those whose samples an earlier run has drawn: the numbers count equal prompts.
-        prompts = ((prompt.whole, config_of(prompt)) for prompt in self._prompts)
-        return number_requests(prompts, self._drawn, read=self._read)
+        entries = ((prompt.whole, config_of(prompt), prompt.label) for prompt in self._prompts)
+        return number_requests(entries, self._drawn, read=self._read)
 
     def groups(self, skip: int = 0) -> Iterator[list[Sample]]:
         """Yield the samples of each group, in order, except the first `skip` groups.
@@ -295,6 +310,7 @@ class _Sampler:
 def _record(sample: Sample, prompt: Prompt) -> dict[str, Any]:
     """Return a sample as a JSON object."""
     record: dict[str, Any] = {} if prompt.id is None else {"id": prompt.id}
+    record |= {} if prompt.label is None else {"label": prompt.label}
     record["prompt"] = prompt.text  # without the text of `--state`
     record |= {name: getattr(sample, name) for name in ("number", "text", "num_tokens", "finished")}
     if prompt.config.stop:

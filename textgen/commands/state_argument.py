@@ -34,7 +34,9 @@ def add_state_arguments(parser: Parser) -> None:
 
 def require_readable(args: Any, prompts: Sequence[Prompt]) -> None:
     """Fail unless the flags name one text to read and a place for its state."""
-    path = args["save_state"]
+    path, labels = args["save_state"], [prompt.label for prompt in prompts if prompt.label is not None]
+    if args.state is not None and labels:
+        fail(f"label `{labels[0]}` comes before the text of `state`: give it with `save_state`")
     if path is None:
         return
     if args.batch_file is not None:
@@ -62,7 +64,7 @@ def open_state(path: str | None, opened: OpenModel, decoder: Decoder) -> ReadSta
     return read
 
 
-def keep_state(path: str, text: str, after: ReadState | None, opened: OpenModel, decoder: Decoder) -> ReadState:
+def keep_state(path: str, prompt: Prompt, after: ReadState | None, opened: OpenModel, decoder: Decoder) -> ReadState:
     """Read a prompt, write its state for `--save_state`, and return it.
 
     Raises:
@@ -71,7 +73,10 @@ def keep_state(path: str, text: str, after: ReadState | None, opened: OpenModel,
     from textgen.decoding.reading import read_text
     from textgen.decoding.state_files import write_state
 
-    read = read_text(decoder, opened.tokenizer, text, normalization=opened.normalization, after=after)
+    begin = None if prompt.label is None else opened.model.label_id(prompt.label)
+    read = read_text(
+        decoder, opened.tokenizer, prompt.text, normalization=opened.normalization, after=after, begin=begin
+    )
     write_state(read, Path(path))
     log.info("`%s` saves the reading of %s of %s tokens", path, f"{read.num_read:,}", f"{len(read.ids):,}")
     return read

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from textgen.config import SamplingConfig
 from textgen.decoding.cuda_graphs import GraphRunner
 from textgen.decoding.decoders import Decoder
-from textgen.decoding.generation import Request, Sample, generate_stream
+from textgen.decoding.generation import Request, Sample, begin_id, generate_stream
 from textgen.decoding.reading import ReadState, read_tokens
 from textgen.errors import TextgenError
 from textgen.tokenizer import Tokenizer
@@ -43,6 +43,8 @@ class Draft:
         self._versions = [_Version(None)]
         self.alternatives: Sequence[str] = ()
         """continuations that were drawn last, if nothing was written or undone since"""
+        self.label: str | None = None
+        """of the text, for a model with labels; see `set_label`"""
 
     @property
     def text(self) -> str:
@@ -53,6 +55,21 @@ class Draft:
     def waits(self) -> bool:
         """Whether none of several alternatives is picked yet."""
         return bool(self.alternatives) and not self._versions[-1].by_model
+
+    def set_label(self, label: str | None) -> None:
+        """Give the text a label, or none; all its versions are read again after it.
+
+        Raises:
+            TextgenError: the model does not know the label.
+        """
+        begin = begin_id(self._decoder.model, self._tokenizer, label)
+        before: ReadState | None = None
+        for version in self._versions:
+            if version.read is not None:
+                ids = (begin, *version.read.ids[1:])
+                before = version.read = read_tokens(self._decoder, version.read.text, ids, after=before)
+            version.num_drawn = 0
+        self.label = label
 
     def write(self, text: str) -> None:
         """Append a text of the user.
@@ -91,8 +108,8 @@ class Draft:
         if again and not first:
             raise TextgenError("there is no continuation to draw again")
         read = beginning.read
-        ids = None if read is None else read.ids
-        requests = [Request(beginning.text, config, first + i, ids=ids, read=read) for i in range(n)]
+        label, ids = (self.label, None) if read is None else (None, read.ids)  # the first id is the label's
+        requests = [Request(beginning.text, config, first + i, ids=ids, read=read, label=label) for i in range(n)]
         texts = [""] * n
         run = GraphRunner(self._decoder) if self._decoder.in_graphs else None
         for index, event in generate_stream(
@@ -137,8 +154,8 @@ class Draft:
 
     def _append(self, text: str, *, by_model: bool) -> None:
         before = self._versions[-1].read
-        ids = (self._tokenizer.bos_id,) if before is None else before.ids
-        ids = (*ids, *self._tokenizer.encode(text))
+        begin = begin_id(self._decoder.model, self._tokenizer, self.label)
+        ids = (*((begin,) if before is None else before.ids), *self._tokenizer.encode(text))
         read = read_tokens(self._decoder, self.text + text, ids, after=before)
         self._versions.append(_Version(read, by_model))
 

@@ -9,7 +9,6 @@ In a checkpoint's directory these files are not part of the manifest.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from torch.nn import functional as F
 
 from textgen.decoding.choose import FIGURES_NAME
 from textgen.decoding.decoders import CellDecoder, Decoder
-from textgen.model.files import WEIGHTS_NAME
+from textgen.model.files import weights_sha256
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.runs.tensors import serialize
 
@@ -55,12 +54,6 @@ def write_onnx_decoder(model: LSTMLanguageModel, out: Path) -> tuple[Path, dict[
 
     write_onnx(model, out / ONNX_NAME)
     return out / ONNX_FIGURES_NAME, {"onnxruntime": OnnxDecoder(model, out / ONNX_NAME)}
-
-
-def weights_sha256(directory: Path) -> str:
-    """Return the sha256 of a model's weights: figures are valid for these weights only."""
-    with (directory / WEIGHTS_NAME).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def copy_decoder(directory: Path, out: Path) -> float | None:

@@ -32,7 +32,7 @@ from textgen.decoding.sampling import (
     record_tokens,
     select_sampling_state,
 )
-from textgen.decoding.steering import bias_of
+from textgen.decoding.steering import bias_of, breaks_of
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer
 
@@ -137,27 +137,28 @@ def generate(
 
 
 def number_requests(
-    prompts: Iterable[tuple[str, SamplingConfig]],
+    prompts: Iterable[tuple[str, SamplingConfig] | tuple[str, SamplingConfig, str | None]],
     num_samples: int,
     *,
     read: ReadState | None = None,
 ) -> Iterator[Request]:
     """Yield the requests for `num_samples` samples of each prompt of a list, in order.
 
-    Sample i of a prompt has the number `num_samples` x (earlier entries with the same prompt and settings) + i. So a
-    prompt that is in the list k times has k different texts: those of one entry with k times `num_samples`.
+    Sample i of a prompt has the number `num_samples` x (earlier entries that are equal) + i. So a prompt that is in
+    the list k times has k different texts: those of one entry with k times `num_samples`.
 
     Args:
-        prompts: texts and settings.
+        prompts: texts and settings, and a label if the text has one.
         num_samples: of each prompt.
         read: a text that was read earlier, with which the prompts begin.
     """
-    earlier: Counter[tuple[str, SamplingConfig]] = Counter()
-    for prompt, config in prompts:
-        first = num_samples * earlier[prompt, config]
-        earlier[prompt, config] += 1
+    earlier: Counter[tuple[str, SamplingConfig, str | None]] = Counter()
+    for prompt, config, *rest in prompts:
+        label = rest[0] if rest else None
+        first = num_samples * earlier[prompt, config, label]
+        earlier[prompt, config, label] += 1
         for i in range(num_samples):
-            yield Request(prompt, config, first + i, read=read)
+            yield Request(prompt, config, first + i, read=read, label=label)
 
 
 def sample_all(
@@ -476,6 +477,7 @@ class Batch:
             vocab_size=decoder.vocab_size,
             device=device,
             bias=bias_of(request.config, tokenizer),
+            breaks=breaks_of(request.config.dry_breakers, tokenizer) if request.config.dry_multiplier else (),
         )
         for forced in request.config.forced_tokens:  # they count as drawn
             record_tokens(sampling, torch.tensor([forced], device=device))

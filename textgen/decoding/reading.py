@@ -61,7 +61,13 @@ def read_tokens(decoder: Decoder, text: str, ids: Sequence[int], *, after: ReadS
 
 
 def read_text(
-    decoder: Decoder, tokenizer: Tokenizer, text: str, *, normalization: str, after: ReadState | None = None
+    decoder: Decoder,
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    normalization: str,
+    after: ReadState | None = None,
+    begin: int | None = None,
 ) -> ReadState:
     """Read a text that others will continue, which may join its last tokens.
 
@@ -71,12 +77,14 @@ def read_text(
         text: the text after that of `after`.
         normalization: of the model's training text.
         after: what comes before it; None at the beginning of a text.
+        begin: the first input of a text; default begin-of-text.
     """
     whole = text if after is None else after.text + text
-    first = tokenizer.bos_id if after is None else after.ids[0]
+    if begin is None:
+        begin = tokenizer.bos_id if after is None else after.ids[0]
     normalized = normalize(whole, normalization)
     settled = 1 + len(tokenizer.encode(normalized[: tokenizer.settled(normalized)]))
-    read = _read(decoder, whole, (first, *tokenizer.encode(normalized)), settled, after)
+    read = _read(decoder, whole, (begin, *tokenizer.encode(normalized)), settled, after)
     return replace(read, tokenizer_sha256=tokenizer.sha256)
 
 

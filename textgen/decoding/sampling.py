@@ -4,8 +4,8 @@ A filter takes logits (batch, vocab_size) and its setting: a number, or a tensor
 returns new logits; -inf marks a token that must not be drawn.
 
 `process_logits` applies the filters in the usual order (biases, penalties, bans, temperature, top-k, top-p, min-p,
-typical), `draw` draws a token per row, and `record_tokens` stores the drawn tokens for the penalties of later steps.
-The settings of all rows are tensors in one `SamplingState`, so that one operation serves the whole batch.
+typical, XTC), `draw` draws a token per row, and `record_tokens` stores the drawn tokens for the penalties of later
+steps. The settings of all rows are tensors in one `SamplingState`, so that one operation serves the whole batch.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from textgen.config import SamplingConfig
+from textgen.config import SAMPLER_PARTS, SamplingConfig
 from textgen.kernels import decoding as decoding_kernels
-from textgen.noise import exponential, hash_bits, item_bits
+from textgen.noise import exponential, hash_bits, item_bits, uniform
 
 Number = float | Tensor
 
@@ -32,6 +32,12 @@ PARTIAL_SORT = 256
 
 # Tokens of prompt and text that `no_repeat_ngram` searches.
 HISTORY = 1024
+
+# Tokens of a repetition that DRY counts: the penalty of a longer one is beyond all logits anyway.
+REPEAT_LENGTH = 32
+
+# Coordinate of the noise that decides where XTC applies; the noise of a draw has none.
+XTC_NOISE = 1
 
 
 # --- filters ---------------------------------------------------------------------------------------------------------
@@ -160,6 +166,49 @@ def ban_repeated_ngrams(logits: Tensor, history: Tensor, n: int) -> Tensor:
     return logits.masked_fill(banned > 0, -math.inf)
 
 
+def penalize_repeats(
+    logits: Tensor, history: Tensor, breaks: Tensor, *, multiplier: Tensor, base: Tensor, allowed_length: Tensor
+) -> Tensor:
+    """Make tokens less likely that would go on with a repetition (DRY), the more the longer the repetition is.
+
+    Source: p-e-w, "DRY: a modern repetition penalty" (oobabooga/text-generation-webui#5677), with the settings of
+    llama.cpp (ggml-org/llama.cpp#9702). Repetitions of more than `REPEAT_LENGTH` tokens count as that long.
+
+    Args:
+        logits: (batch, vocab_size).
+        history: int64 (batch, length), tokens of prompt and text, the newest last; -1 marks an empty place.
+        breaks: bool (batch, vocab_size), tokens that are part of no repetition.
+        multiplier: (batch, 1). The penalty after n repeated tokens is multiplier * base^(n - allowed_length).
+        base: (batch, 1), at least 1.
+        allowed_length: int64 (batch, 1); shorter repetitions have no penalty.
+    """
+    counted = history.masked_fill(breaks.gather(1, history.clamp(min=0)), -1)
+    before = counted[:, :-1].unfold(1, REPEAT_LENGTH, 1)  # (batch, places, REPEAT_LENGTH): tokens before each place
+    repeated = (before == counted[:, None, -REPEAT_LENGTH:]) & (before >= 0)
+    lengths = repeated.flip(-1).long().cumprod(-1).sum(-1)  # (batch, places)
+    # powers by products: `pow` may round an element in another way in another batch
+    powers = torch.cat([torch.ones_like(base), base.expand(-1, REPEAT_LENGTH)], 1).cumprod(1)
+    penalties = multiplier * powers.gather(1, (lengths - allowed_length).clamp(min=0)) * (lengths >= allowed_length)
+    after = history[:, REPEAT_LENGTH:].clamp(min=0)  # the token at each place
+    return logits - torch.zeros_like(logits).scatter_reduce_(1, after, penalties, "amax")
+
+
+def exclude_top_choices(logits: Tensor, threshold: Tensor, applies: Tensor) -> Tensor:
+    """Set all tokens of at least a probability but the least likely of them to -inf (XTC), so that texts vary more.
+
+    Source: p-e-w, "Exclude Top Choices" (oobabooga/text-generation-webui#6335), as in llama.cpp
+    (ggml-org/llama.cpp#9742).
+
+    Args:
+        logits: (batch, vocab_size).
+        threshold: (batch, 1), a probability.
+        applies: bool (batch, 1), rows in which it applies.
+    """
+    above = logits.softmax(-1) >= threshold
+    least = logits.masked_fill(~above, math.inf).amin(-1, keepdim=True)
+    return logits.masked_fill(applies & above & (logits > least), -math.inf)
+
+
 def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
     """Divide the logits by the temperature.
 
@@ -191,7 +240,8 @@ class SamplingState:
     - `step`: int64, number of tokens drawn
     - settings of `SamplingConfig` by their names, (batch, 1)
     - `bias`: float32 (batch, vocab_size), added to the logits
-    - `banned`, `seen`: bool (batch, vocab_size), banned tokens, and tokens of prompt and text
+    - `banned`, `seen`, `breaks`: bool (batch, vocab_size), banned tokens, tokens of prompt and text, and tokens that
+      are part of no repetition
     - `counts`: int32 (batch, vocab_size), how often each token was drawn
     - `history`: int64 (batch, `HISTORY`), the latest tokens of prompt and text, -1 before them
     """
@@ -220,6 +270,7 @@ def new_sampling_state(
     vocab_size: int,
     device: torch.device,
     bias: Mapping[int, float] | None = None,
+    breaks: Sequence[int] = (),
 ) -> SamplingState:
     """Return the state of one new sample, a batch of one row.
 
@@ -231,6 +282,7 @@ def new_sampling_state(
         vocab_size: number of tokens.
         device: of the tensors.
         bias: by token, see `steering.bias_of`.
+        breaks: tokens that end a repetition, see `steering.breaks_of`.
     """
     neutral = _neutral_tensors(vocab_size, device)
     tensors = {"key": hash_bits(config.seed, torch.tensor([sample])).to(device), "step": neutral["step"]}
@@ -244,14 +296,21 @@ def new_sampling_state(
     # a denormal temperature: the division would take it for 0
     if config.temperature < torch.finfo(torch.float32).tiny:
         tensors["temperature"] = torch.zeros_like(neutral["temperature"])
+    for name, parts in SAMPLER_PARTS.items():
+        for part in parts if name in tensors else ():
+            if part in neutral:
+                tensors[part] = torch.full_like(neutral[part], getattr(config, part))
     # what penalties and bans remember
     tokens = torch.tensor(prompt, dtype=torch.int64, device=device)
     if "repetition_penalty" in tensors:
         tensors["seen"] = neutral["seen"].index_fill(1, tokens, True)
     if "presence_penalty" in tensors or "frequency_penalty" in tensors:
         tensors["counts"] = neutral["counts"]
-    if "no_repeat_ngram" in tensors:
+    if "no_repeat_ngram" in tensors or "dry_multiplier" in tensors:
         tensors["history"] = torch.cat([neutral["history"][0], tokens])[None, -HISTORY:]
+    if "dry_multiplier" in tensors:
+        ids = torch.tensor(breaks, dtype=torch.int64, device=device)
+        tensors["breaks"] = neutral["breaks"].index_fill(1, ids, True)
     if bias:
         tensors["bias"] = neutral["bias"].clone()
         tensors["bias"][:, list(bias)] = torch.tensor(list(bias.values()), device=device)
@@ -304,6 +363,12 @@ def _neutral_tensors(vocab_size: int, device: torch.device) -> dict[str, Tensor]
         "frequency_penalty": row(0, 1),
         "no_repeat_ngram": row(0, 1, dtype=torch.int64),
         "min_new_tokens": row(0, 1, dtype=torch.int64),
+        "xtc_probability": row(0, 1),
+        "xtc_threshold": row(0, 1),
+        "dry_multiplier": row(0, 1),
+        "dry_base": row(1, 1),
+        "dry_allowed_length": row(1, 1, dtype=torch.int64),
+        "breaks": row(False, vocab_size, dtype=torch.bool),
         "bias": row(0, vocab_size),
         "banned": row(False, vocab_size, dtype=torch.bool),
         "seen": row(False, vocab_size, dtype=torch.bool),
@@ -333,6 +398,15 @@ def process_logits(logits: Tensor, state: SamplingState, *, eos_id: int, allowed
     if "counts" in tensors:
         presence, frequency = (tensors.get(f"{name}_penalty", 0.0) for name in ("presence", "frequency"))
         logits = penalize_counts(logits, tensors["counts"], presence=presence, frequency=frequency)
+    if "dry_multiplier" in tensors:
+        logits = penalize_repeats(
+            logits,
+            tensors["history"],
+            tensors["breaks"],
+            multiplier=tensors["dry_multiplier"],
+            base=tensors["dry_base"],
+            allowed_length=tensors["dry_allowed_length"],
+        )
     # bans
     if "banned" in tensors:
         logits = logits.masked_fill(tensors["banned"], -math.inf)
@@ -358,6 +432,9 @@ def process_logits(logits: Tensor, state: SamplingState, *, eos_id: int, allowed
         logits = keep_min_p(logits, tensors["min_p"])
     if "typical_p" in tensors:
         logits = keep_typical(logits, tensors["typical_p"])
+    if "xtc_probability" in tensors:
+        chance = uniform(tensors["key"], tensors["step"], XTC_NOISE)[:, None]
+        logits = exclude_top_choices(logits, tensors["xtc_threshold"], chance < tensors["xtc_probability"])
     return logits
 
 

@@ -140,6 +140,7 @@ def score_texts(
     end: bool = True,
     read: ReadState | None = None,
     num_top: int | None = None,
+    begin: int | None = None,
 ) -> list[TextScore]:
     """Score texts side by side. The other texts of a batch change a score by rounding only.
 
@@ -150,8 +151,9 @@ def score_texts(
         end: score the end of each text too.
         read: state after a text before each of them.
         num_top: number of alternatives of each token; None for no ranks either.
+        begin: the first input of each text; None for begin-of-text. Not used with `read`.
     """
-    before = (tokenizer.bos_id,) if read is None else read.ids
+    before = (tokenizer.bos_id if begin is None else begin,) if read is None else read.ids
     ids = [(*tokenizer.encode(text), *((tokenizer.eos_id,) if end else ())) for text in texts]
     order = sorted(range(len(texts)), key=lambda i: -len(ids[i]))
     logprobs: list[list[float]] = [[] for _ in texts]
@@ -189,6 +191,7 @@ def score_stream(
     end: bool = True,
     read: ReadState | None = None,
     num_top: int | None = None,
+    begin: int | None = None,
 ) -> Iterator[TextScore]:
     """Score any number of texts in their order, `batch_size` of similar length at a time; see `score_texts`."""
     waiting = iter(texts)
@@ -198,7 +201,7 @@ def score_stream(
         for first in range(0, len(pool), batch_size):
             chosen = order[first : first + batch_size]
             batch = [pool[i] for i in chosen]
-            found = score_texts(decoder, tokenizer, batch, end=end, read=read, num_top=num_top)
+            found = score_texts(decoder, tokenizer, batch, end=end, read=read, num_top=num_top, begin=begin)
             scores.update(zip(chosen, found, strict=True))
         yield from (scores[i] for i in range(len(pool)))
 

@@ -88,7 +88,7 @@ def read_state(path: Path, decoder: Decoder, tokenizer: Tokenizer, *, normalizat
     is_border = num_read % PREFILL_WINDOW == 0 and 0 <= num_read < len(ids)
     finite = all(bool(part.isfinite().all()) for part in parts)
     encoded = (*ids[:1], *tokenizer.encode(normalize(text, normalization)))
-    if not (is_border and finite and ids == encoded and 0 <= ids[0] < decoder.vocab_size):
+    if not (is_border and finite and ids == encoded and 0 <= ids[0] < decoder.vocab_size + decoder.model.num_labels):
         raise TextgenError(f"`{path}` is damaged: its text, tokens and state do not fit together")
     return ReadState(
         text=text,

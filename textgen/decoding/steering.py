@@ -1,8 +1,9 @@
-"""What settings that name texts mean for a tokenizer: biases by text."""
+"""What settings that name texts mean for a tokenizer: biases, and ends of repetitions."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Mapping
@@ -19,6 +20,7 @@ def normalize_settings(config: SamplingConfig, normalization: str) -> SamplingCo
     return dataclasses.replace(
         config,
         stop=tuple(normalize(stop, normalization) for stop in config.stop),
+        dry_breakers=tuple(normalize(breaker, normalization) for breaker in config.dry_breakers),
         logit_bias=tuple((normalize(token, normalization), bias) for token, bias in config.logit_bias),
     )
 
@@ -57,3 +59,11 @@ def _tokens_of(token: str, tokenizer: Tokenizer) -> set[int]:
     if text.strip() and not all(tokenizer.token_bytes(first).strip() for first in chosen):
         raise ValueError(f"`logit_bias`: the first token of {text[:40]!r} is a space alone; leave the space out")
     return chosen
+
+
+@functools.lru_cache(maxsize=32)
+def breaks_of(breakers: tuple[str, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Return the tokens that hold one of the texts of `dry_breakers`."""
+    texts = [breaker.encode() for breaker in breakers]
+    pieces = map(tokenizer.token_bytes, range(tokenizer.vocab_size))
+    return tuple(i for i, piece in enumerate(pieces) if any(text in piece for text in texts))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import typing
 from collections.abc import Mapping
@@ -44,6 +45,12 @@ def save_model(model: LSTMLanguageModel, directory: str | Path) -> None:
     with (directory / WEIGHTS_NAME).open("wb") as file:
         for piece in serialize({name: value.cpu().contiguous() for name, value in model.state_tensors().items()}):
             file.write(piece)
+
+
+def weights_sha256(directory: Path) -> str:
+    """Return the sha256 of a model's weights: what was made from them, such as figures, is valid for these only."""
+    with (directory / WEIGHTS_NAME).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_model(name: str | Path) -> LSTMLanguageModel:

@@ -45,6 +45,7 @@ PRIVATE = {
     "tracking.upload_checkpoints",
 }
 
+SHOWN_LABELS = 50
 MAX_HEADER_BYTES = 1 << 16  # of a card, whose header is a stranger's YAML
 
 LIMITS = """The model has learnt only which tokens follow which. It knows no facts and follows no instructions. It makes
@@ -179,6 +180,7 @@ def build_card(
         introduction,
         _figures(provenance, int8_cost),
         _data(provenance, model.text),
+        _labels(model.labels),
         _base_section(provenance),
         _samples(provenance),
         _use(provenance, where),
@@ -299,6 +301,16 @@ def _base_section(provenance: Provenance) -> str:
         f"## Base\n\nThe training started from the weights of {named}{step}.{trained}{licensed} "
         f"sha256 of the weights: `{digest}`."
     )
+
+
+def _labels(labels: Sequence[str]) -> str:
+    """Return the names of a model's labels in a code block, so that a name is never Markdown or HTML."""
+    if not labels:
+        return ""
+    more = f" The first {SHOWN_LABELS} are shown." if len(labels) > SHOWN_LABELS else ""
+    text = f"A text may begin with one of {len(labels):,} labels, or without one. The figures are without.{more}"
+    names = "\n".join(labels[:SHOWN_LABELS])
+    return f"## Labels\n\n{text}\n\n{_fenced(names, 'text')}"
 
 
 def _samples(provenance: Provenance) -> str:

@@ -24,6 +24,7 @@ from textgen.data.corpus import normalize
 from textgen.decoding.decoders import PREFILL_WINDOW
 from textgen.decoding.generation import Sample, number_requests, require_drawable
 from textgen.decoding.scoring import token_text
+from textgen.errors import TextgenError
 from textgen.serving.completion import EventStream, PendingChoice, PendingCompletion, cancel_on_disconnect
 from textgen.serving.description import describe_api
 from textgen.serving.prompts import (
@@ -122,6 +123,7 @@ class Api:
             "parent": None,
             "max_model_len": limits.max_model_len,
             "max_tokens": limits.max_tokens,
+            "labels": list(scheduler.labels),
         }
 
     def app(self) -> Starlette:
@@ -217,14 +219,18 @@ class Api:
         """Return a completion that is not started.
 
         Raises:
-            ApiError: a prompt has too many tokens, an id is not in the vocabulary, or a state is unknown.
+            ApiError: a prompt has too many tokens, an id is not in the vocabulary, or a state or the label is unknown.
         """
         tokenizer, num_drawn = self._scheduler.tokenizer, request.num_samples
         kept = self._kept_state(request)
+        try:
+            begin = self._scheduler.begin_id(request.label)
+        except TextgenError as error:
+            raise ApiError(400, f"`label`: {error}"[:1000], param="label") from None
         completion = PendingCompletion(self._name, self._scheduler, n=request.n or 1, num_drawn=num_drawn)
         before = "" if kept is None else kept.text
-        prompts = read_prompts(request, tokenizer, self._normalization, self._limits, before=before)
-        samples = number_requests(((prompt.text, config) for prompt in prompts), num_drawn)
+        prompts = read_prompts(request, tokenizer, self._normalization, self._limits, begin=begin, before=before)
+        samples = number_requests(((prompt.text, config, request.label) for prompt in prompts), num_drawn)
         for prompt in prompts:
             completion.num_prompt_tokens += len(prompt.tokens)
             reader = self._new_reader(request, prompt, kept)
@@ -343,7 +349,9 @@ class Api:
 
     async def openapi(self, _: Request) -> Response:
         """Describe the API."""
-        return JSONResponse(describe_api(self._name, self._limits, self._scheduler.tokenizer.vocab_size))
+        return JSONResponse(
+            describe_api(self._name, self._limits, self._scheduler.tokenizer.vocab_size, self._scheduler.labels)
+        )
 
 
 def _static_route(path: str, name: str, media_type: str) -> Route:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -20,9 +21,9 @@ from textgen.serving.responses import (
 )
 
 
-def describe_api(name: str, limits: Limits, vocab_size: int) -> dict[str, Any]:
+def describe_api(name: str, limits: Limits, vocab_size: int, labels: Sequence[str] = ()) -> dict[str, Any]:
     """Return the OpenAPI description of a server with one model of this name."""
-    schemas = _schemas(name, limits, vocab_size)
+    schemas = _schemas(name, limits, vocab_size, labels)
     completion = _operation("continue prompts", _json_content(Completion) | {"text/event-stream": {}})
     model_name = {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
@@ -50,7 +51,7 @@ def describe_api(name: str, limits: Limits, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _schemas(name: str, limits: Limits, vocab_size: int) -> dict[str, Any]:
+def _schemas(name: str, limits: Limits, vocab_size: int, labels: Sequence[str]) -> dict[str, Any]:
     """Return the JSON schemas of requests and responses, with the limits that this server sets."""
     requests = (CompletionRequest, TokenizeRequest, DetokenizeRequest)
     responses = (Completion, ModelList, Model, Tokenized, Detokenized, TokenizerInfo, Health, ErrorResponse)
@@ -66,6 +67,10 @@ def _schemas(name: str, limits: Limits, vocab_size: int) -> dict[str, Any]:
         schemas[request.__name__]["properties"]["model"]["anyOf"][0]["enum"] = [name]
     fields = schemas["CompletionRequest"]["properties"]
     fields["max_tokens"]["anyOf"][0]["maximum"] = limits.max_tokens
+    if labels:
+        fields["label"]["anyOf"][0]["enum"] = list(labels)
+    else:
+        fields["label"] = {"type": "null"}
     fields["n"]["anyOf"][0]["maximum"] = fields["best_of"]["anyOf"][0]["maximum"] = min(limits.max_samples, MAX_N)
     _, texts, ids, lists, _ = fields["prompt"]["anyOf"]
     texts["maxItems"] = lists["maxItems"] = limits.max_samples

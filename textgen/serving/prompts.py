@@ -28,24 +28,33 @@ class Prompt:
     """as the request gives them: with begin-of-text only if the request names it"""
     echo: str
     """returned before the sample, if the request asks for it"""
+    begin: int
+    """the first input: begin-of-text, or that of the request's label"""
     given: str = ""
     """the text before normalization, after that of `state_id`; empty if the request gives ids"""
 
     def ids(self, bos_id: int) -> list[int]:
-        """Return what the model reads: begin-of-text first, once."""
-        return self.tokens if self.tokens[:1] == [bos_id] else [bos_id, *self.tokens]
+        """Return what the model reads: the first input, once, in place of begin-of-text."""
+        return [self.begin, *(self.tokens[1:] if self.tokens[:1] == [bos_id] else self.tokens)]
 
 
 def read_prompts(
-    request: CompletionRequest, tokenizer: Tokenizer, normalization: str, limits: Limits, *, before: str = ""
+    request: CompletionRequest,
+    tokenizer: Tokenizer,
+    normalization: str,
+    limits: Limits,
+    *,
+    begin: int,
+    before: str = "",
 ) -> list[Prompt]:
-    """Return a request's prompts.
+    """Return a request's prompts, which begin with the input `begin`.
 
     Args:
         request: the request.
         tokenizer: the model's.
         normalization: of the model's training text.
         limits: of a request.
+        begin: the first input of every prompt.
         before: the text of `state_id`, which every prompt continues.
 
     Raises:
@@ -72,7 +81,7 @@ def read_prompts(
             message = f"`{name}` has {len(tokens)} tokens{whole}; at most {limits.max_prompt_tokens}"
             raise too_long(f"{message}, by the server's flag `--max_prompt_tokens`", name)
         raw = before + given if isinstance(given, str) else ""
-        prompts.append(Prompt(text, tokens, echo if request.echo else "", raw))
+        prompts.append(Prompt(text, tokens, echo if request.echo else "", begin, raw))
     total = sum(len(prompt.tokens) for prompt in prompts)
     if request.scores_prompts and total > limits.max_scored_tokens:
         message = f"`prompt` has {total} tokens in all; at most {limits.max_scored_tokens} with `echo` and `logprobs`"

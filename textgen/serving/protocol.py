@@ -23,7 +23,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.requests import Request
 
-from textgen.config import MAX_CHOICES, MAX_REGEX_BYTES, SamplingConfig
+from textgen.config import MAX_CHOICES, MAX_REGEX_BYTES, SAMPLER_PARTS, SamplingConfig
 from textgen.decoding.steering import normalize_settings
 from textgen.serving.responses import ApiError
 
@@ -185,18 +185,25 @@ def _add_conditions(schema: dict[str, Any]) -> None:
     token_ids = {"type": "array", "items": {"not": {"type": "string"}}}
     usage = sets(stream_options={"type": "object"} | sets(include_usage={"const": True}))
     some_stop = {"anyOf": [{"type": "string"}, {"type": "array", "minItems": 1}]}
+    nonzero = {"type": "number", "not": {"const": 0}}
     beside_choices: dict[str, dict[str, Any]] = {
         "regex": {"type": "string"},
         "stop": some_stop,
         "logit_bias": {"type": "object", "minProperties": 1},
         "top_k": {"type": "number"},
         "top_p": {"type": "number", "not": {"const": 1}},
-        **{
-            name: {"type": "number", "not": {"const": 0}} for name in ("min_p", "presence_penalty", "frequency_penalty")
-        },
+        **dict.fromkeys(
+            ("min_p", "presence_penalty", "frequency_penalty", "xtc_probability", "dry_multiplier"), nonzero
+        ),
     }
+    parts = [
+        sets(**{part: {"not": {"type": "null"}}}) | {"not": sets(**{name: nonzero})}
+        for name, names in SAMPLER_PARTS.items()
+        for part in names
+    ]
     refused = [
         sets(regex={"type": "string"}, stop=some_stop),
+        *parts,
         *(sets(choices={"type": "array"}, **{name: value}) for name, value in beside_choices.items()),
         sets(max_tokens={"const": 0}) | {"not": sets(echo={"const": True})},
         usage | {"not": sets(stream={"const": True})},
@@ -223,6 +230,9 @@ class CompletionRequest(UnsupportedFields):
         | None,
         BeforeValidator(_check_prompt),
     ] = Field(None, description="texts or token ids; an absent or empty prompt starts a text")
+    label: Annotated[str, Field(max_length=1000)] | None = Field(
+        None, description="label of the text, of a model with labels; an extension"
+    )
     n: int | None = Field(None, ge=1, le=MAX_N, description="samples of each prompt; default 1")
     best_of: int | None = Field(
         None, ge=1, le=MAX_N, description="samples to draw of each prompt, of which the `n` likeliest are returned"
@@ -242,6 +252,14 @@ class CompletionRequest(UnsupportedFields):
     ) = Field(None, description="the text is one of these, by the model's probability of each; an extension")
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    xtc_probability: float | None = Field(None, ge=0, le=1, description="an extension, as in llama.cpp")
+    xtc_threshold: float | None = Field(None, ge=0, le=0.5, description="needs `xtc_probability`; default 0.1")
+    dry_multiplier: float | None = Field(None, ge=0, le=100, description="an extension, as in llama.cpp")
+    dry_base: float | None = Field(None, ge=1, le=10, description="needs `dry_multiplier`; default 1.75")
+    dry_allowed_length: int | None = Field(None, ge=1, le=30, description="needs `dry_multiplier`; default 2")
+    dry_breakers: Annotated[list[Stop], Field(max_length=16)] | None = Field(
+        None, description="needs `dry_multiplier`; default line break, colon, quotation mark, asterisk"
+    )
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=0, lt=1 << 63, description="fixes the samples; random for each request if absent")
     logprobs: int | None = Field(None, ge=0, le=10, description="number of most likely tokens to return per token")
@@ -259,7 +277,7 @@ class CompletionRequest(UnsupportedFields):
         None, description="requests with other salts share no states of prompts; an extension, as with vLLM"
     )
 
-    @field_validator("best_of", "n", "max_tokens", "top_k", "seed", "logprobs", mode="before")
+    @field_validator("best_of", "dry_allowed_length", "n", "max_tokens", "top_k", "seed", "logprobs", mode="before")
     @classmethod
     def _integral_float(cls, value: object) -> object:
         return _integral(value)
@@ -299,13 +317,15 @@ class CompletionRequest(UnsupportedFields):
         """
         names = (
             "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logprobs", "seed",
-            "regex",
+            "regex", "xtc_probability", "xtc_threshold", "dry_multiplier", "dry_base", "dry_allowed_length",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.num_samples > (self.n or 1):  # samples are compared by their log-probabilities
             given.setdefault("logprobs", 0)
         if self.top_p == 1:  # filters nothing, and would cost time
             del given["top_p"]
+        if self.dry_breakers is not None:
+            given["dry_breakers"] = tuple(self.dry_breakers)
         default = max_tokens if self.choices else 16  # a choice is whole
         try:
             config = SamplingConfig(

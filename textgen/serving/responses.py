@@ -70,6 +70,7 @@ class Model(BaseModel):
     parent: None = Field(description="no model that this one adapts, as with vLLM")
     max_model_len: int = Field(description="largest number of tokens of prompt and text together, as with vLLM")
     max_tokens: int = Field(description="the limit of `max_tokens` in a request; an extension")
+    labels: list[str] = Field(description="labels that `label` in a request may name; an extension")
 
 
 class ModelList(BaseModel):

@@ -25,6 +25,7 @@ from textgen.decoding.generation import (
     RunningSample,
     Sample,
     TokenLogprobs,
+    begin_id,
     reads_alone,
 )
 from textgen.serving.prompts import PromptReader
@@ -126,6 +127,7 @@ class Scheduler:
         self.tokenizer, self.max_waiting, self.prefixes = tokenizer, max_waiting, prefixes
         self.num_tokens = self.num_read_tokens = self.num_reused_tokens = 0
         self.decoder, self._batch_size = decoder, batch_size
+        self.labels = decoder.model.labels
         # Any thread may read or change these two while it holds the condition.
         self._changed = threading.Condition()
         self._waiting: deque[Stream] = deque()
@@ -166,6 +168,10 @@ class Scheduler:
         """Wait at most `seconds` for the decoding thread to end."""
         self._thread.join(seconds)
 
+    def begin_id(self, label: str | None) -> int:
+        """Return the first input of a text with a label; raise TextgenError if the model does not know it."""
+        return begin_id(self.decoder.model, self.tokenizer, label)
+
     def new_stream(
         self, request: Request, ids: list[int], owner: Any, *, reader: PromptReader | None, reads_only: bool = False
     ) -> Stream:
@@ -173,7 +179,7 @@ class Scheduler:
 
         Args:
             request: its prompt is normalized.
-            ids: begin-of-text and the prompt's tokens.
+            ids: the first input and the prompt's tokens.
             owner: identifies the sample for the caller.
             reader: of a prompt that is scored or longer than a window.
             reads_only: whether the sample ends when the prompt is read.

@@ -121,7 +121,18 @@ function sharedBody() {
   };
   for (const name of ["top_k", "top_p", "min_p", "max_tokens"])
     if ($(name).value !== $(name).dataset.off) body[name] = Number($(name).value);
+  if ($("label").value) body.label = $("label").value;
   return body;
+}
+
+// Show the model's name, its limit of tokens, and its labels if it has some.
+async function describeModel() {
+  const { data: [model] } = await (await request("v1/models")).json();
+  $("model").textContent = model.id;
+  $("max_tokens").max = model.max_tokens;
+  show($("max_tokens"));
+  $("label").append(...model.labels.map((label) => new Option(label, label)));
+  $("label_label").hidden = model.labels.length === 0;
 }
 
 // Generate all texts; a generation in progress is aborted.
@@ -131,6 +142,7 @@ async function generate() {
   fail(null);
   $("stop").disabled = false;
   $("status").textContent = "generating";
+  if (!$("model").textContent) await describeModel().catch(() => {}); // a token was missing before
   const ended = await Promise.allSettled(texts.map((text) => {
     text.abort = new AbortController();
     return text.generate(sharedBody(), AbortSignal.any([own.signal, text.abort.signal]));
@@ -215,8 +227,4 @@ $("more").onclick = () => {
 
 document.querySelectorAll("fieldset input[type=range]").forEach(show);
 [0.5, 0.8, 1.1].forEach((temperature) => new Text(temperature));
-request("v1/models").then((response) => response.json()).then(({ data: [model] }) => {
-  $("model").textContent = model.id;
-  $("max_tokens").max = model.max_tokens;
-  show($("max_tokens"));
-}).catch((error) => fail(error.message));
+describeModel().catch((error) => fail(error.message));

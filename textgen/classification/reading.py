@@ -1,0 +1,153 @@
+"""What a model makes of whole texts: the nats that they take after each label, and pooled states for a head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from textgen.console import Progress
+from textgen.model.lstm import LSTMLanguageModel, State
+
+Tokens = NDArray[np.integer[Any]]
+
+# Tokens of each text read in one call; fewer for a large vocabulary, since the logits of a call are LOGITS at most.
+WINDOW = 256
+LOGITS = 1 << 24
+
+
+@torch.inference_mode()
+def label_scores(
+    model: LSTMLanguageModel,
+    documents: Sequence[Tokens],
+    begin_ids: Sequence[int],
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> NDArray[np.float64]:
+    """Return the log-probability of each text after each label, in nats: (texts, labels).
+
+    Args:
+        model: on its device, in evaluation mode.
+        documents: token ids of each text, the end-of-text token last.
+        begin_ids: the first input of a text with each label.
+        batch_size: texts that are read side by side; changes the scores by rounding only.
+        progress: show on standard error how far it is.
+    """
+    window = max(1, min(WINDOW, LOGITS // (batch_size * model.vocab_size)))
+    scores = np.zeros((len(documents), len(begin_ids)))
+    with Progress("scored text", len(documents) * len(begin_ids), show=progress) as bar:
+        done = 0
+        for rows in _batches(documents, batch_size):
+            batch = [documents[row] for row in rows]
+            for label, begin in enumerate(begin_ids):
+                total = torch.zeros(len(rows), dtype=torch.float64, device=model.embedding.weight.device)
+                state = model.zero_state(len(rows))
+                for x, y, _ in _windows(batch, begin, window, total.device):
+                    state = _first(state, len(x))
+                    logits, state = model(x, state)  # (rows, time, vocab_size)
+                    nats = logits.logsumexp(-1) - logits.gather(2, y.clamp(min=0)[..., None])[..., 0]
+                    total[: len(x)] -= (nats * (y >= 0)).sum(1, dtype=torch.float64)
+                scores[rows, label] = total.cpu().numpy()
+                bar.update(done := done + len(rows))
+    return scores
+
+
+@torch.inference_mode()
+def pooled_states(
+    model: LSTMLanguageModel,
+    documents: Sequence[Tokens],
+    begin_id: int,
+    *,
+    batch_size: int = 64,
+    progress: bool = False,
+) -> NDArray[np.float32]:
+    """Return what a head reads of each text: (texts, 3 x hidden_size).
+
+    They are the output of the last LSTM layer after the text's last token, and its mean and its largest values over
+    all tokens (concat pooling: Howard and Ruder 2018, "Universal Language Model Fine-tuning", section 3.3).
+
+    Args:
+        model: on its device, in evaluation mode.
+        documents: token ids of each text, the end-of-text token last.
+        begin_id: the first input of a text.
+        batch_size: texts that are read side by side; changes the values by rounding only.
+        progress: show on standard error how far it is.
+    """
+    size = model.config.hidden_size
+    pooled = np.zeros((len(documents), 3 * size), dtype=np.float32)
+    with Progress("read text", len(documents), show=progress) as bar:
+        done = 0
+        for rows in _batches(documents, batch_size):
+            pooled[rows] = pool(model, [documents[row] for row in rows], begin_id).cpu().numpy()
+            bar.update(done := done + len(rows))
+    return pooled
+
+
+def pool(model: LSTMLanguageModel, batch: Sequence[Tokens], begin_id: int, *, backward: int = 0) -> Tensor:
+    """Return the pooled states (texts, 3 x hidden_size) of texts sorted by falling length.
+
+    Args:
+        model: on its device.
+        batch: token ids of each text, the end-of-text token last.
+        begin_id: the first input of a text.
+        backward: gradients flow through the windows that hold the last tokens of the longest text, this many; 0 for
+            none.
+    """
+    size, device = model.config.hidden_size, model.embedding.weight.device
+    lengths = torch.tensor([len(document) for document in batch], device=device)[:, None]
+    last, total = torch.zeros(len(batch), size, device=device), torch.zeros(len(batch), size, device=device)
+    largest = torch.full((len(batch), size), -torch.inf, device=device)
+    hidden, cell = model.zero_state(len(batch))
+    states = [(hidden[i : i + 1], cell[i : i + 1]) for i in range(len(model.layers))]
+    for x, y, start in _windows(batch, begin_id, WINDOW, device):
+        width, live = x.shape[1], len(x)
+        with torch.set_grad_enabled(start + width > len(batch[0]) - backward):
+            output, states = model.run_layers(model.embed(x), [_first(state, live) for state in states], None)
+            output, read = output.float(), (y >= 0)[..., None]  # (live, time, hidden_size), (live, time, 1)
+            rest = torch.zeros(len(batch) - live, size, device=device)  # texts that have ended
+            total = total + torch.cat([(output * read).sum(1), rest])
+            peaks = output.masked_fill(~read, -torch.inf).amax(1)
+            largest = torch.maximum(largest, torch.cat([peaks, rest - torch.inf]))
+            # the output after the last token, of the texts that end in this window
+            place = (lengths[:live, 0] - 1 - start).clamp(max=width - 1)
+            ends = torch.cat([output[torch.arange(live, device=device), place], rest])
+            last = torch.where((lengths > start) & (lengths <= start + width), ends, last)
+    return torch.cat([last, total / lengths, largest], 1)
+
+
+def _batches(documents: Sequence[Tokens], batch_size: int) -> Iterator[list[int]]:
+    """Yield the indices of texts of similar length, the longest first."""
+    order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _first(state: State, rows: int) -> State:
+    """Return the state of the first rows: the texts that have not ended."""
+    return state[0][:, :rows], state[1][:, :rows]
+
+
+def _windows(
+    batch: Sequence[Tokens], begin_id: int, window: int, device: torch.device
+) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield the windows of texts sorted by falling length.
+
+    Yields:
+        Inputs and targets (rows, time) of the texts that have not ended, -1 where a target is behind a text's end; and
+        the place of the window's first target in the texts.
+    """
+    longest = len(batch[0])
+    for start in range(0, longest, window):
+        rows = sum(len(document) > start for document in batch)
+        tokens = np.full((rows, min(window, longest - start) + 1), -1, dtype=np.int64)
+        tokens[:, 0] = begin_id if start == 0 else [document[start - 1] for document in batch[:rows]]
+        for row, document in enumerate(batch[:rows]):
+            part = document[start : start + window]
+            tokens[row, 1 : 1 + len(part)] = part
+        both = torch.from_numpy(tokens).to(device)
+        yield both[:, :-1].clamp(min=0), both[:, 1:], start
