@@ -440,6 +440,10 @@ def test_the_log_holds_neither_prompts_nor_texts(server: Running) -> None:
         (["--max_waiting", "0"], "`max_waiting` must be at least 1: 0"),
         (["--port", "65536"], "`port` must be at most 65535: 65536"),
         (["--threads", "0"], "`threads` must be at least 1: 0"),
+        (["--prefix_cache", "-1"], "`prefix_cache` must be at least 0: -1.0"),
+        (["--prefix_cache", ".nan"], "`prefix_cache` must be below 1073741824 MiB: nan"),
+        (["--kept_states", "-1"], "`kept_states` must be at least 0: -1"),
+        (["--kept_state_seconds", "0"], "`kept_state_seconds` must be above 0 and at most a year: 0.0"),
         (["--timeout", "0"], "`timeout` must be above 0 and at most 86400: 0.0"),
     ],
 )

@@ -36,7 +36,7 @@ def write_state(read: ReadState, path: Path) -> None:
     """
     assert read.tokenizer_sha256
     tensors = {name: part.cpu().contiguous() for name, part in zip(_names(len(read.state)), read.state, strict=True)}
-    tensors["text"] = torch.tensor(list(read.text.encode()), dtype=torch.uint8)
+    tensors["text"] = torch.frombuffer(bytearray(read.text.encode()), dtype=torch.uint8)
     tensors["ids"] = torch.tensor(read.ids, dtype=torch.int32)
     metadata = _origin(read.decoder, read.tokenizer_sha256) | {"num_read": str(read.num_read)}
     pieces = list(serialize(tensors, metadata=metadata))
