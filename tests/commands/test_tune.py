@@ -51,11 +51,18 @@ def test_a_search_finds_a_rate_that_learns_more(searched: Path) -> None:
     assert (own["learning_rate"], own["steps"]) == (3e-4, 10)
     assert best["steps"] == 90
     assert best["learning_rate"] > 3e-3
-    at_ten = {training["trial"]: training["valid_loss"] for training in found["trainings"] if training["steps"] == 10}
-    assert len(at_ten) > 6, "Optuna proposes others after the first ones"
-    assert at_ten[best["trial"]] < at_ten[0]
-    gone_on = {training["trial"] for training in found["trainings"] if training["steps"] > 10}
-    assert len(gone_on) <= len(at_ten) / 2
+    at = {
+        steps: {
+            training["trial"]: training["valid_loss"] for training in found["trainings"] if training["steps"] == steps
+        }
+        for steps in (10, 30, 90)
+    }
+    assert len(at[10]) > 6, "Optuna proposes others after the first ones"
+    assert at[10][best["trial"]] < at[10][0]
+    first = range(6)
+    assert set(first) & set(at[30]) == set(sorted(first, key=at[10].__getitem__)[:3]), "the best half goes on"
+    assert set(first) & set(at[90]) == {min(set(first) & set(at[30]), key=at[30].__getitem__)}
+    assert best["valid_loss"] == min(at[90].values())
     assert sum(training["steps"] for training in found["trainings"]) <= 600
 
 

@@ -1,8 +1,8 @@
 """A search of the learning rate and the batch size by short trainings: what `textgen tune` computes.
 
-Optuna proposes the rates and decides by successive halving which trial goes on (Li et al. 2020, "A system for massively
-parallel hyperparameter tuning"). A trial goes on as a new, longer training: its schedule ends with its last step, so
-the rates of short and long trainings are judged by whole schedules.
+Optuna proposes the rates. Successive halving decides which trial goes on: those in the best half of all that were tried
+at a length (Li et al. 2020, "A system for massively parallel hyperparameter tuning", section 3.2). A trial goes on as a
+new, longer training: its schedule ends with its last step, so rates are judged by whole schedules.
 
 Every training leaves a run folder with a record, `trial.json`. The study is made of these records at each start, and a
 proposal depends on the records and the seed alone. So a search that was killed goes on as if it had not been.
@@ -45,10 +45,14 @@ log = logging.getLogger("textgen")
 TUNE_NAME, TRIAL_NAME = "tune.json", "trial.json"
 
 RUNGS = 3
-"""lengths of trainings; each is `REDUCTION` times as long as the one before"""
-REDUCTION = 3
-TRIALS = 20
-"""that a budget is planned for: with a third of them going on at each rung, every rung takes as many steps"""
+"""lengths of trainings"""
+GROWTH = 3
+"""of a length over the one before"""
+KEPT = 2
+"""one in so many trials goes on. Short trainings favour high rates, so this is less strict than `GROWTH`: of the first
+six rates of a search, the best one was second at a ninth of the steps (docs/evidence/experiments.md, 2026-11-29)"""
+LONGEST_SHARE = 0.15
+"""of the budget for a longest training: room for about 12 trials"""
 FIRST_RATES = 5
 """evenly spaced on a log scale, that are tried before Optuna proposes others"""
 LEAST_STEPS = 10
@@ -190,10 +194,9 @@ def _plan(request: Request, store: TokenStore) -> Plan:
     if config.max_minutes is not None:
         seconds = costs[own] if request.minutes is not None else _time(config, store)
         total = min(total, max(int(config.max_minutes * 60 / seconds), 1))
-    # Each of the rungs takes `TRIALS` times the steps of the first one.
-    longest = min(request.budget / costs[own] * REDUCTION ** (RUNGS - 1) / (TRIALS * RUNGS), total)
+    longest = min(request.budget / costs[own] * LONGEST_SHARE, total)
     rungs = {
-        size: [round(longest * costs[own] / cost / REDUCTION**shorter) for shorter in reversed(range(RUNGS))]
+        size: [round(longest * costs[own] / cost / GROWTH**shorter) for shorter in reversed(range(RUNGS))]
         for size, cost in costs.items()
     }
     shortest, size = min((steps[0], size) for size, steps in rungs.items())
@@ -259,34 +262,36 @@ def _search(request: Request, plan: Plan, store: TokenStore) -> Iterator[Result]
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)  # it would log every trial in its own words
-    pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=1, reduction_factor=REDUCTION)
-    study = optuna.create_study(pruner=pruner)
+    study = optuna.create_study()
     first = _first_values(request)
-    # The first trials are judged together. One by one, a trial would go on if it is better than those before it, also
-    # if all of them are bad. Optuna proposes each later trial by the results of all before it.
+    # The first trials are judged together; else one would go on if it is better than those before it, also if all of
+    # them are bad. Optuna proposes each later trial by the results of all before it.
     rounds = chain([range(len(first))], ([number] for number in count(len(first))))
+    losses: list[list[float]] = [[] for _ in range(RUNGS)]
     spent = 0.0
     for numbers in rounds:
-        trials: list[tuple[optuna.Trial, Result]] = []
         if spent + sum(plan.costs) > request.budget:  # a good trial could not go on
             return
+        trials: list[optuna.Trial] = []
         for number in numbers:
             study.sampler = optuna.samplers.TPESampler(seed=request.config.seed + number, n_startup_trials=len(first))
-            trial = _ask(study, request, first, number)
-            result = _result(request, plan, store, trial, rung=0)
-            yield result
-            spent += plan.costs[0] if request.minutes is None else result.seconds
-            trials.append((trial, result))
-        # The best one first: a trial goes on if it is in the best third of those that were judged before.
-        for trial, result in sorted(trials, key=lambda pair: (pair[1].loss, pair[0].number)):
-            trial.report(result.loss, 1)
-            while not (pruned := trial.should_prune()) and result.rung < RUNGS - 1:
-                result = _result(request, plan, store, trial, rung=result.rung + 1)
-                yield result
-                spent += plan.costs[result.rung] if request.minutes is None else result.seconds
-                trial.report(result.loss, REDUCTION**result.rung)
-            state = optuna.trial.TrialState.PRUNED if pruned else None
-            study.tell(trial, None if pruned else result.loss, state)
+            trials.append(_ask(study, request, first, number))
+        for rung, cost in enumerate(plan.costs):
+            results = [_result(request, plan, store, trial, rung=rung) for trial in trials]
+            yield from results
+            spent += sum(cost if request.minutes is None else result.seconds for result in results)
+            losses[rung] += [result.loss for result in results]
+            worst = sorted(losses[rung])[max(len(losses[rung]) // KEPT, 1) - 1]
+            going_on = []
+            for trial, result in zip(trials, results, strict=True):
+                trial.report(math.nan if result.valid_loss is None else result.valid_loss, GROWTH**rung)
+                if rung < RUNGS - 1 and result.valid_loss is not None and result.loss <= worst:
+                    going_on.append(trial)
+                elif rung < RUNGS - 1 or result.valid_loss is None:
+                    study.tell(trial, state=optuna.trial.TrialState.PRUNED)
+                else:
+                    study.tell(trial, result.loss)
+            trials = going_on
 
 
 def _first_values(request: Request) -> list[dict[str, float]]:
