@@ -100,9 +100,14 @@ def test_a_boundary_before_the_prompt_scores_its_first_token_and_is_not_doubled(
 @pytest.mark.parametrize("settings", [{}, {"n": 2, "presence_penalty": 1.5}])
 def test_scoring_changes_no_text(server: Running, text: str, settings: dict[str, Any]) -> None:
     asked = {"prompt": text, "seed": 5, "max_tokens": 20, **settings}
-    plain, scored = server.complete(**asked), server.complete(**asked, echo=True, logprobs=3)
+    server.complete(prompt="another")  # the server keeps the state of the last prompt
+    plain = server.complete(**asked, logprobs=0)
+    scored = server.complete(**asked, echo=True, logprobs=3)
     assert [text + choice["text"] for choice in plain["choices"]] == [choice["text"] for choice in scored["choices"]]
     assert plain["usage"] == scored["usage"]
+    for choice, drawn in zip(scored["choices"], plain["choices"], strict=True):  # the state is the same too
+        values = drawn["logprobs"]["token_logprobs"]
+        assert choice["logprobs"]["token_logprobs"][-len(values) :] == values
 
 
 def test_a_stream_has_the_prompts_scores_first(server: Running) -> None:

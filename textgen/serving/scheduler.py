@@ -258,7 +258,7 @@ class Scheduler:
 
     def _step(self, joining: list[Stream]) -> None:
         """Read prompts, add samples to the batch, draw one token of each, remove those that have ended."""
-        if self._reading and time.monotonic() - self._slot_at >= self._slot_seconds:
+        if self._reading and (self._batch is None or time.monotonic() - self._slot_at >= self._slot_seconds):
             self._read_slot()
         if joining:
             # Of these prompts the decoder would read the same windows.
@@ -297,22 +297,22 @@ class Scheduler:
         started, num_tokens = time.monotonic(), 0
         ended: list[Stream] = []
         for _ in range(len(self._reading)):
-            stream = self._reading.popleft()
+            stream = self._reading[0]
+            reader = stream.reader
+            if reader is not None and not stream.cancelled:
+                if (known := self.prefixes.find(reader.keys, reader.num_windows)) is not None:
+                    reader.skip(*known)
+                if not reader.is_done:
+                    if num_tokens and num_tokens + reader.next_size > PREFILL_WINDOW:
+                        break
+                    num_tokens += reader.next_size
+                    reader.read(self.decoder)  # if this fails, the stream is among those that fail
+                    if reader.border is not None and 0 < reader.border[0] <= len(reader.keys):
+                        self.prefixes.put(reader.keys[reader.border[0] - 1], reader.border[1])
+                self.num_reused_tokens += reader.pop_reused()
+            self._reading.popleft()
             if stream.cancelled:
                 continue
-            reader = stream.reader
-            if reader is not None and (known := self.prefixes.find(reader.keys, reader.num_windows)) is not None:
-                reader.skip(*known)
-            if reader is not None and not reader.is_done:
-                if num_tokens and num_tokens + reader.next_size > PREFILL_WINDOW:
-                    self._reading.appendleft(stream)
-                    break
-                num_tokens += reader.next_size
-                reader.read(self.decoder)
-                if reader.border is not None and 0 < reader.border[0] <= len(reader.keys):
-                    self.prefixes.put(reader.keys[reader.border[0] - 1], reader.border[1])
-            if reader is not None:
-                self.num_reused_tokens += reader.pop_reused()
             if reader is not None and not reader.is_done:
                 self._reading.append(stream)
             elif stream.reads_only:
@@ -322,7 +322,7 @@ class Scheduler:
                 self._read.append(stream)
         self.num_read_tokens += num_tokens
         self._slot_at = time.monotonic()
-        self._slot_seconds = self._slot_at - started if self._batch is not None else 0.0
+        self._slot_seconds = self._slot_at - started
         self._deliver(ended)
 
     def _deliver(self, streams: Sequence[Stream]) -> None:

@@ -1,0 +1,132 @@
+"""The thread that decodes for all clients: what it does between two steps, and what it does when a step fails."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from textgen.config import SamplingConfig
+from textgen.decoding.decoders import Decoder
+from textgen.decoding.generation import Request
+from textgen.model.files import load_model
+from textgen.serving.prompts import Prompt, PromptReader
+from textgen.serving.scheduler import Delta, Scheduler, Stream
+from textgen.serving.states import PrefixTable
+from textgen.tokenizer import Tokenizer
+
+LONG = [5, 6, 7, 8] * 1000
+
+
+class Watched:
+    """A scheduler on a plain decoder, with the shape of every call of the model: (rows, tokens)."""
+
+    def __init__(self, run: Path) -> None:
+        model, self.tokenizer = load_model(run)
+        self.calls: list[tuple[int, int]] = []
+        self.on_call: Callable[[int, int], None] = lambda rows, tokens: None
+        model.register_forward_pre_hook(self._note)
+        prefixes = PrefixTable(0)
+        self.scheduler = Scheduler(Decoder(model), self.tokenizer, batch_size=8, max_waiting=8, prefixes=prefixes)
+        self.ended = {name: threading.Event() for name in ("stream", "long", "short")}
+        self.order: list[str] = []
+        self.errors: dict[str, str] = {}
+
+    def _note(self, _: torch.nn.Module, args: tuple[Any, ...]) -> None:
+        self.calls.append((args[0].shape[0], args[0].shape[1]))
+        self.on_call(*self.calls[-1])
+
+    def on_deltas(self, deltas: list[tuple[Stream, Delta]]) -> None:
+        for stream, delta in deltas:
+            if delta.sample is not None or delta.error is not None:
+                self.order.append(stream.owner)
+                self.ended[stream.owner].set()
+            if delta.error is not None:
+                self.errors[stream.owner] = delta.error
+
+    def submit(self, name: str, tokens: list[int], *, num_tokens: int, scored: bool) -> None:
+        """Queue a sample; one of no tokens reads its prompt only."""
+        prompt = Prompt(self.tokenizer.decode(tokens), tokens, "", self.tokenizer.bos_id)
+        config = SamplingConfig(max_new_tokens=max(num_tokens, 1), min_new_tokens=max(num_tokens, 1), seed=1)
+        reader = PromptReader(prompt, self.tokenizer.bos_id, 1) if scored else None
+        ids = prompt.ids(self.tokenizer.bos_id)
+        stream = self.scheduler.new_stream(
+            Request(prompt.text, config), ids, name, reader=reader, reads_only=num_tokens == 0
+        )
+        self.scheduler.submit([stream])
+
+    def wait_for(self, *names: str) -> None:
+        for name in names:
+            assert self.ended[name].wait(60), f"{name} does not end"
+
+
+@contextmanager
+def started(run: Path) -> Iterator[Watched]:
+    watched = Watched(run)
+    watched.scheduler.start(watched.on_deltas)
+    try:
+        yield watched
+    finally:
+        watched.scheduler.stop(0)
+        watched.scheduler.join(10)
+
+
+def test_a_scored_prompt_is_read_a_window_at_a_time_between_steps(tiny_run: Path) -> None:
+    with started(tiny_run) as watched:
+        watched.submit("stream", [5], num_tokens=100_000, scored=False)
+        watched.submit("long", LONG, num_tokens=0, scored=True)
+        watched.submit("short", LONG[:100], num_tokens=0, scored=True)
+        watched.wait_for("long", "short")
+    slots = [0]  # tokens that are read between two steps
+    for _, tokens in watched.calls:
+        slots = [*slots, 0] if tokens == 1 else [*slots[:-1], slots[-1] + tokens]
+    assert sorted(size for size in slots if size) == sorted([512] * 7 + [416, 100])
+    assert watched.order.index("short") < watched.order.index("long"), "prompts take turns"
+
+
+def test_prompts_are_read_when_nothing_runs(tiny_run: Path) -> None:
+    with started(tiny_run) as watched:
+        watched.submit("long", LONG, num_tokens=0, scored=True)
+        watched.wait_for("long")
+        watched.submit("short", LONG[:100], num_tokens=3, scored=True)
+        watched.wait_for("short")
+    assert watched.errors == {}
+    assert watched.calls[-1] == (1, 1)
+
+
+def test_a_window_that_fails_fails_all_and_the_next_request_is_done(tiny_run: Path) -> None:
+    def fail(rows: int, tokens: int) -> None:
+        if tokens == 416:
+            raise RuntimeError("no memory")
+
+    with started(tiny_run) as watched:
+        watched.on_call = fail
+        watched.submit("stream", [5], num_tokens=100_000, scored=False)
+        watched.submit("long", LONG, num_tokens=0, scored=True)
+        watched.wait_for("stream", "long")
+        assert watched.errors == dict.fromkeys(("stream", "long"), "the model failed")
+        watched.submit("short", LONG[:100], num_tokens=3, scored=True)
+        watched.wait_for("short")
+        assert "short" not in watched.errors
+
+
+@pytest.mark.parametrize("length", [20, 600])
+def test_a_cancelled_prompt_is_not_read_on(tiny_run: Path, length: int) -> None:
+    with started(tiny_run) as watched:
+        tokenizer: Tokenizer = watched.tokenizer
+        prompt = Prompt("", LONG, "", tokenizer.bos_id)
+        reader = PromptReader(prompt, tokenizer.bos_id, 1)
+        stream = watched.scheduler.new_stream(
+            Request("", SamplingConfig()), prompt.ids(tokenizer.bos_id), "long", reader=reader, reads_only=True
+        )
+        watched.on_call = lambda rows, tokens: watched.scheduler.cancel([stream])
+        watched.scheduler.submit([stream])
+        watched.submit("short", LONG[:length], num_tokens=0, scored=True)
+        watched.wait_for("short")
+    assert [tokens for _, tokens in watched.calls].count(512) == 1 + (length == 600)
+    assert not watched.ended["long"].is_set()
