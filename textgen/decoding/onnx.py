@@ -53,8 +53,8 @@ class _Step(nn.Module):
 def write_onnx(model: LSTMLanguageModel, path: Path) -> None:
     """Write one decoding step of a model as an ONNX file.
 
-    Its inputs are `tokens` (batch,), `hidden` and `cell` (num_layers, batch, hidden_size), its outputs `logits` (batch,
-    vocab_size), `new_hidden` and `new_cell`.
+    Its inputs are `tokens` (batch,), of which the first may be a label, and `hidden` and `cell` (num_layers, batch,
+    hidden_size); its outputs are `logits` (batch, vocab_size), `new_hidden` and `new_cell`.
     """
     hidden, cell = model.zero_state(2)
     batch = torch.export.Dim("batch", min=1)
