@@ -146,17 +146,15 @@ ROWS = {
 }
 SHARES = {
     "layer_rate_decay 0.7": decayed(0.7),
-    "layer_rate_decay 0.4": decayed(0.4),
-    "freeze embedding": frozen("embedding", steps=300),
-    "freeze layers.0": frozen("layers.0", steps=300),
-    "freeze embedding, 100 steps": frozen("embedding", steps=100),
     "freeze layers.0, 100 steps": frozen("layers.0", steps=100),
     "freeze embedding and layers.0, 100 steps": frozen("embedding", "layers.0", steps=100),
+    "freeze embedding": frozen("embedding", steps=300),
 }
 PARTS: dict[str, tuple[dict[str, Any], Change]] = {
     f"{way}: {name}": (WAYS[way][0], partial(slowed, shares))
-    for way in ("init_from, the base's tokenizer", "init_from, own tokenizer")
     for name, shares in SHARES.items()
+    for way in ("init_from, the base's tokenizer", "init_from, own tokenizer")
+    if way.endswith("base's tokenizer") or "embedding" not in name  # whose new rows must learn
 }
 GROUPS = {"ways": WAYS, "rates": RATES, "rows": ROWS, "parts": PARTS}
 

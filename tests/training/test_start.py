@@ -21,6 +21,7 @@ from textgen.cli import main, train_main
 from textgen.data.store import TokenStore
 from textgen.data.texts import store_of
 from textgen.model.files import load_model
+from textgen.reporting.card import origin_of
 from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics_file import read_metrics
 
@@ -120,8 +121,9 @@ def test_labels_are_kept_by_name(labelled_flags: list[str], tmp_path: Path, capl
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
     at = labelled_flags.index("--tokenizer.vocab_size")
     flags = ["--data.source", "files", "--data.files", str(other), *labelled_flags[4:at], *labelled_flags[at + 6 :]]
-    base = load_file(checkpoints(tmp_path / "base")[0][1] / "model.safetensors")["label_embedding.weight"]
-    assert base.shape == (2, 16)
+    model, tokenizer = load_model(tmp_path / "base")
+    base = model.state_tensors()
+    assert model.labels == ("bad", "good")
     for name, more, message in (
         ("with", [], "labels: 1 of 2 kept; the base has 2"),
         ("without", ["--data.label_column", "null"], "labels: 0 of 0 kept; the base has 2"),
@@ -132,8 +134,8 @@ def test_labels_are_kept_by_name(labelled_flags: list[str], tmp_path: Path, capl
         first = load_file(tmp_path / name / "checkpoints" / "step-000000" / "model.safetensors")
         assert ("label_embedding.weight" in first) == (name == "with")
         if name == "with":  # good, new
-            assert torch.equal(first["label_embedding.weight"][0], base[1])
-            assert not torch.equal(first["label_embedding.weight"][1], base[0])
+            assert torch.equal(first["label_embedding.weight"][0], base["label_embedding.weight"][1])
+            assert torch.equal(first["label_embedding.weight"][1], base["embedding.weight"][tokenizer.eos_id])
 
 
 def test_the_shape_is_the_base_s(
@@ -273,31 +275,17 @@ def test_license_and_data_of_a_base_go_into_the_new_card(
     assert trainer_of(tmp_path / "third")["base"]["datasets"] == ["them/films"]
 
 
+@pytest.mark.parametrize(
+    "trainer",
+    [{}, {"config": 1}, {"config": {"data": {"source": "hub", "dataset": 3}}}, {"config": {"data": [1]}, "base": [1]},
+     {"base": {"license": ["mit"], "datasets": {"a/b": 1}}}],
+)  # fmt: skip
+def test_settings_of_a_strangers_checkpoint_say_nothing_that_is_no_name(trainer: object, tmp_path: Path) -> None:
+    (tmp_path / "trainer.json").write_text(json.dumps(trainer))
+    assert origin_of(tmp_path) == {"license": None, "datasets": []}
+
+
 def test_text_is_prepared_for_a_base(plain_flags: list[str], tiny_run: Path, capsys: Capture) -> None:
     main(["prepare", *plain_flags, "--init_from", str(tiny_run)])
     store = TokenStore.open(capsys.readouterr().out.strip())
     assert store.tokenizer.sha256 == load_model(tiny_run)[1].sha256
-
-
-def test_labels_of_a_base_are_kept_and_new_ones_begin_as_no_label(
-    plain_flags: list[str], tmp_path: Path, reviews_file: Path, caplog: Log
-) -> None:
-    texts = [json.loads(line)["text"] for line in reviews_file.read_text().splitlines()]
-    for name, labels in {"old": ("good", "bad"), "new": ("bad", "so-so")}.items():
-        rows = ({"text": text, "label": labels[i % 2]} for i, text in enumerate(texts))
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags = {
-        name: [*plain_flags, "--data.files", str(tmp_path / f"{name}.jsonl"), "--data.label_column", "label"]
-        for name in ("old", "new")
-    }
-    small = ["--model.hidden_size", "32", "--model.embedding_dim", "16", "--max_steps", "1"]
-    train_main(flags_for(flags["old"], tmp_path / "base", *small, "--tokenizer.vocab_size", "340"))
-    train_main(flags_for(flags["new"], tmp_path / "run", "--max_steps", "1", "--init_from", str(tmp_path / "base")))
-    assert "labels: 1 of 2 kept; the base has 2" in caplog.messages
-    base, _ = load_model(tmp_path / "base")
-    model, tokenizer = load_model(tmp_path / "run" / "checkpoints" / "step-000000")
-    assert (base.labels, model.labels) == (("bad", "good"), ("bad", "so-so"))
-    assert base.label_embedding is not None
-    assert model.label_embedding is not None
-    wanted = torch.stack([base.label_embedding.weight[0], base.embedding.weight[tokenizer.eos_id]])
-    assert torch.equal(model.label_embedding.weight, wanted)

@@ -105,13 +105,20 @@ def origin_of(directory: Path) -> dict[str, Any]:
     Returns:
         `license`, a text or None, and `datasets`, names on the hub; only values of these forms.
     """
-    from textgen.runs.checkpoint import TRAINER_NAME
+    from textgen.runs.checkpoint import TRAINER_NAME, read_json
 
-    if (directory / TRAINER_NAME).exists():
-        provenance = read_provenance(directory)
-        datasets = [name for name in (_hub_dataset(provenance), *_base(provenance)["datasets"]) if name]
-        return {"license": _base(provenance)["license"], "datasets": list(dict.fromkeys(datasets))}
-    return _sound_origin(_read_header(directory / CARD_NAME))
+    if not (directory / TRAINER_NAME).exists():
+        return _sound_origin(_read_header(directory / CARD_NAME))
+    provenance = Provenance(trainer=read_json(directory / TRAINER_NAME))
+    base = _base(provenance)
+    try:
+        dataset = _hub_dataset(provenance)
+    except (AttributeError, TypeError):  # a stranger's settings
+        dataset = None
+    return {
+        "license": base["license"],
+        "datasets": list(dict.fromkeys([*([dataset] if dataset else []), *base["datasets"]])),
+    }
 
 
 def _read_header(path: Path) -> dict[str, Any]:

@@ -89,7 +89,8 @@ def checkpoint_bytes(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> int
 def checkpoints_at_a_time(config: TrainConfig, *, total_steps: int, per_epoch: int) -> int:
     """Return the largest number of checkpoints on disk: those kept, the best, and one being written."""
     every = config.evaluate_every or per_epoch
-    return min(config.keep_last + 2, math.ceil(total_steps / min(every, config.save_every or every)))
+    saves = math.ceil(total_steps / min(every, config.save_every or every))
+    return min(config.keep_last + 2, saves + (config.init_from is not None))  # a base is saved before the first step
 
 
 def save(training: Training) -> float:
