@@ -98,15 +98,28 @@ def classify(run: str, validation: Reviews, head: str | None) -> dict[str, Any]:
     }
 
 
-def judge(run: str, train: Reviews, validation: Reviews, count: int, settings: dict[str, Any]) -> dict[str, Any]:
-    """Draw texts by label and return how often the naive Bayes finds the label that was asked for."""
+def judge(
+    run: str, train: Reviews, validation: Reviews, count: int, settings: dict[str, Any], scored_by: str | None
+) -> dict[str, Any]:
+    """Draw texts by label and return how often the naive Bayes finds the label that was asked for.
+
+    Args:
+        run: a run with labels.
+        train: what the judge learns from.
+        validation: what it is tried on.
+        count: texts of each label.
+        settings: of sampling, beside temperature 1 without filters.
+        scored_by: a run without labels, whose bits per byte of the texts tell whether they are still as human ones.
+    """
     model = naive_bayes()
     model.fit(*train)
     lm = textgen.load(run)
     found: dict[str, Any] = {"judge on human reviews": _share(model.predict(validation[0]) == validation[1])}
     hits, examples, words = [], {}, []
+    drawn: list[str] = []
     for label, name in enumerate(LABELS):
         texts = lm.generate(PROMPTS, n=-(-count // len(PROMPTS)), label=name, max_new_tokens=256, **settings)[:count]
+        drawn += texts
         hits.append(model.predict(texts) == label)
         found[name] = _share(hits[-1])
         examples[name] = texts[:: max(1, len(texts) // 3)][:3]
@@ -115,6 +128,11 @@ def judge(run: str, train: Reviews, validation: Reviews, count: int, settings: d
     for n in (1, 2):
         grams = [tuple(text[i : i + n]) for text in words for i in range(len(text) - n + 1)]
         found[f"distinct-{n}"] = len(set(grams)) / len(grams)
+    if scored_by is not None:
+        other = textgen.load(scored_by)
+        scores = [other.score(text) for text in drawn[::10] if text.strip()]
+        bits = sum(score.nats for score in scores) / np.log(2) / sum(score.num_bytes for score in scores)
+        found["bits per byte"] = float(bits)
     return found | {"settings": settings, "examples": examples}
 
 
@@ -139,6 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--head", help="folder of a head, see `textgen classify`")
     parser.add_argument("--count", type=int, default=1000, help="texts of each label to judge")
     parser.add_argument("--label_scale", type=float, help="of the texts to judge")
+    parser.add_argument("--scored_by", help="run without labels whose bits per byte of the texts are wanted")
     parser.add_argument("--name", help="name of the figures; default: what was measured")
     args = parser.parse_args(argv)
     if args.what != "baselines" and args.run is None:
@@ -150,7 +169,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = classify(args.run, validation, args.head)
     else:
         settings = {} if args.label_scale is None else {"label_scale": args.label_scale}
-        figures = judge(args.run, split_reviews("train"), validation, args.count, settings)
+        figures = judge(args.run, split_reviews("train"), validation, args.count, settings, args.scored_by)
     keep(args.name or f"{args.what}{' with a head' if args.head else ''}", figures)
 
 

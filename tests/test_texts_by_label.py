@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -11,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from playwright.sync_api import expect, sync_playwright
 
 import textgen
 from tests.serving.servers import Running, running
 from textgen.cli import main
+from textgen.config import SamplingConfig
+from textgen.decoding.choose import choose_decoder
+from textgen.decoding.generation import Request, Sample, generate_stream
+from textgen.model.files import load_model
 
 LABELS = ["negative", "positive"]
 GOOD, BAD = {"good", "fine", "great"}, {"bad", "dull", "weak"}
@@ -105,6 +111,18 @@ def test_the_server_scores_a_prompt_after_a_label(lm: textgen.LanguageModel, ser
         assert scored[1:] == pytest.approx(lm.score(text, label=label, end=False).logprobs[1:], abs=1e-5)
 
 
+def test_a_kept_state_keeps_its_label(lm: textgen.LanguageModel, server: Running) -> None:
+    more = {"max_tokens": 6, "temperature": 0.7}
+    first = server.complete(prompt="great", label="negative", seed=0, keep_state=True, **more)["choices"][0]
+    again = server.complete(prompt=" ", state_id=first["state_id"], seed=1, label_scale=2, **more)["choices"][0]
+    whole = "great" + first["text"] + " "
+    settings = {"seed": 1, "label_scale": 2, "max_new_tokens": 6, "temperature": 0.7}
+    assert again["text"] == lm.generate(whole, label="negative", **settings)[0]
+    body = {"state_id": first["state_id"], "label": "negative"}
+    status, _, answer = server.ask("POST", "/v1/completions", body)
+    assert (status, json.loads(answer)["error"]["param"]) == (400, "label")
+
+
 def test_the_server_names_the_labels_that_it_has(server: Running) -> None:
     status, _, body = server.ask("POST", "/v1/completions", {"prompt": "", "label": "mixed"})
     error = json.loads(body)["error"]
@@ -165,6 +183,76 @@ def test_read_and_stream_take_a_label(lm: textgen.LanguageModel) -> None:
     assert lm.generate(state=state, **SHORT) == whole
     with pytest.raises(textgen.TextgenError, match="`label` positive comes before the text of `state`"):
         lm.generate(state=state, label="positive", **SHORT)
+
+
+# --- label_scale -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["", "great"])
+def test_label_scale_multiplies_what_the_label_changes(lm: textgen.LanguageModel, prompt: str) -> None:
+    model, tokenizer, scale, ids = lm._decoder.model, lm._tokenizer, 2.5, lm._tokenizer.encode(prompt)
+    for label in LABELS:
+        drawn: list[int] = []
+        while len(drawn) < 6 and tokenizer.eos_id not in drawn:
+            rows = torch.tensor([[first, *ids, *drawn] for first in (model.label_id(label), tokenizer.bos_id)])
+            with torch.inference_mode():
+                logprobs = model(rows, model.zero_state(2))[0][:, -1].log_softmax(-1)
+            mixed = logprobs[1] + scale * (logprobs[0] - logprobs[1])
+            mixed[tokenizer.unk_id] = -math.inf
+            drawn.append(int(mixed.argmax()))
+        text = lm.generate(prompt, label=label, label_scale=scale, temperature=0, max_new_tokens=6)[0]
+        assert text == tokenizer.decode([*ids, *drawn]).removeprefix(prompt)
+
+
+def test_a_scaled_sample_depends_on_no_other_row_of_its_batch(labelled_run: Path) -> None:
+    model, tokenizer = load_model(labelled_run)
+    decoder = choose_decoder(model, "int8")
+    settings = [{}, {"label_scale": 3.0}, {"label_scale": 1.0}, {"label_scale": 0.5, "repetition_penalty": 1.2}]
+    configs = [SamplingConfig(seed=1, max_new_tokens=8, **more) for more in settings]
+    requests = [Request("", config, number, label=LABELS[number % 2]) for config in configs for number in range(3)]
+
+    def texts(some: list[Request], **how: int) -> list[str]:
+        ended = {i: e.text for i, e in generate_stream(decoder, tokenizer, some, **how) if isinstance(e, Sample)}
+        return [ended[i] for i in range(len(some))]
+
+    alone = [texts([request])[0] for request in requests]
+    assert texts(requests) == alone
+    assert texts(requests, batch_size=5) == alone
+    assert alone[:3] == alone[6:9]
+    assert alone[:3] != alone[3:6]
+
+
+def test_all_ways_scale_a_label_alike(
+    lm: textgen.LanguageModel, labelled_run: Path, server: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wanted = lm.generate("", n=2, label="positive", label_scale=3, seed=0, **SHORT)
+    flags = ["--prompt", "", "--num_samples", "2", "--seed", "0", "--label", "positive", "--label_scale", "3"]
+    assert [row["text"] for row in sample(labelled_run, capsys, *flags)] == wanted
+    body = {"prompt": "", "n": 2, "max_tokens": 8, "temperature": 0.7, "seed": 0, "label_scale": 3}
+    choices = server.complete(**body, label="positive")["choices"]
+    assert [choice["text"] for choice in choices] == wanted
+    status, _, answer = server.ask("POST", "/v1/completions", body)
+    assert (status, json.loads(answer)["error"]["message"]) == (400, "`label_scale` needs a `label`: 3")
+
+
+def test_a_scale_without_a_label_is_refused(
+    lm: textgen.LanguageModel, labelled_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(textgen.TextgenError, match="`label_scale` 2 needs a `label`"):
+        lm.stream("", label_scale=2)
+    state = lm.read("great", label="positive")
+    assert lm.generate(state=state, label_scale=3, **SHORT) == lm.generate(
+        "great", label="positive", label_scale=3, **SHORT
+    )
+    for flag in ("2", "11"):
+        with pytest.raises(SystemExit):
+            main(["sample", str(labelled_run), "--prompt", "", "--label_scale", flag])
+    said = capsys.readouterr().err
+    assert "error: `label_scale` 2 needs a `label`\n" in said
+    assert "error: `label_scale` must be at least 0 and at most 10: 11.0\n" in said
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("flags", [["--label", "mixed"], ["--label", "positive", "mixed"]])

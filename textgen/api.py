@@ -37,6 +37,7 @@ from textgen.decoding.generation import (
     generate_stream,
     number_requests,
     require_drawable,
+    require_label,
 )
 from textgen.decoding.reading import ReadState, read_text
 from textgen.decoding.scoring import TextScore, score_stream
@@ -634,7 +635,7 @@ class LanguageModel:
         settings: Mapping[str, Any],
     ) -> list[Request]:
         """Return the requests of samples, checked."""
-        self._begin(label, state)
+        begin = self._begin(label, state)
         known = [field.name for field in dataclasses.fields(SamplingConfig)]
         if unknown := [name for name in settings if name not in known]:
             raise TextgenError(unknown_setting(unknown[0], known))
@@ -644,6 +645,7 @@ class LanguageModel:
             made = build_settings(SamplingConfig, dataclasses.asdict(config or SamplingConfig()) | _plain(settings))
             made = normalize_settings(made, self._normalization)
             require_drawable(made, self._tokenizer)
+            require_label(made, begin, self._tokenizer)
         except ValueError as error:
             raise TextgenError(str(error)) from None
         texts = [

@@ -82,6 +82,8 @@ def sample_command(argv: Sequence[str]) -> None:
         require_text(prompts)
     require_readable(args, prompts)
 
+    from textgen.decoding.generation import begin_id, require_label
+
     setup_logging(main=True)
     opened, decoder = open_decoder(args.checkpoint, args.decoder, best=args.best)
     require_drawable(config, opened.tokenizer)
@@ -92,6 +94,9 @@ def sample_command(argv: Sequence[str]) -> None:
     if args["save_state"] is not None:
         read = keep_state(args["save_state"], prompts[0], read, opened, decoder)
     prompts = [normalize_prompt(prompt, opened.normalization, opened.tokenizer, before=before) for prompt in prompts]
+    for prompt in prompts:
+        begin = begin_id(opened.model, opened.tokenizer, prompt.label) if read is None else read.ids[0]
+        require_label(prompt.config, begin, opened.tokenizer)
     num_samples: int = args.num_samples
 
     def beginning(index: int) -> str:

@@ -30,9 +30,11 @@ from textgen.decoding.sampling import (
     new_sampling_state,
     process_logits,
     record_tokens,
+    scale_label,
     select_sampling_state,
 )
 from textgen.decoding.steering import bias_of, breaks_of
+from textgen.errors import TextgenError
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer
 
@@ -258,6 +260,12 @@ def begin_id(model: LSTMLanguageModel, tokenizer: Tokenizer, label: str | None) 
     return tokenizer.bos_id if label is None else model.label_id(label)
 
 
+def require_label(config: SamplingConfig, begin: int, tokenizer: Tokenizer) -> None:
+    """Raise TextgenError if settings scale a label, and the first input of the text is none."""
+    if config.label_scale != 1 and begin < tokenizer.vocab_size:
+        raise TextgenError(f"`label_scale` {config.label_scale:g} needs a `label`")
+
+
 def require_drawable(config: SamplingConfig, tokenizer: Tokenizer) -> None:
     """Check the tokens of a config against the tokenizer.
 
@@ -318,6 +326,7 @@ class RunningSample:
         if begin is None:
             begin = tokenizer.bos_id if request.read is None else request.read.ids[0]
         prompt_ids = list(request.ids or (begin, *tokenizer.encode(request.prompt)))
+        require_label(request.config, prompt_ids[0], tokenizer)
         return cls(index=index, request=request, tokenizer=tokenizer, prompt_ids=prompt_ids)
 
     @property
@@ -447,12 +456,22 @@ class Batch:
             for ids, sample in zip(prompts, samples, strict=True)
             if sample.request.read is not None and sample.request.read.begins(ids)
         }
-        states |= _prefill(decoder, [ids for ids in dict.fromkeys(prompts) if ids not in states], read)
+        # what is read a second time, without the label
+        unlabelled = [
+            (tokenizer.bos_id, *ids[1:]) if sample.request.config.label_scale != 1 else None
+            for ids, sample in zip(prompts, samples, strict=True)
+        ]
+        wanted = dict.fromkeys([*prompts, *(ids for ids in unlabelled if ids is not None)])
+        states |= _prefill(decoder, [ids for ids in wanted if ids not in states], read)
         # a batch of one row for each new sample, then one batch of all
         parts = [] if beside is None else [beside]
         _draw_choices(decoder, samples, [(ids, states[ids]) for ids in prompts])
-        for sample, ids in zip(samples, prompts, strict=True):
-            parts.append(cls._of_one(decoder, tokenizer, sample, ids[-1], states[ids]))
+        for sample, ids, plain in zip(samples, prompts, unlabelled, strict=True):
+            one = cls._of_one(decoder, tokenizer, sample, ids[-1], states[ids])
+            if plain is not None:
+                one.sampling.tensors["unlabelled"] = torch.tensor(plain[-1:], device=decoder.device)
+                one.sampling.tensors |= {f"unlabelled.{i}": part for i, part in enumerate(states[plain])}
+            parts.append(one)
         for ids in states.keys() - prompts[-1:]:
             del states[ids]
         return cls(
@@ -654,6 +673,8 @@ def advance(
     logits, state = decoder.step(tokens, state)
     # of the model alone, so before anything changes the logits
     logprobs = logits.log_softmax(-1) if sampling.logprobs is not None else None
+    if "unlabelled" in sampling.tensors:
+        logits = _scale_label(decoder, logits, sampling)
     logits.select(1, unk_id).fill_(-math.inf)
     drawn = draw(process_logits(logits, sampling, eos_id=eos_id, allowed=allowed), sampling)
     record_tokens(sampling, drawn)
@@ -661,3 +682,13 @@ def advance(
         return drawn, state, None
     values, ids = logprobs.topk(min(sampling.logprobs, logprobs.shape[-1]))
     return drawn, state, (logprobs.gather(1, drawn[:, None])[:, 0], values, ids)
+
+
+def _scale_label(decoder: Decoder, logits: Tensor, sampling: SamplingState) -> Tensor:
+    """Read the tokens without the label too, in place, and return the logits of `scale_label`."""
+    tensors = sampling.tensors
+    parts = [tensors[f"unlabelled.{i}"] for i in range(2 * decoder.model.config.num_layers)]
+    unlabelled, after = decoder.step(tensors["unlabelled"], parts)
+    for part, new in zip(parts, after, strict=True):
+        part.copy_(new)
+    return scale_label(logits, unlabelled, tensors["label_scale"])

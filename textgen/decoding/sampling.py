@@ -244,6 +244,8 @@ class SamplingState:
       are part of no repetition
     - `counts`: int32 (batch, vocab_size), how often each token was drawn
     - `history`: int64 (batch, `HISTORY`), the latest tokens of prompt and text, -1 before them
+    - `unlabelled`: int64 (batch,), the token that a step reads next without the label, for `label_scale`; and
+      `unlabelled.0`, `unlabelled.1`, ...: the decoder's state before it, each (batch, hidden_size)
     """
 
     tensors: dict[str, Tensor]
@@ -328,7 +330,10 @@ def join_sampling_states(parts: Sequence[SamplingState], vocab_size: int) -> Sam
     def rows(part: SamplingState, name: str) -> Tensor:
         if name in part.tensors:
             return part.tensors[name]
-        return neutral[name].repeat_interleave(len(part.tensors["key"]), 0)
+        row = neutral.get(name)
+        if row is None:  # a state without the label
+            row = torch.zeros_like(next(other.tensors[name][:1] for other in parts if name in other.tensors))
+        return row.repeat_interleave(len(part.tensors["key"]), 0)
 
     names = sorted({name for part in parts for name in part.tensors})
     return SamplingState(
@@ -369,6 +374,8 @@ def _neutral_tensors(vocab_size: int, device: torch.device) -> dict[str, Tensor]
         "dry_base": row(1, 1),
         "dry_allowed_length": row(1, 1, dtype=torch.int64),
         "breaks": row(False, vocab_size, dtype=torch.bool),
+        "label_scale": row(1, 1),
+        "unlabelled": row(0, dtype=torch.int64),
         "bias": row(0, vocab_size),
         "banned": row(False, vocab_size, dtype=torch.bool),
         "seen": row(False, vocab_size, dtype=torch.bool),
@@ -378,6 +385,20 @@ def _neutral_tensors(vocab_size: int, device: torch.device) -> dict[str, Tensor]
 
 
 # --- a step: process, draw, record -----------------------------------------------------------------------------------
+
+
+def scale_label(logits: Tensor, unlabelled: Tensor, scale: Tensor) -> Tensor:
+    """Return logits whose difference from those without the label is multiplied (classifier-free guidance).
+
+    Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance", equation 7. Rows of scale 1 stay bit for bit.
+
+    Args:
+        logits: (batch, vocab_size), after the label.
+        unlabelled: (batch, vocab_size), without it.
+        scale: (batch, 1).
+    """
+    labelled, plain = logits.log_softmax(-1), unlabelled.log_softmax(-1)
+    return torch.where(scale == 1, logits, plain + scale * (labelled - plain))
 
 
 def process_logits(logits: Tensor, state: SamplingState, *, eos_id: int, allowed: Tensor | None = None) -> Tensor:
@@ -503,6 +524,8 @@ def record_tokens(state: SamplingState, tokens: Tensor) -> None:
     """Record drawn tokens (batch,) in the state, in place, for penalties and bans of later steps."""
     tensors = state.tensors
     tensors["step"] += 1
+    if "unlabelled" in tensors:
+        tensors["unlabelled"].copy_(tokens)
     if "seen" in tensors:
         tensors["seen"].scatter_(1, tokens[:, None], True)
     if "counts" in tensors:

@@ -22,7 +22,7 @@ from starlette.routing import Route
 from textgen.config import SamplingConfig
 from textgen.data.corpus import normalize
 from textgen.decoding.decoders import PREFILL_WINDOW
-from textgen.decoding.generation import Sample, number_requests, require_drawable
+from textgen.decoding.generation import Sample, number_requests, require_drawable, require_label
 from textgen.decoding.scoring import token_text
 from textgen.errors import TextgenError
 from textgen.serving.completion import EventStream, PendingChoice, PendingCompletion, cancel_on_disconnect
@@ -223,18 +223,16 @@ class Api:
         """
         tokenizer, num_drawn = self._scheduler.tokenizer, request.num_samples
         kept = self._kept_state(request)
-        try:
-            begin = self._scheduler.begin_id(request.label)
-        except TextgenError as error:
-            raise ApiError(400, f"`label`: {error}"[:1000], param="label") from None
+        label = request.label if kept is None else kept.label
+        begin = self._begin_id(label, config)
         completion = PendingCompletion(self._name, self._scheduler, n=request.n or 1, num_drawn=num_drawn)
         before = "" if kept is None else kept.text
         prompts = read_prompts(request, tokenizer, self._normalization, self._limits, begin=begin, before=before)
-        samples = number_requests(((prompt.text, config, request.label) for prompt in prompts), num_drawn)
+        samples = number_requests(((prompt.text, config, label) for prompt in prompts), num_drawn)
         for prompt in prompts:
             completion.num_prompt_tokens += len(prompt.tokens)
             reader = self._new_reader(request, prompt, kept)
-            keep = partial(self._keep, prompt, reader, connection) if request.keep_state else None
+            keep = partial(self._keep, prompt, label, reader, connection) if request.keep_state else None
             for sample in islice(samples, num_drawn):
                 index = len(completion.choices)
                 stream = self._scheduler.new_stream(
@@ -276,10 +274,21 @@ class Api:
             raise ApiError(404, message, code="state_not_found", param="state_id")
         return kept
 
-    def _keep(self, prompt: Prompt, reader: PromptReader | None, connection: Hashable, sample: Sample) -> str:
+    def _begin_id(self, label: str | None, config: SamplingConfig) -> int:
+        """Return the first input of a text; raise ApiError if its label is unknown, or missing for `label_scale`."""
+        try:
+            begin = self._scheduler.begin_id(label)
+            require_label(config, begin, self._scheduler.tokenizer)
+            return begin
+        except TextgenError as error:
+            raise ApiError(400, f"`label`: {error}"[:1000], param="label") from None
+
+    def _keep(
+        self, prompt: Prompt, label: str | None, reader: PromptReader | None, connection: Hashable, sample: Sample
+    ) -> str:
         """Keep the state after a sample, and return its id."""
         read = None if reader is None else reader.read_state(self._scheduler.decoder)
-        return self._states.put(KeptState(prompt.given + sample.text, read), connection)
+        return self._states.put(KeptState(prompt.given + sample.text, read, label), connection)
 
     async def tokenize(self, request: Request) -> Response:
         """Return the tokens of a text, as vLLM does."""

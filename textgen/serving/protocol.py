@@ -191,6 +191,7 @@ def _add_conditions(schema: dict[str, Any]) -> None:
         "stop": some_stop,
         "logit_bias": {"type": "object", "minProperties": 1},
         "top_k": {"type": "number"},
+        "label_scale": {"type": "number", "not": {"const": 1}},
         "top_p": {"type": "number", "not": {"const": 1}},
         **dict.fromkeys(
             ("min_p", "presence_penalty", "frequency_penalty", "xtc_probability", "dry_multiplier"), nonzero
@@ -205,9 +206,12 @@ def _add_conditions(schema: dict[str, Any]) -> None:
         sets(regex={"type": "string"}, stop=some_stop),
         *parts,
         *(sets(choices={"type": "array"}, **{name: value}) for name, value in beside_choices.items()),
+        sets(label_scale={"type": "number", "not": {"const": 1}})
+        | {"not": {"anyOf": [sets(label={"type": "string"}), sets(state_id={"type": "string"})]}},
         sets(max_tokens={"const": 0}) | {"not": sets(echo={"const": True})},
         usage | {"not": sets(stream={"const": True})},
         sets(state_id={"type": "string"}, echo={"const": True}),
+        sets(state_id={"type": "string"}, label={"type": "string"}),
         sets(keep_state={"const": True}, echo={"const": True}, logprobs={"type": "number"}),
         sets(keep_state={"const": True}, prompt=token_ids),
         sets(state_id={"type": "string"}, prompt=token_ids),
@@ -232,6 +236,9 @@ class CompletionRequest(UnsupportedFields):
     ] = Field(None, description="texts or token ids; an absent or empty prompt starts a text")
     label: Annotated[str, Field(max_length=1000)] | None = Field(
         None, description="label of the text, of a model with labels; an extension"
+    )
+    label_scale: float | None = Field(
+        None, ge=0, le=10, description="factor of the difference that the label makes; default 1; an extension"
     )
     n: int | None = Field(None, ge=1, le=MAX_N, description="samples of each prompt; default 1")
     best_of: int | None = Field(
@@ -318,6 +325,7 @@ class CompletionRequest(UnsupportedFields):
         names = (
             "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "logprobs", "seed",
             "regex", "xtc_probability", "xtc_threshold", "dry_multiplier", "dry_base", "dry_allowed_length",
+            "label_scale",
         )  # fmt: skip
         given = {name: value for name in names if (value := getattr(self, name)) is not None}
         if self.num_samples > (self.n or 1):  # samples are compared by their log-probabilities
@@ -413,6 +421,8 @@ def parse_request(body: bytes, limits: Limits) -> CompletionRequest:
         items, times = f"`prompt` has {prompts} items", f"`{'n' if samples == n else 'best_of'}` is {samples}"
         seen = items if samples == 1 else times if prompts == 1 else f"{items} and {times}: {samples * prompts} samples"
         wrong = "prompt", f"{seen}; at most {limits.max_samples}, by the server's flag `--max_waiting`"
+    elif request.state_id is not None and request.label is not None:
+        wrong = "label", f"`label` {request.label[:40]} comes before the text of `state_id`: it is kept with that text"
     elif request.state_id is not None and request.echo:
         wrong = "echo", "`echo` cannot be combined with `state_id`"
     elif request.keep_state and request.scores_prompts:
@@ -420,6 +430,8 @@ def parse_request(body: bytes, limits: Limits) -> CompletionRequest:
     elif (request.keep_state or request.state_id is not None) and request.gives_ids:
         name = "keep_state" if request.keep_state else "state_id"
         wrong = "prompt", f"`prompt` must be a text with `{name}`, not token ids"
+    elif request.label_scale not in (None, 1) and request.label is None and request.state_id is None:
+        wrong = "label_scale", f"`label_scale` needs a `label`: {request.label_scale:g}"
     elif wants_usage and not request.stream:
         wrong = "stream_options", "`stream_options.include_usage` needs `stream`"
     else:

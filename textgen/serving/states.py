@@ -92,6 +92,8 @@ class KeptState:
     """as the client sent and got it"""
     read: ReadState | None
     """a beginning of it that the model has read; None if it has less than a window"""
+    label: str | None = None
+    """of the text, for a model with labels"""
 
     @property
     def num_bytes(self) -> int:
