@@ -3,8 +3,8 @@
 SentencePiece spells a space inside pieces as U+2581. These files spell it as a space: so a U+2581 of the text is in no
 piece and is spelled by its bytes, as `Tokenizer.encode` does. Where ids may differ:
 
-- unigram: segmentations of equal probability, such as `...` `.` and `.` `...`, which have the same pieces in another
-  order. SentencePiece's choice depends on how the text before them rounds in float32; `tokenizers` computes in float64.
+- unigram: segmentations of equal or nearly equal probability, such as `...` `.` and `.` `...`. SentencePiece's choice
+  depends on how the text before them rounds in float32; `tokenizers` computes in float64.
 - unigram: a text that holds the name of a byte or special token, `<0x41>`, `</s>` or `<unk>`, is cut after its `<`. Ids
   differ if a piece of the vocabulary spans this cut.
 - `tokenizers.Tokenizer` reads `</s>` and `<unk>` in a text as special tokens until `encode_special_tokens` is set to
