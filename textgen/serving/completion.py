@@ -41,6 +41,9 @@ class PendingChoice:
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     finish_reason: str | None = None
 
+    def __post_init__(self) -> None:
+        self.has_ranks = self.scored is not None
+
     def add(self, delta: Delta) -> None:
         """Add a delta."""
         self.text += delta.text
@@ -78,6 +81,8 @@ class PendingChoice:
                 ],
                 "text_offset": [self.offset + offset for offset, _ in self.logprobs],
             }
+            if self.has_ranks:
+                logprobs["token_ranks"] = [None] * len(self.logprobs)
         choice = {"index": self.index, "text": self.text, "logprobs": logprobs, "finish_reason": self.finish_reason}
         if self.finish_reason is not None and (choices := self.stream.running.choices) is not None:
             choice["probabilities"] = {text: round(probability, 6) for text, probability in choices}

@@ -149,7 +149,7 @@ class PromptReader:
         """the number of whole windows that are read, and the state after them; None before the first one"""
         self._tokens, self._num_top = prompt.tokens, num_top
         self._windows: Iterator[Window] | None = None
-        self._scored: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._scored: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._num_read = 0
         self._num_reused = 0
         if read is not None and read.begins(self.ids):
@@ -190,7 +190,8 @@ class PromptReader:
             self._windows = read_windows(decoder, self.ids, given=given, num_top=self._num_top, read=read)
         window = next(self._windows)
         if self._num_top is not None:
-            self._scored.append((window.logprobs, window.top_logprobs, window.top_ids.int()))
+            scores = window.logprobs, window.ranks.int(), window.top_logprobs, window.top_ids.int()
+            self._scored.append(scores)
         self._pass(self._num_read + self.next_size, decoder_state(window.state))
 
     def read_state(self, decoder: Decoder) -> ReadState | None:
@@ -212,10 +213,10 @@ class PromptReader:
         """Yield the scores of all windows in the form of `Logprobs`, with offsets from the prompt's first character."""
         texts = [token_text(tokenizer, token) for token in self._tokens]
         offsets = _offsets(tokenizer, self._tokens)
-        names = "tokens", "token_logprobs", "top_logprobs", "text_offset"
-        yield dict(zip(names, (texts[:1], [None][: len(texts)], [None][: len(texts)], offsets[:1]), strict=True))
+        names, none = ("tokens", "token_logprobs", "token_ranks", "top_logprobs", "text_offset"), [None][: len(texts)]
+        yield dict(zip(names, (texts[:1], none, none, none, offsets[:1]), strict=True))
         start = 1
-        for values, top_values, top_ids in self._scored:
+        for values, ranks, top_values, top_ids in self._scored:
             end = start + len(values)
             tops = [
                 {token_text(tokenizer, i): for_json(value) for i, value in zip(ids, top, strict=True)}
@@ -224,7 +225,7 @@ class PromptReader:
             rounded = [for_json(value) for value in values.tolist()]
             for text, value, top in zip(texts[start:end], rounded, tops, strict=True):
                 top[text] = value
-            yield dict(zip(names, (texts[start:end], rounded, tops, offsets[start:end]), strict=True))
+            yield dict(zip(names, (texts[start:end], rounded, ranks.tolist(), tops, offsets[start:end]), strict=True))
             start = end
 
 

@@ -21,6 +21,9 @@ class Logprobs(BaseModel):
         description="the most likely tokens at each position, and the token itself"
     )
     text_offset: list[int] = Field(description="the token's first character in the text of all events")
+    token_ranks: list[int | None] | None = Field(
+        None, description="of a scored prompt, 1 for the most likely token; null for tokens of the sample; an extension"
+    )
 
 
 class CompletionChoice(BaseModel):
