@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.serving.servers import Running, running
-from textgen.serving.states import ENTRY_BYTES, STATE_BYTES, KeptState, PrefixTable, StateTable, num_bytes
+from textgen.serving.states import ENTRY_BYTES, STATE_BYTES, KeptState, PrefixTable, StateTable
 
 SHARED = "Nobody warned me: the plot was honest and the hero was weak. " * 40  # more than two windows
 ENDS = ["I watched", "Ça va", "The villain", "", "We saw it. " * 60, "My wife", "Twice", "It"]
@@ -58,7 +58,7 @@ def test_texts_are_equal_with_states_without_warm_and_evicted(
     prompts = [SHARED + end for end in ENDS]
     wanted = [choices(plain, prompt=prompt) for prompt in prompts]
     assert plain.metric("prefix_tokens_reused_total") == plain.metric("prefix_states") == 0
-    small = ["--max_prompt_tokens", "8192", "--prefix_cache", str(2.5 * (ENTRY_BYTES + 256) / 2**20)]
+    small = ["--max_prompt_tokens", "8192", "--prefix_cache", str(2.5 * (ENTRY_BYTES + 512) / 2**20)]
     with running(tiny_run, tmp_path / "log", *small) as evicting, ThreadPoolExecutor(len(prompts)) as pool:
         for each in (server, server, evicting, evicting):
             before = each.metric("prefix_tokens_reused_total")
@@ -87,19 +87,38 @@ def test_a_warm_prompt_is_read_from_its_last_whole_window(server: Running) -> No
 
 
 def test_a_table_of_prefixes_drops_what_was_not_used_for_longest() -> None:
-    state = [torch.zeros(1, 32)] * 4
-    table = PrefixTable(3 * num_bytes(state))
+    size = ENTRY_BYTES + 4 * (8 + 8 + 16)
+    table = PrefixTable(3 * size + size - 1)
     keys = table.keys(range(4 * 512 + 1), "")
     assert len(keys) == len(set(keys)) == 4
-    for key in keys[:3]:
-        table.put(key, state)
-    assert table.find(keys[:1], 0) == (1, state)
-    table.put(keys[3], state)
-    assert [table.find(keys[: i + 1], i) is not None for i in range(4)] == [True, False, True, True]
-    assert (len(table), table.num_bytes) == (3, 3 * num_bytes(state))
+
+    def state(value: float) -> list[torch.Tensor]:
+        return [torch.full((1, 8), value), torch.full((1, 8), value + 0.25), torch.full((1, 16), value + 0.5)]
+
+    def found(i: int) -> bool:
+        """Return whether the state of a key is known; it must be the one that was put."""
+        if (known := table.find(keys[: i + 1], i)) is None:
+            return False
+        assert known[0] == i + 1
+        assert all(torch.equal(one, other) for one, other in zip(known[1], state(i), strict=True))
+        return True
+
+    for i in range(3):
+        table.put(keys[i], state(i))
+    known = table.find(keys[:1], 0)
+    assert known is not None
+    table.put(keys[0], state(7))  # is known
+    table.put(keys[3], state(3))
+    assert [found(i) for i in range(4)] == [True, False, True, True]
+    assert (len(table), table.num_bytes) == (3, 3 * size)
+    for i in (1, 2, 3):
+        table.put(keys[i], state(i))
+    assert [found(i) for i in range(4)] == [False, True, True, True]
+    assert torch.equal(known[1][2], state(0)[2])  # not what took its place
     assert table.find(keys, 4) is None
-    table.put(keys[1], [torch.zeros(1, 10**6)])
-    assert len(table) == 3
+    none = PrefixTable(size - 1)
+    none.put(keys[0], state(0))
+    assert len(none) == none.num_bytes == 0
 
 
 def test_keys_are_of_all_tokens_before_of_the_salt_and_of_the_process() -> None:

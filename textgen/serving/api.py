@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Hashable, Sequence
 from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from itertools import islice
@@ -288,6 +288,8 @@ class Api:
     ) -> str:
         """Keep the state after a sample, and return its id."""
         read = None if reader is None else reader.read_state(self._scheduler.decoder)
+        if read is not None:  # copied, else it would keep the memory of the window whose part it is
+            read = replace(read, state=[part.clone() for part in read.state])
         return self._states.put(KeptState(prompt.given + sample.text, read, label), connection)
 
     async def tokenize(self, request: Request) -> Response:

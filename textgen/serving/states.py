@@ -11,12 +11,14 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from textgen.decoding.decoders import PREFILL_WINDOW, DecoderState
 from textgen.decoding.reading import ReadState
 
-# Counted for an entry beside its tensors: keys, Python's objects.
-ENTRY_BYTES = 2048
+# Counted for an entry beside its state: its key, and Python's objects.
+ENTRY_BYTES = 512
 
 # A connection may hold this share of the kept states, so that it cannot drive out those of all others.
 CONNECTION_SHARE = 1 / 8
@@ -25,28 +27,33 @@ CONNECTION_SHARE = 1 / 8
 STATE_BYTES = 256 << 10
 
 
-def num_bytes(state: DecoderState) -> int:
-    """Return the memory of a decoder's state."""
-    return ENTRY_BYTES + sum(part.nbytes for part in state)
-
-
 class PrefixTable:
     """States after whole windows of prompts, so that prompts which begin alike read these windows once.
 
     A prefix is found by a keyed hash of its tokens, with a key of the process. The least recently used states are
     dropped. One thread may use a table.
 
+    The states are rows of one tensor. As tensors of a few KB, made between the large ones of each window, they would
+    leave holes in the heap that nothing fits into: 32 MiB of them, made beside blocks of 1 MiB, took 2.6 GB (glibc
+    2.36, 2026-11-29).
+
     Args:
         max_bytes: of memory; 0 keeps nothing.
     """
 
     def __init__(self, max_bytes: int) -> None:
-        self.num_bytes, self.max_bytes = 0, max_bytes
-        self._states: OrderedDict[bytes, DecoderState] = OrderedDict()
+        self.max_bytes = max_bytes
         self._key = secrets.token_bytes(32)
+        self._rows: Tensor | None = None  # (states, sum of the sizes of a state's parts), made at the first state
+        self._places: OrderedDict[bytes, int] = OrderedDict()
 
     def __len__(self) -> int:
-        return len(self._states)
+        return len(self._places)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the states and their entries."""
+        return 0 if self._rows is None else len(self) * row_bytes(self._rows)
 
     def keys(self, ids: Sequence[int], salt: str) -> list[bytes]:
         """Return the key after each whole window of a prompt that leaves a token to read; none of a table that is off.
@@ -68,20 +75,34 @@ class PrefixTable:
     def find(self, keys: Sequence[bytes], first: int) -> tuple[int, DecoderState] | None:
         """Return the number of windows of the longest known prefix and its state; None if it has at most `first`."""
         for count in range(len(keys), first, -1):
-            if (state := self._states.get(keys[count - 1])) is not None:
-                self._states.move_to_end(keys[count - 1])
-                return count, state
+            if (place := self._places.get(keys[count - 1])) is not None:
+                assert self._rows is not None
+                self._places.move_to_end(keys[count - 1])
+                return count, list(torch.split(self._rows[place : place + 1].clone(), self._sizes, 1))
         return None
 
     def put(self, key: bytes, state: DecoderState) -> None:
-        """Keep a state, and drop those that were not used for the longest time if there is no room."""
-        if key in self._states or (size := num_bytes(state)) > self.max_bytes:
+        """Keep a state; if there is no room, in place of the one that was not used for the longest time.
+
+        Args:
+            key: one of `keys`.
+            state: of the decoder, of one row; all states of a table have the same shape.
+        """
+        row = torch.cat(state, 1)  # (1, sum of sizes)
+        if self._rows is None:
+            self._sizes = [part.shape[1] for part in state]
+            self._rows = row.new_empty(self.max_bytes // row_bytes(row), row.shape[1])
+        if key in self._places or not len(self._rows):
             return
-        self._states[key] = state
-        self.num_bytes += size
-        while self.num_bytes > self.max_bytes:
-            _, dropped = self._states.popitem(last=False)
-            self.num_bytes -= num_bytes(dropped)
+        is_full = len(self) == len(self._rows)
+        place = self._places.popitem(last=False)[1] if is_full else len(self)
+        self._rows[place] = row[0]
+        self._places[key] = place
+
+
+def row_bytes(rows: Tensor) -> int:
+    """Return the memory of a row and its entry."""
+    return ENTRY_BYTES + rows.shape[1] * rows.element_size()
 
 
 @dataclass(frozen=True)
@@ -97,9 +118,9 @@ class KeptState:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the text and the state."""
-        read = [] if self.read is None else self.read.state
-        return num_bytes(read) + 4 * len(self.text) + (0 if self.read is None else 8 * len(self.read.ids))
+        """Memory of the text, of its tokens as Python's integers, and of the state."""
+        text = ENTRY_BYTES + 4 * len(self.text)
+        return text if self.read is None else text + 36 * len(self.read.ids) + sum(p.nbytes for p in self.read.state)
 
 
 @dataclass(frozen=True)
