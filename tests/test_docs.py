@@ -92,8 +92,11 @@ def test_the_page_of_a_notebook_has_its_outputs(tmp_path: Path) -> None:
     page = notebook_page(ROOT / "docs" / "first.ipynb", tmp_path)
     assert page.startswith("# A first model in a notebook\n")
     assert "```python\nimport matplotlib.pyplot as plt\n\nimport textgen\n```" in page
+    assert re.search(r"```\nfinished at step \d+\n```", page)
     pictures = sorted(path.name for path in tmp_path.iterdir())
     assert pictures == sorted(re.findall(rf"\({tmp_path.name}/(.*?\.png)\)", page))
+    assert len(pictures) == 2
+    assert (tmp_path / pictures[0]).read_bytes().startswith(b"\x89PNG")
 
 
 def test_navigation_has_every_page(tmp_path: Path) -> None:
