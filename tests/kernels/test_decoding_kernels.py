@@ -15,7 +15,7 @@ from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import sampling
 from textgen.decoding.decoders import CellDecoder
 from textgen.decoding.generation import sample_all
-from textgen.decoding.sampling import SamplingState, divide_by_temperature, draw
+from textgen.decoding.sampling import SamplingState, divide_by_temperature, draw, keep_allowed
 from textgen.hardware import processor_flags
 from textgen.kernels import compile as native
 from textgen.kernels import decoding as decoding_kernels
@@ -106,6 +106,20 @@ def test_compiled_division_by_temperature_is_torchs_bit_for_bit(monkeypatch: pyt
     without_code(monkeypatch)
     assert divided is not None
     assert torch.equal(divide_by_temperature(logits, temperature), divided)
+
+
+@compiler
+@pytest.mark.parametrize(("rows", "size"), [(1, 4000), (3, 341), (300, 500), (2, 7)])
+def test_compiled_masks_are_torchs_bit_for_bit(monkeypatch: pytest.MonkeyPatch, rows: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    logits = torch.randn(rows, size + 9, generator=generator)[:, 5 : 5 + size]
+    masks = torch.randint(256, (rows, -(-size // 32) * 4), dtype=torch.uint8, generator=generator)
+    masks[0] = 0  # nothing is allowed: the text ends
+    kept = decoding_kernels.keep_allowed(logits, masks, 5)
+    without_code(monkeypatch)
+    assert kept is not None
+    assert torch.equal(kept, keep_allowed(logits, masks, eos_id=5))
+    assert (kept[0] > -torch.inf).nonzero().tolist() == [[5]]
 
 
 # --- the step --------------------------------------------------------------------------------------------------------

@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from textgen.config import SamplingConfig
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
-from textgen.decoding.guides import ChoiceGuide, encode_choices, new_guide, require_guidable, score_choices
+from textgen.decoding.guides import ChoiceGuide, encode_choices, join_masks, new_guide, require_guidable, score_choices
 from textgen.decoding.reading import ReadState
 from textgen.decoding.sampling import (
     SamplingState,
@@ -512,7 +511,7 @@ class Batch:
 
     def advance(self) -> Step:
         """Draw the next token of every row."""
-        allowed = self._allowed()
+        masks = self._masks()
         self.tokens, self.state, logprobs = advance(
             self.decoder,
             self.tokens,
@@ -520,7 +519,7 @@ class Batch:
             self.sampling,
             unk_id=self.tokenizer.unk_id,
             eos_id=self.tokenizer.eos_id,
-            allowed=allowed,
+            masks=masks,
         )
         tokens = self.tokens.tolist()
         return tokens, None if logprobs is None else self.token_logprobs(tokens, *logprobs)
@@ -530,15 +529,12 @@ class Batch:
         """Whether the host has to choose the tokens that some row may draw, before each step."""
         return any(sample.guide is not None for sample in self.samples)
 
-    def _allowed(self) -> Tensor | None:
-        """Return the tokens that the rows' guides allow, bool (rows, vocab_size); None if no row has a guide."""
+    def _masks(self) -> Tensor | None:
+        """Return the masks of the rows' guides, uint8 (rows, bytes); None if no row has a guide."""
         if not self.is_guided:
             return None
-        allowed = np.ones((len(self.samples), self.decoder.vocab_size), dtype=np.bool_)
-        for row, sample in enumerate(self.samples):
-            if sample.guide is not None:
-                allowed[row] = sample.guide.allowed()
-        return torch.from_numpy(allowed).to(self.tokens.device)
+        masks = join_masks([sample.guide for sample in self.samples], self.decoder.vocab_size)
+        return torch.from_numpy(masks).to(self.tokens.device)
 
     def token_logprobs(self, tokens: list[int], drawn: Tensor, values: Tensor, ids: Tensor) -> list[TokenLogprobs]:
         """Return the log-probabilities of a step as values on the host, with the texts of tokens for their ids.
@@ -653,7 +649,7 @@ def advance(
     *,
     unk_id: int,
     eos_id: int,
-    allowed: Tensor | None = None,
+    masks: Tensor | None = None,
 ) -> tuple[Tensor, DecoderState, tuple[Tensor, Tensor, Tensor] | None]:
     """Read one token per row and draw the next one. The host does not wait for the device.
 
@@ -664,7 +660,7 @@ def advance(
         sampling: of the rows; the drawn tokens are recorded in it, in place.
         unk_id: the unknown token, which is never drawn: no text contains it, and it would show as U+FFFD.
         eos_id: the token that ends a text.
-        allowed: as in `process_logits`.
+        masks: as in `process_logits`.
 
     Returns:
         Drawn tokens (batch,), the new state, and log-probabilities: of the drawn tokens (batch,), the n largest
@@ -676,7 +672,7 @@ def advance(
     if "unlabelled" in sampling.tensors:
         logits = _scale_label(decoder, logits, sampling)
     logits.select(1, unk_id).fill_(-math.inf)
-    drawn = draw(process_logits(logits, sampling, eos_id=eos_id, allowed=allowed), sampling)
+    drawn = draw(process_logits(logits, sampling, eos_id=eos_id, masks=masks), sampling)
     record_tokens(sampling, drawn)
     if logprobs is None or sampling.logprobs is None:
         return drawn, state, None

@@ -41,11 +41,21 @@ REGEX_PARTS = re.compile(
 )
 
 
+# Tokens of a vocabulary, a bit for each: uint8 (bytes,), in whole groups of 32 bits, the lowest bits first.
+Mask = NDArray[np.uint8]
+
+
+# Groups of tokens that llguidance allows at once where all texts of a group are allowed. With these a mask of
+# `( [a-z]{1,12}){40,140}` takes 22 microseconds, with llguidance's own, which are made for JSON, 139 (4,000 tokens, one
+# Zen 5 core, 2026-11-29).
+SLICES = ["[a-z]{1,4}", " [a-z]{0,4}", "[a-z]{1,12}", " [a-z]{0,12}"]
+
+
 class Guide(Protocol):
     """The tokens that may come next in one text."""
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """Return for each token of the vocabulary whether it may come next; end-of-text, if the text may end here."""
+    def allowed(self) -> Mask:
+        """Return the tokens that may come next; end-of-text is one of them if the text may end here."""
 
     def push(self, token: int) -> None:
         """Add a token to the text; it is allowed."""
@@ -63,6 +73,26 @@ class Guide(Protocol):
         """The reason why no token is allowed, if none is."""
 
 
+def join_masks(guides: Sequence[Guide | None], vocab_size: int) -> Mask:
+    """Return the tokens that may come next in each text, (texts, bytes): all without a guide."""
+    masks = [_free_mask(vocab_size) if guide is None else guide.allowed() for guide in guides]
+    return np.stack(masks) if len(masks) > 1 else masks[0][None]
+
+
+def unpack(mask: Mask, vocab_size: int) -> NDArray[np.bool_]:
+    """Return a mask with an element for each token."""
+    return np.unpackbits(mask, count=vocab_size, bitorder="little").view(np.bool_)
+
+
+@functools.cache
+def _free_mask(vocab_size: int) -> Mask:
+    return np.invert(_new_mask(vocab_size))
+
+
+def _new_mask(vocab_size: int) -> Mask:
+    return np.zeros(-(-vocab_size // 32) * 4, dtype=np.uint8)
+
+
 # --- regexes ---------------------------------------------------------------------------------------------------------
 
 
@@ -75,13 +105,16 @@ class RegexGuide:
 
     is_final = False
 
-    def __init__(self, matcher: llguidance.LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
+        self._matcher, self._mask = matcher, _new_mask(vocab_size)
+        self._address = self._mask.ctypes.data
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """Return for each token whether it may come next."""
-        mask = np.frombuffer(self._matcher.compute_logit_bias(), dtype=np.bool_)
-        return np.zeros_like(mask) if self._matcher.is_error() else mask
+    def allowed(self) -> Mask:
+        """Return the tokens that may come next; the next call changes the array."""
+        self._matcher.unsafe_compute_mask_ptr(self._address, len(self._mask))
+        if self._matcher.is_error():
+            self._mask[:] = 0
+        return self._mask
 
     def push(self, token: int) -> None:
         """Add a token to the text."""
@@ -104,7 +137,9 @@ def new_guide(config: SamplingConfig, tokenizer: Tokenizer) -> Guide | None:
     Raises:
         ValueError: see `compile_regex`.
     """
-    return None if config.regex is None else RegexGuide(compile_regex(config.regex, tokenizer).deep_copy())
+    if config.regex is None:
+        return None
+    return RegexGuide(compile_regex(config.regex, tokenizer).deep_copy(), tokenizer.vocab_size)
 
 
 def require_guidable(config: SamplingConfig, tokenizer: Tokenizer) -> None:
@@ -114,9 +149,9 @@ def require_guidable(config: SamplingConfig, tokenizer: Tokenizer) -> None:
         ValueError: see `compile_regex` and `encode_choices`, or forced tokens do not match.
     """
     if config.regex is not None:
-        guide = RegexGuide(compile_regex(config.regex, tokenizer).deep_copy())
+        guide = RegexGuide(compile_regex(config.regex, tokenizer).deep_copy(), tokenizer.vocab_size)
         for token in config.forced_tokens:
-            if not guide.allowed()[token]:
+            if not unpack(guide.allowed(), tokenizer.vocab_size)[token]:
                 raise ValueError(f"`forced_tokens` must begin a match of `regex`: {token}")
             guide.push(token)
     encode_choices(config.choices, tokenizer)
@@ -165,9 +200,9 @@ def _try_out(matcher: llguidance.LLMatcher, tokenizer: Tokenizer) -> None:
     """
     started = time.monotonic()
     for trial in range(NUM_TRIALS):
-        guide, chance = RegexGuide(matcher.deep_copy()), random.Random(trial)
+        guide, chance = RegexGuide(matcher.deep_copy(), tokenizer.vocab_size), random.Random(trial)
         for position in range(TRIAL_TOKENS):
-            tokens = np.flatnonzero(guide.allowed())
+            tokens = np.flatnonzero(unpack(guide.allowed(), tokenizer.vocab_size))
             if position == 0 and not len(tokens):
                 raise ValueError("`regex` matches no text")
             if guide.block == "regex_limit":
@@ -217,7 +252,7 @@ def _guided_tokenizer(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
         def __call__(self, text: bytes) -> list[int]:
             return tokenizer.encode(text.decode())
 
-    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary()))
+    return llguidance.LLTokenizer(llguidance.TokenizerWrapper(_Vocabulary()), slices=SLICES)
 
 
 # --- choices ---------------------------------------------------------------------------------------------------------
@@ -232,10 +267,10 @@ class ChoiceGuide:
     def __init__(self, tokens: Sequence[int], vocab_size: int) -> None:
         self._tokens, self._position, self._vocab_size = tokens, 0, vocab_size
 
-    def allowed(self) -> NDArray[np.bool_]:
-        """Return for each token whether it may come next."""
-        mask = np.zeros(self._vocab_size, dtype=np.bool_)
-        mask[self._tokens[self._position]] = True
+    def allowed(self) -> Mask:
+        """Return the one token that comes next."""
+        mask, token = _new_mask(self._vocab_size), self._tokens[self._position]
+        mask[token // 8] = 1 << token % 8
         return mask
 
     def push(self, token: int) -> None:

@@ -209,6 +209,25 @@ def exclude_top_choices(logits: Tensor, threshold: Tensor, applies: Tensor) -> T
     return logits.masked_fill(applies & above & (logits > least), -math.inf)
 
 
+def keep_allowed(logits: Tensor, masks: Tensor, *, eos_id: int) -> Tensor:
+    """Set tokens that a guide does not allow to -inf. A row without an allowed token keeps end-of-text alone.
+
+    Args:
+        logits: (batch, vocab_size).
+        masks: uint8 (batch, bytes), a bit for each token, the lowest first; see `guides.Mask`.
+        eos_id: the token that ends a text.
+    """
+    # compiled code on a CPU; None where it cannot be used
+    kept = decoding_kernels.keep_allowed(logits, masks, eos_id)
+    if kept is not None:
+        return kept
+    shifts = torch.arange(8, dtype=torch.uint8, device=masks.device)
+    allowed = (masks[:, :, None] >> shifts & 1).flatten(1)[:, : logits.shape[1]].bool()
+    kept = torch.where(allowed, logits, -math.inf)
+    is_eos = torch.arange(logits.shape[1], device=logits.device) == eos_id
+    return kept.masked_fill(is_eos & (masks == 0).all(1, keepdim=True), 0.0)
+
+
 def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
     """Divide the logits by the temperature.
 
@@ -401,14 +420,14 @@ def scale_label(logits: Tensor, unlabelled: Tensor, scale: Tensor) -> Tensor:
     return torch.where(scale == 1, logits, plain + scale * (labelled - plain))
 
 
-def process_logits(logits: Tensor, state: SamplingState, *, eos_id: int, allowed: Tensor | None = None) -> Tensor:
+def process_logits(logits: Tensor, state: SamplingState, *, eos_id: int, masks: Tensor | None = None) -> Tensor:
     """Return logits (batch, vocab_size) after each row's biases, penalties, bans, temperature and filters.
 
     Args:
         logits: (batch, vocab_size), of the model.
         state: of the rows.
         eos_id: the token that ends a text.
-        allowed: bool (batch, vocab_size), tokens that the rows' guides allow. None if no row has a guide.
+        masks: of the tokens that the rows' guides allow, see `keep_allowed`. None if no row has a guide.
     """
     tensors = state.tensors
     if "bias" in tensors:
@@ -431,16 +450,17 @@ def process_logits(logits: Tensor, state: SamplingState, *, eos_id: int, allowed
     # bans
     if "banned" in tensors:
         logits = logits.masked_fill(tensors["banned"], -math.inf)
-    if allowed is not None:
-        logits = logits.masked_fill(~allowed, -math.inf)
-    if "min_new_tokens" in tensors or state.ngrams or allowed is not None:
+    if masks is not None:
+        logits = keep_allowed(logits, masks, eos_id=eos_id)
+    if "min_new_tokens" in tensors or "banned" in tensors or state.ngrams:
         is_eos = torch.arange(logits.shape[-1], device=logits.device) == eos_id  # (vocab_size,)
     if "min_new_tokens" in tensors:
         logits = logits.masked_fill((tensors["step"][:, None] < tensors["min_new_tokens"]) & is_eos, -math.inf)
     for n in state.ngrams:
         unrepeated = ban_repeated_ngrams(logits, tensors["history"], n)
         logits = torch.where(tensors["no_repeat_ngram"] == n, unrepeated, logits)
-    if state.ngrams or allowed is not None:  # if the bans leave no token, the text ends
+    bans = state.ngrams or (masks is not None and ("min_new_tokens" in tensors or "banned" in tensors))
+    if bans:  # if the bans leave no token, the text ends
         logits = logits.masked_fill((logits.amax(-1, keepdim=True) == -math.inf) & is_eos, 0.0)
     # temperature and filters
     if "temperature" in tensors:

@@ -1,4 +1,4 @@
-// One step of an int8 decoder, and the draw, each in a single call: see decoding.py. Arrays are row-major.
+// One step of an int8 decoder, the draw, and masks of guides, each in a single call: see decoding.py. Arrays are row-major.
 
 #include <cmath>
 #include <cstdint>
@@ -6,7 +6,7 @@
 #include <limits>
 #include <vector>
 
-#ifdef __AVX512VNNI__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -127,6 +127,35 @@ extern "C" void textgen_divide(const float* logits, int64_t rows, int64_t size, 
 #pragma omp simd reduction(max : most)
         for (int64_t i = 0; i < size; i++) most = from[i] > most ? from[i] : most;
         for (int64_t i = 0; i < size; i++) to[i] = (from[i] - most) / by;
+    }
+}
+
+// Write logits to kept (rows, size), and -infinity for tokens whose bit in masks (rows, bytes) is not set. A row without
+// any bit gets 0 for the token `eos`, so that its text ends.
+extern "C" void textgen_keep_allowed(const float* logits, int64_t rows, int64_t size, int64_t stride,
+                                     const uint8_t* masks, int64_t bytes, int64_t eos, float* kept, int threads) {
+    if (rows * size < 1 << 16) threads = 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const float* from = logits + row * stride;
+        const uint8_t* mask = masks + row * bytes;
+        float* to = kept + row * size;
+        uint8_t any = 0;
+        for (int64_t i = 0; i < bytes; i++) any |= mask[i];
+        const float none = -std::numeric_limits<float>::infinity();
+        int64_t i = 0;
+#ifdef __AVX512F__
+        for (; i + 16 <= size; i += 16) {
+            uint16_t bits;
+            std::memcpy(&bits, mask + i / 8, sizeof(bits));
+            _mm512_storeu_ps(to + i, _mm512_mask_loadu_ps(_mm512_set1_ps(none), bits, from + i));
+        }
+#endif
+        for (; i < size; i++) {
+            const float either[2] = {none, from[i]};  // a branch would be mispredicted for every other token
+            to[i] = either[mask[i / 8] >> i % 8 & 1];
+        }
+        if (!any) to[eos] = 0;
     }
 }
 

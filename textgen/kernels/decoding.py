@@ -1,4 +1,4 @@
-"""Compiled code for decoding on a CPU: one step of an int8 decoder, and the draw, each in one call (decoding.cpp).
+"""Compiled code for decoding on a CPU: one step of an int8 decoder, the draw, and masks, each in one call.
 
 For a few rows, calling torch's operators takes longer than their work. The compiled code returns the same values bit
 for bit, and calls the same `exp`. Functions return None without a compiler; the caller then uses torch's operators.
@@ -93,6 +93,35 @@ def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor | None:
         torch.get_num_threads(),
     )
     return divided
+
+
+def keep_allowed(logits: Tensor, masks: Tensor, eos_id: int) -> Tensor | None:
+    """Return the result of `sampling.keep_allowed`.
+
+    Args:
+        logits: float32 (batch, vocab_size).
+        masks: uint8 (batch, bytes), a bit for each token.
+        eos_id: the token that ends a text.
+
+    Returns:
+        float32 (batch, vocab_size); None if there is no compiled code for these tensors.
+    """
+    code = _code_for(logits, None)
+    if code is None or 8 * masks.shape[1] < logits.shape[1] or len(masks) != len(logits):
+        return None
+    masks, kept = masks.contiguous(), torch.empty_like(logits, memory_format=torch.contiguous_format)
+    code.textgen_keep_allowed(
+        _pointer(logits),
+        _int64(len(logits)),
+        _int64(logits.shape[1]),
+        _int64(logits.stride(0)),
+        _pointer(masks),
+        _int64(masks.shape[1]),
+        _int64(eos_id),
+        _pointer(kept),
+        torch.get_num_threads(),
+    )
+    return kept
 
 
 def _code_for(logits: Tensor, temperature: Tensor | None) -> ctypes.CDLL | None:
