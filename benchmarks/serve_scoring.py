@@ -2,7 +2,8 @@
 
 Every client reads streams, as in `benchmarks.serve`. In every second round one more client sends prompts of
 `--prompt_tokens` tokens with `echo`, `logprobs` 5 and `max_tokens` 0, one after the other, until the streams end. The
-longest pause of a stream says how long the streams wait for a prompt. Server and clients share this machine's cores.
+longest pause of a stream says how long the streams wait for a prompt; it should be about that of a window of 512 tokens
+(`window_ms`, of a prompt that is scored alone) beyond the pause without. Server and clients share this machine's cores.
 """
 
 from __future__ import annotations
@@ -10,25 +11,27 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import statistics
 import time
 from typing import Any
 
 from benchmarks.machine import save
 from benchmarks.serve import load, server
+from textgen.decoding.decoders import PREFILL_WINDOW
 
 # Tokens of the prompts; any ids will do.
 FIRST_ID, NUM_IDS = 300, 1000
 
 
-async def score(port: int, num_tokens: int, seconds: list[float]) -> None:
-    """Have prompts scored until cancelled, and note how long each took."""
+async def score(port: int, num_tokens: int, seconds: list[float], count: int | None = None) -> None:
+    """Have prompts scored, `count` of them or until cancelled, and note how long each took."""
     ids = [FIRST_ID + 7 * i % NUM_IDS for i in range(num_tokens)]
     body = json.dumps({"prompt": ids, "echo": True, "logprobs": 5, "max_tokens": 0}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n"
     reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1 << 24)
     try:
-        while True:
+        while count is None or len(seconds) < count:
             started = time.perf_counter()
             writer.write(head.encode() + b"content-type: application/json\r\n\r\n" + body)
             answer = await reader.readuntil(b"\r\n\r\n")
@@ -67,8 +70,12 @@ def main() -> None:
         for _ in range(args.rounds):
             alone, seen = asyncio.run(load(port, args.clients, args))
             beside, seen_beside, seconds = asyncio.run(load_and_score(port, args))
+            single: list[float] = []
+            asyncio.run(score(port, args.prompt_tokens, single, count=2))
+            windows = math.ceil(args.prompt_tokens / PREFILL_WINDOW)
             rounds.append(
                 {
+                    "window_ms": round(1e3 * min(single) / windows, 1),
                     "alone": round(alone),
                     "beside": round(beside),
                     "longest_gap_ms": round(1e3 * max(stream.gap for stream in seen), 1),
