@@ -104,6 +104,14 @@ def test_a_part_of_a_document_has_no_end(tiny_run: Path, capsys: Capture) -> Non
     assert whole["tokens"][-1]["token"] == ""
 
 
+def test_a_label_is_scored_as_by_the_library(labelled_run: Path, capsys: Capture) -> None:
+    lm = textgen.load(labelled_run)
+    label = lm.labels[0]
+    (text,) = records(capsys, str(labelled_run), "--text", TEXT, "--label", label)
+    assert text["label"] == label
+    assert text["nats"] == lm.score(TEXT, label=label).nats != lm.score(TEXT).nats
+
+
 def test_standard_input_is_one_text(tiny_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("Ça va\nbien\r\n".encode())))
     assert [text["text"] for text in records(capsys, str(tiny_run))] == ["Ça va\nbien"]
@@ -146,6 +154,7 @@ def test_a_long_text_is_read_in_windows(
         (["--text", "a", "--limit", "2"], "`limit` needs `data`"),
         (["--text", "a", "--encoding", "latin-1"], "`encoding` needs `data`"),
         (["--text", "a", "--json", "--csv"], "`json` cannot be combined with `csv`"),
+        (["--text", "a", "--label", "good"], "label 'good': the model was trained without labels"),
         (["--text", "a", "--alternatives", "-1"], "`alternatives` must be at least 0: -1"),
         (["--data", "validation", "--limit", "0"], "`limit` must be at least 1: 0"),
         (["--data", "nothing.txt"], "`nothing.txt` does not exist"),

@@ -29,6 +29,7 @@ def score_command(argv: Sequence[str]) -> None:
     args = _parse(argv)
     setup_logging(main=True)
     from textgen.decoding.decoders import Decoder
+    from textgen.decoding.generation import begin_id
     from textgen.decoding.scoring import score_stream
 
     opened = open_model(args.checkpoint, best=args.best)
@@ -42,8 +43,9 @@ def score_command(argv: Sequence[str]) -> None:
         batch_size=args.batch_size,
         end=not args.no_end,
         num_top=min(args.alternatives, tokenizer.vocab_size),
+        begin=begin_id(opened.model, tokenizer, args.label),
     )
-    printed = _print_json(scores) if args.json else _print_csv(scores) if args.csv else _print_lines(scores, args)
+    printed = _print_json(scores, args) if args.json else _print_csv(scores) if args.csv else _print_lines(scores, args)
     if args.heatmap is None:
         deque(printed, maxlen=0)
     else:
@@ -60,6 +62,7 @@ def _parse(argv: Sequence[str]) -> Any:
     )
     add_model_arguments(parser)
     add_text_arguments(parser)
+    parser.add_argument("--label", help="of a model with labels: score the texts as texts with this label")
     parser.add_argument(
         "--alternatives", type=int, default=5, help="number of the likeliest tokens that are shown beside each token"
     )
@@ -92,7 +95,8 @@ def _print_lines(scores: Iterator[TextScore], args: Any) -> Iterator[TextScore]:
     nats, num_bytes, num_tokens, number = 0.0, 0, 0, 0
     for number, score in enumerate(scores, 1):
         nats, num_bytes, num_tokens = nats + score.nats, num_bytes + score.num_bytes, num_tokens + len(score.ids)
-        print(f"text {number}: {_figures(score.nats, score.num_bytes, len(score.ids))}", flush=True)
+        labelled = "" if args.label is None else f" with label {args.label}"
+        print(f"text {number}{labelled}: {_figures(score.nats, score.num_bytes, len(score.ids))}", flush=True)
         if args.data is None:
             print("logprob    rank  token")
             print("\n".join(_token_lines(score)), flush=True)
@@ -116,10 +120,11 @@ def _shown(token: str) -> str:
     return quoted(token) if token else "(end)"
 
 
-def _print_json(scores: Iterator[TextScore]) -> Iterator[TextScore]:
+def _print_json(scores: Iterator[TextScore], args: Any) -> Iterator[TextScore]:
     for score in scores:
         record = {
             "text": score.text,
+            **({} if args.label is None else {"label": args.label}),
             "bits_per_byte": score.bits_per_byte,
             "nats": score.nats,
             "num_bytes": score.num_bytes,
