@@ -41,7 +41,7 @@ A list is written `--data.files a.txt b.txt`, a switch `--dry_run`."""
 HELP_GROUPS = {
     "the basics": (
         "config", "run_dir", "data.files", "max_epochs", "max_minutes", "batch_size", "learning_rate",
-        "model.hidden_size", "model.num_layers", "init_from", "dry_run",
+        "model.hidden_size", "model.num_layers", "dry_run",
     ),
     "optimization": (
         "seq_len", "seed", "max_steps", "lr_schedule", "warmup_steps", "max_grad_norm", "weight_decay", "adam_betas",
@@ -51,7 +51,7 @@ HELP_GROUPS = {
         "log_every", "evaluate_every", "evaluate_documents", "sample_prompts", "sample_temperatures", "sample_tokens",
     ),
     "checkpoints, and the end of a training": (
-        "save_every", "keep_last", "resume", "resume_override", "stop_signal",
+        "init_from", "save_every", "keep_last", "resume", "resume_override", "stop_signal",
     ),
     "processes and hardware": (
         "gradient_accumulation_steps", "mixed_precision", "gradient_compression", "distributed_timeout",
