@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.conftest import Share
 from tests.forking import server
@@ -275,6 +276,14 @@ def test_batch_sizes_get_equal_tokens_or_equal_seconds(
     plan = tuning._plan(minutes, store)
     assert plan.rungs == {"4": [100, 300, 900], "8": [67, 200, 600]}
     assert sum(plan.costs) == pytest.approx(13, rel=0.01)  # of 60 seconds: 20 first rungs take a third
+
+
+def test_steps_are_timed_without_a_trace(tiny_flags: list[str], tmp_path: Path) -> None:
+    config = parse_train_config([*tiny_flags, "--run_dir", str(tmp_path / "run")])
+    before = torch.random.get_rng_state()
+    assert tuning._time(config, prepare_store(config.data, config.tokenizer)) > 0
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_horizon_is_that_of_the_training(
