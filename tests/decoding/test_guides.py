@@ -175,6 +175,21 @@ def test_a_text_that_takes_too_many_states_ends_with_a_reason(
     assert "regex_limit" in {sample.reason for sample in samples}
 
 
+def test_texts_go_on_as_alone_though_others_have_built_too_many_states(
+    model: LSTMLanguageModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = SamplingConfig(regex="(a|b|c)*a(a|b|c){9}", max_new_tokens=30)
+    wanted = sample_all(model, tokenizer, PROMPTS, config, num_samples=8)
+    compile_regex.cache_clear()
+    monkeypatch.setattr(guides, "MAX_STATES", 200)  # enough for one text
+    renewed = []
+    plain = guides.CompiledRegex.renew
+    monkeypatch.setattr(guides.CompiledRegex, "renew", lambda self: renewed.append(1) or plain(self))
+    assert sample_all(model, tokenizer, PROMPTS, config, num_samples=8) == wanted
+    assert renewed
+    compile_regex.cache_clear()
+
+
 def test_forced_tokens_are_a_part_of_the_match(model: LSTMLanguageModel, tokenizer: Tokenizer) -> None:
     forced = tuple(tokenizer.encode(" good"))
     config = SamplingConfig(regex=r" good (film|plot)", forced_tokens=forced)

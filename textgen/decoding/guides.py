@@ -10,7 +10,8 @@ import functools
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -32,7 +33,7 @@ MAX_POSITIONS = 2000
 # reach them, so texts can always be unlucky; a regex that passes with the small limits hardly reaches the large ones.
 NUM_TRIALS, TRIAL_TOKENS, TRIAL_SECONDS = 8, 64, 2.0
 TRIAL_STATES, TRIAL_FUEL = 10_000, 100_000  # fuel: expressions that a step may build, about a millisecond
-MAX_STATES, MAX_FUEL = 250_000, 1_000_000
+MAX_STATES, MAX_FUEL = 50_000, 1_000_000  # of about 500 bytes
 
 
 # Parts of a regex: escapes and classes of characters, the beginnings of groups, repetitions, single characters.
@@ -101,23 +102,32 @@ class RegexGuide:
 
     Args:
         matcher: at the beginning of the text. Copies of a matcher share the states that were built.
+        vocab_size: number of tokens.
+        renew: returns a matcher without states, for a text that comes when other texts have built too many.
     """
 
     is_final = False
 
-    def __init__(self, matcher: llguidance.LLMatcher, vocab_size: int) -> None:
-        self._matcher, self._mask = matcher, _new_mask(vocab_size)
-        self._address = self._mask.ctypes.data
+    def __init__(
+        self, matcher: llguidance.LLMatcher, vocab_size: int, renew: Callable[[], llguidance.LLMatcher] | None = None
+    ) -> None:
+        self._matcher, self._renew, self._mask = matcher, renew, _new_mask(vocab_size)
+        self._address, self._tokens = self._mask.ctypes.data, list[int]()
 
     def allowed(self) -> Mask:
         """Return the tokens that may come next; the next call changes the array."""
         self._matcher.unsafe_compute_mask_ptr(self._address, len(self._mask))
+        if self._matcher.is_error() and self._renew is not None:
+            self._matcher, self._renew = self._renew(), None
+            self._matcher.consume_tokens(self._tokens)
+            return self.allowed()
         if self._matcher.is_error():
             self._mask[:] = 0
         return self._mask
 
     def push(self, token: int) -> None:
         """Add a token to the text."""
+        self._tokens.append(token)
         self._matcher.consume_token(token)
 
     @property
@@ -139,7 +149,8 @@ def new_guide(config: SamplingConfig, tokenizer: Tokenizer) -> Guide | None:
     """
     if config.regex is None:
         return None
-    return RegexGuide(compile_regex(config.regex, tokenizer).deep_copy(), tokenizer.vocab_size)
+    compiled = compile_regex(config.regex, tokenizer)
+    return RegexGuide(compiled.matcher.deep_copy(), tokenizer.vocab_size, compiled.renew)
 
 
 def require_guidable(config: SamplingConfig, tokenizer: Tokenizer) -> None:
@@ -149,7 +160,7 @@ def require_guidable(config: SamplingConfig, tokenizer: Tokenizer) -> None:
         ValueError: see `compile_regex` and `encode_choices`, or forced tokens do not match.
     """
     if config.regex is not None:
-        guide = RegexGuide(compile_regex(config.regex, tokenizer).deep_copy(), tokenizer.vocab_size)
+        guide = RegexGuide(compile_regex(config.regex, tokenizer).matcher.deep_copy(), tokenizer.vocab_size)
         for token in config.forced_tokens:
             if not unpack(guide.allowed(), tokenizer.vocab_size)[token]:
                 raise ValueError(f"`forced_tokens` must begin a match of `regex`: {token}")
@@ -157,9 +168,23 @@ def require_guidable(config: SamplingConfig, tokenizer: Tokenizer) -> None:
     encode_choices(config.choices, tokenizer)
 
 
-@functools.lru_cache(maxsize=32)
-def compile_regex(regex: str, tokenizer: Tokenizer) -> llguidance.LLMatcher:
-    """Return a matcher at the beginning of a text, for copies.
+@dataclass
+class CompiledRegex:
+    """A regex for many texts."""
+
+    new_matcher: Callable[[], llguidance.LLMatcher]
+    matcher: llguidance.LLMatcher
+    """at the beginning of a text, for copies"""
+
+    def renew(self) -> llguidance.LLMatcher:
+        """Forget the states that were built. Return a matcher for one text, which shares none."""
+        self.matcher = self.new_matcher()
+        return self.new_matcher()
+
+
+@functools.lru_cache(maxsize=16)
+def compile_regex(regex: str, tokenizer: Tokenizer) -> CompiledRegex:
+    """Return a regex for many texts.
 
     The regex is in the syntax of Rust's crate `regex`, without look-around, word boundaries and back references.
 
@@ -183,7 +208,7 @@ def compile_regex(regex: str, tokenizer: Tokenizer) -> llguidance.LLMatcher:
     if (size := count_positions(regex)) > MAX_POSITIONS:
         raise ValueError(f"`regex` is too large: {size} positions with its repetitions, at most {MAX_POSITIONS}")
     _try_out(matcher, tokenizer)
-    return new_matcher(MAX_STATES, MAX_FUEL)
+    return CompiledRegex(functools.partial(new_matcher, MAX_STATES, MAX_FUEL), new_matcher(MAX_STATES, MAX_FUEL))
 
 
 def _first_cause(error: str) -> str:
