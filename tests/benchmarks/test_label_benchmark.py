@@ -1,0 +1,60 @@
+"""The benchmark of labels on a tiny run that has learned two labels, with a judge that knows its words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import labels
+
+GOOD, BAD = {"good", "fine", "great"}, {"bad", "dull", "weak"}
+
+
+class Judge:
+    """Takes a text for positive if it has more good words than bad ones."""
+
+    def fit(self, texts: list[str], true: object) -> None:
+        self.num_texts = len(texts)
+
+    def predict(self, texts: list[str]) -> np.ndarray:
+        words = [text.split() for text in texts]
+        good, bad = (np.array([sum(word in own for word in text) for text in words]) for own in (GOOD, BAD))
+        return (good > bad).astype(np.int64)
+
+
+@pytest.fixture
+def reviews(labelled_reviews: Path) -> labels.Reviews:
+    rows = [json.loads(line) for line in labelled_reviews.read_text().splitlines()][:60]
+    return [row["text"] for row in rows], np.array([labels.LABELS.index(row["label"]) for row in rows])
+
+
+def test_texts_drawn_by_label_are_judged(
+    labelled_run: Path, reviews: labels.Reviews, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(labels, "naive_bayes", Judge)
+    monkeypatch.setattr(labels, "PROMPTS", ("", "good"))
+    found = labels.judge(str(labelled_run), reviews, reviews, 20, {"label_scale": 2}, str(labelled_run))
+    assert found["judge on human reviews"]["accuracy"] == 1
+    assert found["both"]["texts"] == 40
+    assert found["both"]["accuracy"] == (found["negative"]["accuracy"] + found["positive"]["accuracy"]) / 2 > 0.6
+    assert 0 < found["distinct-1"] < found["distinct-2"] <= 1
+    assert found["bits per byte"] > 0
+
+
+def test_temperatures_are_fitted_on_the_other_half(labelled_run: Path, reviews: labels.Reviews) -> None:
+    found = labels.classify(str(labelled_run), reviews, None)
+    plain, fitted = found["as it is"], found["temperature of the other half"]
+    assert plain["documents"] == 60
+    assert plain["accuracy"] == fitted["accuracy"] > 0.9
+    assert len(fitted["fitted"]) == 2
+    low, high = fitted["interval"]
+    assert low < fitted["accuracy"] <= high
+
+
+def test_the_reviews_have_the_labels_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts, true = labels.split_reviews("validation")
+    assert len(texts) == len(true) == 2500
+    assert true.mean() == 0.5
