@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from textgen.classification import reading
-from textgen.classification.reading import Tokens, label_scores, pool, pooled_states
+from textgen.classification.reading import Tokens, label_scores, pooled_states
 from textgen.config import ModelConfig
 from textgen.model.lstm import LSTMLanguageModel
 
@@ -58,16 +58,3 @@ def test_pooled_states_are_the_last_the_mean_and_the_largest_outputs(
             output = model.run_layers(model.embed(x), states, None)[0][0]  # (time, hidden_size)
         wanted = torch.cat([output[-1], output.mean(0), output.amax(0)])
         np.testing.assert_allclose(pooled[row], wanted, atol=1e-6)
-
-
-def test_gradients_flow_through_the_last_windows_alone(
-    model: LSTMLanguageModel, documents: list[Tokens], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reading, "WINDOW", 7)
-    batch = [np.array([*range(1, 20), END])]  # windows of the inputs 0..6, 7..13 and 14..19
-    pooled = pool(model, batch, END, backward=10)
-    pooled.sum().backward()  # type: ignore[no-untyped-call]
-    assert model.embedding.weight.grad is not None
-    moved = model.embedding.weight.grad.abs().sum(1) > 0
-    assert moved.tolist() == [token >= 7 for token in range(20)]
-    assert not pool(model, batch, END).requires_grad

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from textgen.classification.decision import Classification, Scores, classify_scores, fit_temperature
 from textgen.classification.head import Head
-from textgen.classification.reading import label_scores
+from textgen.classification.reading import label_scores, pooled_states
 from textgen.data.corpus import normalize
 from textgen.data.labels import label_of
 from textgen.data.store import TokenStore, encode_documents
@@ -39,7 +39,9 @@ class Classifier:
         """Return the scores of texts that are normalized as the training text was: (texts, labels), in nats."""
         documents, begin = encode_documents(self.tokenizer, texts), self.tokenizer.bos_id
         if self.head is not None:
-            return self.head.scores(documents, begin, batch_size=batch_size, progress=progress)
+            return self.head.scores(
+                pooled_states(self.model, documents, begin, batch_size=batch_size, progress=progress)
+            )
         begins = [self.model.label_id(label) for label in self.labels]
         return label_scores(self.model, documents, begins, batch_size=batch_size, progress=progress)
 

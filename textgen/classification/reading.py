@@ -83,21 +83,13 @@ def pooled_states(
     with Progress("read text", len(documents), show=progress) as bar:
         done = 0
         for rows in _batches(documents, batch_size):
-            pooled[rows] = pool(model, [documents[row] for row in rows], begin_id).cpu().numpy()
+            pooled[rows] = _pool(model, [documents[row] for row in rows], begin_id).cpu().numpy()
             bar.update(done := done + len(rows))
     return pooled
 
 
-def pool(model: LSTMLanguageModel, batch: Sequence[Tokens], begin_id: int, *, backward: int = 0) -> Tensor:
-    """Return the pooled states (texts, 3 x hidden_size) of texts sorted by falling length.
-
-    Args:
-        model: on its device.
-        batch: token ids of each text, the end-of-text token last.
-        begin_id: the first input of a text.
-        backward: gradients flow through the windows that hold the last tokens of the longest text, this many; 0 for
-            none.
-    """
+def _pool(model: LSTMLanguageModel, batch: Sequence[Tokens], begin_id: int) -> Tensor:
+    """Return the pooled states (texts, 3 x hidden_size) of texts sorted by falling length."""
     size, device = model.config.hidden_size, model.embedding.weight.device
     lengths = torch.tensor([len(document) for document in batch], device=device)[:, None]
     last, total = torch.zeros(len(batch), size, device=device), torch.zeros(len(batch), size, device=device)
@@ -105,18 +97,15 @@ def pool(model: LSTMLanguageModel, batch: Sequence[Tokens], begin_id: int, *, ba
     hidden, cell = model.zero_state(len(batch))
     states = [(hidden[i : i + 1], cell[i : i + 1]) for i in range(len(model.layers))]
     for x, y, start in _windows(batch, begin_id, WINDOW, device):
-        width, live = x.shape[1], len(x)
-        with torch.set_grad_enabled(start + width > len(batch[0]) - backward):
-            output, states = model.run_layers(model.embed(x), [_first(state, live) for state in states], None)
-            output, read = output.float(), (y >= 0)[..., None]  # (live, time, hidden_size), (live, time, 1)
-            rest = torch.zeros(len(batch) - live, size, device=device)  # texts that have ended
-            total = total + torch.cat([(output * read).sum(1), rest])
-            peaks = output.masked_fill(~read, -torch.inf).amax(1)
-            largest = torch.maximum(largest, torch.cat([peaks, rest - torch.inf]))
-            # the output after the last token, of the texts that end in this window
-            place = (lengths[:live, 0] - 1 - start).clamp(max=width - 1)
-            ends = torch.cat([output[torch.arange(live, device=device), place], rest])
-            last = torch.where((lengths > start) & (lengths <= start + width), ends, last)
+        live = len(x)  # the others have ended
+        output, states = model.run_layers(model.embed(x), [_first(state, live) for state in states], None)
+        output, read = output.float(), (y >= 0)[..., None]  # (live, time, hidden_size), (live, time, 1)
+        total[:live] += (output * read).sum(1)
+        largest[:live] = torch.maximum(largest[:live], output.masked_fill(~read, -torch.inf).amax(1))
+        # the output after the last token, of the texts that end in this window
+        place = (lengths[:live, 0] - 1 - start).clamp(max=x.shape[1] - 1)
+        ends = lengths[:live] <= start + x.shape[1]
+        last[:live] = torch.where(ends, output[torch.arange(live, device=device), place], last[:live])
     return torch.cat([last, total / lengths, largest], 1)
 
 

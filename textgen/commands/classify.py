@@ -65,9 +65,6 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--limit", type=int | None, default=None, help="classify the first N documents of `data` only")
     parser.add_argument("--head", default=None, help="folder of a head, which judges in place of the bits")
     parser.add_argument("--train", default=None, help=f"train the head of `head` on texts with labels: {DATA}")
-    parser.add_argument(
-        "--epochs", type=int, default=1, help="with `train`: passes in which a copy of the model learns too; 0: none"
-    )
     parser.add_argument("--seed", type=int, default=0, help="with `train`: seed of weights, dropout and order")
     parser.add_argument(
         "--priors",
@@ -110,7 +107,7 @@ def _check(parser: Parser, args: Any) -> None:
         parser.error(f"`calibrate` and `data` are the same texts: the probabilities would flatter: {args.data}")
     if args.out is not None and os.path.splitext(args.out)[1] not in (".csv", ".jsonl"):
         parser.error(f"`out` must end in .csv or .jsonl: {args.out}")
-    for name, least in (("limit", 1), ("batch_size", 1), ("epochs", 0), ("seed", 0)):
+    for name, least in (("limit", 1), ("batch_size", 1), ("seed", 0)):
         if args[name] is not None and args[name] < least:
             parser.error(f"`{name}` must be at least {least}: {args[name]}")
     args.text = args.text and [decode_text(os.fsencode(text), "`--text`") for text in args.text]
@@ -188,8 +185,7 @@ def _train_head(opened: OpenModel, args: Any) -> None:
         true,
         labels,
         opened.tokenizer.bos_id,
-        origin=origin | {"epochs": args.epochs, "seed": args.seed},
-        epochs=args.epochs,
+        origin=origin | {"seed": args.seed},
         seed=args.seed,
         progress=True,
     )
