@@ -415,8 +415,8 @@ class SamplingConfig:
     dry_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
     """texts whose tokens end a repetition for DRY"""
     label_scale: float = 1.0
-    """factor of the difference that a label makes to the logits, of a text with a label: above 1 the label shows more,
-    and the text varies less; takes twice the time unless it is 1"""
+    """factor of the difference that a label makes to the logits, of a text with a label: above 1 the label shows more;
+    takes twice the time unless it is 1"""
     logit_bias: tuple[tuple[str, float], ...] = ()
     """numbers from -100 to 100 that are added to the logits of tokens, before all else: pairs of a token and a number.
     Digits are a token's id. Another text stands for the token that it begins with, alone or after a space, whichever
