@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import re
 import shlex
 import shutil
@@ -17,18 +19,19 @@ from textgen.commands.parsing import parse_train_config
 from textgen.commands.tune import build_tune_parser, split_flags
 
 ROOT = Path(__file__).parents[1]
+DOCUMENTS = ["README.md", "train_distributed.py", *(
+    str(path.relative_to(ROOT))
+    for folder in ("how-to", "tutorial")
+    for path in sorted((ROOT / "docs" / folder).glob("*.md"))
+)]  # fmt: skip
 COMMANDS = [
-    line.split("  #")[0].strip()
-    for document in [
-        *ROOT.glob("docs/how-to/*.md"),
-        *ROOT.glob("docs/tutorial/*.md"),
-        "README.md",
-        "train_distributed.py",
-    ]
+    (document, line.split("  #")[0].strip())
+    for document in DOCUMENTS
     for line in (ROOT / document).read_text().splitlines()
     # a server does not end, and a search takes minutes
     if re.search(r"(python|launch .*) train_distributed\.py|^textgen (?!serve |tune )\w", line)
 ]
+VERBS = [(document, command) for document, command in COMMANDS if re.match("textgen (?!prepare|train)", command)]
 
 
 def test_there_are_commands() -> None:
@@ -36,7 +39,7 @@ def test_there_are_commands() -> None:
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if re.search(r"train_distributed\.py|^textgen (prepare|train) ", c)]
+    "command", [c for _, c in COMMANDS if re.search(r"train_distributed\.py|^textgen (prepare|train) ", c)]
 )
 def test_readme_training_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -54,23 +57,37 @@ def test_readme_search_parses() -> None:
     assert parse_train_config(others).run_dir == "runs/books"
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if re.match("textgen (?!prepare|train)", c)])
-def test_readme_verbs_run(
-    command: str, tiny_run: Path, reviews_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("document", sorted({document for document, _ in VERBS}))
+def test_verbs_of_a_document_run(
+    document: str,
+    tiny_run: Path,
+    labelled_run: Path,
+    reviews_file: Path,
+    labelled_reviews: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """All commands of a page but trainings, one after the other, as a reader types them."""
     (tmp_path / "reviews.jsonl").write_text(reviews_file.read_text().replace('"text"', '"review"'))
+    with (tmp_path / "reviews.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, ["text", "label"])
+        table.writeheader()
+        table.writerows(json.loads(line) for line in labelled_reviews.read_text().splitlines()[:40])
     (tmp_path / "flags.txt").write_text("--learning_rate 0.001\n--learning_rate 0.002\n")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "i love"}\n{"prompt": "", "seed": 7}\n')
+    (tmp_path / "long.txt").write_text("A long text, and more of it. " * 9)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     (tmp_path / "runs" / "sweep-1234").mkdir(parents=True)
     for run in ("quick", "books", "first", "python", "sweep-1234/1", "sweep-1234/2"):
         shutil.copytree(tiny_run, tmp_path / "runs" / run)  # an export leaves something in it
+    shutil.copytree(labelled_run, tmp_path / "runs" / "reviews")
     monkeypatch.chdir(tmp_path)
-    words = [match for word in shlex.split(command) for match in sorted(glob(word)) or [word]]
-    AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the test before
-    if words[1] == "submit" and "--dry_run" not in words:
-        words.insert(2, "--dry_run")
-    main(words[1:])
+    for command in (command for of_document, command in VERBS if of_document == document):
+        words = [match for word in shlex.split(command) for match in sorted(glob(word)) or [word]]
+        AcceleratorState._reset_state(reset_partial_state=True)  # it keeps the precision of the command before
+        if words[1] == "submit" and "--dry_run" not in words:
+            words.insert(2, "--dry_run")
+        main(words[1:])
 
 
 @pytest.mark.parametrize("document", ["README.md", "docs/how-to/python.md"])

@@ -39,7 +39,7 @@ from textgen.decoding.generation import (
     require_drawable,
     require_label,
 )
-from textgen.decoding.reading import ReadState, read_text
+from textgen.decoding.reading import ReadState, read_prompt
 from textgen.decoding.scoring import TextScore, score_stream
 from textgen.decoding.state_files import read_state
 from textgen.decoding.steering import normalize_settings
@@ -486,7 +486,7 @@ class LanguageModel:
         begin = self._begin(label, state)
         if not self._text(text, "`text`", after=state) or not text:
             raise TextgenError("`text` is empty: there is nothing to read")
-        return read_text(
+        return read_prompt(
             self._decoder, self._tokenizer, text, normalization=self._normalization, after=state, begin=begin
         )
 

@@ -70,11 +70,11 @@ def keep_state(path: str, prompt: Prompt, after: ReadState | None, opened: OpenM
     Raises:
         TextgenError: the file cannot be written.
     """
-    from textgen.decoding.reading import read_text
+    from textgen.decoding.reading import read_prompt
     from textgen.decoding.state_files import write_state
 
     begin = None if prompt.label is None else opened.model.label_id(prompt.label)
-    read = read_text(
+    read = read_prompt(
         decoder, opened.tokenizer, prompt.text, normalization=opened.normalization, after=after, begin=begin
     )
     write_state(read, Path(path))

@@ -60,7 +60,7 @@ def read_tokens(decoder: Decoder, text: str, ids: Sequence[int], *, after: ReadS
     return _read(decoder, text, ids, len(ids), after)
 
 
-def read_text(
+def read_prompt(
     decoder: Decoder,
     tokenizer: Tokenizer,
     text: str,
