@@ -25,6 +25,7 @@ from textgen.config import TokenizerConfig, TrainConfig
 from textgen.reporting.charts import MOST_POINTS, make_chart, thin, ticks
 from textgen.reporting.charts import Curve as ChartCurve
 from textgen.reporting.report import leave_report, write_report
+from textgen.runs.checkpoint import checkpoints
 
 ROOT = Path(__file__).parents[2]
 
@@ -216,6 +217,33 @@ def test_command_of_a_run_with_a_base_keeps_its_own_tokenizer(copy: Copy, tiny_r
     (command,) = re.findall(r"train_distributed.py (.*)", report(run).text)
     argv = shlex.split(command)
     assert take_base(parse_train_config(argv), argv).tokenizer == TokenizerConfig(vocab_size=400)
+
+
+@pytest.mark.parametrize("whose", ["its own", "the base's", "its checkpoint's"])
+def test_command_of_a_run_with_a_base_keeps_the_file_of_its_own_tokenizer(
+    copy: Copy, tiny_run: Path, tmp_path: Path, whose: str
+) -> None:
+    """The file of a base is not named: after a resume it is in a checkpoint, which is deleted."""
+    run, is_own = copy("run"), whose == "its own"
+    config = run / "config.yaml"
+    text = config.read_text().replace("init_from: null", f"init_from: {tiny_run}")
+    text = re.sub("run_dir: .*", f"run_dir: {run}", text)
+    own = {"its own": tmp_path / "mine", "the base's": tiny_run}.get(whose, run / "checkpoints" / "step-000001")
+    config.write_text(text.replace("  path: null", f"  path: {own}"))
+    (command,) = re.findall(r"train_distributed.py (.*)", report(run).text)
+    argv = shlex.split(command)
+    assert ("--tokenizer.path" in argv) == is_own
+    wanted = own if is_own else checkpoints(tiny_run)[0][1]
+    assert take_base(parse_train_config(argv), argv).tokenizer.path == str(wanted)
+
+
+def test_command_of_a_run_with_a_base_of_the_hub_names_no_file_of_this_machine(copy: Copy) -> None:
+    run = copy("run")
+    config = run / "config.yaml"
+    text = config.read_text().replace("init_from: null", "init_from: hub:them/films")
+    config.write_text(text.replace("  path: null", "  path: /cache/models--them--films/snapshots/1a2b"))
+    (command,) = re.findall(r"train_distributed.py (.*)", report(run).text)
+    assert "--tokenizer.path" not in shlex.split(command)
 
 
 # --- texts are texts -------------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import Any
 
 from textgen.config import IMDB, TrainConfig
 from textgen.files import write_atomic
+from textgen.reporting.card import HUB
 from textgen.reporting.charts import Chart, Curve, Point, ReferenceLine, make_chart
 from textgen.reporting.compare import RunSummary, keep_differences, read_settings, summarize
 from textgen.runs.directory import DATA_NAME, SETTINGS_NAME, read_status
@@ -392,14 +393,24 @@ def _training_commands(run: RunFiles) -> str:
     command = f"{launcher} train_distributed.py --config {shlex.quote(str(run.path / SETTINGS_NAME))}"
     if summary.settings.get("mixed_precision") is not None:
         command += f" --mixed_precision {shlex.quote(str(summary.settings['mixed_precision']))}"
+    for name in _settings_beside_base(summary.settings):
+        command += f" --{name} {shlex.quote(str(summary.settings[name]))}"
     # With `max_minutes` the number of steps depends on the clock.
-    if summary.settings.get("init_from") is not None:  # whose model decides these settings of a config file
-        own = () if summary.settings.get("tokenizer.path") else ("tokenizer.vocab_size", "tokenizer.model_type")
-        for name in ("data.normalization", *own):
-            command += f" --{name} {shlex.quote(str(summary.settings[name]))}"
     if summary.settings.get("max_minutes") is not None and summary.total_steps:
         command += f" --max_minutes null --max_steps {summary.total_steps}"
     return "\n".join([*lines, f"{command} --run_dir runs/again"])
+
+
+def _settings_beside_base(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the settings that a base would decide if they were in a config file alone."""
+    if (base := settings.get("init_from")) is None:
+        return ()
+    if (path := settings.get("tokenizer.path")) is None:
+        return "data.normalization", "tokenizer.vocab_size", "tokenizer.model_type"
+    # The base's tokenizer is read from the base, and after a resume from a checkpoint of the run.
+    path, cached = Path(str(path)), f"models--{str(base).removeprefix(HUB).replace('/', '--')}"
+    of_base = cached in path.parts or any(path.is_relative_to(str(x)) for x in (base, settings.get("run_dir")))
+    return ("data.normalization",) if of_base else ("data.normalization", "tokenizer.path")
 
 
 def _training_inputs(run: RunFiles) -> dict[str, str]:
