@@ -132,7 +132,7 @@ def test_numbers_and_truth_values_are_labels_and_what_is_empty_is_none(value: ob
     assert take_label(value, "label") == label
 
 
-@pytest.mark.parametrize("value", [["pos"], {"a": 1}, "two\nlines", "x" * 101, b"pos", "\ud800"])
+@pytest.mark.parametrize("value", [["pos"], {"a": 1}, "two\nlines", "x" * 101, 1e300, 10**100, b"pos", "\ud800"])
 def test_what_is_no_label_is_refused_by_line(value: object, folder: Path) -> None:
     with pytest.raises(RowError, match=r"^: `label` "):
         take_label(value, "label")

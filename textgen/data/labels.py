@@ -71,15 +71,16 @@ def take_label(value: object, column: str) -> str | None:
     Raises:
         RowError: the value is not a label.
     """
-    if isinstance(value, bool):
-        return str(value).lower()
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if isinstance(value, int | float):  # pandas writes integers beside nulls as 1.0
-        return str(int(value)) if math.isfinite(value) and value == int(value) else str(value)
-    if not isinstance(value, str):
+    if isinstance(value, bool):
+        label = str(value).lower()
+    elif isinstance(value, int | float):  # pandas writes integers beside nulls as 1.0
+        label = str(int(value)) if math.isfinite(value) and value == int(value) else str(value)
+    elif isinstance(value, str):
+        label = take_text(value, column).strip()
+    else:
         raise RowError(f": `{column}` is not a label: {reprlib.repr(value)}, wanted a text or a number")
-    label = take_text(value, column).strip()
     if len(label) > MAX_CHARACTERS or not label.isprintable():
         raise RowError(
             f": `{column}` is not a label: {reprlib.repr(label)}, wanted a line of at most {MAX_CHARACTERS} characters"
@@ -156,13 +157,13 @@ class LabelNumbers:
         The place of a number that is not used is NO_LABEL, as is the last element, so that NO_LABEL stays NO_LABEL.
         """
         names, wanted = list(self._number_of), set(used)
-        order = sorted((n for n in range(len(names)) if n in wanted), key=lambda n: _natural(names[n]))
+        order = sorted((n for n in range(len(names)) if n in wanted), key=lambda n: natural_key(names[n]))
         places = np.full(len(names) + 1, NO_LABEL, dtype=np.int32)
         places[order] = np.arange(len(order))
         return tuple(names[n] for n in order), places
 
 
-def _natural(label: str) -> tuple[list[str | int], str]:
+def natural_key(label: str) -> tuple[list[str | int], str]:
     """Return a key that compares numbers as numbers; text and numbers alternate in it."""
     parts = re.split(r"([0-9]+)", label)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], label
