@@ -52,9 +52,3 @@ def test_temperatures_are_fitted_on_the_other_half(labelled_run: Path, reviews: 
     assert len(fitted["fitted"]) == 2
     low, high = fitted["interval"]
     assert low < fitted["accuracy"] <= high
-
-
-def test_the_reviews_have_the_labels_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    texts, true = labels.split_reviews("validation")
-    assert len(texts) == len(true) == 2500
-    assert true.mean() == 0.5

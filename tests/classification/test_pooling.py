@@ -29,6 +29,17 @@ def documents() -> list[Tokens]:
     return [np.append(draw.integers(1, 20, length), END) for length in (9, 0, 1, 6, 7, 30, 13, 14, 3)]
 
 
+def test_label_scores_without_float64_are_the_same_up_to_rounding(
+    model: LSTMLanguageModel, documents: list[Tokens], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = label_scores(model, documents, [20, 21])
+    monkeypatch.setattr(reading, "sum_dtype", lambda _: torch.float32)
+    found = label_scores(model, documents, [20, 21])
+    assert np.array_equal(found, found.astype(np.float32))
+    assert not np.array_equal(wanted, found)
+    assert found == pytest.approx(wanted, rel=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [1, 4, 64])
 def test_label_scores_are_the_sums_of_token_logprobs(
     model: LSTMLanguageModel, documents: list[Tokens], batch_size: int, monkeypatch: pytest.MonkeyPatch

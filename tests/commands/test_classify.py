@@ -91,6 +91,24 @@ def test_data_with_true_labels_gives_figures_and_a_row_for_each_text(
         assert (line["text"], line["true"], line["label"]) == (text["text"], text["true"], text["label"])
 
 
+def test_texts_of_data_are_shown_as_they_were_given(
+    labelled_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A model of lower-cased text reads them so."""
+    place = tmp_path / "model"
+    main(["publish", str(labelled_run), "--to", str(place)])
+    config = json.loads((place / "config.json").read_text())
+    config["text"]["normalization"] = "lowercase"
+    (place / "config.json").write_text(json.dumps(config))
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("Good HERO", "good hero")))
+    capsys.readouterr()
+    main(["classify", str(place), "--data", str(data), "--json"])
+    upper, lower = json.loads(capsys.readouterr().out)["texts"]
+    assert (upper["text"], lower["text"]) == ("Good HERO", "good hero")
+    assert upper["bits"] == pytest.approx(lower["bits"], rel=1e-6)
+
+
 def test_a_split_of_the_training_brings_its_labels(classify: Classify) -> None:
     assert json.loads(classify("--data", "validation", "--json"))["figures"]["documents"] == 40
 
@@ -110,7 +128,7 @@ def test_priors_of_the_training_are_its_shares(classify: Classify) -> None:
 def test_calibration_fits_the_temperature_that_it_names(
     classify: Classify, labelled_reviews: Path, tmp_path: Path
 ) -> None:
-    """A quarter of the labels is turned round, so that a model that is sure is wrong."""
+    """An eighth of the labels is turned round, so that a model that is sure is wrong."""
     rows = [json.loads(line) for line in labelled_reviews.read_text().splitlines()]
     for row in rows[::8]:
         row["label"] = "positive" if row["label"] == "negative" else "negative"
@@ -149,6 +167,20 @@ def test_a_head_needs_no_labels_of_the_model(tiny_run: Path, labelled_reviews: P
     assert [one.label for one in found] == ["positive", "negative"]
 
 
+def test_a_head_takes_numbers_in_their_order_and_names_what_it_leaves_out(
+    tiny_run: Path, labelled_reviews: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [json.loads(line) for line in labelled_reviews.read_text().splitlines()]
+    for number, row in enumerate(rows):
+        row["label"] = None if number < 20 else {"negative": 2, "positive": 10}[row["label"]]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = ["--train", str(data), "--label_column", "label", "--head", str(tmp_path / "head"), "--batch_size", "7"]
+    main(["classify", str(tiny_run), *flags])
+    assert "20 of 400 texts have no label of the model and are not used" in caplog.messages
+    assert json.loads((tmp_path / "head" / "head.json").read_text())["labels"] == ["2", "10"]
+
+
 def test_a_head_is_the_same_for_the_same_seed(
     labelled_run: Path, head: Path, labelled_reviews: Path, tmp_path: Path
 ) -> None:
@@ -171,6 +203,8 @@ def test_a_head_of_another_model_is_refused(tiny_run: Path, head: Path, capsys: 
     [
         ({"format": "other"}, "`format` is not textgen.head.1"),
         ({"labels": ["one"]}, "`labels` must be at least two names"),
+        ({"labels": ["a", "a"]}, "is not a head: `labels` holds a name twice"),
+        ({"labels": ["a", "\x1b[2Jb"]}, r"is not a head: `labels` is ['a', '\x1b[2Jb'], wanted a list of names"),
         ({"labels": ["a", "b", "c"]}, "`6.bias` is F32 [2], wanted F32 [3]"),
         ({"temperature": -1.0}, "`temperature` must be a number above 0"),
         ({"origin": 1}, "is not a head"),
@@ -201,6 +235,19 @@ def test_a_damaged_head_is_refused_by_one_line(
         (["--text", "a", "--batch_size", "0"], "`batch_size` must be at least 1: 0"),
         (["--text", "a", "--temperature", "0"], "`temperature` must be above 0: 0.0"),
         (["--text", "a", "--head", "nowhere"], "`nowhere/head.json` cannot be read: No such file or directory"),
+        (["--text", "a", "--limit", "3"], "`limit` has no effect without `data`"),
+        (["--text", "a", "--seed", "3"], "`seed` has no effect without `train`"),
+        *(
+            (["--train", "train", "--head", "head", *flags], f"`{flags[0][2:]}` has no effect with `train` alone")
+            for flags in (
+                ["--limit", "3"],
+                ["--priors", "training"],
+                ["--temperature", "2"],
+                ["--calibrate", "validation"],
+                ["--json"],
+                ["--out", "rows.csv"],
+            )
+        ),
         (["--text", "a", "--txt_documents", "line"], "`txt_documents` line is for files, and no file is given"),
     ],
 )

@@ -23,6 +23,7 @@ from textgen.classification.decision import fit_temperature
 from textgen.classification.reading import Tokens, pooled_states
 from textgen.errors import TextgenError, first_line
 from textgen.files import JSON_BYTES, make_directory, parse_json, write_atomic
+from textgen.model.files import check_labels
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.runs.tensors import read_tensors, serialize
 
@@ -77,6 +78,7 @@ def train_head(
     *,
     origin: Mapping[str, Any],
     seed: int = 0,
+    batch_size: int = 64,
     progress: bool = False,
 ) -> Head:
     """Train a head of a model, which stays as it is.
@@ -89,6 +91,7 @@ def train_head(
         begin_id: the first input of a text.
         origin: is kept with the head.
         seed: of weights, dropout and order.
+        batch_size: texts that are read side by side.
         progress: show on standard error how far it is.
 
     Raises:
@@ -96,7 +99,7 @@ def train_head(
     """
     if len(documents) < 10 * BATCH_SIZE:
         raise TextgenError(f"a head needs {10 * BATCH_SIZE} texts with a label or more: {len(documents)}")
-    pooled = pooled_states(model, documents, begin_id, progress=progress)
+    pooled = pooled_states(model, documents, begin_id, batch_size=batch_size, progress=progress)
     order = np.random.default_rng(seed).permutation(len(documents))
     held_out, used = np.split(order, [round(HELD_OUT * len(order))])
     with torch.random.fork_rng([]):
@@ -165,7 +168,8 @@ def read_head(directory: Path, model: LSTMLanguageModel, *, weights_sha256: str)
         if record.get("format") != _FORMAT:
             raise TextgenError(f"`{path}` is not a head: `format` is not {_FORMAT}")
         labels, temperature, origin = record["labels"], record["temperature"], dict(record["origin"])
-        if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels) or len(labels) < 2:
+        check_labels(labels)
+        if len(labels) < 2:
             raise TextgenError(f"`{path}`: `labels` must be at least two names")
         if not isinstance(temperature, float) or not 0 < temperature < math.inf:
             raise TextgenError(f"`{path}`: `temperature` must be a number above 0")

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from textgen.console import Progress
+from textgen.hardware import sum_dtype
 from textgen.model.lstm import LSTMLanguageModel, State
 
 Tokens = NDArray[np.integer[Any]]
@@ -40,18 +41,19 @@ def label_scores(
     """
     window = max(1, min(WINDOW, LOGITS // (batch_size * model.vocab_size)))
     scores = np.zeros((len(documents), len(begin_ids)))
+    device = model.embedding.weight.device
     with Progress("scored text", len(documents) * len(begin_ids), show=progress) as bar:
         done = 0
         for rows in _batches(documents, batch_size):
             batch = [documents[row] for row in rows]
             for label, begin in enumerate(begin_ids):
-                total = torch.zeros(len(rows), dtype=torch.float64, device=model.embedding.weight.device)
+                total = torch.zeros(len(rows), dtype=sum_dtype(device), device=device)
                 state = model.zero_state(len(rows))
-                for x, y, _ in _windows(batch, begin, window, total.device):
+                for x, y, _ in _windows(batch, begin, window, device):
                     state = _first(state, len(x))
                     logits, state = model(x, state)  # (rows, time, vocab_size)
                     nats = logits.logsumexp(-1) - logits.gather(2, y.clamp(min=0)[..., None])[..., 0]
-                    total[: len(x)] -= (nats * (y >= 0)).sum(1, dtype=torch.float64)
+                    total[: len(x)] -= (nats * (y >= 0)).sum(1, dtype=total.dtype)
                 scores[rows, label] = total.cpu().numpy()
                 bar.update(done := done + len(rows))
     return scores

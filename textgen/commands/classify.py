@@ -110,6 +110,9 @@ def _check(parser: Parser, args: Any) -> None:
     for name, least in (("limit", 1), ("batch_size", 1), ("seed", 0)):
         if args[name] is not None and args[name] < least:
             parser.error(f"`{name}` must be at least {least}: {args[name]}")
+    for name, beside in _unused(args).items():
+        if args[name] != parser.get_default(name):
+            parser.error(f"`{name}` has no effect {beside}")
     args.text = args.text and [decode_text(os.fsencode(text), "`--text`") for text in args.text]
     if args.text is not None and not all(text.strip() for text in args.text):
         parser.error("`text` must hold more than spaces")
@@ -121,11 +124,22 @@ def _check(parser: Parser, args: Any) -> None:
         parser.error(f"`{changed[0]}` {args[changed[0]]} is for files, and no file is given")
 
 
-def _read(opened: OpenModel, data: str, args: Any, *, limit: int | None = None) -> list[str]:
-    """Return texts with their labels, normalized as the training text was."""
+def _unused(args: Any) -> dict[str, str]:
+    """Return the names of the flags that have no effect, with the flag that is there or missing."""
+    if args.text is None and args.data is None:
+        flags = ("limit", "priors", "temperature", "calibrate", "json", "out")
+        return dict.fromkeys(flags, "with `train` alone")
+    unused = {"limit": "without `data`"} if args.data is None else {}
+    return unused | ({"seed": "without `train`"} if args.train is None else {})
+
+
+def _read(
+    opened: OpenModel, data: str, args: Any, *, limit: int | None = None, normalization: str = "none"
+) -> list[str]:
+    """Return texts with their labels; a classifier normalizes them itself."""
     from textgen.data.texts import texts_to_score
 
-    return texts_to_score(opened.checkpoint, data, args.reading, limit=limit, normalization=opened.normalization)
+    return texts_to_score(opened.checkpoint, data, args.reading, limit=limit, normalization=normalization)
 
 
 def _classifier(opened: OpenModel, args: Any) -> Classifier:
@@ -166,15 +180,19 @@ def _train_head(opened: OpenModel, args: Any) -> None:
     """Train a head on texts with labels, and write it to its folder, which must be free."""
     from textgen.classification.classifier import true_labels
     from textgen.classification.head import HEAD_NAME, save_head, train_head
+    from textgen.data.labels import natural_key
     from textgen.data.store import encode_documents
     from textgen.model.files import weights_sha256
 
     directory = Path(args.head)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise TextgenError(f"`{directory}` is not empty: name another folder for the head, or leave out `--train`")
-    texts = _read(opened, args.train, args)
-    labels = opened.model.labels or sorted({label for text in texts if (label := _label_of(text)) is not None})
+    texts = _read(opened, args.train, args, normalization=opened.normalization)
+    found = {label for text in texts if (label := _label_of(text)) is not None}
+    labels = opened.model.labels or sorted(found, key=natural_key)
     places, true = true_labels(texts, labels)
+    if others := len(texts) - len(places):
+        log.info("%d of %d texts have no label of the model and are not used", others, len(texts))
     if len(set(true.tolist())) < 2:
         raise TextgenError(f"the texts of `{args.train}` have one label, `{labels[true[0]]}`: a head needs two")
     documents = encode_documents(opened.tokenizer, [texts[place] for place in places])
@@ -187,6 +205,7 @@ def _train_head(opened: OpenModel, args: Any) -> None:
         opened.tokenizer.bos_id,
         origin=origin | {"seed": args.seed},
         seed=args.seed,
+        batch_size=args.batch_size,
         progress=True,
     )
     try:

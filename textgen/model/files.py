@@ -92,7 +92,7 @@ def read_model_config(directory: Path) -> tuple[ModelConfig, int, dict[str, str]
         # Models from before the setting `projection` had a projection if the sizes differ.
         values.setdefault("projection", values["embedding_dim"] != values["hidden_size"])
         _check_types(values, vocab_size, text)
-        _check_labels(labels)
+        check_labels(labels)
         return ModelConfig(**values), vocab_size, text, labels
     except TextgenError:
         raise
@@ -111,8 +111,8 @@ def _check_types(settings: Mapping[str, Any], vocab_size: object, text: object) 
         raise ValueError("`text` does not hold texts")
 
 
-def _check_labels(labels: object) -> None:
-    """Raise ValueError if the labels of config.json are not a list of different lines of text."""
+def check_labels(labels: object) -> None:
+    """Raise ValueError if the labels of a stranger's file are not a list of different lines of text."""
     if not isinstance(labels, list) or not all(isinstance(x, str) and x and x.isprintable() for x in labels):
         raise ValueError(f"`labels` is {labels!r:.40}, wanted a list of names")
     if len(set(labels)) < len(labels):
