@@ -260,7 +260,7 @@ def test_license_and_data_of_a_base_go_into_the_new_card(
         (header.replace("!!python/name:os.system", "textgen"), "mit", ["them/films"]),
         (header, None, []),  # no header that the safe loader reads
     ]:
-        card.write_text(text)
+        card.write_text(text, newline="\r\n")  # as an editor on Windows saves it
         run = tmp_path / f"run-{license}"
         train_main(flags_for(plain_flags, run, "--init_from", str(base), "--max_steps", "1"))
         recorded = trainer_of(run)["base"]

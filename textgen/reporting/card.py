@@ -125,7 +125,7 @@ def _read_header(path: Path) -> dict[str, Any]:
     """Return the YAML header of a card; empty if there is none, or it cannot be read."""
     try:
         with path.open("rb") as file:
-            text = file.read(MAX_HEADER_BYTES).decode(errors="replace")
+            text = file.read(MAX_HEADER_BYTES).decode(errors="replace").replace("\r\n", "\n")
         header = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
     except (OSError, yaml.YAMLError, ValueError, IndexError, RecursionError):
         return {}
@@ -143,10 +143,15 @@ def _sound_origin(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"license": license if is_name(license) else None, "datasets": [name for name in named if is_name(name)]}
 
 
-def _base(provenance: Provenance) -> dict[str, Any]:
-    """Return license and data of the model whose weights the training started from, as trainer.json has them."""
+def _base_of(provenance: Provenance) -> dict[str, Any]:
+    """Return what trainer.json says of the model whose weights the training started from; empty if nothing."""
     base = provenance.trainer.get("base")
-    return _sound_origin(base if isinstance(base, dict) else {})
+    return base if isinstance(base, dict) else {}
+
+
+def _base(provenance: Provenance) -> dict[str, Any]:
+    """Return license and data of the base."""
+    return _sound_origin(_base_of(provenance))
 
 
 # --- the card --------------------------------------------------------------------------------------------------------
@@ -289,14 +294,13 @@ def _data(provenance: Provenance, text: Mapping[str, str]) -> str:
 
 def _base_repository(provenance: Provenance) -> str | None:
     """Return the hub's name of the base; None if there is no base, or it is on this machine."""
-    source = str((provenance.trainer.get("base") or {}).get("source"))
+    source = str(_base_of(provenance).get("source"))
     return source.removeprefix(HUB) if re.fullmatch(rf"{HUB}\w[\w.-]*/\w[\w.-]*", source, re.ASCII) else None
 
 
 def _base_section(provenance: Provenance) -> str:
     """Return what the training started from; a base on this machine has no name for others."""
-    base = provenance.trainer.get("base")
-    if not isinstance(base, dict):
+    if not (base := _base_of(provenance)):
         return ""
     repository, origin = _base_repository(provenance), _base(provenance)
     named = f"`{repository}` of the Hugging Face hub" if repository else "another model"
