@@ -252,6 +252,20 @@ def test_found_values_take_the_place_of_given_ones() -> None:
     assert found_flags(both, flags)[-4:] == ["--learning_rate", "0.00123", "--batch_size", "16"]
 
 
+def test_settings_that_no_trial_has_do_not_make_another_search(tiny_flags: list[str], tmp_path: Path) -> None:
+    def record(*flags: str) -> dict[str, Any]:
+        config = parse_train_config([*tiny_flags, *flags])
+        request = Request(
+            config=config, directory=tmp_path, minutes=None, steps=600, learning_rates=(1e-4, 0.1), batch_sizes=(8,)
+        )
+        return request.record(prepare_store(config.data, config.tokenizer))
+
+    replaced = ["--tracking.mode", "offline", "--sample_prompts", "The", "--save_every", "3", "--keep_last", "7"]
+    assert record(*replaced, "--evaluate_every", "9", "--early_stopping_patience", "2") == record()
+    assert record("--evaluate_documents", "9") != record()
+    assert record("--warmup_steps", "9") != record()
+
+
 def test_a_search_over_whole_trainings_warns_of_nothing() -> None:
     said = "\n".join(describe(outcome(result(0, 0, 3.0), result(0, 1, 2.9), result(0, 2, 2.8)), "COMMAND"))
     assert "planned training" not in said

@@ -5,7 +5,8 @@ at a length (Li et al. 2020, "A system for massively parallel hyperparameter tun
 new, longer training: its schedule ends with its last step, so rates are judged by whole schedules.
 
 Every training leaves a run folder with a record, `trial.json`. The study is made of these records at each start, and a
-proposal depends on the records and the seed alone. So a search that was killed goes on as if it had not been.
+proposal depends on the records and the seed alone. So a search of `--steps` that was killed goes on as if it had not
+been. One of `--minutes` goes on too, and the seconds of its trainings decide how many there are.
 """
 
 from __future__ import annotations
@@ -60,6 +61,11 @@ LEAST_STEPS = 10
 DOCUMENTS = 100
 """of validation that score a training if `evaluate_documents` is not given"""
 TIMING_SECONDS = 5.0
+REPLACED = {
+    "tracking", "evaluate_every", "early_stopping_patience", "save_every", "keep_last", "sample_prompts",
+    "sample_temperatures", "sample_tokens",
+}  # fmt: skip
+"""settings of the config that no trial has, see `_settings`"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +94,8 @@ class Request:
         settings = flatten(json.loads(json.dumps(asdict(self.config))))
         searched: dict[str, Any] = {"minutes": self.minutes, "steps": self.steps}
         searched |= {"learning_rates": list(self.learning_rates), "batch_sizes": list(self.batch_sizes)}
-        kept = {name: value for name, value in settings.items() if name not in COMMAND_SETTINGS}
+        without = COMMAND_SETTINGS | REPLACED
+        kept = {name: value for name, value in settings.items() if not {name, name.partition(".")[0]} & without}
         return searched | kept | {"the training text": store.training_key}
 
 
