@@ -5,7 +5,8 @@
 - `python -m benchmarks.labels classify RUN [--head FOLDER]`: `textgen classify` on the same reviews.
 - `python -m benchmarks.labels judge RUN`: texts drawn by label, judged by the naive Bayes.
 
-Figures go to `benchmarks/results/labels.json`, by name.
+Figures are printed and go to `benchmarks/results/labels.json`, by name. That file is not in the repository;
+docs/evidence/experiments.md has the figures.
 """
 
 from __future__ import annotations
