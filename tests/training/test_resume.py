@@ -101,7 +101,16 @@ def test_a_training_with_labels_resumes_bit_for_bit_and_not_with_others(
     with pytest.raises(SystemExit) as refused:
         train_main(flags_for(labelled_flags, tmp_path / "parts", *flags, "--data.label_column", "null"))
     assert refused.value.code == 2
-    assert "`data.label_column` is None, `" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "`data.label_column` is None, `" in said
+    assert "resume_override" not in said
+    rows = Path(labelled_flags[3]).read_text().replace('"label": "bad"', '"label": "new"')
+    (tmp_path / "others.jsonl").write_text(rows)
+    others = ["--data.files", str(tmp_path / "others.jsonl"), "--resume_override"]
+    with pytest.raises(SystemExit) as refused:
+        train_main(flags_for(labelled_flags, tmp_path / "parts", *flags, *others))
+    assert refused.value.code == 2
+    assert "has 2 labels and this training 2, and only one of them has `bad`, `new`: " in capsys.readouterr().err
     train_main(flags_for(labelled_flags, tmp_path / "parts", *flags))
     assert_same_end(tmp_path / "whole", tmp_path / "parts")
     model, _ = load_model(tmp_path / "parts")

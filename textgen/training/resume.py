@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import shutil
 import time
 import typing
@@ -19,8 +20,8 @@ from torch import Tensor
 
 from textgen.config import TrainConfig
 from textgen.distributed import launch
-from textgen.errors import CheckpointError, DivergedError
-from textgen.model.files import CONFIG_NAME, WEIGHTS_NAME, model_files, read_model
+from textgen.errors import CheckpointError, DivergedError, in_backticks
+from textgen.model.files import CONFIG_NAME, WEIGHTS_NAME, model_files, read_model, read_model_config
 from textgen.model.lstm import LSTMLanguageModel, State
 from textgen.runs.checkpoint import (
     MANIFEST_NAME,
@@ -341,9 +342,10 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
     """Log the settings that differ from the checkpoint's.
 
     Raises:
-        CheckpointError: one of them changes the result.
+        CheckpointError: one of them changes the result, or the labels are others.
     """
     config = training.learner.config
+    differing_labels = _compare_labels(training, directory)
     # defaults are for settings that the checkpoint's version did not have
     saved, current = _flat(TrainConfig()) | flatten(complete_record(trainer["config"])), _flat(config)
     saved["mixed_precision"] = trainer["mixed_precision"]
@@ -352,8 +354,9 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
         saved["data.store"] = current["data.store"]
     if trainer.get("tokenizer") == training.store.tokenizer.sha256:  # that of a base has another path after a resume
         saved |= {name: value for name, value in current.items() if name.startswith("tokenizer.")}
-    if config.init_from is None:
-        saved["init_from"] = None  # a resume does not look at the base
+    # A resume does not look at the base: its name may be left out, or written in another way.
+    if config.init_from is None or _is_same_place(config.init_from, saved["init_from"]):
+        saved["init_from"] = config.init_from
     harmless = HARMLESS
     if config.early_stopping_patience is not None:
         harmless = harmless - {"evaluate_every", "evaluate_documents"}  # they decide when the training stops
@@ -371,10 +374,8 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
         if name.split(".")[0] not in harmless:
             if not config.resume_override:
                 from_weights = "" if name.startswith("model.") else f", with `--init_from {directory}` from its weights"
-                raise CheckpointError(
-                    f"{message}: `--resume_override` resumes regardless, another `--run_dir` starts a new run"
-                    f"{from_weights}"
-                )
+                regardless = "" if differing_labels else "`--resume_override` resumes regardless, "
+                raise CheckpointError(f"{message}: {regardless}another `--run_dir` starts a new run{from_weights}")
             overridden = True
         log.info("%s", message)
     if overridden:
@@ -383,6 +384,28 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
             "`--run_dir` takes its weights alone",
             directory,
         )
+
+
+def _compare_labels(training: Training, directory: Path) -> list[str]:
+    """Return the labels that only one of checkpoint and training has.
+
+    Raises:
+        CheckpointError: there are some, and `resume_override` would give their rows to others by their place.
+    """
+    labels, own = read_model_config(directory)[3], training.learner.unwrapped_model.labels
+    differing = sorted(set(labels) ^ set(own))
+    if differing and training.learner.config.resume_override:
+        raise CheckpointError(
+            f"`{directory}` has {len(labels)} labels and this training {len(own)}, and only one of them has "
+            f"{in_backticks(differing[:10])}: leave `resume_override` out, and give `--init_from {directory}` and "
+            "another `--run_dir` to start a new training from its weights"
+        )
+    return differing
+
+
+def _is_same_place(name: str, other: object) -> bool:
+    """Return whether two names are of one folder, or the same one of the hub."""
+    return isinstance(other, str) and os.path.abspath(name) == os.path.abspath(other)
 
 
 def describe_checkpoint(directory: Path) -> dict[str, Any]:
