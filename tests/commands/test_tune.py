@@ -188,7 +188,9 @@ def test_text_without_validation_is_refused(tiny_flags: list[str], tmp_path: Pat
 def test_a_search_from_the_weights_of_a_model_has_its_shape(
     tiny_flags: list[str], tiny_run: Path, tmp_path: Path, refused: Callable[..., str]
 ) -> None:
-    line = refused(*flags_of(tiny_flags, tmp_path, "--init_from", str(tiny_run), "--model.hidden_size", "48"))
+    """Also if `run_dir` holds another run, whose shape counts for a training that goes on."""
+    base = ["--init_from", str(tiny_run), "--run_dir", str(tiny_run)]
+    line = refused(*flags_of(tiny_flags, tmp_path, *base, "--model.hidden_size", "48"))
     assert line.startswith(f"`model.hidden_size` 48 differs from 32 of `{tiny_run}`")
 
 

@@ -18,8 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.training.test_resume import assert_same_end, flags_for
 from textgen.cli import main, train_main
+from textgen.commands.parsing import parse_train_config, take_base
+from textgen.config import TokenizerConfig, TrainConfig
 from textgen.data.store import TokenStore
 from textgen.data.texts import store_of
+from textgen.errors import TextgenError
 from textgen.model.files import load_model
 from textgen.reporting.card import origin_of
 from textgen.runs.checkpoint import checkpoints
@@ -188,6 +191,9 @@ def test_a_base_that_cannot_be_used_is_refused(
     (published / "config.json").write_text(json.dumps(config))
     line = refusal([*flags, "--init_from", str(published)], capsys)
     assert line == f"`{published}`: `data.normalization` must be one of `none`, `lowercase`: rot13"
+    (published / "config.json").write_text(json.dumps(config | {"text": {}, "vocab_size": 0}))
+    line = refusal([*flags, "--init_from", str(published)], capsys)
+    assert line == f"`{published}`: `tokenizer.vocab_size` must be a finite number above 0: 0"
     assert not (tmp_path / "run").exists()
 
 
@@ -285,7 +291,40 @@ def test_settings_of_a_strangers_checkpoint_say_nothing_that_is_no_name(trainer:
     assert origin_of(tmp_path) == {"license": None, "datasets": []}
 
 
-def test_text_is_prepared_for_a_base(plain_flags: list[str], tiny_run: Path, capsys: Capture) -> None:
+def test_a_section_in_one_flag_is_held_to_the_base_s_shape(
+    plain_flags: list[str], tiny_run: Path, tmp_path: Path
+) -> None:
+    def take(*flags: str) -> TrainConfig:
+        argv = flags_for(plain_flags, tmp_path / "run", "--init_from", str(tiny_run), *flags)
+        return take_base(parse_train_config(argv), argv)
+
+    (tmp_path / "model.yaml").write_text("hidden_size: 48\n")
+    for value in ('{"hidden_size": 48}', str(tmp_path / "model.yaml")):
+        for flags in (["--model", value], [f"--model={value}"]):
+            with pytest.raises(TextgenError, match=r"^`model.hidden_size` 48 differs from 32 of"):
+                take(*flags)
+    assert take("--model", '{"dropout": 0.25}').model.dropout == 0.25
+    assert take("--tokenizer", '{"vocab_size": 400}').tokenizer == TokenizerConfig(vocab_size=400)
+
+
+def test_a_base_may_be_named_in_another_way_when_its_run_resumes(
+    plain_flags: list[str], tiny_run: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    flags = flags_for(plain_flags, tmp_path / "run")
+    train_main([*flags, "--init_from", str(tiny_run)])
+    capsys.readouterr()
+    train_main([*flags, "--init_from", f"{tiny_run}/"])
+    assert "has finished at step 4: nothing to do" in capsys.readouterr().out
+    line = refusal([*flags, "--init_from", str(tmp_path / "other")], capsys)
+    assert line.startswith(f"`init_from` is {tmp_path / 'other'}, `")
+
+
+def test_text_is_prepared_for_a_base(
+    plain_flags: list[str], tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Also if the folder that runs go to by default holds another run."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_run, TrainConfig().run_dir)
     main(["prepare", *plain_flags, "--init_from", str(tiny_run)])
     store = TokenStore.open(capsys.readouterr().out.strip())
     assert store.tokenizer.sha256 == load_model(tiny_run)[1].sha256

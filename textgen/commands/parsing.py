@@ -13,7 +13,8 @@ import sys
 import time
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -174,8 +175,33 @@ def take_base(config: TrainConfig, argv: Sequence[str] | None = None) -> TrainCo
     flags = _plain_flags(sys.argv[1:] if argv is None else argv, settings_of(TrainConfig))
     from textgen.training.start import settings_from_base  # imports torch
 
-    given = {flag.partition("=")[0].removeprefix("--") for flag in flags}
-    return settings_from_base(config, given=given, from_files=[n for path in _files(flags) for n in names_in(path)])
+    from_files = [name for path in _files(flags) for name in names_in(path)]
+    return settings_from_base(config, given=set(_given(flags)), from_files=from_files)
+
+
+def _given(flags: Sequence[str]) -> Iterator[str]:
+    """Yield the names of the settings in flags that were parsed; a flag of a whole section gives several."""
+    sections = {name.partition(".")[0] for name in settings_of(TrainConfig) if "." in name}
+    for flag, following in pairwise([*flags, ""]):
+        name, equals, value = flag.removeprefix("--").partition("=")
+        if name not in sections or not flag.startswith("--"):
+            yield name
+            continue
+        content = yaml.safe_load(value if equals else following)
+        if not isinstance(content, dict):  # the name of a file
+            content = yaml.safe_load(Path(content).read_bytes())
+        yield from (f"{name}.{key}" for key in content or {})
+
+
+def given_run_dir(flags: Sequence[str]) -> str | None:
+    """Return the value of the last `--run_dir`; None if there is none."""
+    found = None
+    for flag, following in pairwise([*flags, ""]):
+        if flag == "--run_dir":
+            found = following
+        elif flag.startswith("--run_dir="):
+            found = flag.partition("=")[2]
+    return found
 
 
 def names_in(config_file: str) -> list[str]:

@@ -13,11 +13,10 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from textgen.commands.parsing import Parser, fail, parse_train_config, take_base
+from textgen.commands.parsing import Parser, fail, given_run_dir, parse_train_config, take_base
 from textgen.config import TrainConfig
 from textgen.console import use_utf8
 from textgen.errors import TextgenError
@@ -68,9 +67,9 @@ def submit_command(argv: Sequence[str]) -> None:
     if args.dry_run:
         return
     job = _run(command, environment)
-    run_dir = _run_dir(flags) or f"runs/{_name(args)}-{job}"
+    run_dir = given_run_dir(flags) or f"runs/{_name(args)}-{job}"
     again = ["textgen", "submit", *argv[:at], "--", *argv[at + 1 :]]
-    again += [] if _run_dir(flags) else ["--run_dir", run_dir]
+    again += [] if given_run_dir(flags) else ["--run_dir", run_dir]
     print(_advice(args, run_dir, job, shlex.join(again)), file=sys.stderr)
     print(job)
 
@@ -142,7 +141,7 @@ def _find_preset(name: str) -> Path:
 def _check_training(flags: Sequence[str], processes: int) -> None:
     """Fail if the settings of a training are wrong; its data is not read."""
     config = parse_train_config(flags, prog="textgen submit --")
-    if _run_dir(flags) is None:  # the job names its folder
+    if given_run_dir(flags) is None:  # the job names its folder
         config = replace(config, run_dir=os.devnull)
     config = take_base(config, flags)
     if config.batch_size % (processes * config.gradient_accumulation_steps):
@@ -150,17 +149,6 @@ def _check_training(flags: Sequence[str], processes: int) -> None:
             f"batch_size {config.batch_size} is not divisible by {processes} processes x "
             f"{config.gradient_accumulation_steps} gradient_accumulation_steps"
         )
-
-
-def _run_dir(flags: Sequence[str]) -> str | None:
-    """Return the value of the last `--run_dir`; None if there is none."""
-    found = None
-    for flag, following in pairwise([*flags, ""]):
-        if flag == "--run_dir":
-            found = following
-        elif flag.startswith("--run_dir="):
-            found = flag.partition("=")[2]
-    return found
 
 
 def _shown(path: Path) -> str:
@@ -192,7 +180,7 @@ def read_sweep(path: str, common: Sequence[str] = ()) -> list[list[str]]:
             own = shlex.split(line, comments=True)
         except ValueError:
             fail(f"`{path}` line {number} has a quote that is not closed: {line}")
-        if (folder := _run_dir([*common, *own])) is not None:
+        if (folder := given_run_dir([*common, *own])) is not None:
             fail(f"`run_dir` cannot be set in a sweep, whose trainings get a folder each: {folder}")
         if own:
             trainings.append([*common, *own])

@@ -8,7 +8,7 @@ import math
 import os
 import shlex
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +43,7 @@ def tune_command(argv: Sequence[str]) -> None:
     from textgen.training.tuning import Request, tune
 
     request = Request(
-        config=take_base(config, flags),
+        config=take_base(replace(config, run_dir=os.devnull), flags),  # each trial has its own
         directory=Path(args.tune_dir),
         minutes=args.minutes,
         steps=args.steps,

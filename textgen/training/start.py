@@ -6,7 +6,6 @@ its manifest and settings. A run that has a checkpoint continues from it and nev
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Collection
 from dataclasses import asdict
@@ -25,6 +24,7 @@ from textgen.model.files import (
     read_model_and_tokenizer,
     read_model_config,
     resolve_model_directory,
+    weights_sha256,
 )
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.reporting.card import origin_of
@@ -88,7 +88,8 @@ def _settings_of_base(name: str) -> dict[str, Any]:
     model, vocab_size, text, _ = read_model_config(directory)
     return (
         {f"model.{field}": getattr(model, field) for field in SHAPE}
-        | flatten({"tokenizer": asdict(TokenizerConfig(path=str(directory), vocab_size=vocab_size))})
+        | flatten({"tokenizer": asdict(TokenizerConfig())})
+        | {"tokenizer.path": str(directory), "tokenizer.vocab_size": vocab_size}
         | {"data.normalization": text.get("normalization", "none")}
     )
 
@@ -150,8 +151,7 @@ def start_from_base(training: Training) -> None:
             raise TextgenError(f"`{name}` has `model.{field}` {seen}, the training {wanted}")
     if not torch.nn.utils.get_total_norm(base.parameters()).isfinite():
         raise TextgenError(f"`{directory / WEIGHTS_NAME}` has weights that are not finite")
-    with (directory / WEIGHTS_NAME).open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = weights_sha256(directory)
     step = verify(directory, []).step if (directory / MANIFEST_NAME).exists() else None
     kept = copy_weights(base, base_tokenizer, model, tokenizer)
     if learner.average is not None:
