@@ -356,6 +356,7 @@ class TrainConfig:
             )
 
 
+MAX_BIAS_CHARACTERS = 256  # of a text of `logit_bias`
 MAX_REGEX_BYTES = 4096
 MAX_CHOICES = 256
 MAX_CHOICES_BYTES = 8192
@@ -465,6 +466,10 @@ class SamplingConfig:
         if "" in self.dry_breakers:
             raise ValueError("`dry_breakers` must be texts that are not empty")
         for token, bias in self.logit_bias:
+            if len(token) > MAX_BIAS_CHARACTERS:
+                raise ValueError(
+                    f"`logit_bias` must be of texts of at most {MAX_BIAS_CHARACTERS} characters: {len(token)}"
+                )
             if not -100 <= bias <= 100:
                 raise ValueError(f"`logit_bias` must be at least -100 and at most 100: {bias} for {token[:40]!r}")
         if self.no_repeat_ngram is not None and self.no_repeat_ngram > 1024:

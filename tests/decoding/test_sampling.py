@@ -510,6 +510,9 @@ def test_xtc_leaves_the_likeliest_tokens_out_as_often_as_it_should() -> None:
     assert abs(chi_square(counts, chances)) < 4
     for none in (SamplingConfig(seed=2), SamplingConfig(seed=2, xtc_probability=1, xtc_threshold=0.45)):
         assert drawn(none, 2000) == drawn(SamplingConfig(seed=2), 2000), "fewer than two such tokens"
+    logits = torch.tensor([-math.inf, 0.4, 0.3, 0.2, -math.inf])  # as `<unk>`, and what a ban leaves
+    lowest = SamplingConfig(seed=2, xtc_probability=1, xtc_threshold=0)
+    assert drawn(lowest, 100) == [0, 0, 0, 100, 0], "the least likely of the tokens that may be drawn"
 
 
 def test_rare_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should_be() -> None:

@@ -48,6 +48,13 @@ def test_a_biased_text_stands_for_the_token_that_holds_most_of_its_beginning(tok
     assert bias_of(several, tokenizer) == {17: -1.5}
 
 
+def test_biases_are_looked_up_once_for_all_samples(tokenizer: Tokenizer) -> None:
+    bias = ((" good music", 3.0),)
+    assert bias_of(SamplingConfig(logit_bias=bias, seed=1), tokenizer) is bias_of(
+        SamplingConfig(logit_bias=bias, seed=2), tokenizer
+    )
+
+
 def test_biases_of_100_decide_every_token(model: LSTMLanguageModel, tokenizer: Tokenizer) -> None:
     wanted = SamplingConfig(max_new_tokens=5, logit_bias=((" good", 100.0),))
     assert [sample.text for sample in sample_all(model, tokenizer, ["a", "the"], wanted)] == [" good" * 5] * 2
@@ -62,6 +69,13 @@ def test_biases_of_100_decide_every_token(model: LSTMLanguageModel, tokenizer: T
 def test_wrong_biases_are_refused_by_name(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"^`logit_bias` must be below the vocabulary's size 320: 320$"):
         bias_of(SamplingConfig(logit_bias=(("320", 1.0),)), tokenizer)
+    for zeros in ("0" * 11, "0" * 240):  # `int` of the first digits alone would be small
+        with pytest.raises(ValueError, match=r"^`logit_bias` must be below the vocabulary's size 320: 9999999$"):
+            bias_of(SamplingConfig(logit_bias=((zeros + "9999999", 1.0),)), tokenizer)
+        assert bias_of(SamplingConfig(logit_bias=((zeros + "17", 1.0),)), tokenizer) == {17: 1.0}
+    assert bias_of(SamplingConfig(logit_bias=(("000", 1.0),)), tokenizer) == {0: 1.0}
+    with pytest.raises(ValueError, match=r"^`logit_bias` must be of texts of at most 256 characters: 257$"):
+        SamplingConfig(logit_bias=(("a" * 257, 1.0),))
     with pytest.raises(ValueError, match=r"^`logit_bias`: the tokenizer has no token for ''$"):
         bias_of(SamplingConfig(logit_bias=(("", 1.0),)), tokenizer)
     with pytest.raises(ValueError, match=r"^`logit_bias` must be at least -100 and at most 100: nan for ' good'$"):

@@ -127,7 +127,10 @@ def normalize_prompt(prompt: Prompt, normalization: str, tokenizer: Tokenizer, *
     from textgen.data.corpus import normalize
     from textgen.decoding.steering import normalize_settings
 
-    config = normalize_settings(prompt.config, normalization)
+    try:
+        config = normalize_settings(prompt.config, normalization)
+    except ValueError as error:  # a text that is too long in lower case
+        fail(f"{prompt.source}: {error}")
     require_drawable(config, tokenizer, f"{prompt.source}: ")
     # The texts are normalized together: what a letter becomes may depend on the next one.
     whole = normalize(before + prompt.text, normalization)

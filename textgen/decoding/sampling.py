@@ -204,7 +204,7 @@ def exclude_top_choices(logits: Tensor, threshold: Tensor, applies: Tensor) -> T
         threshold: (batch, 1), a probability.
         applies: bool (batch, 1), rows in which it applies.
     """
-    above = logits.softmax(-1) >= threshold
+    above = (logits.softmax(-1) >= threshold) & (logits > -math.inf)
     least = logits.masked_fill(~above, math.inf).amin(-1, keepdim=True)
     return logits.masked_fill(applies & above & (logits > least), -math.inf)
 

@@ -31,8 +31,13 @@ def bias_of(config: SamplingConfig, tokenizer: Tokenizer) -> Mapping[int, float]
     Raises:
         ValueError: an id is not in the vocabulary, or the tokenizer has no token for a text.
     """
+    return _biases(config.logit_bias, tokenizer)
+
+
+@functools.lru_cache(maxsize=32)
+def _biases(logit_bias: tuple[tuple[str, float], ...], tokenizer: Tokenizer) -> Mapping[int, float]:
     biases: dict[int, float] = defaultdict(float)
-    for token, bias in config.logit_bias:
+    for token, bias in logit_bias:
         for token_id in _tokens_of(token, tokenizer):
             biases[token_id] += bias
     return biases
@@ -45,9 +50,10 @@ def _tokens_of(token: str, tokenizer: Tokenizer) -> set[int]:
     for the token that it begins with, alone or after a space: for the one that holds more of the text, or for both.
     """
     if re.fullmatch("[0-9]+", token):
-        if not int(token[:12]) < tokenizer.vocab_size:
-            raise ValueError(f"`logit_bias` must be below the vocabulary's size {tokenizer.vocab_size}: {token[:12]}")
-        return {int(token)}
+        number = token.lstrip("0") or "0"
+        if len(number) > 9 or int(number) >= tokenizer.vocab_size:
+            raise ValueError(f"`logit_bias` must be below the vocabulary's size {tokenizer.vocab_size}: {number[:12]}")
+        return {int(number)}
     text = token[1:-1] if re.fullmatch('".+"', token, re.DOTALL) else token
     held: dict[int, int] = {}  # bytes of the text, by token
     for space in ("",) if text[:1].isspace() else ("", " "):

@@ -343,9 +343,9 @@ class CompletionRequest(UnsupportedFields):
                 logit_bias=tuple((self.logit_bias or {}).items()),
                 choices=tuple(self.choices or ()),
             )
+            return normalize_settings(config, normalization)
         except ValueError as error:
             raise setting_error(error) from None
-        return normalize_settings(config, normalization)
 
 
 class TokenizeRequest(BaseModel):
