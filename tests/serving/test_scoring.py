@@ -168,6 +168,14 @@ def test_ids_and_limits_are_checked(server: Running, tokenizer: Tokenizer) -> No
     message = "`prompt` has 34816 tokens in all; at most 32768 with `echo` and `logprobs`, 16 times the server's flag"
     assert refusal(server, "/v1/completions", **many, logprobs=1)[1] == f"{message} `--max_prompt_tokens`"
     server.complete(**many)
+    message = "`prompt` has 40960 tokens in all, `n` 20 times; at most 32768 with `echo` and `logprobs`, 16 times"
+    asked = {"prompt": [5] * 2048, "n": 20, "max_tokens": 1, "echo": True, "logprobs": 1}
+    assert refusal(server, "/v1/completions", **asked)[1] == f"{message} the server's flag `--max_prompt_tokens`"
+    # Begin-of-text is read before every prompt, so it is not counted where a client writes it.
+    with_begin = {"max_tokens": 0, "echo": True, "prompt": [tokenizer.bos_id] + [5] * 2048}
+    server.complete(**with_begin)
+    with_begin["prompt"] += [5]
+    assert refusal(server, "/v1/completions", **with_begin)[1] == f"`prompt` has 2049 tokens; {limit}"
 
 
 # --- the best of several samples -------------------------------------------------------------------------------------

@@ -76,15 +76,20 @@ def read_prompts(
             echo = text
         if request.scores_prompts:
             echo = tokenizer.decode(tokens)  # what the tokens' offsets count
-        if len(tokens) > limits.max_prompt_tokens:
+        num_given = len(tokens) - (tokens[:1] == [tokenizer.bos_id])  # begin-of-text is read in any case
+        if num_given > limits.max_prompt_tokens:
             whole = " with the text of `state_id`" if before else ""
-            message = f"`{name}` has {len(tokens)} tokens{whole}; at most {limits.max_prompt_tokens}"
+            message = f"`{name}` has {num_given} tokens{whole}; at most {limits.max_prompt_tokens}"
             raise too_long(f"{message}, by the server's flag `--max_prompt_tokens`", name)
         raw = before + given if isinstance(given, str) else ""
         prompts.append(Prompt(text, tokens, echo if request.echo else "", begin, raw))
-    total = sum(len(prompt.tokens) for prompt in prompts)
+    n = request.n or 1
+    total = n * sum(len(prompt.tokens) for prompt in prompts)
     if request.scores_prompts and total > limits.max_scored_tokens:
-        message = f"`prompt` has {total} tokens in all; at most {limits.max_scored_tokens} with `echo` and `logprobs`"
+        times = f", `n` {n} times" if n > 1 else ""  # the scores are in every choice
+        message = (
+            f"`prompt` has {total} tokens in all{times}; at most {limits.max_scored_tokens} with `echo` and `logprobs`"
+        )
         raise too_long(f"{message}, 16 times the server's flag `--max_prompt_tokens`", "prompt")
     return prompts
 
