@@ -235,6 +235,19 @@ def test_all_ways_scale_a_label_alike(
     assert (status, json.loads(answer)["error"]["message"]) == (400, "`label_scale` needs a `label`: 3")
 
 
+def test_a_long_prompt_is_read_without_its_label_in_slots_too(lm: textgen.LanguageModel, server: Running) -> None:
+    prompt = "great plot " * 400
+    num_tokens = len(lm._tokenizer.encode(prompt))
+    assert num_tokens > 512
+    before = server.metric("prompt_tokens_read_in_slots_total")
+    body = {"prompt": prompt, "n": 2, "max_tokens": 8, "temperature": 0.7, "seed": 0, "cache_salt": "long"}
+    choices = server.complete(**body, label="positive", label_scale=3)["choices"]
+    assert server.metric("prompt_tokens_read_in_slots_total") - before == 2 * num_tokens
+    assert [choice["text"] for choice in choices] == lm.generate(
+        prompt, n=2, label="positive", label_scale=3, seed=0, **SHORT
+    )
+
+
 def test_a_scale_without_a_label_is_refused(
     lm: textgen.LanguageModel, labelled_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,12 @@ import pytest
 import torch
 
 from textgen.config import SamplingConfig
-from textgen.decoding.decoders import Decoder
+from textgen.decoding import generation
+from textgen.decoding.decoders import Decoder, DecoderState
 from textgen.decoding.generation import Request
+from textgen.decoding.guides import score_choices
 from textgen.model.files import load_model
+from textgen.serving import scheduler
 from textgen.serving.prompts import Prompt, PromptReader
 from textgen.serving.scheduler import Delta, Scheduler, Stream
 from textgen.serving.states import PrefixTable
@@ -53,10 +56,10 @@ class Watched:
         """Queue a sample; one of no tokens reads its prompt only."""
         prompt = Prompt(self.tokenizer.decode(tokens), tokens, "", self.tokenizer.bos_id)
         config = SamplingConfig(max_new_tokens=max(num_tokens, 1), min_new_tokens=max(num_tokens, 1), seed=1)
-        reader = PromptReader(prompt, self.tokenizer.bos_id, 1) if scored else None
+        readers = [PromptReader(prompt, self.tokenizer.bos_id, 1)] if scored else []
         ids = prompt.ids(self.tokenizer.bos_id)
         stream = self.scheduler.new_stream(
-            Request(prompt.text, config), ids, name, reader=reader, reads_only=num_tokens == 0
+            Request(prompt.text, config), ids, name, readers=readers, reads_only=num_tokens == 0
         )
         self.scheduler.submit([stream])
 
@@ -77,10 +80,14 @@ def started(run: Path) -> Iterator[Watched]:
 
 
 def test_a_scored_prompt_is_read_a_window_at_a_time_between_steps(tiny_run: Path) -> None:
+    def submit_short(rows: int, tokens: int) -> None:
+        if tokens == 512 and watched.calls.count((1, 512)) == 1:
+            watched.submit("short", LONG[:100], num_tokens=0, scored=True)
+
     with started(tiny_run) as watched:
+        watched.on_call = submit_short
         watched.submit("stream", [5], num_tokens=100_000, scored=False)
         watched.submit("long", LONG, num_tokens=0, scored=True)
-        watched.submit("short", LONG[:100], num_tokens=0, scored=True)
         watched.wait_for("long", "short")
     slots = [0]  # tokens that are read between two steps
     for _, tokens in watched.calls:
@@ -115,6 +122,26 @@ def test_a_window_that_fails_fails_all_and_the_next_request_is_done(tiny_run: Pa
         assert "short" not in watched.errors
 
 
+def test_choices_are_scored_once_for_all_samples_of_a_prompt(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored: list[int] = []
+
+    def score(decoder: Decoder, token: int, state: DecoderState, choices: Sequence[Sequence[int]]) -> list[float]:
+        scored.append(token)
+        return score_choices(decoder, token, state, choices)
+
+    monkeypatch.setattr(generation, "score_choices", score)
+    monkeypatch.setattr(scheduler, "PROMPT_TOKENS_PER_STEP", 1)  # the samples join one after the other
+    with started(tiny_run) as watched:
+        names = [str(number) for number in range(6)]
+        watched.ended |= {name: threading.Event() for name in names}
+        for token, some in ((5, names[:4]), (6, names[4:])):
+            request = Request("", SamplingConfig(choices=("a good film", "bad")))
+            streams = [watched.scheduler.new_stream(request, [watched.tokenizer.bos_id, token], name) for name in some]
+            watched.scheduler.submit(streams)
+        watched.wait_for(*names)
+    assert scored == [5, 6]
+
+
 @pytest.mark.parametrize("length", [20, 600])
 def test_a_cancelled_prompt_is_not_read_on(tiny_run: Path, length: int) -> None:
     with started(tiny_run) as watched:
@@ -122,7 +149,7 @@ def test_a_cancelled_prompt_is_not_read_on(tiny_run: Path, length: int) -> None:
         prompt = Prompt("", LONG, "", tokenizer.bos_id)
         reader = PromptReader(prompt, tokenizer.bos_id, 1)
         stream = watched.scheduler.new_stream(
-            Request("", SamplingConfig()), prompt.ids(tokenizer.bos_id), "long", reader=reader, reads_only=True
+            Request("", SamplingConfig()), prompt.ids(tokenizer.bos_id), "long", readers=[reader], reads_only=True
         )
         watched.on_call = lambda rows, tokens: watched.scheduler.cancel([stream])
         watched.scheduler.submit([stream])

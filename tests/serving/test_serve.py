@@ -188,14 +188,16 @@ def test_steering_that_cannot_be_is_400_by_name(server: Running) -> None:
         ("regex", r"[^\s\S]"): "`regex` matches no text",
         ("logit_bias", "9999"): "`logit_bias` must be below the vocabulary's size 340: 9999",
         ("logit_bias", ""): "`logit_bias`: the tokenizer has no token for ''",
+        ("choices", "漢" * 300): f"`choices` must be texts of at most 256 tokens: 900 for '{'漢' * 40}'",
     }.items():
         name, value = setting
-        status, _, body = server.ask("POST", "/v1/completions", {name: {value: 1} if name == "logit_bias" else value})
+        given = {value: 1} if name == "logit_bias" else [value] if name == "choices" else value
+        status, _, body = server.ask("POST", "/v1/completions", {name: given})
         error = json.loads(body)["error"]
         assert (status, error["message"], error["param"]) == (400, message, name)
 
 
-def test_a_text_that_nothing_can_continue_says_so(server: Running) -> None:
+def test_a_bias_against_the_only_match_bans_nothing(server: Running) -> None:
     ended = server.complete(prompt="The", regex="a{2}", logit_bias={"a": -100}, max_tokens=9, logprobs=1)["choices"][0]
     assert ended["finish_reason"] in ("stop", "length"), "a bias bans nothing for sure"
     assert len(ended["logprobs"]["tokens"]) == len(ended["logprobs"]["text_offset"]) >= 1

@@ -119,6 +119,17 @@ FIELDS = {
     "seed": [*COUNT[1:], "9223372036854775808"],
     "logprobs": [*COUNT[1:], "11", "100000"],
     "echo": ["0", '"yes"'],
+    "logit_bias": [
+        '{"0000000000009999999": 1}',
+        '{"9999999": 1}',
+        '{"": 1}',
+        '{"%s": 1}' % ("0" * 5000),
+        '{"%s": 1}' % ("é" * 300),
+        '{"a": 101}',
+        '{"a": "1"}',
+        '{"a": null}',
+    ],
+    "choices": ["1", '"a"', '[""]', '["a", "a"]', "[1]", json.dumps(["漢" * 300]), json.dumps(["x"] * 257)],
     "stream": ["1", '"true"'],
     "stream_options": ["1", '{"include_usage": 1}', '{"x": 1}'],
     "user": ["1", f'"{"x" * 257}"'],
@@ -212,7 +223,7 @@ LINES = {
 }  # fmt: skip
 REQUESTS = (
     {f"{name} is {v[:24]}": post(b'{"%s": %s}' % (name.encode(), v.encode())) for name, values in FIELDS.items()
-     for v in (*values, *ANY) if (name, v) not in {("stop", "[]"), ("stream_options", "{}")}}
+     for v in (*values, *ANY) if (name, v) not in {("stop", "[]"), ("stream_options", "{}"), ("logit_bias", "{}")}}
     | {f"body: {name}": post(body) for name, body in BODIES.items()}
     | {f"{path}: {name}": post(body, path=path) for path, bodies in TOKENIZER.items() for name, body in bodies.items()}
     | {f"header: {name}": post(b"{}", *headers) for name, headers in HEADERS.items()}

@@ -204,7 +204,7 @@ def generate_stream(
         ValueError: a request is impossible, see `require_drawable` and `begin_id`.
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
-    waiting, num_started, prefilled = iter(requests), 0, Prefilled()
+    waiting, num_started, prefilled, scored = iter(requests), 0, Prefilled(), Scored()
     batch: Batch | None = None
     stopped = interrupted()
     while not stopped:
@@ -229,7 +229,7 @@ def generate_stream(
             for event in sample.begin():
                 yield sample.index, event
         if joining := [sample for sample in arrived if not sample.ended]:
-            batch = Batch.of(decoder, tokenizer, joining, beside=batch, prefilled=prefilled)
+            batch = Batch.of(decoder, tokenizer, joining, beside=batch, prefilled=prefilled, scored=scored)
         if batch is None:
             if not arrived:  # no request is left
                 return
@@ -332,7 +332,8 @@ class RunningSample:
     def num_read(self) -> int:
         """Number of tokens that are read before the first one is drawn."""
         choices = encode_choices(self.request.config.choices, self.tokenizer)
-        return len(self.prompt_ids) + sum(map(len, choices))
+        times = 1 if self.request.config.label_scale == 1 else 2  # `label_scale` reads the prompt without the label too
+        return times * len(self.prompt_ids) + sum(map(len, choices))
 
     def begin(self) -> Iterator[str | Sample]:
         """Push the forced tokens, as if they had been drawn."""
@@ -414,6 +415,9 @@ Step = tuple[list[int], list[TokenLogprobs] | None]
 # Decoder states after prompts, by the prompts' tokens.
 Prefilled = dict[tuple[int, ...], DecoderState]
 
+# Scores of `choices` after prompts, by the prompts' tokens and the choices.
+Scored = dict[tuple[tuple[int, ...], tuple[str, ...]], list[float]]
+
 
 @dataclass
 class Batch:
@@ -437,6 +441,7 @@ class Batch:
         *,
         beside: Batch | None = None,
         prefilled: Prefilled | None = None,
+        scored: Scored | None = None,
     ) -> Batch:
         """Read the prompts of new samples and append them to a running batch.
 
@@ -447,6 +452,7 @@ class Batch:
             beside: the running batch, if there is one.
             prefilled: states of prompts that were read before. Changed in place: only the last prompt's state is kept,
                 as the next samples often continue the same prompt.
+            scored: scores of choices that were computed before. Changed in place, as `prefilled` is.
         """
         states: Prefilled = {} if prefilled is None else prefilled
         prompts = [(*sample.prompt_ids, *sample.request.config.forced_tokens) for sample in samples]
@@ -464,7 +470,7 @@ class Batch:
         states |= _prefill(decoder, [ids for ids in wanted if ids not in states], read)
         # a batch of one row for each new sample, then one batch of all
         parts = [] if beside is None else [beside]
-        _draw_choices(decoder, samples, [(ids, states[ids]) for ids in prompts])
+        _draw_choices(decoder, samples, [(ids, states[ids]) for ids in prompts], {} if scored is None else scored)
         for sample, ids, plain in zip(samples, prompts, unlabelled, strict=True):
             one = cls._of_one(decoder, tokenizer, sample, ids[-1], states[ids])
             if plain is not None:
@@ -577,7 +583,10 @@ class Batch:
 
 
 def _draw_choices(
-    decoder: Decoder, samples: Sequence[RunningSample], prompts: Sequence[tuple[tuple[int, ...], DecoderState]]
+    decoder: Decoder,
+    samples: Sequence[RunningSample],
+    prompts: Sequence[tuple[tuple[int, ...], DecoderState]],
+    scored: Scored,
 ) -> None:
     """Draw the choices of new samples, in place; their guides lead through the tokens of the choices.
 
@@ -585,8 +594,8 @@ def _draw_choices(
         decoder: reads the choices.
         samples: new ones; those without `choices` do not change.
         prompts: of each sample the tokens, and the state after all but the last.
+        scored: scores that are known. Changed in place: only those of the last sample are kept.
     """
-    scored: dict[tuple[object, ...], list[float]] = {}
     for sample, (ids, state) in zip(samples, prompts, strict=True):
         request = sample.request
         if not (choices := request.config.choices):
@@ -598,6 +607,9 @@ def _draw_choices(
         sample.choices = tuple(zip(choices, scores.softmax(-1).tolist(), strict=True))
         drawn = draw_item(scores, request.config, _sample_number(request.prompt, request.number))
         sample.guide = ChoiceGuide(tokens[drawn], decoder.vocab_size)
+    last = prompts[-1][0], samples[-1].request.config.choices
+    for key in scored.keys() - {last}:
+        del scored[key]
 
 
 def _prefill(

@@ -282,6 +282,9 @@ def _guided_tokenizer(tokenizer: Tokenizer) -> llguidance.LLTokenizer:
 
 # --- choices ---------------------------------------------------------------------------------------------------------
 
+# Choices are scored in one go, a step per token of the longest one, and the server's running samples wait for them.
+MAX_CHOICE_TOKENS = 256
+
 
 class ChoiceGuide:
     """Leads a text through the given tokens to its end."""
@@ -313,13 +316,18 @@ def encode_choices(choices: Sequence[str], tokenizer: Tokenizer) -> tuple[tuple[
     """Return the tokens of each choice, encoded apart: no token spans the end of the prompt.
 
     Raises:
-        ValueError: the tokenizer loses text, or a choice has no tokens.
+        ValueError: the tokenizer loses text, or a choice has no tokens or more than `MAX_CHOICE_TOKENS`.
     """
     if choices and not tokenizer.is_lossless:
         raise ValueError("`choices` needs a tokenizer that loses no text, and this is a word tokenizer")
     encoded = tuple(tuple(tokenizer.encode(choice)) for choice in choices)
     if () in encoded:
         raise ValueError(f"`choices` must not be spaces alone: {choices[encoded.index(())]!r}")
+    for choice, tokens in zip(choices, encoded, strict=True):
+        if len(tokens) > MAX_CHOICE_TOKENS:
+            raise ValueError(
+                f"`choices` must be texts of at most {MAX_CHOICE_TOKENS} tokens: {len(tokens)} for {choice[:40]!r}"
+            )
     return encoded
 
 

@@ -232,6 +232,11 @@ class Api:
         for prompt in prompts:
             completion.num_prompt_tokens += len(prompt.tokens)
             reader = self._new_reader(request, prompt, kept)
+            readers = [] if reader is None else [reader]
+            if config.label_scale != 1 and len(prompt.tokens) > PREFILL_WINDOW and request.max_tokens != 0:
+                plain = replace(prompt, begin=tokenizer.bos_id)  # read without the label too
+                keys = self._scheduler.prefixes.keys(plain.ids(tokenizer.bos_id), request.cache_salt or "")
+                readers.append(PromptReader(plain, tokenizer.bos_id, None, keys=keys))
             keep = partial(self._keep, prompt, label, reader, connection) if request.keep_state else None
             for sample in islice(samples, num_drawn):
                 index = len(completion.choices)
@@ -239,7 +244,7 @@ class Api:
                     sample,
                     prompt.ids(tokenizer.bos_id),
                     (completion, index),
-                    reader=reader,
+                    readers=readers,
                     reads_only=request.max_tokens == 0,
                 )
                 wants_logprobs, scored = request.logprobs is not None, reader if request.scores_prompts else None

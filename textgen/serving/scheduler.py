@@ -24,6 +24,7 @@ from textgen.decoding.generation import (
     Request,
     RunningSample,
     Sample,
+    Scored,
     TokenLogprobs,
     begin_id,
     reads_alone,
@@ -74,8 +75,9 @@ class Stream:
     running: RunningSample
     owner: Any
     """identifies the sample for the caller"""
-    reader: PromptReader | None = None
-    """reads the prompt, if it is scored or long; other samples of the prompt may have the same one"""
+    readers: Sequence[PromptReader] = ()
+    """read the prompt, if it is scored or long, and without its label too, if `label_scale` needs that; other samples
+    of the prompt may have the same ones"""
     reads_only: bool = False
     """the sample ends when the prompt is read"""
     cancelled: bool = False
@@ -84,6 +86,11 @@ class Stream:
     text: str = ""
     logprobs: list[tuple[int, TokenLogprobs]] = field(default_factory=list)
     sample: Sample | None = None
+
+    @property
+    def next_reader(self) -> PromptReader | None:
+        """The first reader that is not done; None if all are."""
+        return next((reader for reader in self.readers if not reader.is_done), None)
 
     def push(self, token: int, logprobs: TokenLogprobs | None) -> None:
         """Add a token that was drawn."""
@@ -139,6 +146,7 @@ class Scheduler:
         self._read: list[Stream] = []  # join as soon as they may
         self._slot_at = self._slot_seconds = 0.0
         self._prefilled: Prefilled = {}
+        self._scored: Scored = {}
         self._delivered_at = self._joined_at = 0.0
         self._indices = itertools.count()
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
@@ -173,7 +181,13 @@ class Scheduler:
         return begin_id(self.decoder.model, self.tokenizer, label)
 
     def new_stream(
-        self, request: Request, ids: list[int], owner: Any, *, reader: PromptReader | None, reads_only: bool = False
+        self,
+        request: Request,
+        ids: list[int],
+        owner: Any,
+        *,
+        readers: Sequence[PromptReader] = (),
+        reads_only: bool = False,
     ) -> Stream:
         """Return a sample for `submit`.
 
@@ -181,11 +195,11 @@ class Scheduler:
             request: its prompt is normalized.
             ids: the first input and the prompt's tokens.
             owner: identifies the sample for the caller.
-            reader: of a prompt that is scored or longer than a window.
+            readers: of a prompt that is scored or longer than a window.
             reads_only: whether the sample ends when the prompt is read.
         """
         running = RunningSample(index=next(self._indices), request=request, tokenizer=self.tokenizer, prompt_ids=ids)
-        return Stream(running, owner, reader, reads_only)
+        return Stream(running, owner, readers, reads_only)
 
     def submit(self, streams: Sequence[Stream]) -> None:
         """Queue all samples or, if an error is raised, none.
@@ -241,7 +255,7 @@ class Scheduler:
             joining, self._read, num_tokens = self._read, [], 0
             while self._waiting and len(self._running) + len(self._reading) + len(joining) < self._batch_size:
                 first = self._waiting[0]
-                if first.reader is None and not first.reads_only:
+                if not first.readers and not first.reads_only:
                     num_tokens += first.running.num_read
                     if joining and num_tokens > PROMPT_TOKENS_PER_STEP:
                         break
@@ -262,10 +276,16 @@ class Scheduler:
             self._read_slot()
         if joining:
             # Of these prompts the decoder would read the same windows.
-            readers = [stream.reader for stream in joining if stream.reader is not None]
+            readers = [reader for stream in joining for reader in stream.readers]
             self._prefilled |= {r.ids: r.state for r in readers if r.state and reads_alone(self.decoder, r.ids)}
-            samples = [stream.running for stream in joining]
-            self._batch = Batch.of(self.decoder, self.tokenizer, samples, beside=self._batch, prefilled=self._prefilled)
+            self._batch = Batch.of(
+                self.decoder,
+                self.tokenizer,
+                [stream.running for stream in joining],
+                beside=self._batch,
+                prefilled=self._prefilled,
+                scored=self._scored,
+            )
             self._running |= {stream.running.index: stream for stream in joining}
         batch = self._batch
         if batch is None:
@@ -298,8 +318,8 @@ class Scheduler:
         ended: list[Stream] = []
         for _ in range(len(self._reading)):
             stream = self._reading[0]
-            reader = stream.reader
-            if reader is not None and not stream.cancelled:
+            reader = None if stream.cancelled else stream.next_reader
+            if reader is not None:
                 if (known := self.prefixes.find(reader.keys, reader.num_windows)) is not None:
                     reader.skip(*known)
                 if not reader.is_done:
@@ -309,11 +329,11 @@ class Scheduler:
                     reader.read(self.decoder)  # if this fails, the stream is among those that fail
                     if reader.border is not None and 0 < reader.border[0] <= len(reader.keys):
                         self.prefixes.put(reader.keys[reader.border[0] - 1], reader.border[1])
-                self.num_reused_tokens += reader.pop_reused()
             self._reading.popleft()
             if stream.cancelled:
                 continue
-            if reader is not None and not reader.is_done:
+            self.num_reused_tokens += sum(reader.pop_reused() for reader in stream.readers)
+            if stream.next_reader is not None:
                 self._reading.append(stream)
             elif stream.reads_only:
                 stream.end_read()
@@ -339,4 +359,4 @@ class Scheduler:
         self._on_deltas([(stream, Delta("", (), error=reason)) for stream in failed])
         self._running.clear()
         self._reading.clear()
-        self._batch, self._prefilled, self._read = None, {}, []
+        self._batch, self._prefilled, self._scored, self._read = None, {}, {}, []
