@@ -185,6 +185,21 @@ def test_read_and_stream_take_a_label(lm: textgen.LanguageModel) -> None:
         lm.generate(state=state, label="positive", **SHORT)
 
 
+def test_a_batch_file_of_a_state_is_not_continued_after_one_of_another_label(
+    labelled_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    states = {label: str(tmp_path / label) for label in LABELS}
+    for label, state in states.items():
+        sample(labelled_run, capsys, "--prompt", "great", "--label", label, "--save_state", state)
+    (tmp_path / "prompts").write_text('{"prompt": " hero"}\n')
+    batch = ["--batch_file", str(tmp_path / "prompts"), "--out", str(tmp_path / "out")]
+    for _ in range(2):
+        main(["sample", str(labelled_run), *FLAGS, *batch, "--state", states["positive"]])
+    with pytest.raises(SystemExit):
+        main(["sample", str(labelled_run), *FLAGS, *batch, "--state", states["negative"]])
+    assert "was started with other settings: name another file" in capsys.readouterr().err
+
+
 # --- label_scale -----------------------------------------------------------------------------------------------------
 
 

@@ -117,6 +117,7 @@ WRONG = {
     ":n 1e3": "`:n` wants an integer from 1 to 64: 1e3",
     ":pick": "`:pick` wants an integer from 1 to 64: ",
     ":pick 1": "there are no alternatives to pick from: 1",
+    ":regex a(": "`regex` cannot be used: unclosed group",
     ":again": "there is no continuation to draw again",
     ":again 2": "`:again` takes no value: 2",
     ":undo": "there is nothing to undo",
@@ -125,6 +126,19 @@ WRONG = {
     "   ": "the line is only spaces; an empty line continues the text",
     b"\xff": "is not UTF-8: byte 0xff at position 0",
 }
+
+
+def test_a_regex_leads_a_continuation_from_its_first_space(
+    play: Play, samples: Callable[..., list[str]], tiny_run: Path, capsys: Capture
+) -> None:
+    wanted = samples("The plot", 1, "--regex", " (good|bad)")
+    assert wanted[0] in (" good", " bad")
+    assert play(":regex  (good|bad)", "The plot")[0] == f"{wanted[0]}\n"
+    assert play(":regex  (good|bad)", ":regex none", "The plot")[0] == f"{samples('The plot', 1)[0]}\n"
+    assert play(":regex 17", "The plot")[0] == "17\n"
+    with pytest.raises(SystemExit) as ended:
+        main(["play", str(tiny_run), "--regex", "a("])
+    assert (ended.value.code, capsys.readouterr().err) == (2, "error: `regex` cannot be used: unclosed group\n")
 
 
 @pytest.mark.parametrize("line", WRONG)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -159,14 +160,17 @@ def test_a_long_text_is_read_in_windows(
         (["--data", "validation", "--limit", "0"], "`limit` must be at least 1: 0"),
         (["--data", "nothing.txt"], "`nothing.txt` does not exist"),
         (["--text", "a", "--heatmap", "none/x.html"], "`none/x.html` cannot be written: it is a folder, or its"),
+        (["--text", "a", "--heatmap", "pipe"], "`pipe` is not a file"),
     ],
 )
 def test_wrong_flags_are_one_line(
     flags: list[str], line: str, tiny_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")  # as a device, nothing that a file may replace
     with pytest.raises(SystemExit) as end:
         main(["score", str(tiny_run), *flags])
+    assert Path("pipe").is_fifo()
     said = capsys.readouterr()
     assert (end.value.code, said.out, said.err.count("\n")) == (2, "", 1)
     assert said.err.startswith(f"error: {line}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,7 @@ def test_a_batch_file_continues_a_state(tiny_run: Path, tmp_path: Path, capsys: 
         (["--batch_file", "b", "--out", "o", "--save_state", "s"], "`save_state` cannot be combined with `batch_file`"),
         (["--prompt", "a", "--save_state", "nowhere/s"], "`nowhere/s` cannot be written: it is a folder, or its"),
         (["--prompt", "a", "--save_state", "."], "`.` cannot be written: it is a folder, or its folder does not"),
+        (["--prompt", "a", "--save_state", "pipe"], "`pipe` is not a file"),
         (["--prompt", "a", "--num_samples", "0"], "`num_samples` must be at least 1: 0"),
         (
             ["--prompt", "a", "--save_state", "s", "--num_samples", "0", "--best_of", "2"],
@@ -100,9 +102,11 @@ def test_wrong_flags_are_refused_in_a_line(
 ) -> None:
     (tmp_path / "b").write_text('{"prompt": "a"}\n')
     monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")  # as a device, nothing that a file may replace
     with pytest.raises(SystemExit) as ended:
         out(capsys, str(tiny_run.resolve()), *flags)
+    assert Path("pipe").is_fifo()
     assert ended.value.code == 2
     err = capsys.readouterr().err.splitlines()
     assert err[-1].startswith(f"error: {message}")
-    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "pipe"]

@@ -73,6 +73,14 @@ def fail(message: str) -> NoReturn:
     raise SystemExit(2)
 
 
+def require_writable(path: str) -> None:
+    """Fail if a file cannot be written, or would take the place of something that is not a file, such as a device."""
+    if not Path(path).parent.is_dir() or Path(path).is_dir():
+        fail(f"`{path}` cannot be written: it is a folder, or its folder does not exist")
+    if Path(path).exists() and not Path(path).is_file():
+        fail(f"`{path}` is not a file")
+
+
 class HelpFormatter(DefaultHelpFormatter):
     """Prints a short usage; of each flag the kind of its value, the text, and the default unless the text has it."""
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from textgen.commands.model_argument import add_model_arguments, open_decoder
 from textgen.commands.parsing import Parser
+from textgen.commands.prompts import require_drawable
 from textgen.commands.sample import LISTS, first_interrupt, stream_samples
 from textgen.config import SamplingConfig
 from textgen.console import escape_controls, setup_logging
@@ -74,6 +75,7 @@ def play_command(argv: Sequence[str]) -> None:
     from textgen.data.corpus import normalize
     from textgen.decoding.draft import Draft
 
+    require_drawable(config, opened.tokenizer)
     draft = Draft(decoder, opened.tokenizer)
     draft.set_label(args.label)
     player = _Player(draft, config, lambda text: normalize(text, opened.normalization))
@@ -164,8 +166,8 @@ class _Player:
                 self.draft.write(text)
             self._draw()
             return True
-        name, _, value = line[1:].strip().partition(" ")
-        value = value.strip()
+        name, _, given = line[1:].lstrip().partition(" ")
+        name, value = name.strip(), given.strip()
         if name in ("again", "undo", "text", "help", "quit") and value:
             raise TextgenError(f"`:{name}` takes no value: {value[:40]}")
         if name == "again":
@@ -185,7 +187,7 @@ class _Player:
                 HELP + "".join(f"\n  {setting} {self._value_of(setting)}" for setting in ["n", *SETTINGS]), flush=True
             )
         elif name != "quit":
-            self._set(SHORT_NAMES.get(name, name), value)
+            self._set(SHORT_NAMES.get(name, name), given if name == "regex" and value not in ("", "none") else value)
         return name != "quit"
 
     def _draw(self, *, again: bool = False) -> None:
@@ -245,13 +247,16 @@ class _Player:
             self._n = _integer(name, value, MAX_ALTERNATIVES)
         else:
             try:
-                changed = dataclasses.asdict(self._config) | {name: _plain(value)}
-                self._config = build_settings(SamplingConfig, changed)
+                made = value if name == "regex" and value != "none" else _plain(value)
+                changed = build_settings(SamplingConfig, dataclasses.asdict(self._config) | {name: made})
+                self.draft.require_drawable(changed)
+                self._config = changed
             except ValueError as error:
                 raise TextgenError(str(error)) from None
 
     def _value_of(self, name: str) -> str:
-        return str(self._n if name == "n" else getattr(self._config, name)).lower()
+        value = self._n if name == "n" else getattr(self._config, name)
+        return value if isinstance(value, str) else str(value).lower()
 
 
 def _note(message: str) -> None:

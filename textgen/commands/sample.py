@@ -108,6 +108,8 @@ def sample_command(argv: Sequence[str]) -> None:
             settings = [_settings_record(config), args.num_samples, args.best_of, args.decoder]
             settings += [hashlib.sha256(before.encode()).hexdigest()] if before else []
             settings += [args.label] if args.label else []
+            if read is not None and read.ids[0] != opened.tokenizer.bos_id:  # the label of the state's text
+                settings.append({"begin": read.ids[0]})
             origin = origin_of(raw, settings, opened.directory)
             if len({(prompt.whole, prompt.config) for prompt in prompts}) < len(prompts):
                 # An earlier version drew equal samples for equal prompts: its files must not be continued.

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textgen.commands.model_argument import add_model_arguments, open_model
-from textgen.commands.parsing import Parser, fail
+from textgen.commands.parsing import Parser, fail, require_writable
 from textgen.commands.texts_argument import add_text_arguments, check_text_arguments, read_texts
 from textgen.console import quoted, setup_logging
 
@@ -81,8 +81,8 @@ def _parse(argv: Sequence[str]) -> Any:
             parser.error(f"`{name}` must be at least {least}: {args[name]}")
     if args.json and args.csv:
         parser.error("`json` cannot be combined with `csv`")
-    if args.heatmap is not None and (not Path(args.heatmap).parent.is_dir() or Path(args.heatmap).is_dir()):
-        parser.error(f"`{args.heatmap}` cannot be written: it is a folder, or its folder does not exist")
+    if args.heatmap is not None:
+        require_writable(args.heatmap)
     check_text_arguments(args)
     return args
 

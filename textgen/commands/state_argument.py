@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from textgen.commands.model_argument import OpenModel
-from textgen.commands.parsing import Parser, fail
+from textgen.commands.parsing import Parser, fail, require_writable
 
 if TYPE_CHECKING:
     from textgen.commands.prompts import Prompt
@@ -45,8 +45,7 @@ def require_readable(args: Any, prompts: Sequence[Prompt]) -> None:
         fail(f"`save_state` needs a single prompt: {len(prompts)}")
     if not prompts[0].text and args.state is None:
         fail(f"{prompts[0].source} is empty: there is nothing to read for `save_state`")
-    if not Path(path).parent.is_dir() or Path(path).is_dir():
-        fail(f"`{path}` cannot be written: it is a folder, or its folder does not exist")
+    require_writable(path)
 
 
 def open_state(path: str | None, opened: OpenModel, decoder: Decoder) -> ReadState | None:

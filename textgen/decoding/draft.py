@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from textgen.config import SamplingConfig
 from textgen.decoding.cuda_graphs import GraphRunner
 from textgen.decoding.decoders import Decoder
-from textgen.decoding.generation import Request, Sample, begin_id, generate_stream
+from textgen.decoding.generation import Request, Sample, begin_id, generate_stream, require_drawable
 from textgen.decoding.reading import ReadState, read_tokens
 from textgen.errors import TextgenError
 from textgen.tokenizer import Tokenizer
@@ -70,6 +70,10 @@ class Draft:
                 before = version.read = read_tokens(self._decoder, version.read.text, ids, after=before)
             version.num_drawn = 0
         self.label = label
+
+    def require_drawable(self, config: SamplingConfig) -> None:
+        """Check settings; see `generation.require_drawable`, which raises ValueError."""
+        require_drawable(config, self._tokenizer)
 
     def write(self, text: str) -> None:
         """Append a text of the user.
