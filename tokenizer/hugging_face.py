@@ -5,13 +5,14 @@ piece and is spelled by its bytes, as `Tokenizer.encode` does. Where ids may dif
 
 - unigram: segmentations of equal or nearly equal probability, such as `...` `.` and `.` `...`. SentencePiece's choice
   depends on how the text before them rounds in float32; `tokenizers` computes in float64.
-- unigram: a text that holds the name of a byte or special token, `<0x41>`, `</s>` or `<unk>`, is cut after its `<`. Ids
-  differ if a piece of the vocabulary spans this cut.
+- unigram: a text that holds the name of a byte, special or control token, such as `<0x41>`, `</s>` or `<s>`, is cut
+  after its first character. Ids differ if a piece of the vocabulary spans this cut.
 - `tokenizers.Tokenizer` reads `</s>` and `<unk>` in a text as special tokens until `encode_special_tokens` is set to
   true. `AutoTokenizer` sets it, because tokenizer_config.json has `split_special_tokens`.
 """
 
 import json
+import re
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as FastTokenizer
@@ -20,8 +21,7 @@ from .tokenizer import NORMAL, SPACE, USER_DEFINED, Tokenizer, TokenizerError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
-# `tokenizers` would find the names of bytes and special tokens in a text. After this cut it finds none.
-NAMES = Regex("<(?=0x[0-9A-F]{2}>|/s>|unk>)")
+BYTE_NAME = re.compile("<0x[0-9A-F]{2}>")
 
 Pieces = list[tuple[str, float, int]]
 
@@ -59,8 +59,18 @@ def _unigram(tokenizer: Tokenizer, pieces: Pieces) -> FastTokenizer:
 
     vocabulary = [(_spell(piece, kind), score_of(piece, score, kind)) for piece, score, kind in pieces]
     fast = FastTokenizer(models.Unigram(vocabulary, unk_id=tokenizer.unk_id, byte_fallback=True))
-    fast.pre_tokenizer = pre_tokenizers.Split(NAMES, "merged_with_previous")
+    fast.pre_tokenizer = pre_tokenizers.Split(_names(pieces), "merged_with_previous")
     return fast
+
+
+def _names(pieces: Pieces) -> Regex:
+    """Return the first character of every name of a byte, special or control token.
+
+    `tokenizers` would find these names in a text. After a cut there it finds none.
+    """
+    names = [name for name, _, kind in pieces if kind not in (NORMAL, USER_DEFINED)]
+    others = [f"{re.escape(name[0])}(?={re.escape(name[1:])})" for name in names if not BYTE_NAME.fullmatch(name)]
+    return Regex("|".join(["<(?=0x[0-9A-F]{2}>)", *others]))
 
 
 def _merging(tokenizer: Tokenizer, pieces: Pieces) -> FastTokenizer:

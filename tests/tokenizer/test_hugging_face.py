@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceTrainer
 from tokenizers import Tokenizer as FastTokenizer
 
 from tests.tokenizer.test_tokenizer import MANY, MIXED, TRAPS
@@ -66,6 +68,26 @@ def test_special_tokens_have_their_ids_and_no_text(unigram: Tokenizer, fasts: di
     assert fast.decode([*unigram.encode("a film"), unigram.eos_id]) == "a film"
     config = json.loads(hugging_face_files(unigram)[TOKENIZER_FILES[1]])
     assert (config["bos_token"], config["eos_token"], config["split_special_tokens"]) == ("</s>", "</s>", True)
+
+
+def test_control_tokens_are_not_found_in_a_text(training_texts: list[str]) -> None:
+    model = io.BytesIO()
+    SentencePieceTrainer.Train(
+        sentence_iterator=iter(training_texts[:100]),
+        model_writer=model,
+        vocab_size=600,
+        minloglevel=2,
+        byte_fallback=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        max_sentence_length=100_000,
+        control_symbols=["<a-b>", "[x|y]"],
+    )
+    tokenizer = Tokenizer(model.getvalue())
+    fast = fast_of(tokenizer)
+    for text in ("a <s>film</s> of <a-b> and [x|y], <unk> <0x41>", "<s>", "[x|y]", "<s", "[x", "xly"):
+        assert fast.encode(text).ids == tokenizer.encode(text), text
 
 
 def test_a_word_tokenizer_is_refused(word: Tokenizer) -> None:
