@@ -218,6 +218,22 @@ def test_a_regex_that_is_wrong_or_too_large_is_refused(tokenizer: Tokenizer, pat
         require_drawable(SamplingConfig(regex=pattern), tokenizer)
 
 
+def test_a_refused_regex_is_not_tried_again(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guides, "_refused", {})
+    monkeypatch.setattr(guides, "MAX_REFUSED", 2)
+    tried: list[int] = []
+
+    def refuse(*_: object) -> None:
+        tried.append(1)
+        raise ValueError("`regex` is too large")
+
+    monkeypatch.setattr(guides, "_try_out", refuse)
+    for pattern in ("one", "one", "two", "three", "three", "one"):
+        with pytest.raises(ValueError, match=r"^`regex` is too large$"):
+            compile_regex(pattern, tokenizer)
+    assert len(tried) == 4, "the oldest of more than two is forgotten"
+
+
 def test_positions_of_a_regex_are_counted_with_its_repetitions() -> None:
     for pattern, size in {
         "abc": 3, "a|bc": 3, "a{3}": 3, "(ab){2,5}c": 11, "[a-z]{4}": 4, r"\p{L}{4}\.": 5, "(?:a(?P<x>b{2})){3}": 9,

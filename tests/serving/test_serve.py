@@ -22,12 +22,18 @@ from pydantic import BaseModel
 
 from tests.serving.servers import Running, running
 from textgen.cli import main
+from textgen.commands.serve import _prefix_table
 from textgen.config import SamplingConfig
 from textgen.decoding.choose import choose_decoder
+from textgen.decoding.decoders import Decoder
 from textgen.decoding.generation import Sample, sample_all
 from textgen.model.files import load_model
 from textgen.packages import HOME
 from textgen.serving import responses
+from textgen.serving.api import Api
+from textgen.serving.protocol import Limits
+from textgen.serving.scheduler import Scheduler
+from textgen.serving.states import PrefixTable, StateTable
 
 PROMPTS = ["The plot was", "Ça va, très café", "", "I watched this 🙂"]
 ENDLESS = {
@@ -195,6 +201,21 @@ def test_steering_that_cannot_be_is_400_by_name(server: Running) -> None:
         status, _, body = server.ask("POST", "/v1/completions", {name: given})
         error = json.loads(body)["error"]
         assert (status, error["message"], error["param"]) == (400, message, name)
+
+
+def test_a_regex_waits_for_others_no_longer_than_a_request_may_take(tiny_run: Path) -> None:
+    model, tokenizer = load_model(tiny_run)
+    scheduler = Scheduler(Decoder(model), tokenizer, batch_size=1, max_waiting=1, prefixes=PrefixTable(0))
+    api = Api("tiny", "none", scheduler, Limits(timeout=0.01), StateTable(0, 1), lambda: 0)
+
+    async def ask() -> None:
+        await api._compiling.acquire()
+        with pytest.raises(responses.ApiError, match=r"^not ready within 0\.01 seconds$"):
+            await api._require_drawable(SamplingConfig(regex="a"))
+        api._compiling.release()
+        await api._require_drawable(SamplingConfig(regex="a"))
+
+    asyncio.run(ask())
 
 
 def test_a_bias_against_the_only_match_bans_nothing(server: Running) -> None:
@@ -459,6 +480,17 @@ def test_what_cannot_be_served_is_said_in_a_line(
     with pytest.raises(SystemExit, match="2"):
         main(["serve", "nowhere", *flags])
     assert capsys.readouterr().err == f"error: {said}\n"
+
+
+def test_states_of_prompts_that_no_memory_holds_are_said_in_a_line(
+    tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    decoder = Decoder(load_model(tiny_run)[0])
+    with pytest.raises(SystemExit, match="2"):
+        _prefix_table(1e9, decoder)
+    said = "error: `prefix_cache` 1e+09 MiB cannot be allocated: this machine has less memory\n"
+    assert capsys.readouterr().err == said
+    assert _prefix_table(1, decoder).num_bytes == 0
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -59,6 +59,7 @@ def test_texts_are_equal_with_states_without_warm_and_evicted(
     wanted = [choices(plain, prompt=prompt) for prompt in prompts]
     assert plain.metric("prefix_tokens_reused_total") == plain.metric("prefix_states") == 0
     small = ["--max_prompt_tokens", "8192", "--prefix_cache", str(2.5 * (ENTRY_BYTES + 512) / 2**20)]
+    small += ["--kept_states", "1"]
     with running(tiny_run, tmp_path / "log", *small) as evicting, ThreadPoolExecutor(len(prompts)) as pool:
         for each in (server, server, evicting, evicting):
             before = each.metric("prefix_tokens_reused_total")
@@ -67,6 +68,15 @@ def test_texts_are_equal_with_states_without_warm_and_evicted(
             assert reused >= 512
             assert reused % 512 == 0
         assert evicting.metric("prefix_states") == 2
+        # A state whose id is in an answer is not dropped by that answer itself.
+        assert evicting.complete(prompt=SHARED, keep_state=True)["choices"][0]["state_id"]
+        for prompt, said in (
+            (["a", "b"], "`keep_state` of 2 samples; a connection may keep 1, by the server's flag `--kept_states`"),
+            ("☃" * 2700, "`keep_state` of a prompt of 302400 bytes; all states have 262144, by the server's"),
+        ):
+            status, error = refusal(evicting, prompt=prompt, keep_state=True)
+            assert (status, error["param"]) == (400, "keep_state")
+            assert error["message"].startswith(said)
         # Both windows that all share, of all prompts: they were known by the second time.
         assert choices(server, prompt=prompts) == [{**choice, "index": i} for i, (choice,) in enumerate(wanted)]
     assert server.metric("prefix_states") > 2
@@ -250,5 +260,7 @@ def test_states_are_bounded_in_number_age_memory_and_by_connection() -> None:
     now = 10
     assert all(table.get(state_id) is None for state_id in many)
     assert len(table) == 0
+    alone = StateTable(1, 10)
+    assert alone.get(alone.put(KeptState("a" * STATE_BYTES, None), "one")) is not None, "the newest is kept"
     large = [table.put(KeptState("a" * STATE_BYTES, None), place) for place in range(16)]  # four bytes each
     assert [table.get(state_id) is not None for state_id in large] == [False] * 13 + [True] * 3

@@ -23,6 +23,7 @@ from textgen.packages import require_packages
 if TYPE_CHECKING:
     from textgen.decoding.decoders import Decoder
     from textgen.serving.server import DrainingServer
+    from textgen.serving.states import PrefixTable
 
 log = logging.getLogger("textgen")
 
@@ -68,7 +69,7 @@ def _build(args: Any, opened: OpenModel, decoder: Decoder, token: str | None) ->
     from textgen.serving.protocol import Limits
     from textgen.serving.scheduler import Scheduler
     from textgen.serving.server import build_server
-    from textgen.serving.states import PrefixTable, StateTable
+    from textgen.serving.states import StateTable
 
     server: DrainingServer  # built last, from the API, which reads its number of connections at each request
     scheduler = Scheduler(
@@ -76,7 +77,7 @@ def _build(args: Any, opened: OpenModel, decoder: Decoder, token: str | None) ->
         opened.tokenizer,
         batch_size=args.batch_size,
         max_waiting=args.max_waiting,
-        prefixes=PrefixTable(int(args.prefix_cache * 2**20)),
+        prefixes=_prefix_table(args.prefix_cache, decoder),
     )
     states = StateTable(args.kept_states, args.kept_state_seconds)
     limits = Limits(
@@ -102,6 +103,16 @@ def _build(args: Any, opened: OpenModel, decoder: Decoder, token: str | None) ->
     )
     server = build_server(app, scheduler)
     return server
+
+
+def _prefix_table(mebibytes: float, decoder: Decoder) -> PrefixTable:
+    """Return a table with all its memory; fail if there is not so much."""
+    from textgen.serving.states import PrefixTable
+
+    try:
+        return PrefixTable(int(mebibytes * 2**20), like=decoder.prefill([0]))
+    except (RuntimeError, MemoryError):
+        fail(f"`prefix_cache` {mebibytes:g} MiB cannot be allocated: this machine has less memory")
 
 
 def _parse(argv: Sequence[str]) -> Any:

@@ -36,6 +36,10 @@ TRIAL_STATES, TRIAL_FUEL = 10_000, 100_000  # fuel: expressions that a step may 
 MAX_STATES, MAX_FUEL = 50_000, 1_000_000  # of about 500 bytes
 
 
+# Messages for regexes that were refused, so that nobody has them tried again and again; the oldest first.
+_refused: dict[tuple[str, Tokenizer], str] = {}
+MAX_REFUSED = 64
+
 # Parts of a regex: escapes and classes of characters, the beginnings of groups, repetitions, single characters.
 REGEX_PARTS = re.compile(
     r"\\[pPx]\{[^}]*\}|\\.|\[(?:\\.|[^\]\\])+\]|\(\?(?:P?<\w+>|[a-zA-Z-]*[:)])|\{(\d+),?(\d*)\}|.", re.DOTALL
@@ -196,18 +200,26 @@ def compile_regex(regex: str, tokenizer: Tokenizer) -> CompiledRegex:
 
     if not tokenizer.is_lossless:
         raise ValueError("`regex` needs a tokenizer that loses no text, and this is a word tokenizer")
+    if (refused := _refused.get((regex, tokenizer))) is not None:
+        raise ValueError(refused)
 
     def new_matcher(states: int, fuel: int) -> llguidance.LLMatcher:
         limits = llguidance.LLParserLimits(max_lexer_states=states, step_lexer_fuel=fuel, initial_lexer_fuel=fuel)
         grammar = llguidance.LLMatcher.grammar_from_regex(regex)
         return llguidance.LLMatcher(_guided_tokenizer(tokenizer), grammar, log_level=0, limits=limits)
 
-    matcher = new_matcher(TRIAL_STATES, TRIAL_FUEL)
-    if error := matcher.get_error():
-        raise ValueError(f"`regex` cannot be used: {_first_cause(error)}")
-    if (size := count_positions(regex)) > MAX_POSITIONS:
-        raise ValueError(f"`regex` is too large: {size} positions with its repetitions, at most {MAX_POSITIONS}")
-    _try_out(matcher, tokenizer)
+    try:
+        matcher = new_matcher(TRIAL_STATES, TRIAL_FUEL)
+        if error := matcher.get_error():
+            raise ValueError(f"`regex` cannot be used: {_first_cause(error)}")
+        if (size := count_positions(regex)) > MAX_POSITIONS:
+            raise ValueError(f"`regex` is too large: {size} positions with its repetitions, at most {MAX_POSITIONS}")
+        _try_out(matcher, tokenizer)
+    except ValueError as error:
+        while len(_refused) >= MAX_REFUSED:
+            _refused.pop(next(iter(_refused)), None)
+        _refused[regex, tokenizer] = str(error)
+        raise
     return CompiledRegex(functools.partial(new_matcher, MAX_STATES, MAX_FUEL), new_matcher(MAX_STATES, MAX_FUEL))
 
 
@@ -223,7 +235,7 @@ def _try_out(matcher: llguidance.LLMatcher, tokenizer: Tokenizer) -> None:
     Raises:
         ValueError: the regex matches no text, or a text takes too many states.
     """
-    started = time.monotonic()
+    started = time.thread_time()  # the same regexes pass on a busy machine
     for trial in range(NUM_TRIALS):
         guide, chance = RegexGuide(matcher.deep_copy(), tokenizer.vocab_size), random.Random(trial)
         for position in range(TRIAL_TOKENS):
@@ -232,7 +244,7 @@ def _try_out(matcher: llguidance.LLMatcher, tokenizer: Tokenizer) -> None:
                 raise ValueError("`regex` matches no text")
             if guide.block == "regex_limit":
                 raise ValueError(f"`regex` is too large: texts that match it take more than {TRIAL_STATES} states")
-            if time.monotonic() - started > TRIAL_SECONDS:
+            if time.thread_time() - started > TRIAL_SECONDS:
                 raise ValueError(f"`regex` is too large: a few texts that match it take more than {TRIAL_SECONDS:g} s")
             tokens = tokens[tokens != tokenizer.eos_id]
             if not len(tokens):

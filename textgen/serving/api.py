@@ -25,7 +25,7 @@ from textgen.decoding.decoders import PREFILL_WINDOW
 from textgen.decoding.generation import Sample, number_requests, require_drawable, require_label
 from textgen.decoding.scoring import token_text
 from textgen.errors import TextgenError
-from textgen.serving.completion import EventStream, PendingChoice, PendingCompletion, cancel_on_disconnect
+from textgen.serving.completion import EventStream, PendingChoice, PendingCompletion, cancel_on_disconnect, late
 from textgen.serving.description import describe_api
 from textgen.serving.prompts import (
     Prompt,
@@ -208,10 +208,16 @@ class Api:
             if config.regex is None:
                 require_drawable(config, self._scheduler.tokenizer)
             else:
-                async with self._compiling:
+                async with asyncio.timeout(self._limits.timeout):  # of the wait alone: a thread cannot be stopped
+                    await self._compiling.acquire()
+                try:
                     await asyncio.to_thread(require_drawable, config, self._scheduler.tokenizer)
+                finally:
+                    self._compiling.release()
         except ValueError as error:
             raise setting_error(error) from None
+        except TimeoutError:
+            raise late(self._limits.timeout) from None
 
     def _new_completion(
         self, request: CompletionRequest, config: SamplingConfig, connection: Hashable
@@ -228,6 +234,8 @@ class Api:
         completion = PendingCompletion(self._name, self._scheduler, n=request.n or 1, num_drawn=num_drawn)
         before = "" if kept is None else kept.text
         prompts = read_prompts(request, tokenizer, self._normalization, self._limits, begin=begin, before=before)
+        if request.keep_state:
+            self._require_room(prompts, completion.n)
         samples = number_requests(((prompt.text, config, label) for prompt in prompts), num_drawn)
         for prompt in prompts:
             completion.num_prompt_tokens += len(prompt.tokens)
@@ -279,6 +287,19 @@ class Api:
             raise ApiError(404, message, code="state_not_found", param="state_id")
         return kept
 
+    def _require_room(self, prompts: Sequence[Prompt], n: int) -> None:
+        """Raise ApiError if the states after `n` samples of each prompt would drive each other out."""
+        most, count = self._states.max_of_connection, n * len(prompts)
+        if count > most:
+            message = f"`keep_state` of {count} samples; a connection may keep {most}, by the server's flag"
+            raise ApiError(400, f"{message} `--kept_states`", param="keep_state")
+        for prompt in prompts:
+            # its text and tokens; a state beside them is much smaller
+            size = 4 * len(prompt.given) + 36 * len(prompt.tokens)
+            if size > self._states.max_bytes:
+                message = f"`keep_state` of a prompt of {size} bytes; all states have {self._states.max_bytes}"
+                raise ApiError(400, f"{message}, by the server's flag `--kept_states`", param="keep_state")
+
     def _begin_id(self, label: str | None, config: SamplingConfig) -> int:
         """Return the first input of a text; raise ApiError if its label is unknown, or missing for `label_scale`."""
         try:
@@ -302,16 +323,20 @@ class Api:
         parsed = parse_body(TokenizeRequest, await read_body(request, self._limits.body_bytes))
         self._require_model(parsed.model)
         tokenizer = self._scheduler.tokenizer
-        tokens = encode_document(tokenizer, normalize(parsed.prompt, self._normalization))
+        text = normalize(parsed.prompt, self._normalization)
+        # in a thread: a long text takes a second, and streams wait meanwhile
+        tokens = await asyncio.to_thread(encode_document, tokenizer, text)
         if parsed.add_special_tokens is not False and tokens[:1] != [tokenizer.bos_id]:
             tokens = [tokenizer.bos_id, *tokens]
-        texts = [token_text(tokenizer, token) or tokenizer.eos_token for token in tokens]
+        texts = None
+        if parsed.return_token_strs:
+            texts = [token_text(tokenizer, token) or tokenizer.eos_token for token in tokens]
         return JSONResponse(
             {
                 "count": len(tokens),
                 "max_model_len": self._limits.max_model_len,
                 "tokens": tokens,
-                "token_strs": texts if parsed.return_token_strs else None,
+                "token_strs": texts,
             }
         )
 

@@ -92,6 +92,11 @@ class PendingChoice:
         return choice
 
 
+def late(seconds: float) -> ApiError:
+    """Return the error of a request that takes too long."""
+    return ApiError(503, f"not ready within {seconds:g} seconds", code="timeout")
+
+
 class PendingCompletion:
     """A completion whose samples are decoded.
 
@@ -129,8 +134,7 @@ class PendingCompletion:
             self._scheduler.submit([choice.stream for choice in self.choices])
         except BusyError as error:
             raise ApiError(503 if isinstance(error, ClosedError) else 429, str(error)) from None
-        late = ApiError(503, f"not ready within {timeout:g} seconds", code="timeout")
-        self._timer = asyncio.get_running_loop().call_later(timeout, self._fail, late)
+        self._timer = asyncio.get_running_loop().call_later(timeout, self._fail, late(timeout))
 
     def add(self, index: int, delta: Delta) -> None:
         """Add a delta to a sample."""

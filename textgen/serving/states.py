@@ -39,13 +39,19 @@ class PrefixTable:
 
     Args:
         max_bytes: of memory; 0 keeps nothing.
+        like: a state of the decoder, for which the memory is allocated; None to do this at the first state.
+
+    Raises:
+        RuntimeError: there is not so much memory.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, *, like: DecoderState | None = None) -> None:
         self.max_bytes = max_bytes
         self._key = secrets.token_bytes(32)
-        self._rows: Tensor | None = None  # (states, sum of the sizes of a state's parts), made at the first state
+        self._rows: Tensor | None = None  # (states, sum of the sizes of a state's parts)
         self._places: OrderedDict[bytes, int] = OrderedDict()
+        if like is not None and max_bytes:
+            self._allocate(like)
 
     def __len__(self) -> int:
         return len(self._places)
@@ -88,16 +94,19 @@ class PrefixTable:
             key: one of `keys`.
             state: of the decoder, of one row; all states of a table have the same shape.
         """
-        row = torch.cat(state, 1)  # (1, sum of sizes)
-        if self._rows is None:
-            self._sizes = [part.shape[1] for part in state]
-            self._rows = row.new_empty(self.max_bytes // row_bytes(row), row.shape[1])
-        if key in self._places or not len(self._rows):
+        rows = self._allocate(state) if self._rows is None else self._rows
+        if key in self._places or not len(rows):
             return
-        is_full = len(self) == len(self._rows)
+        is_full = len(self) == len(rows)
         place = self._places.popitem(last=False)[1] if is_full else len(self)
-        self._rows[place] = row[0]
+        rows[place] = torch.cat(state, 1)[0]
         self._places[key] = place
+
+    def _allocate(self, state: DecoderState) -> Tensor:
+        row = torch.cat(state, 1)  # (1, sum of sizes)
+        self._sizes = [part.shape[1] for part in state]
+        self._rows = row.new_empty(self.max_bytes // row_bytes(row), row.shape[1])
+        return self._rows
 
 
 def row_bytes(rows: Tensor) -> int:
@@ -150,8 +159,20 @@ class StateTable:
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def max_of_connection(self) -> int:
+        """Number of states that a connection may hold."""
+        return int(max(self.max_states * CONNECTION_SHARE, 1))
+
+    @property
+    def max_bytes(self) -> int:
+        """Memory of all states."""
+        return self.max_states * STATE_BYTES
+
     def put(self, kept: KeptState, connection: Hashable) -> str:
         """Keep a state and return its id. The connection's oldest states, then the oldest of all, make room.
+
+        The new state itself is kept in any case.
 
         Args:
             kept: the state.
@@ -162,9 +183,9 @@ class StateTable:
         self._entries[self._hash(entry.id)] = entry
         self._of_connection[connection] += 1
         self._num_bytes += kept.num_bytes
-        if self._of_connection[connection] > max(self.max_states * CONNECTION_SHARE, 1):
+        if self._of_connection[connection] > self.max_of_connection:
             self._drop(next(key for key, entry in self._entries.items() if entry.connection == connection))
-        while len(self._entries) > self.max_states or self._num_bytes > self.max_states * STATE_BYTES:
+        while len(self) > 1 and (len(self) > self.max_states or self._num_bytes > self.max_bytes):
             self._drop(next(iter(self._entries)))
         return entry.id
 
