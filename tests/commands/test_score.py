@@ -8,6 +8,7 @@ import json
 import math
 import os
 import re
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 
 import textgen
 from textgen.cli import main
+from textgen.commands.score import _print_json
+from textgen.decoding.scoring import TextScore
 
 Capture = pytest.CaptureFixture[str]
 TEXT = 'The plot was "Ça va" <b>🙂</b>\n\x01'
@@ -174,6 +177,20 @@ def test_wrong_flags_are_one_line(
     said = capsys.readouterr()
     assert (end.value.code, said.out, said.err.count("\n")) == (2, "", 1)
     assert said.err.startswith(f"error: {line}")
+
+
+def test_a_probability_of_0_is_null_in_json(capsys: Capture) -> None:
+    figures: dict[str, Any] = {
+        "logprobs": (-math.inf,),
+        "ranks": (2,),
+        "alternatives": ((("b", -0.5), ("a", -math.inf)),),
+    }
+    score = TextScore(text="a", tokens=("a",), ids=(5,), num_bytes=1, **figures)
+    list(_print_json(iter([score]), Namespace(label=None)))
+    record = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+    assert (record["nats"], record["bits_per_byte"]) == (None, None)
+    assert record["tokens"][0]["logprob"] is None
+    assert record["tokens"][0]["alternatives"] == [["b", -0.5], ["a", None]]
 
 
 def test_no_text_at_a_terminal_is_one_line(tiny_run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,10 +66,12 @@ def test_a_state_of_another_model_or_tokenizer_is_refused(lm: LanguageModel, sav
     other = textgen.load(tiny_run, decoder="plain")
     with torch.no_grad():
         other._decoder.model.layers[0].bias[0] += 1
-    with pytest.raises(TextgenError, match=r"a.safetensors` is of another weights sha256: \w{64}, wanted \w{64}$"):
+    with pytest.raises(
+        TextgenError, match=r"a.safetensors` is the state of another model: weights_sha256 \w{64}, this one has \w{64}$"
+    ):
         other.load_state(saved)
     saved.write_bytes(saved.read_bytes().replace(lm._tokenizer.sha256.encode(), b"0" * 64))
-    with pytest.raises(TextgenError, match=r"is of another tokenizer sha256: 0{64}, wanted"):
+    with pytest.raises(TextgenError, match=r"is the state of another tokenizer: tokenizer_sha256 0{64}, this one has"):
         lm.load_state(saved)
 
 

@@ -125,16 +125,25 @@ def _print_json(scores: Iterator[TextScore], args: Any) -> Iterator[TextScore]:
         record = {
             "text": score.text,
             **({} if args.label is None else {"label": args.label}),
-            "bits_per_byte": score.bits_per_byte,
-            "nats": score.nats,
+            "bits_per_byte": _for_json(score.bits_per_byte),
+            "nats": _for_json(score.nats),
             "num_bytes": score.num_bytes,
             "tokens": [
-                {"token": name, "id": token, "logprob": logprob, "rank": rank, "alternatives": top}
+                {"token": name, "id": token, "logprob": _for_json(logprob), "rank": rank, "alternatives": _top(top)}
                 for _, token, name, logprob, rank, top in token_rows(score)
             ],
         }
         print(json.dumps(record, ensure_ascii=False), flush=True)
         yield score
+
+
+def _for_json(value: float) -> float | None:
+    """Return a figure; None for infinity, which JSON does not have: a token may have the probability 0."""
+    return value if math.isfinite(value) else None
+
+
+def _top(alternatives: list[tuple[str, float]]) -> list[tuple[str, float | None]]:
+    return [(token, _for_json(value)) for token, value in alternatives]
 
 
 def _print_csv(scores: Iterator[TextScore]) -> Iterator[TextScore]:
@@ -144,7 +153,7 @@ def _print_csv(scores: Iterator[TextScore]) -> Iterator[TextScore]:
     for number, score in enumerate(scores, 1):
         figures = [number, round(score.bits_per_byte, 6), round(score.nats, 6)]
         for place, token, name, logprob, rank, top in token_rows(score):
-            table.writerow([*figures, place, token, name, logprob, rank, json.dumps(top, ensure_ascii=False)])
+            table.writerow([*figures, place, token, name, logprob, rank, json.dumps(_top(top), ensure_ascii=False)])
         yield score
 
 

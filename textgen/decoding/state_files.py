@@ -70,8 +70,13 @@ def read_state(path: Path, decoder: Decoder, tokenizer: Tokenizer, *, normalizat
     """
     header, metadata = read_header(path), read_metadata(path)
     for name, ours in _origin(decoder, tokenizer.sha256).items():
-        if (seen := metadata.get(name)) != ours:
-            raise TextgenError(f"`{path}` is of another {name.replace('_', ' ')}: {str(seen)[:64]}, wanted {ours}")
+        if (seen := str(metadata.get(name))[:64]) != ours:
+            if name.endswith("_sha256"):
+                what = "model" if name.startswith("weights") else "tokenizer"
+                message = f"`{path}` is the state of another {what}: {name} {seen}, this one has {ours}"
+            else:
+                message = f"`{path}` is of another {name}: {seen}, wanted {ours}"
+            raise TextgenError(message)
     if (size := path.stat().st_size) > MOST_BYTES:
         raise TextgenError(f"`{path}` has {size} bytes, a state has at most {MOST_BYTES}")
     num_read = int(count) if re.fullmatch(r"\d{1,9}", count := metadata.get("num_read", "")) else -1
