@@ -194,7 +194,7 @@ def test_steering_that_cannot_be_is_400_by_name(server: Running) -> None:
         ("regex", r"[^\s\S]"): "`regex` matches no text",
         ("logit_bias", "9999"): "`logit_bias` must be below the vocabulary's size 340: 9999",
         ("logit_bias", ""): "`logit_bias`: the tokenizer has no token for ''",
-        ("choices", "漢" * 300): f"`choices` must be texts of at most 256 tokens: 900 for '{'漢' * 40}'",
+        ("choices", "漢" * 100): f"`choices` must be texts of at most 256 tokens: 300 for '{'漢' * 40}'",
     }.items():
         name, value = setting
         given = {value: 1} if name == "logit_bias" else [value] if name == "choices" else value

@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from starlette.requests import Request
 
 from textgen.config import MAX_CHOICES, MAX_REGEX_BYTES, SAMPLER_PARTS, SamplingConfig
+from textgen.decoding.guides import MAX_CHOICE_TOKENS
 from textgen.decoding.steering import normalize_settings
 from textgen.serving.responses import ApiError
 
@@ -67,7 +68,7 @@ TokenId = Annotated[int, Field(ge=0)]
 Stop = Annotated[str, Field(min_length=1, max_length=64)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Regex = Annotated[str, Field(min_length=1, max_length=MAX_REGEX_BYTES, json_schema_extra={"format": "regex"})]
-Choice = Annotated[str, Field(min_length=1, max_length=1024)]
+Choice = Annotated[str, Field(min_length=1, max_length=MAX_CHOICE_TOKENS)]  # a schema cannot count tokens
 
 
 def _require_false(value: bool) -> bool:
