@@ -26,7 +26,7 @@ from textgen.runs.metrics_file import MetricsRow, read_metrics
 from textgen.runs.samples import SampledText
 from textgen.tracking import accelerate_trackers
 from textgen.tracking import tracker as tracking
-from textgen.tracking.accelerate_trackers import AccelerateTracker
+from textgen.tracking.accelerate_trackers import AccelerateTracker, wait_for_a_later_name
 from textgen.tracking.tracker import RunEnd, Tracker, TrackerThread
 from textgen.tracking.wandb import has_wandb_key
 
@@ -205,6 +205,14 @@ def test_tensorboard_has_every_step_once_through_a_resume(tensorboard_flags: lis
     train_main([*tensorboard_flags, "--max_steps", "3"])
     train_main([*tensorboard_flags, "--max_steps", "5"])
     assert_each_figure_once(tmp_path / "run")
+
+
+def test_a_later_part_of_a_training_has_a_later_event_file(tmp_path: Path) -> None:
+    """By name: TensorBoard would read file 10 of a second before file 9, and hide the figures of file 10."""
+    second = int(time.time())
+    (tmp_path / f"events.out.tfevents.{second}.host.1.9").touch()
+    wait_for_a_later_name(tmp_path)
+    assert int(time.time()) > second
 
 
 def test_tensorboard_is_given_the_rows_that_a_slow_end_lost(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from textgen.tracking.recorded import RecordedRows
 from textgen.tracking.tracker import FINISH_SECONDS, RunEnd
 
 log = logging.getLogger("textgen")
+
+EVENT_FILES = "events.out.tfevents.*"  # of TensorBoard
 
 # Trackers that this process has abandoned; they may still be writing.
 _abandoned: list[Any] = []
@@ -98,6 +101,7 @@ class AccelerateTracker:
         )
         self._has = {(step, name) for step, name in recorded if step < purge_step}
         self._recorded.begin("tensorboard", empty=not self._has)
+        wait_for_a_later_name(self._run_dir / "tensorboard")
         self._tracker = TensorBoardTracker("tensorboard", self._run_dir, purge_step=purge_step)
         self._tracker.start()
         self._tracker.store_init_configuration(self._settings)
@@ -171,13 +175,24 @@ def named_figures(row: MetricsRow) -> set[tuple[int, str]]:
     return {(row["step"], name) for name in row if name != "step"}
 
 
+def wait_for_a_later_name(folder: Path) -> None:
+    """Wait, a second at most, until a new event file is later by name than those of a folder.
+
+    TensorBoard reads files in the order of their names: the second, the host, the process, and a counter as text, so
+    that file 10 of a process precedes file 9 if both began in one second.
+    """
+    now = time.time()
+    if list(folder.glob(f"{EVENT_FILES[:-1]}{int(now)}.*")):
+        time.sleep(int(now) + 1.01 - now)
+
+
 def recorded_events(folder: Path) -> set[tuple[int, str]]:
     """Return the step and name of each figure that TensorBoard shows of a folder."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
     from tensorboard.compat.proto.event_pb2 import SessionLog
 
     recorded: set[tuple[int, str]] = set()
-    for path in sorted(folder.glob("events.out.tfevents.*")):  # the names begin with the time
+    for path in sorted(folder.glob(EVENT_FILES)):  # the names begin with the time
         for event in EventFileLoader(str(path)).Load():
             # A start with a purge step hides the figures of earlier files from that step on.
             if event.session_log.status == SessionLog.START:
