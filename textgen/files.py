@@ -15,12 +15,14 @@ from typing import Any
 from textgen.errors import TextgenError
 
 
-def write_atomic(path: Path, text: str | Iterable[str], *, require: Callable[[], None] | None = None) -> None:
-    """Write a file of a run so that it holds the old text or the new, whatever happens.
+def write_atomic(
+    path: Path, content: str | Iterable[str | bytes | memoryview], *, require: Callable[[], None] | None = None
+) -> None:
+    """Write a file of a run so that it holds the old content or the new, whatever happens.
 
     Args:
         path: the file.
-        text: its content, or parts of it that are made while the file is written.
+        content: text, or parts of it that are made while the file is written; or bytes in parts.
         require: called just before the file is replaced; if it raises, the file stays as it is.
 
     Raises:
@@ -28,8 +30,9 @@ def write_atomic(path: Path, text: str | Iterable[str], *, require: Callable[[],
     """
     aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.writelines([text] if isinstance(text, str) else text)
+        with aside.open("wb") as file:
+            parts = [content] if isinstance(content, str) else content
+            file.writelines(part.encode() if isinstance(part, str) else part for part in parts)
             file.flush()
             os.fsync(file.fileno())
         if require is not None:

@@ -7,10 +7,7 @@ and `cell.i` of each layer. Header: `format`, `num_read`, `device`, and the sha2
 from __future__ import annotations
 
 import hashlib
-import os
 import re
-import secrets
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,6 +16,7 @@ from textgen.data.corpus import normalize
 from textgen.decoding.decoders import PREFILL_WINDOW, Decoder
 from textgen.decoding.reading import ReadState
 from textgen.errors import TextgenError
+from textgen.files import write_atomic
 from textgen.runs.tensors import read_header, read_metadata, read_tensors, serialize
 from textgen.tokenizer import Tokenizer
 
@@ -42,18 +40,10 @@ def write_state(read: ReadState, path: Path) -> None:
     pieces = list(serialize(tensors, metadata=metadata))
     if (size := sum(map(len, pieces))) > MOST_BYTES:
         raise TextgenError(f"`{path}` would have {size} bytes, a state has at most {MOST_BYTES}: the text is too long")
-    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        with aside.open("xb") as file:
-            file.writelines(pieces)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+        write_atomic(path, pieces)
     except OSError as error:
         raise TextgenError(f"`{path}` cannot be written: {error.strerror}") from error
-    finally:
-        with suppress(OSError):
-            aside.unlink(missing_ok=True)
 
 
 def read_state(path: Path, decoder: Decoder, tokenizer: Tokenizer, *, normalization: str) -> ReadState:
