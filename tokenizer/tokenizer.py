@@ -178,6 +178,14 @@ class Tokenizer:
             raise TokenizerError(f"token id {token_id} is not in 0..{self.vocab_size - 1}")
         return self._bytes_of[token_id]
 
+    def token_text(self, token_id: int) -> str:
+        """Return the text of a token; bytes that are no whole character in hexadecimal, as Python does.
+
+        Raises:
+            TokenizerError: An id outside `range(vocab_size)`.
+        """
+        return self.token_bytes(token_id).decode(errors="backslashreplace")
+
     @property
     def pieces(self) -> list[str]:
         """The pieces by id, as SentencePiece spells them: `\u2581the` with a space before it, `<0x41>`, `</s>`."""

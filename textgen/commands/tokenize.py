@@ -22,7 +22,6 @@ def tokenize_command(argv: Sequence[str]) -> None:
     """Print the tokens of each text, or the text of `--decode`."""
     args = _parse(argv)
     setup_logging(main=True)
-    from textgen.decoding.scoring import token_text
 
     opened = open_model(args.checkpoint, best=args.best)
     tokenizer = opened.tokenizer
@@ -35,7 +34,7 @@ def tokenize_command(argv: Sequence[str]) -> None:
         return
     for text in read_texts(args, opened.checkpoint, opened.normalization):
         ids = tokenizer.encode(text)
-        pieces = [token_text(tokenizer, token) for token in ids]
+        pieces = [tokenizer.token_text(token) for token in ids]
         offsets = _offsets(tokenizer, text, ids)
         if args.json:
             record = {"text": text, "ids": ids, "pieces": pieces, "offsets": offsets}

@@ -551,10 +551,7 @@ class Batch:
             values: the largest log-probabilities (rows, n), in falling order.
             ids: the tokens of `values`.
         """
-
-        def text_of(token: int) -> str:
-            return self.tokenizer.token_bytes(token).decode(errors="backslashreplace")
-
+        text_of = self.tokenizer.token_text
         tops = [
             tuple((text_of(i), v) for i, v in zip(row_ids, row_values, strict=True))
             for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)

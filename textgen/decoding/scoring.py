@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import islice
 
 import torch
@@ -166,12 +165,12 @@ def score_texts(
             if num_top is not None:
                 ranks[i] += window.ranks.tolist()
                 tops = zip(window.top_ids.tolist(), window.top_logprobs.tolist(), strict=True)
-                names = ((map(partial(token_text, tokenizer), top), values) for top, values in tops)
+                names = ((map(tokenizer.token_text, top), values) for top, values in tops)
                 alternatives[i] += [tuple(zip(top, values, strict=True)) for top, values in names]
     return [
         TextScore(
             text=text,
-            tokens=tuple(token_text(tokenizer, token) for token in ids[i]),
+            tokens=tuple(tokenizer.token_text(token) for token in ids[i]),
             ids=ids[i],
             logprobs=tuple(logprobs[i]),
             num_bytes=len(text.encode()),
@@ -218,8 +217,3 @@ def _take_pool(texts: Iterator[str], count: int) -> Iterator[str]:
         length += len(text)
         if length >= POOL_CHARACTERS:
             return
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Return the text of a token; bytes that are no whole character in hexadecimal, as Python does."""
-    return tokenizer.token_bytes(token).decode(errors="backslashreplace")

@@ -23,7 +23,6 @@ from textgen.config import SamplingConfig
 from textgen.data.corpus import normalize
 from textgen.decoding.decoders import PREFILL_WINDOW
 from textgen.decoding.generation import Sample, number_requests, require_drawable, require_label
-from textgen.decoding.scoring import token_text
 from textgen.errors import TextgenError
 from textgen.serving.completion import EventStream, PendingChoice, PendingCompletion, cancel_on_disconnect, late
 from textgen.serving.description import describe_api
@@ -330,7 +329,7 @@ class Api:
             tokens = [tokenizer.bos_id, *tokens]
         texts = None
         if parsed.return_token_strs:
-            texts = [token_text(tokenizer, token) or tokenizer.eos_token for token in tokens]
+            texts = [tokenizer.token_text(token) or tokenizer.eos_token for token in tokens]
         return JSONResponse(
             {
                 "count": len(tokens),

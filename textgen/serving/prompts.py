@@ -12,7 +12,7 @@ from torch import Tensor
 from textgen.data.corpus import normalize
 from textgen.decoding.decoders import PREFILL_WINDOW, Decoder, DecoderState, decoder_state
 from textgen.decoding.reading import ReadState
-from textgen.decoding.scoring import Window, read_windows, token_text
+from textgen.decoding.scoring import Window, read_windows
 from textgen.serving.protocol import CompletionRequest, Limits
 from textgen.serving.responses import ApiError
 from textgen.tokenizer import Tokenizer
@@ -216,7 +216,7 @@ class PromptReader:
 
     def logprobs(self, tokenizer: Tokenizer) -> Iterator[dict[str, list[Any]]]:
         """Yield the scores of all windows in the form of `Logprobs`, with offsets from the prompt's first character."""
-        texts = [token_text(tokenizer, token) for token in self._tokens]
+        texts = [tokenizer.token_text(token) for token in self._tokens]
         offsets = _offsets(tokenizer, self._tokens)
         names, none = ("tokens", "token_logprobs", "token_ranks", "top_logprobs", "text_offset"), [None][: len(texts)]
         yield dict(zip(names, (texts[:1], none, none, none, offsets[:1]), strict=True))
@@ -224,7 +224,7 @@ class PromptReader:
         for values, ranks, top_values, top_ids in self._scored:
             end = start + len(values)
             tops = [
-                {token_text(tokenizer, i): for_json(value) for i, value in zip(ids, top, strict=True)}
+                {tokenizer.token_text(i): for_json(value) for i, value in zip(ids, top, strict=True)}
                 for ids, top in zip(top_ids.tolist(), top_values.tolist(), strict=True)
             ]
             rounded = [for_json(value) for value in values.tolist()]
