@@ -13,6 +13,7 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable, Generator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"
     for name in ("COLUMNS", "LINES"):  # xdist's controller tells its workers of a terminal that they do not have
         os.environ.pop(name, None)
+# Without a GPU, Triton interprets its kernels. Set before anything imports Triton, as torch's compiler does.
+HAS_GPU = Path("/dev/nvidiactl").exists()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # A busy machine is no failure.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -100,6 +105,14 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
         finally:
             os.environ["OMP_NUM_THREADS"] = "1"
             torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def triton_device() -> str:
+    """Return where Triton's kernels run in tests: on the GPU, else on the CPU by Triton's interpreter."""
+    if find_spec("triton") is None:
+        pytest.skip("Triton is not installed: pip install -c constraints.txt -e '.[kernels]'")
+    return "cuda" if HAS_GPU else "cpu"
 
 
 Share = Callable[[str, Callable[[Path], object]], Path]
