@@ -370,6 +370,9 @@ class FakeCuda:
         self.recording: set[int] = set()
         """pools that the allocator of pinned memory records into"""
         self.refuse_begin = False
+        self.generator_is_capturing = False
+        self.seed: torch.Tensor | None = None
+        """of the generator, for all graphs that are alive"""
 
     def graph_pool_handle(self) -> int:
         self.num_pools += 1
@@ -381,7 +384,7 @@ class FakeCuda:
 
 class FakeGraph:
     def __init__(self, cuda: FakeCuda) -> None:
-        self.cuda, self.pool = cuda, 0
+        self.cuda, self.pool, self.handled = cuda, 0, sys.exc_info()[1]
 
     def capture_begin(self, *, pool: int, capture_error_mode: str) -> None:
         if pool in self.cuda.used and not self.cuda.alive[pool]:
@@ -391,14 +394,20 @@ class FakeGraph:
         self.cuda.recording.add(pool)
         if self.cuda.refuse_begin:
             fail("capture_begin is refused")
+        if not self.cuda.alive.total():
+            self.cuda.seed = torch.zeros(1)
+        assert self.cuda.seed is not None
+        self.cuda.seed.fill_(1)
+        self.cuda.generator_is_capturing = True
         self.cuda.used.add(pool)
         self.cuda.alive[pool] += 1
         self.pool = pool
 
     def capture_end(self) -> None:
-        if sys.exc_info()[0] is not None:  # the capture was invalidated
+        if sys.exc_info()[1] is not self.handled:  # the capture was invalidated
             fail("the capture was invalidated")
         self.cuda.recording.discard(self.pool)
+        self.cuda.generator_is_capturing = False
 
     def replay(self) -> None:
         pass
@@ -420,7 +429,7 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 def test_captures_share_a_pool_after_all_their_graphs_were_dropped(fake_cuda: FakeCuda) -> None:
-    capture = CudaCapture(torch.device("cuda", 0))
+    capture = CudaCapture(torch.device("cpu"))
     for _ in range(3):
         capture.record(lambda: None)()  # the replay is dropped at once, as that of a slot used long ago
     assert fake_cuda.num_pools == 1
@@ -428,7 +437,7 @@ def test_captures_share_a_pool_after_all_their_graphs_were_dropped(fake_cuda: Fa
 
 @pytest.mark.parametrize("where", ["in the work", "in its beginning"])
 def test_capture_works_after_one_that_failed(fake_cuda: FakeCuda, where: str) -> None:
-    capture = CudaCapture(torch.device("cuda", 0))
+    capture = CudaCapture(torch.device("cpu"))
     kept = capture.record(lambda: None)
     fake_cuda.refuse_begin = where == "in its beginning"
     with pytest.raises(RuntimeError) as caught:
@@ -437,7 +446,17 @@ def test_capture_works_after_one_that_failed(fake_cuda: FakeCuda, where: str) ->
         "capture_begin is refused" if where == "in its beginning" else "the work waits"
     )
     fake_cuda.refuse_begin = False
+    assert not fake_cuda.generator_is_capturing
+    num_pools = fake_cuda.num_pools
     for _ in range(3):
         capture.record(lambda: None)()
-    assert fake_cuda.num_pools == 2
+    assert fake_cuda.num_pools == num_pools
     kept()
+
+
+def test_training_step_is_captured_beside_graphs_of_decoding(fake_cuda: FakeCuda) -> None:
+    """The generator's tensors, made for the first graph, are changed for every other one."""
+    with torch.inference_mode():
+        of_decoding = CudaCapture(torch.device("cpu")).record(lambda: None)
+    CudaCapture(torch.device("cpu")).record(lambda: None)()
+    of_decoding()
