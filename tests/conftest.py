@@ -13,11 +13,11 @@ import random
 import shutil
 import subprocess
 from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 
 from tests.forking import run_script
 from textgen.runs.lock import FileLock
@@ -34,9 +34,12 @@ HAS_GPU = Path("/dev/nvidiactl").exists()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
-# A busy machine is no failure.
-settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("patient")
+# A busy machine is no failure. The tests that a GPU needs run without hypothesis too.
+with suppress(ModuleNotFoundError):
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("patient")
 
 OPENINGS = (
     "I watched this",
@@ -113,6 +116,23 @@ def triton_device() -> str:
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed: pip install -c constraints.txt -e '.[kernels]'")
     return "cuda" if HAS_GPU else "cpu"
+
+
+@pytest.fixture
+def settings_of_a_new_process() -> Iterator[None]:
+    """Undo what trainings leave behind in a process: Accelerate's precision, and torch's choice of kernels.
+
+    Within the test cuDNN does not round float32 to TF32.
+    """
+    import torch
+    from accelerate.state import AcceleratorState
+
+    tf32 = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    AcceleratorState._reset_state(True)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.allow_tf32 = tf32
 
 
 Share = Callable[[str, Callable[[Path], object]], Path]

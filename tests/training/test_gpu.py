@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,18 +22,15 @@ from textgen.model.lstm import DropoutMasks, LSTMLanguageModel, summed_cross_ent
 from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics_file import read_metrics
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+    pytest.mark.usefixtures("settings_of_a_new_process"),
+]
 
 
-@pytest.fixture(autouse=True)
-def settings_of_a_new_process() -> Iterator[None]:
-    """Undo what a training leaves behind: Accelerate's precision, and torch's choice of kernels."""
-    tf32 = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    yield
-    AcceleratorState._reset_state(True)
-    torch.use_deterministic_algorithms(False)
-    torch.backends.cudnn.allow_tf32 = tf32
+ROOT = Path(__file__).parents[2]
+LAUNCH_SECONDS = 120
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -59,9 +56,14 @@ def test_cuda_and_cpu_agree() -> None:
     assert on_gpu.item() == pytest.approx(on_cpu.item(), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("default")  # of kernels that have no deterministic twin
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_layers_on_streams_compute_what_they_do_one_after_the_other(dtype: torch.dtype) -> None:
-    """Many times over, with other tensors coming and going: a stream that did not wait would show now and then."""
+    """Many times over: a stream that did not wait would change bits now and then.
+
+    In half precision pieces round otherwise than whole windows: norms' gradients were up to 4 % apart on a CPU.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
     torch.manual_seed(0)
     shape = ModelConfig(embedding_dim=128, hidden_size=256, num_layers=4, dropout=0.2, layer_norm=True, residual=True)
     model = WavefrontModel(shape, 300).cuda()
@@ -74,10 +76,11 @@ def test_layers_on_streams_compute_what_they_do_one_after_the_other(dtype: torch
             nats, state = model(tokens[:, :-1], model.zero_state(16), tokens[:, 1:], masks=masks)
         nats.backward()
         found.append([nats, *state, *(p.grad for p in model.parameters() if p.grad is not None)])
-    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
-    for others in found[1:]:
-        for one, other in zip(found[0], others, strict=True):
-            assert (one.float() - other.float()).norm() <= tolerance * one.float().norm()
+    tolerance = 1e-4 if dtype == torch.float32 else 6e-2
+    for one, other in zip(found[0], found[1], strict=True):
+        assert (one.float() - other.float()).norm() <= tolerance * one.float().norm()
+    for others in found[2:]:
+        assert all(torch.equal(one, other) for one, other in zip(found[1], others, strict=True))
 
 
 def test_summed_cross_entropy_matches_torch() -> None:
@@ -135,6 +138,29 @@ def test_resume_on_a_gpu_is_bitwise_with_deterministic_kernels(
         load_file(checkpoints(tmp_path / run)[0][1] / "optimizer.safetensors") for run in ("parts", "whole")
     )
     assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_a_run_continues_on_a_gpu_and_back_on_a_cpu(tiny_flags: list[str], tmp_path: Path) -> None:
+    """Weights, Adam's state and lane states go over: losses are those of a run on the CPU alone."""
+
+    def train(run: str, steps: int, *, on_cpu: bool) -> None:
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "train_distributed.py"), *tiny_flags, "--run_dir", str(tmp_path / run),
+             "--max_steps", str(steps), "--log_every", "1", "--learning_rate", "0.01"],
+            env=os.environ | ({"ACCELERATE_USE_CPU": "true"} if on_cpu else {}), capture_output=True, text=True,
+            timeout=LAUNCH_SECONDS, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f"1 process on 1 machine, {'cpu' if on_cpu else 'cuda'} (" in done.stderr
+
+    train("whole", 12, on_cpu=True)
+    for steps in (4, 8, 12):
+        train("parts", steps, on_cpu=steps != 8)
+    losses = [
+        [row["train/loss"] for row in read_metrics(tmp_path / run) if "train/loss" in row] for run in ("whole", "parts")
+    ]
+    assert len(losses[0]) == 12
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 GRAPHED = [
@@ -204,14 +230,13 @@ def test_nothing_is_updated_on_a_gpu_once_a_loss_is_not_finite(tiny_flags: list[
 
 # --- launches --------------------------------------------------------------------------------------------------------
 
-ROOT = Path(__file__).parents[2]
-
 
 def launch(flags: list[str], *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", *options]
     return subprocess.run(
-        [*command, str(ROOT / "train_distributed.py"), *flags], capture_output=True, text=True, check=False
-    )
+        [*command, str(ROOT / "train_distributed.py"), *flags], capture_output=True, text=True, check=False,
+        timeout=LAUNCH_SECONDS,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("config", ["accelerate_config.yaml", "launch/configs/single_gpu.yaml"])
@@ -240,7 +265,8 @@ def test_gpu_that_is_hidden_by_hand_is_not_missed(
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "1")
     flags = [*tiny_flags, "--run_dir", str(tmp_path / "run")]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "train_distributed.py"), *flags], capture_output=True, text=True, check=False
-    )
+        [sys.executable, str(ROOT / "train_distributed.py"), *flags], capture_output=True, text=True, check=False,
+        timeout=LAUNCH_SECONDS,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "1 process on 1 machine, cpu (" in done.stderr

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.training.test_training import assert_same_bits, flags_for, newest, refusal, steps_and_losses
@@ -27,17 +26,13 @@ from textgen.training.cuda_graph import WARM_UP, StepGraph
 from textgen.training.setup import Training, refuse_graph
 from textgen.training.step import Learner
 
+pytestmark = pytest.mark.usefixtures("settings_of_a_new_process")
+
 EVERYTHING = [
     "--model.dropout", "0.2", "--model.weight_drop", "0.3", "--model.layer_norm", "--model.residual",
     "--max_grad_norm", "0.5", "--ema_decay", "0.9", "--weight_decay", "0.01", "--lr_schedule", "cosine",
     "--warmup_steps", "5", "--seq_len", "64", "--batch_size", "16", "--evaluate_every", "7", "--max_steps", "40",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def forget_accelerator() -> Iterator[None]:
-    yield
-    AcceleratorState._reset_state(True)
 
 
 class Captures:

@@ -77,7 +77,7 @@ class CudaCapture:
             graph.capture_begin(pool=pool, capture_error_mode="thread_local")
 
     def _free_generator(self) -> None:
-        """Capture a graph that nobody replays: after a failed capture torch's generator draws nothing until one works."""
+        """Capture a graph that nobody replays: after a failure torch's generator needs a capture that works."""
         graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
         value = torch.zeros(1, device=self._device)
         self._begin(graph, pool)
