@@ -49,7 +49,7 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             try:
-                self._begin(graph, self._pool)
+                self._begin(graph)
                 try:
                     work()
                 finally:
@@ -61,31 +61,32 @@ class CudaCapture:
                     torch._C._cuda_endAllocateToPool(self._device.index, self._pool)
                 # torch 2.11's allocator of pinned memory still records into this pool, and would refuse it
                 self._pool, self._first = torch.cuda.graph_pool_handle(), None
-                with suppress(RuntimeError):
+                try:
                     self._free_generator()
+                except RuntimeError:
+                    self._pool = torch.cuda.graph_pool_handle()
                 raise
         self._first = self._first or graph
         return graph.replay
 
-    def _begin(self, graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> None:
+    def _begin(self, graph: torch.cuda.CUDAGraph) -> None:
         """Begin a capture.
 
         The first graph makes the tensors in which torch's generator keeps seed and offset of all graphs. Made in
         inference mode, as text is drawn, they would refuse the capture of a training step.
         """
         with torch.inference_mode(mode=False):
-            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
 
     def _free_generator(self) -> None:
         """Capture a graph that nobody replays: after a failure torch's generator needs a capture that works."""
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
-        value = torch.zeros(1, device=self._device)
-        self._begin(graph, pool)
+        graph, value = torch.cuda.CUDAGraph(), torch.zeros(1, device=self._device)
+        self._begin(graph)
         try:
             value.zero_()
         finally:
             graph.capture_end()
-        self._pool, self._first = pool, graph
+        self._first = graph
 
     def warm_up(self, work: Callable[[], None]) -> None:
         """Run work on the stream of captures. This loads its kernels and allocates cuBLAS's workspace for the stream.
