@@ -176,7 +176,7 @@ def cpu_decoders(model: LSTMLanguageModel, folder: Path) -> Iterator[Decoder]:
     if multiplies_int8():
         yield CellDecoder(model, "int8")
         operators = CellDecoder(model, "int8")
-        operators.__dict__["_kernel"] = None  # as where there is no compiler
+        operators.__dict__["kernel"] = None  # as where there is no compiler
         operators.name = "int8 by operators"
         yield operators
 

@@ -141,8 +141,8 @@ def test_compiled_masks_are_torchs_bit_for_bit(monkeypatch: pytest.MonkeyPatch, 
 )
 def test_a_compiled_int8_step_is_that_of_the_operators_bit_for_bit(shape: ModelConfig, rows: int) -> None:
     compiled, by_operators = CellDecoder(build(shape), "int8"), CellDecoder(build(shape), "int8")
-    by_operators.__dict__["_kernel"] = None
-    assert compiled._kernel is not None
+    by_operators.__dict__["kernel"] = None
+    assert compiled.kernel is not None
     state = [part.repeat(rows, 1) for part in compiled.prefill([1, 2, 3])]
     wanted_state = state
     for tokens in torch.randint(300, (12, rows), generator=torch.Generator().manual_seed(5)):
@@ -162,7 +162,7 @@ def test_a_compiled_int8_step_is_that_of_the_operators_bit_for_bit(shape: ModelC
     ids=["residual", "normed", "uneven"],
 )
 def test_what_compiled_code_would_round_otherwise_is_left_to_the_operators(shape: ModelConfig) -> None:
-    assert CellDecoder(build(shape), "int8")._kernel is None
+    assert CellDecoder(build(shape), "int8").kernel is None
 
 
 @compiler
@@ -196,7 +196,7 @@ def test_texts_are_the_same_with_compiled_code_and_without(monkeypatch: pytest.M
     samples = sample_all(CellDecoder(model, "int8"), tokenizer, prompts, config)
     without_code(monkeypatch)
     decoder = CellDecoder(model, "int8")
-    assert decoder._kernel is None
+    assert decoder.kernel is None
     assert sample_all(decoder, tokenizer, prompts, config) == samples
 
 

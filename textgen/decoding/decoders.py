@@ -47,6 +47,8 @@ class Decoder:
     name = "plain"
     in_graphs = False
     """whether batches should run in CUDA graphs, see `cuda_graphs.GraphRunner`"""
+    kernel: decoding_kernels.Int8Step | None = None
+    """the same step in compiled code; None if there is none for this model, device or processor"""
 
     def __init__(self, model: LSTMLanguageModel, *, why: str = "") -> None:
         self.model, self._why = model, why
@@ -157,8 +159,8 @@ class CellDecoder(Decoder):
             self._output = pack(model.output.weight, model.output.bias, bounded=bounded)
 
     @functools.cached_property
-    def _kernel(self) -> decoding_kernels.Int8Step | None:
-        """Return the same step in compiled code; None if it cannot be used for this model, device or processor."""
+    def kernel(self) -> decoding_kernels.Int8Step | None:  # type: ignore[override]
+        """Return the same step in compiled code; None if there is none for this model, device or processor."""
         config = self.model.config
         bounded = len(self.model.norms) == 0 and (config.num_layers == 1 or not config.residual)
         # torch computes the last elements of an array whose length is no multiple of 32 with another `exp`
@@ -173,7 +175,7 @@ class CellDecoder(Decoder):
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Read one token per row; arguments and results are those of `Decoder.step`."""
-        return self._step_by_operators(tokens, state) if self._kernel is None else self._kernel(tokens, state)
+        return self._step_by_operators(tokens, state) if self.kernel is None else self.kernel(tokens, state)
 
     def _step_by_operators(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Read one token per row with torch's operators."""

@@ -1,17 +1,19 @@
 """From prompts to texts: samples run side by side in a batch, and a new sample takes the place of a finished one.
 
 `generate_stream` is the loop. It turns each request into a `RunningSample`, which holds a text on the host, and puts
-running samples into the rows of a `Batch`, which holds tokens and states on the device. `Batch.run` draws a token per
-row and step; each token is pushed to its sample, which returns the new piece of text, and at the end a `Sample`.
+running samples into the rows of a `Batch`, which holds tokens and states on the device. `Batch.run_many` draws tokens
+of each row, many in one call where compiled code can; they are pushed to their samples, which return the new pieces of
+text, and at the end a `Sample`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 
 import torch
@@ -25,6 +27,7 @@ from textgen.decoding.sampling import (
     SamplingState,
     draw,
     draw_item,
+    is_compiled,
     join_sampling_states,
     new_sampling_state,
     process_logits,
@@ -34,7 +37,9 @@ from textgen.decoding.sampling import (
 )
 from textgen.decoding.steering import bias_of, breaks_of
 from textgen.errors import TextgenError
+from textgen.kernels.decoding import Halt
 from textgen.model.lstm import LSTMLanguageModel
+from textgen.noise import item_bits
 from textgen.tokenizer import Tokenizer
 
 # Samples that run at a time by default: enough to keep a CPU or GPU busy.
@@ -47,6 +52,10 @@ MAX_AHEAD = 4096
 # Free rows are refilled once they are 1/8 of the batch: new prompts are then read together, and adding rows copies the
 # tensors of the whole batch.
 REFILL_DIVISOR = 8
+
+# Largest number of steps of a compiled call, and seconds after which it begins no further one, so that text streams.
+MOST_STEPS = 32
+MOST_SECONDS = 0.05
 
 # On a CPU, decoder steps read prompts of up to this many tokens, several prompts at a time. The model reads 3 to 4
 # times as many tokens in the same time, but only one prompt at a time, and packs its weights before each prompt, which
@@ -176,7 +185,6 @@ def sample_all(
     return [ended[index] for index in sorted(ended)]
 
 
-@torch.inference_mode()
 def generate_stream(
     model: LSTMLanguageModel | Decoder,
     tokenizer: Tokenizer,
@@ -193,9 +201,10 @@ def generate_stream(
         tokenizer: the model's.
         requests: read one by one, at most `MAX_AHEAD` beyond the oldest one that runs.
         batch_size: number of rows.
-        interrupted: called before every token. Once it returns true, running samples end as they are and no request
-            starts.
-        run: draws the tokens of a batch; default `Batch.run`. `cuda_graphs.GraphRunner` does the same with CUDA graphs.
+        interrupted: called before tokens are drawn. Once it returns true, running samples end as they are and no
+            request starts.
+        run: draws the tokens of a batch, as `Batch.run` does. `cuda_graphs.GraphRunner` does the same with CUDA graphs.
+            Default: `Batch.run_many`.
 
     Yields:
         (index of the request, piece of text) as it is drawn, and once per request (index, Sample) when it ends.
@@ -237,10 +246,10 @@ def generate_stream(
             continue
 
         # draw until some sample has ended, then drop the ended samples
-        for tokens, logprobs in (run or Batch.run)(batch):
+        for tokens, logprobs in batch.run_many() if run is None else map(_as_steps, run(batch)):
             for row, sample in enumerate(batch.samples):
                 if not sample.ended:  # a CUDA graph may draw tokens after the end
-                    for event in sample.push(tokens[row], logprobs[row] if logprobs is not None else None):
+                    for event in sample.push_all(tokens[row], logprobs[row] if logprobs is not None else None):
                         yield sample.index, event
             if stopped := interrupted():
                 break
@@ -341,6 +350,25 @@ class RunningSample:
             if not self.ended:
                 yield from self.push(token, None)
 
+    def push_all(self, tokens: Sequence[int], logprobs: TokenLogprobs | None) -> Iterator[str | Sample]:
+        """Push drawn tokens until the sample ends; those after its end are dropped.
+
+        Args:
+            tokens: one or more.
+            logprobs: of the token, if it is the only one and has any.
+        """
+        config, eos_id = self.request.config, self.tokenizer.eos_id
+        if self.guide is None and not config.stop and config.logprobs is None:
+            # Only the last of these tokens can end the text, so the others are decoded at once.
+            tokens = tokens[: config.max_new_tokens - self.num_tokens]
+            length = tokens.index(eos_id) + 1 if eos_id in tokens else len(tokens)
+            self.held += "".join(map(self._stream.push, tokens[: length - 1]))
+            self.num_tokens += length - 1
+            tokens = tokens[length - 1 : length]
+        for token in tokens:
+            if not self.ended:
+                yield from self.push(token, logprobs)
+
     def push(self, token: int, logprobs: TokenLogprobs | None) -> Iterator[str | Sample]:
         """Append a drawn token; yield the text that cannot change any more, and the `Sample` if it has ended."""
         config, guide, is_eos = self.request.config, self.guide, token == self.tokenizer.eos_id
@@ -412,6 +440,10 @@ def _sample_number(prompt: str, j: int) -> int:
 # The tokens of a step, one per row, and their log-probabilities; None if no row asks for them.
 Step = tuple[list[int], list[TokenLogprobs] | None]
 
+# The tokens of some steps, one or more of each row, and the log-probabilities of a row's only token; None if no row
+# asks for them.
+Steps = tuple[Sequence[Sequence[int]], Sequence[TokenLogprobs | None] | None]
+
 # Decoder states after prompts, by the prompts' tokens.
 Prefilled = dict[tuple[int, ...], DecoderState]
 
@@ -433,6 +465,7 @@ class Batch:
     sampling: SamplingState
 
     @classmethod
+    @torch.inference_mode()
     def of(
         cls,
         decoder: Decoder,
@@ -515,6 +548,82 @@ class Batch:
         while not any(sample.ended for sample in self.samples):
             yield self.advance()
 
+    def run_many(self) -> Iterator[Steps]:
+        """Draw what `run` draws, many tokens of a row at a time where compiled code can."""
+        while not any(sample.ended for sample in self.samples):
+            yield self.advance_many()
+
+    @torch.inference_mode()
+    def advance_many(self, *, seconds: float = MOST_SECONDS, halt: Halt | None = None) -> Steps:
+        """Draw one or more tokens of every row: up to `MOST_STEPS` in one compiled call, one where that is impossible.
+
+        The order of the rows may change before tokens are drawn. Tokens after the end of a text are to be dropped.
+
+        Args:
+            seconds: the call ends after the step in which they have passed.
+            halt: ends the call after a step.
+        """
+        kernel = self.decoder.kernel
+        many = [kernel is not None and is_compiled(sample.request.config) for sample in self.samples]
+        num_many = sum(many)
+        if num_many == 0:
+            return _as_steps(self.advance())
+        if num_many == len(many):
+            return self._draw_many(seconds, halt or Halt()), None
+        # Rows that need the host draw one token; the others have as much time for theirs. So neither wait long.
+        self._select(sorted(range(len(many)), key=lambda row: not many[row]))
+        compiled, others = self._part(0, num_many), self._part(num_many, len(many))
+        started = time.perf_counter()
+        one, logprobs = _as_steps(others.advance())
+        tokens = compiled._draw_many(min(seconds, time.perf_counter() - started), halt or Halt())
+        self.tokens = torch.cat([compiled.tokens, others.tokens])
+        self.state = [torch.cat(parts) for parts in zip(compiled.state, others.state, strict=True)]
+        return [*tokens, *one], None if logprobs is None else [*[None] * num_many, *logprobs]
+
+    def _draw_many(self, seconds: float, halt: Halt) -> list[list[int]]:
+        """Draw tokens of every row in one compiled call, and return them, (rows, steps)."""
+        kernel, sampling, eos_id = self.decoder.kernel, self.sampling, self.tokenizer.eos_id
+        assert kernel is not None
+        drawn = kernel.draw_many(
+            self.tokens,
+            self.state,
+            sampling.tensors,
+            [sample.request.config.max_new_tokens - sample.num_tokens for sample in self.samples],
+            items=item_bits(self.decoder.vocab_size, self.tokens.device),
+            unk_id=self.tokenizer.unk_id,
+            eos_id=eos_id,
+            most_steps=MOST_STEPS,
+            most_ended=max(len(self.samples) // REFILL_DIVISOR, 1),
+            seconds=seconds,
+            halt=halt,
+        )
+        self.tokens, self.state = drawn.tokens[-1], drawn.state
+        if drawn.doubtful is not None:  # rounding may decide about a token, so torch draws it
+            rows = (self.tokens < 0).nonzero()[:, 0]
+            doubtful = select_sampling_state(sampling, rows)
+            self.tokens[rows] = draw(process_logits(drawn.doubtful[rows], doubtful, eos_id=eos_id), doubtful)
+            record_tokens(sampling, self.tokens)
+        tokens: list[list[int]] = drawn.tokens.T.tolist()
+        return tokens
+
+    def _part(self, first: int, end: int) -> Batch:
+        """Return the batch of some rows, whose settings and history are views of this batch's."""
+        rows = slice(first, end)
+        tensors = {name: value[rows] for name, value in self.sampling.tensors.items()}
+        parts = [part[rows] for part in self.state]
+        sampling = replace(self.sampling, tensors=tensors)
+        return Batch(self.decoder, self.tokenizer, self.samples[rows], self.tokens[rows], parts, sampling)
+
+    def _select(self, rows: list[int]) -> None:
+        """Keep some rows, in the given order."""
+        if rows == list(range(len(self.samples))):
+            return
+        places = torch.tensor(rows, device=self.tokens.device)
+        self.samples = [self.samples[row] for row in rows]
+        self.tokens, self.state = self.tokens[places], [part[places] for part in self.state]
+        self.sampling = select_sampling_state(self.sampling, places)
+
+    @torch.inference_mode()
     def advance(self) -> Step:
         """Draw the next token of every row."""
         masks = self._masks()
@@ -527,7 +636,7 @@ class Batch:
             eos_id=self.tokenizer.eos_id,
             masks=masks,
         )
-        tokens = self.tokens.tolist()
+        tokens: list[int] = self.tokens.tolist()
         return tokens, None if logprobs is None else self.token_logprobs(tokens, *logprobs)
 
     @property
@@ -561,22 +670,19 @@ class Batch:
             for token, value, top in zip(tokens, drawn.tolist(), tops, strict=True)
         ]
 
+    @torch.inference_mode()
     def without_ended(self) -> Batch | None:
         """Return the batch of the samples that have not ended; None if all have."""
         running = [row for row, sample in enumerate(self.samples) if not sample.ended]
-        if len(running) == len(self.samples):
-            return self
         if not running:
             return None
-        rows = torch.tensor(running, device=self.tokens.device)
-        return Batch(
-            self.decoder,
-            self.tokenizer,
-            [self.samples[row] for row in running],
-            self.tokens[rows],
-            [part[rows] for part in self.state],
-            select_sampling_state(self.sampling, rows),
-        )
+        self._select(running)
+        return self
+
+
+def _as_steps(step: Step) -> Steps:
+    tokens, logprobs = step
+    return [[token] for token in tokens], logprobs
 
 
 def _draw_choices(

@@ -246,6 +246,17 @@ def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
     return torch.where(temperature == 1, logits, divided)
 
 
+# Settings of `SamplingConfig` that compiled steps do not know: torch or the host takes each step of these texts.
+NOT_COMPILED = (
+    "typical_p", "no_repeat_ngram", "xtc_probability", "dry_multiplier", "label_scale", "regex", "choices", "logprobs",
+)  # fmt: skip
+
+
+def is_compiled(config: SamplingConfig) -> bool:
+    """Return whether compiled code can draw many tokens of a text in one call, see `kernels.decoding.Int8Step`."""
+    return all(getattr(config, name) == SamplingConfig.__dataclass_fields__[name].default for name in NOT_COMPILED)
+
+
 # --- the settings of a batch -----------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,7 @@
-// One step of an int8 decoder, the draw, and masks of guides, each in a single call: see decoding.py. Arrays are row-major.
+// Steps of an int8 decoder, the draw, and masks of guides, each in a single call: see decoding.py. Arrays are row-major.
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -366,6 +368,263 @@ extern "C" int textgen_step(const Model* model, int64_t rows, const int64_t* tok
             }
     }
     return 1;
+}
+
+
+// --- many steps ------------------------------------------------------------------------------------------------------
+
+// How the rows of a chunk draw their tokens. A null pointer: no row has that setting. (rows) or (rows, vocab_size).
+struct Rows {
+    const int32_t* items;  // hash of each token (vocab_size)
+    const int64_t* keys;
+    int64_t* steps;          // number of drawn tokens
+    const int64_t* lengths;  // number of tokens until a row ends
+    const float *temperature, *top_p, *min_p;  // min_p: its logarithm
+    const int64_t *top_k, *min_new_tokens;
+    const float* bias;
+    const uint8_t* banned;
+    uint8_t* seen;
+    int32_t* counts;
+    const float *repetition_penalty, *presence_penalty, *frequency_penalty;
+    int64_t unk, eos;
+};
+
+struct Scratch {  // memory of a thread
+    std::vector<float> bounds, values, powers, some;
+};
+
+// Return the k-th largest of values (size), a multiple of 16; k <= size. At least k values reach the k-th largest of the
+// maxima of blocks, and few others do, so only these are sorted.
+static float kth_largest(const float* values, int64_t size, int64_t k, std::vector<float>& some) {
+    const int64_t blocks = size / 16;
+    some.resize(blocks + size);
+    float *maxima = some.data(), *reaching = maxima + blocks;
+    for (int64_t b = 0; b < blocks; b++) maxima[b] = _mm512_reduce_max_ps(_mm512_loadu_ps(values + 16 * b));
+    float least = -std::numeric_limits<float>::infinity();
+    if (k <= blocks) {
+        std::nth_element(maxima, maxima + k - 1, maxima + blocks, std::greater<float>());
+        least = maxima[k - 1];
+    }
+    int64_t count = 0;
+    for (int64_t i = 0; i < size; i += 16) {
+        const __m512 x = _mm512_loadu_ps(values + i);
+        const __mmask16 reaches = _mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_GE_OQ);
+        _mm512_mask_compressstoreu_ps(reaching + count, reaches, x);
+        count += _mm_popcnt_u32(reaches);
+    }
+    std::nth_element(reaching, reaching + k - 1, reaching + count, std::greater<float>());
+    return reaching[k - 1];
+}
+
+struct Above {
+    double sum;     // of the powers
+    int64_t count;  // of the values
+};
+
+// Return the sum of the powers of values from `least` on.
+static Above above(const float* values, const float* powers, int64_t size, float least) {
+    __m512d sums[2] = {_mm512_setzero_pd(), _mm512_setzero_pd()};
+    int64_t count = 0;
+    for (int64_t i = 0; i < size; i += 16) {
+        const __mmask16 reaches =
+            _mm512_cmp_ps_mask(_mm512_loadu_ps(values + i), _mm512_set1_ps(least), _CMP_GE_OQ);
+        const __m512 power = _mm512_maskz_loadu_ps(reaches, powers + i);
+        sums[0] = _mm512_add_pd(sums[0], _mm512_cvtps_pd(_mm512_castps512_ps256(power)));
+        sums[1] = _mm512_add_pd(sums[1], _mm512_cvtps_pd(_mm512_extractf32x8_ps(power, 1)));
+        count += _mm_popcnt_u32(reaches);
+    }
+    return {_mm512_reduce_add_pd(_mm512_add_pd(sums[0], sums[1])), count};
+}
+
+struct Limits {
+    float possible, sure;  // a value below `possible` is left out; one from `sure` on is kept; torch decides in between
+};
+
+// Return the limits of top-p for values (size), a multiple of 16, of which those below `kept` are left out already.
+// torch adds rounded probabilities, so the sum at which it stops may be a little above or below p. The error of their
+// sum, relative to it, comes from the logarithm of the total (a float32 of up to `most` + 12) and from exp.
+static Limits keep_top_p(const float* values, int64_t size, float kept, float most, float p, Exp exp,
+                         Scratch& scratch) {
+    const float none = -std::numeric_limits<float>::infinity();
+    scratch.powers.resize(size);
+    float* powers = scratch.powers.data();
+    for (int64_t i = 0; i < size; i += 16) {
+        const __m512 x = _mm512_loadu_ps(values + i);
+        const __mmask16 reaches = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kept), _CMP_GE_OQ);
+        const __m512 power = exp(_mm512_sub_ps(x, _mm512_set1_ps(most)));
+        _mm512_storeu_ps(powers + i, _mm512_maskz_mov_ps(reaches, power));
+    }
+    const Above all = above(values, powers, size, none);
+    const double error = 0x1p-15 + std::fabs(most) * 0x1p-20;
+    const double low = p * all.sum * (1 - error), high = p * all.sum * (1 + error);
+    // Search the interval [from, to) with both limits: sum of all from `to` on < low, sum of all from `from` on >= high.
+    float from = none, to = std::numeric_limits<float>::infinity();
+    Above upper = {0, 0}, lower = all;
+    float next = most - 1;
+    for (int tries = 0; tries < 40 && lower.count - upper.count > 32; tries++) {
+        const Above tried = above(values, powers, size, next);
+        if (tried.sum < low)
+            to = next, upper = tried;
+        else if (tried.sum >= high)
+            from = next, lower = tried;
+        else
+            break;
+        next = from == none ? most - 2 * (most - to) : from + (std::min(to, most) - from) / 2;
+        if (next == from || next == to) break;
+    }
+    // Sort the values in it.
+    scratch.some.resize(lower.count - upper.count);
+    float* some = scratch.some.data();
+    int64_t count = 0;
+    for (int64_t i = 0; i < size; i += 16) {
+        const __m512 x = _mm512_loadu_ps(values + i);
+        const __mmask16 inside = _mm512_cmp_ps_mask(x, _mm512_set1_ps(from), _CMP_GE_OQ) &
+                                 _mm512_cmp_ps_mask(x, _mm512_set1_ps(to), _CMP_LT_OQ);
+        _mm512_mask_compressstoreu_ps(some + count, inside, x);
+        count += _mm_popcnt_u32(inside);
+    }
+    std::sort(some, some + count, std::greater<float>());
+    Limits limits = {none, none};
+    double sum = upper.sum;
+    bool found = false;
+    for (int64_t i = 0; i < count; i++) {
+        if (some[i] < kept) break;
+        sum += std::exp(some[i] - most);
+        if (!found && sum >= low) limits.sure = some[i], found = true;
+        if (sum >= high) {
+            limits.possible = some[i];
+            break;
+        }
+    }
+    return limits;
+}
+
+// Draw a token of a row from the model's logits (size), as sampling.process_logits and sampling.draw do; -1 if rounding
+// may change the token.
+static int64_t draw_token(float* logits, int64_t size, const Rows& rows, int64_t row, Exp exp, Scratch& scratch) {
+    const float none = -std::numeric_limits<float>::infinity();
+    const auto key = static_cast<uint32_t>(mix(mix(rows.keys[row]) ^ static_cast<uint64_t>(rows.steps[row])));
+    const float temperature = rows.temperature == nullptr ? 1 : rows.temperature[row];
+    const int64_t top_k = rows.top_k == nullptr || rows.top_k[row] >= size ? 0 : rows.top_k[row];  // 0: off
+    const float top_p = rows.top_p == nullptr ? 1 : rows.top_p[row];
+    const bool filtered = top_k > 0 || top_p < 1 || rows.min_p != nullptr;
+    logits[rows.unk] = none;
+    if (!filtered && temperature == 1 && rows.bias == nullptr && rows.banned == nullptr && rows.seen == nullptr &&
+        rows.counts == nullptr && rows.min_new_tokens == nullptr)
+        return draw_row(logits, size, rows.items, key, true, scratch.bounds);
+
+    const int64_t whole = (size + 15) / 16 * 16;
+    scratch.values.assign(whole, none);
+    float* values = scratch.values.data();
+    std::memcpy(values, logits, size * sizeof(float));
+    // in the order of sampling.process_logits
+    if (rows.bias != nullptr) {
+        const float* bias = rows.bias + row * size;
+        for (int64_t i = 0; i < size; i++) values[i] += bias[i];
+    }
+    if (rows.seen != nullptr) {
+        const uint8_t* seen = rows.seen + row * size;
+        const float penalty = rows.repetition_penalty[row];
+        for (int64_t i = 0; i < size; i++) {
+            const float changed = values[i] > 0 ? values[i] / penalty : values[i] * penalty;
+            values[i] = seen[i] ? changed : values[i];
+        }
+    }
+    if (rows.counts != nullptr) {
+        const int32_t* counts = rows.counts + row * size;
+        const float presence = rows.presence_penalty == nullptr ? 0 : rows.presence_penalty[row];
+        const float frequency = rows.frequency_penalty == nullptr ? 0 : rows.frequency_penalty[row];
+        for (int64_t i = 0; i < size; i++) {
+            const float once = values[i] - presence * static_cast<float>(counts[i] > 0);
+            values[i] = once - frequency * static_cast<float>(counts[i]);
+        }
+    }
+    if (rows.banned != nullptr) {
+        const uint8_t* banned = rows.banned + row * size;
+        for (int64_t i = 0; i < size; i++) values[i] = banned[i] ? none : values[i];
+    }
+    if (rows.min_new_tokens != nullptr && rows.steps[row] < rows.min_new_tokens[row]) values[rows.eos] = none;
+
+    float most = none;
+    int strange = 0;  // some value is infinite or nan
+#pragma omp simd reduction(max : most) reduction(| : strange)
+    for (int64_t i = 0; i < size; i++) {
+        most = values[i] > most ? values[i] : most;
+        strange |= !(values[i] <= std::numeric_limits<float>::max());
+    }
+    if (strange || most == none) return -1;
+    if (temperature != 1) {
+        const float by = temperature > 0 ? temperature : 1;
+        for (int64_t i = 0; i < size; i++) values[i] = (values[i] - most) / by;
+        most = 0;
+    }
+    if (!filtered) return draw_row(values, size, rows.items, key, temperature > 0, scratch.bounds);
+
+    Limits limits = {none, none};
+    if (top_k > 0) limits.possible = limits.sure = kth_largest(values, whole, top_k, scratch.some);
+    if (top_p < 1) {
+        const Limits nucleus = keep_top_p(values, whole, limits.sure, most, top_p, exp, scratch);
+        limits = {std::max(limits.possible, nucleus.possible), std::max(limits.sure, nucleus.sure)};
+    }
+    if (rows.min_p != nullptr) {
+        const float least = most + rows.min_p[row];
+        limits = {std::max(limits.possible, least), std::max(limits.sure, least)};
+    }
+    // Draw from all tokens that may be kept. If the drawn one is surely kept, it is also drawn without the others.
+    float* drawable = scratch.values.data();
+    for (int64_t i = 0; i < size; i++) drawable[i] = values[i] >= limits.possible ? values[i] : none;
+    const int64_t token = draw_row(drawable, size, rows.items, key, temperature > 0, scratch.bounds);
+    return token >= 0 && drawable[token] >= limits.sure ? token : -1;
+}
+
+// Draw up to `most_steps` tokens of each row. Stop early after a step in which some row has to be drawn by torch, or
+// `most_ended` rows or more have ended, or after `seconds`, or if *halt is not 0.
+// tokens: (most_steps + 1, rows): first the tokens that the first step reads, then the drawn ones: -1 for a row that has
+// to be drawn by torch, the end-of-text token for a row that has ended in an earlier step. before: as textgen_step's.
+// state: the new state (num_layers, 2, rows, hidden_size). logits: of the last step (rows, vocab_size).
+// Return the number of steps; negative if torch has to draw, and tokens of the last step are then not recorded in
+// `rows`; 0 if a token is not in the vocabulary.
+extern "C" int64_t textgen_draw_many(const Model* model, const Rows* rows, int64_t num_rows, int64_t most_steps,
+                                     int64_t most_ended, double seconds, const volatile int32_t* halt,
+                                     int64_t* tokens, const float* const* before, float* state, float* logits,
+                                     int threads) {
+    const int64_t vocab_size = model->vocab_size, part = num_rows * model->hidden_size;
+    const Exp exp = reinterpret_cast<Exp>(model->exp);
+    const auto started = std::chrono::steady_clock::now();
+    std::vector<const float*> parts(2 * model->num_layers);
+    for (int64_t i = 0; i < 2 * model->num_layers; i++) parts[i] = state + i * part;
+    std::vector<uint8_t> ended(num_rows, 0);
+    const int drawing = num_rows * vocab_size < 1 << 16 ? 1 : threads;
+    for (int64_t step = 1; step <= most_steps; step++, tokens += num_rows) {
+        // a step may write its state over the one that it reads
+        if (!textgen_step(model, num_rows, tokens, step == 1 ? before : parts.data(), state, logits, threads)) return 0;
+        int64_t* drawn = tokens + num_rows;
+        int64_t left = 0;
+#pragma omp parallel num_threads(drawing) if (drawing > 1) reduction(+ : left)
+        {
+            thread_local Scratch scratch;
+#pragma omp for schedule(dynamic)
+            for (int64_t row = 0; row < num_rows; row++) {
+                drawn[row] = ended[row] ? rows->eos
+                                        : draw_token(logits + row * vocab_size, vocab_size, *rows, row, exp, scratch);
+                left += drawn[row] < 0;
+            }
+        }
+        if (left) return -step;
+        int64_t num_ended = 0;
+        for (int64_t row = 0; row < num_rows; row++) {
+            if (!ended[row]) {
+                rows->steps[row]++;
+                if (rows->seen != nullptr) rows->seen[row * vocab_size + drawn[row]] = 1;
+                if (rows->counts != nullptr) rows->counts[row * vocab_size + drawn[row]]++;
+                ended[row] = drawn[row] == rows->eos || step >= rows->lengths[row];
+            }
+            num_ended += ended[row];
+        }
+        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - started;
+        if (step == most_steps || num_ended >= most_ended || taken.count() > seconds || *halt) return step;
+    }
+    return most_steps;
 }
 
 #endif

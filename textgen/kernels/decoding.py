@@ -1,4 +1,4 @@
-"""Compiled code for decoding on a CPU: one step of an int8 decoder, the draw, and masks, each in one call.
+"""Compiled code for decoding on a CPU: steps of an int8 decoder, the draw, and masks, each in one call.
 
 For a few rows, calling torch's operators takes longer than their work. The compiled code returns the same values bit
 for bit, and calls the same `exp`. Functions return None without a compiler; the caller then uses torch's operators.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,6 +24,8 @@ def compiled_code() -> ctypes.CDLL | None:
     code = library("decoding.cpp")
     if code is not None:
         code.textgen_draw.restype = ctypes.c_int64
+        if hasattr(code, "textgen_draw_many"):
+            code.textgen_draw_many.restype = ctypes.c_int64
     return code
 
 
@@ -163,6 +166,50 @@ class _Model(ctypes.Structure):
     )
 
 
+# Settings of rows that compiled steps know, by the names of `sampling.SamplingState`, in the order of the C++ structure
+# `Rows` after `lengths`.
+_ROW_SETTINGS = (
+    ("temperature", torch.float32), ("top_p", torch.float32), ("min_p", torch.float32), ("top_k", torch.int64),
+    ("min_new_tokens", torch.int64), ("bias", torch.float32), ("banned", torch.bool), ("seen", torch.bool),
+    ("counts", torch.int32), ("repetition_penalty", torch.float32), ("presence_penalty", torch.float32),
+    ("frequency_penalty", torch.float32),
+)  # fmt: skip
+_RECORDS = ("step", "seen", "counts")  # what a step changes
+
+
+class _Rows(ctypes.Structure):
+    """The C++ structure `Rows`; fields must be in the same order."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("items", "keys", "steps", "lengths")),
+        *((name, ctypes.c_void_p) for name, _ in _ROW_SETTINGS),
+        *((name, ctypes.c_int64) for name in ("unk", "eos")),
+    )
+
+
+class Halt:
+    """A flag that ends `Int8Step.draw_many` after its step, from any thread."""
+
+    def __init__(self) -> None:
+        self.flag = ctypes.c_int32(0)
+
+    def set(self, value: bool) -> None:
+        """End the call that runs, and later ones after their first step; or let later ones run."""
+        self.flag.value = value
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What `Int8Step.draw_many` returns."""
+
+    tokens: Tensor
+    """int64 (steps, batch), at least one step"""
+    state: list[Tensor]
+    """after all steps but the reading of the last tokens, as `Decoder.step` returns it"""
+    doubtful: Tensor | None
+    """logits of the last step, float32 (batch, vocab_size), if some of its tokens are -1; else None"""
+
+
 class Int8Step:
     """A step of stacked LSTM layers, without norms or residual sums, in 8-bit integers.
 
@@ -187,7 +234,7 @@ class Int8Step:
     ) -> None:
         code = compiled_code()
         assert code is not None  # see has_int8_step
-        self._step, self._num_layers = code.textgen_step, num_layers
+        self._step, self._draw_many, self._num_layers = code.textgen_step, code.textgen_draw_many, num_layers
         self._num_inputs, self._vocab_size, self._size = len(table), vocab_size, table.shape[1] // 4
         self._products = (_Product * len(products))()
         self._kept = [table]  # tensors that the structures point into
@@ -245,6 +292,78 @@ class Int8Step:
         if not in_vocabulary:
             raise IndexError(f"tokens must be below the number of inputs {self._num_inputs}: {tokens.tolist()[:10]}")
         return logits, list(after.unbind(0))
+
+    def draw_many(
+        self,
+        tokens: Tensor,
+        state: Sequence[Tensor],
+        sampling: Mapping[str, Tensor],
+        lengths: Sequence[int],
+        *,
+        items: Tensor,
+        unk_id: int,
+        eos_id: int,
+        most_steps: int,
+        most_ended: int,
+        seconds: float,
+        halt: Halt,
+    ) -> Drawn:
+        """Read a token per row, draw the next one, read that, and so on: what `generation.advance` does, many times.
+
+        The call ends early after a step in which torch has to draw a row, because rounding may decide about its token.
+        These rows get -1, and `sampling` does not record the tokens of that step: the caller does both.
+
+        Args:
+            tokens: int64 (batch,).
+            state: as in a call.
+            sampling: tensors of `sampling.SamplingState`. Those of filters that compiled code does not know are not
+                looked at. What is drawn is recorded in place.
+            lengths: number of tokens after which each row ends. A row also ends with the end-of-text token, and gets
+                that token from then on.
+            items: as in `draw`.
+            unk_id: a token that is never drawn.
+            eos_id: the token that ends a text.
+            most_steps: largest number of steps.
+            most_ended: the call ends when so many rows have ended.
+            seconds: the call ends after the step in which they have passed.
+            halt: ends the call.
+
+        Raises:
+            IndexError: a token is not in the vocabulary.
+        """
+        count, empty = len(tokens), functools.partial(torch.empty, dtype=torch.float32)
+        drawn = torch.empty(most_steps + 1, count, dtype=torch.int64)
+        drawn[0] = tokens
+        logits, after = empty(count, self._vocab_size), empty(2 * self._num_layers, count, self._size)
+        state = [part.contiguous() for part in state]
+        before = (ctypes.c_void_p * len(state))(*(part.data_ptr() for part in state))
+        kept = [items, sampling["key"].contiguous(), sampling["step"], torch.tensor(lengths)]
+        rows = _Rows(*(tensor.data_ptr() for tensor in kept))
+        for name, dtype in _ROW_SETTINGS:
+            if (tensor := sampling.get(name)) is not None:
+                tensor = tensor.log() if name == "min_p" else tensor
+                assert tensor.dtype == dtype
+                assert tensor.is_contiguous() or name not in _RECORDS
+                kept.append(tensor.contiguous())
+                setattr(rows, name, kept[-1].data_ptr())
+        rows.unk, rows.eos = unk_id, eos_id
+        steps = self._draw_many(
+            ctypes.byref(self._model),
+            ctypes.byref(rows),
+            _int64(count),
+            _int64(most_steps),
+            _int64(most_ended),
+            ctypes.c_double(seconds),
+            ctypes.byref(halt.flag),
+            _pointer(drawn),
+            before,
+            _pointer(after),
+            _pointer(logits),
+            torch.get_num_threads(),
+        )
+        if steps == 0:
+            raise IndexError(f"tokens must be below the number of inputs {self._num_inputs}: {tokens.tolist()[:10]}")
+        return Drawn(drawn[1 : abs(steps) + 1], list(after.unbind(0)), logits if steps < 0 else None)
 
 
 def _in_panels(x: Tensor, *, gates: bool) -> Tensor:
