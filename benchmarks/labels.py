@@ -1,12 +1,13 @@
 """Labels of reviews: who finds them, and whether texts drawn by label have them.
 
+- `python -m benchmarks.labels all FOLDER`: everything below, with trainings of `quick` in FOLDER: one without labels,
+  two with labels. The trainings go on where an earlier call was stopped. An hour on two cores.
 - `python -m benchmarks.labels baselines`: a naive Bayes and a TF-IDF logistic regression (scikit-learn, of the extra
   `bench`), trained on the packaged train reviews and tried on the 2,500 validation reviews.
 - `python -m benchmarks.labels classify RUN [--head FOLDER]`: `textgen classify` on the same reviews.
 - `python -m benchmarks.labels judge RUN`: texts drawn by label, judged by the naive Bayes.
 
-Figures are printed and go to `benchmarks/results/labels.json`, by name. That file is not in the repository;
-docs/evidence/experiments.md has the figures.
+Figures are printed and go to `benchmarks/results/labels.json`, by name.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +29,7 @@ import textgen
 from benchmarks.machine import RESULTS, save
 from textgen.classification.decision import fit_temperature
 from textgen.classification.figures import compute_figures, wilson_interval
+from textgen.commands.model_argument import open_model
 from textgen.config import DataConfig
 from textgen.data.corpus import clean_corpus, open_corpus
 from textgen.data.csv_files import read_csv
@@ -35,6 +40,10 @@ Reviews = tuple[list[str], NDArray[np.int64]]
 # Beginnings without a word of sentiment; the empty one starts a text.
 PROMPTS = ("", "This movie", "I watched this", "The film", "The story is about", "I saw this film with my family",
            "The director", "When I first heard of", "The main character", "In this film")  # fmt: skip
+
+
+STEPS = 3900  # of `quick` in five minutes on two cores of an AMD EPYC with AVX512-BF16
+MAX_TOKENS = 256  # of a text to judge
 
 
 def split_reviews(split: str) -> Reviews:
@@ -100,30 +109,33 @@ def classify(run: str, validation: Reviews, head: str | None) -> dict[str, Any]:
 
 
 def judge(
-    run: str, train: Reviews, validation: Reviews, count: int, settings: dict[str, Any], scored_by: str | None
+    run: str, model: Any, validation: Reviews, count: int, settings: dict[str, Any], scored_by: str | None
 ) -> dict[str, Any]:
     """Draw texts by label and return how often the naive Bayes finds the label that was asked for.
 
     Args:
         run: a run with labels.
-        train: what the judge learns from.
+        model: the judge, which has learned.
         validation: what it is tried on.
         count: texts of each label.
         settings: of sampling, beside temperature 1 without filters.
         scored_by: a run without labels, whose bits per byte of the texts tell whether they are still as human ones.
     """
-    model = naive_bayes()
-    model.fit(*train)
-    lm = textgen.load(run)
-    found: dict[str, Any] = {"judge on human reviews": _share(model.predict(validation[0]) == validation[1])}
+    lm, tokenizer = textgen.load(run), open_model(run, best=False).tokenizer
+    cut = [tokenizer.decode(tokenizer.encode(text)[:MAX_TOKENS]) for text in validation[0]]
+    found: dict[str, Any] = {
+        "human reviews": _share(model.predict(validation[0]) == validation[1]),
+        f"their first {MAX_TOKENS} tokens": _share(model.predict(cut) == validation[1]),
+    }
     hits, examples, words = [], {}, []
     drawn: list[str] = []
     for label, name in enumerate(LABELS):
-        texts = lm.generate(PROMPTS, n=-(-count // len(PROMPTS)), label=name, max_new_tokens=256, **settings)[:count]
+        texts = lm.generate(PROMPTS, n=-(-count // len(PROMPTS)), label=name, max_new_tokens=MAX_TOKENS, **settings)
+        texts = texts[:count]
         drawn += texts
         hits.append(model.predict(texts) == label)
         found[name] = _share(hits[-1])
-        examples[name] = texts[:: max(1, len(texts) // 3)][:3]
+        examples[name] = [text[:200] for text in texts[:: max(1, len(texts) // 3)][:3]]
         words += [text.lower().split() for text in texts]
     found["both"] = _share(np.concatenate(hits))
     for n in (1, 2):
@@ -142,6 +154,43 @@ def _share(hits: NDArray[np.bool_]) -> dict[str, Any]:
     return {"accuracy": float(hits.mean()), "interval": [low, high], "texts": len(hits)}
 
 
+def train_quick(run_dir: Path, **settings: Any) -> str:
+    """Train `quick` for its usual number of steps, or what is left of them, and return the folder of the run."""
+    textgen.train("quick", run_dir=run_dir, max_minutes=None, max_steps=STEPS, tracking=False, **settings)
+    return str(run_dir)
+
+
+def call(*flags: str) -> str:
+    """Return what `textgen` prints."""
+    command = [sys.executable, "-m", "textgen", *flags]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def bits_per_byte(run: str, label: str) -> float:
+    """Return the bits per byte of the validation reviews, scored without labels (`none`) or with their own (`true`)."""
+    return float(json.loads(call("evaluate", run, "--label", label, "--json"))["bits_per_byte"])
+
+
+def measure_all(folder: Path, seeds: Sequence[int], count: int) -> None:
+    """Train with labels from each seed, without from the first, and measure everything; the head of one run only."""
+    train, validation = split_reviews("train"), split_reviews("validation")
+    keep("baselines", baselines(train, validation))
+    model = naive_bayes().fit(*train)
+    plain = train_quick(folder / f"plain-{seeds[0]}", seed=seeds[0])
+    keep(f"bits per byte without labels, seed {seeds[0]}", {"none": bits_per_byte(plain, "none")})
+    for seed in seeds:
+        run = train_quick(folder / f"labelled-{seed}", seed=seed, **{"data.label_column": "label"})
+        for scale in (1, 3):
+            figures = judge(run, model, validation, count, {"label_scale": scale}, plain)
+            keep(f"judge, seed {seed}, label_scale {scale}", figures)
+        keep(f"bits per byte, seed {seed}", {label: bits_per_byte(run, label) for label in ("none", "true")})
+        keep(f"classify, seed {seed}", classify(run, validation, None))
+    run, head = str(folder / f"labelled-{seeds[0]}"), folder / f"head-{seeds[0]}"
+    if not head.exists():
+        call("classify", run, "--train", "train", "--head", str(head))
+    keep(f"classify with a head, seed {seeds[0]}", classify(run, validation, str(head)))
+
+
 def keep(name: str, figures: dict[str, Any]) -> None:
     """Print figures, and put them into the file of results under a name."""
     path = RESULTS / "labels.json"
@@ -153,8 +202,9 @@ def keep(name: str, figures: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print and keep the figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("baselines", "classify", "judge"))
-    parser.add_argument("run", nargs="?", help="a run with labels")
+    parser.add_argument("what", choices=("all", "baselines", "classify", "judge"))
+    parser.add_argument("run", nargs="?", help="a run with labels; of `all` the folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[42, 1], help="of the trainings of `all`")
     parser.add_argument("--head", help="folder of a head, see `textgen classify`")
     parser.add_argument("--count", type=int, default=1000, help="texts of each label to judge")
     parser.add_argument("--label_scale", type=float, help="of the texts to judge")
@@ -163,6 +213,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.what != "baselines" and args.run is None:
         parser.error(f"`{args.what}` needs a run")
+    if args.what == "all":
+        measure_all(Path(args.run), args.seeds, args.count)
+        return
     validation = split_reviews("validation")
     if args.what == "baselines":
         figures = baselines(split_reviews("train"), validation)
@@ -170,7 +223,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = classify(args.run, validation, args.head)
     else:
         settings = {} if args.label_scale is None else {"label_scale": args.label_scale}
-        figures = judge(args.run, split_reviews("train"), validation, args.count, settings, args.scored_by)
+        model = naive_bayes().fit(*split_reviews("train"))
+        figures = judge(args.run, model, validation, args.count, settings, args.scored_by)
     keep(args.name or f"{args.what}{' with a head' if args.head else ''}", figures)
 
 

@@ -16,9 +16,6 @@ GOOD, BAD = {"good", "fine", "great"}, {"bad", "dull", "weak"}
 class Judge:
     """Takes a text for positive if it has more good words than bad ones."""
 
-    def fit(self, texts: list[str], true: object) -> None:
-        self.num_texts = len(texts)
-
     def predict(self, texts: list[str]) -> np.ndarray:
         words = [text.split() for text in texts]
         good, bad = (np.array([sum(word in own for word in text) for text in words]) for own in (GOOD, BAD))
@@ -34,10 +31,9 @@ def reviews(labelled_reviews: Path) -> labels.Reviews:
 def test_texts_drawn_by_label_are_judged(
     labelled_run: Path, reviews: labels.Reviews, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(labels, "naive_bayes", Judge)
     monkeypatch.setattr(labels, "PROMPTS", ("", "good"))
-    found = labels.judge(str(labelled_run), reviews, reviews, 20, {"label_scale": 2}, str(labelled_run))
-    assert found["judge on human reviews"]["accuracy"] == 1
+    found = labels.judge(str(labelled_run), Judge(), reviews, 20, {"label_scale": 2}, str(labelled_run))
+    assert found["human reviews"]["accuracy"] == found["their first 256 tokens"]["accuracy"] == 1
     assert found["both"]["texts"] == 40
     assert found["both"]["accuracy"] == (found["negative"]["accuracy"] + found["positive"]["accuracy"]) / 2 > 0.6
     assert 0 < found["distinct-1"] < found["distinct-2"] <= 1

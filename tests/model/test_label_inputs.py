@@ -99,3 +99,24 @@ def test_an_unknown_label_is_refused_with_the_known_ones() -> None:
         build(tuple(f"l{i}" for i in range(25))).label_id("x")
     with pytest.raises(TextgenError, match=r"^label 'good': the model was trained without labels$"):
         build(()).label_id("good")
+
+
+@torch.no_grad()
+def test_a_new_model_keeps_the_label_of_a_text_and_replaces_it_at_the_next() -> None:
+    end, model = 1, build(embedding_dim=64, hidden_size=128)
+    text = torch.randint(2, VOCAB, (1, 400))
+
+    def state_after(*first_inputs: int) -> torch.Tensor:
+        state = model.zero_state(1)
+        for first in first_inputs:
+            _, state = model(torch.cat([torch.tensor([[first]]), text], dim=1), state)
+        return state[1][0, 0]
+
+    inputs = [end, *(model.label_id(label) for label in LABELS)]
+    forgotten = [state_after(first) for first in inputs]
+    assert all(torch.allclose(one, forgotten[0], atol=1e-4) for one in forgotten)
+    model.remember_labels(end)
+    kept = [state_after(first)[: 128 // 8] for first in inputs]
+    for i, one in enumerate(kept):
+        assert all((one - other).abs().mean() > 0.2 for other in kept[:i])
+        assert torch.allclose(state_after(inputs[i - 1], inputs[i])[: 128 // 8], one, atol=0.02)

@@ -121,8 +121,8 @@ def _first_inputs(model: LSTMLanguageModel, tokenizer: Tokenizer, texts: Sequenc
         return [tokenizer.bos_id] * len(texts)
     if not model.labels:
         raise TextgenError(f"`--label true`: `{args.checkpoint}` was trained without labels")
-    labels = [label_of(text) for text in texts]
-    known = [label if label in model.labels else None for label in labels]
+    of_model = frozenset(model.labels)
+    known = [label if (label := label_of(text)) in of_model else None for text in texts]
     if not any(known):
         hint = "" if args.data in SPLITS else ": `--label_column` names the column of the label"
         raise TextgenError(f"`--label true`: no document of `{args.data}` has a label of the model{hint}")

@@ -240,6 +240,7 @@ class LSTMLanguageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.vocab_size, self.text, self.labels = config, vocab_size, dict(text or {}), tuple(labels)
+        self._label_ids = {label: vocab_size + place for place, label in enumerate(self.labels)}
         # On the meta device nn.Embedding gets an empty weight. If it drew one there, torch would import its compiler,
         # which takes longer than the rest of loading a model.
         shape = vocab_size, config.embedding_dim
@@ -282,6 +283,39 @@ class LSTMLanguageModel(nn.Module):
         if self.label_embedding is not None:
             nn.init.normal_(self.label_embedding.weight, std=self.config.embedding_dim**-0.5)
 
+    @torch.no_grad()
+    def remember_labels(self, end: int) -> None:
+        """Let some cells of the first layer keep the label of a text from its first input to its last.
+
+        Gradients reach back to the start of a window only, and an LSTM forgets within tens of tokens at first. So a
+        training hardly learns to keep a label. Here an eighth of the cells starts behind closed gates, which one
+        direction of the embedding opens. Labels and the end-of-text point there, other tokens do not. Each of them
+        writes its random code, and replaces that of the text before. What the codes mean is learned, and all these
+        weights are trained like others. Gates that keep a value are those of Hochreiter and Schmidhuber 1997 ("Long
+        Short-Term Memory", section 4).
+
+        Draws from torch's default generator.
+
+        Args:
+            end: id of the end-of-text token, the first input of a text without a label.
+        """
+        assert self.label_embedding is not None
+        layer, rows = self.layers[0], self.label_embedding.weight
+        assert isinstance(layer, LSTMLayer)
+        size, opening = layer.weight_hh.shape[1], torch.randn(rows.shape[1])
+        cells = max(size // 8, 1)
+        opening /= opening.norm()
+        codes = torch.randn(cells, rows.shape[1])
+        codes -= (codes @ opening)[:, None] * opening
+        # Gates are sigmoids: -8 is closed and -8 + 2 * 8 is open. The forget gate is open while a cell is kept.
+        for gate, weight_ih, bias in ((0, 2 * opening, -8.0), (1, -2 * opening, 8.0), (2, codes, 0.0)):
+            own = slice(gate * size, gate * size + cells)
+            layer.weight_ih[own], layer.weight_hh[own], layer.bias[own] = weight_ih, 0.0, bias
+        rows *= 3  # clear codes
+        for weight in (rows, self.embedding.weight[end]):
+            weight -= (weight @ opening)[..., None] * opening
+            weight += 8 * opening
+
     @property
     def num_parameters(self) -> int:
         """Number of trained values; a tied matrix counts once."""
@@ -300,10 +334,10 @@ class LSTMLanguageModel(nn.Module):
         """
         if not self.labels:
             raise TextgenError(f"label {label!r}: the model was trained without labels")
-        if label not in self.labels:
+        if label not in self._label_ids:
             more = f" and {self.num_labels - NAMED_LABELS} more" if self.num_labels > NAMED_LABELS else ""
             raise TextgenError(f"no label {label!r}; the model has {in_backticks(self.labels[:NAMED_LABELS])}{more}")
-        return self.vocab_size + self.labels.index(label)
+        return self._label_ids[label]
 
     def embed(self, inputs: Tensor) -> Tensor:
         """Return the embeddings of inputs, tokens and labels: (batch, time) to (batch, time, embedding_dim)."""

@@ -66,6 +66,8 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop
     text = {"tokenizer_sha256": store.tokenizer.sha256, "normalization": store.record["normalization"]}
     counts = store.unigram_counts
     model = LSTMLanguageModel(config.model, len(counts), unigram_counts=counts, text=text, labels=store.labels)
+    if store.labels:
+        model.remember_labels(store.tokenizer.eos_id)
     return Training(
         learner=build_learner(config, accelerator, model, total_steps=min(total, config.max_steps or total)),
         store=store,
