@@ -1,15 +1,20 @@
-# make install | train | test | test-slow | check | docs | bench | quality | labels | adapt | auto-tokenizer | faults | scaling: each sets up .venv first; a second call does not install again.
+# make install | train | test | test-slow | check | docs | bench | quality | labels | adapt | auto-tokenizer | faults | scaling | gpu-pack: each sets up .venv first; a second call does not install again.
+# make gpu runs on the packages of $(PYTHON) and installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
 # Another build of torch: make TORCH_INDEX=https://... (see pytorch.org)
 TORCH_INDEX ?=
 RUN ?= runs/quick
+# Of make gpu: the folder of its results, stages (all by default), and DRY=1 for what a machine without a GPU can do.
+OUT ?= build/first-gpu
+ONLY ?=
+DRY ?=
 # Processes that run the tests; each computes with one thread. 0: a single one, with all threads.
 WORKERS ?= 2
 # Threads that wait must not spin: on a busy machine two-thread regions are many times slower otherwise.
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
-.PHONY: install train test test-slow check docs bench quality labels adapt auto-tokenizer faults scaling clean
+.PHONY: install train test test-slow check docs bench quality labels adapt auto-tokenizer faults scaling gpu gpu-pack clean
 
 train: .venv/installed
 	$(BIN)/python train_distributed.py --config launch/presets/quick.yaml --run_dir $(RUN)
@@ -75,6 +80,14 @@ faults: .venv/installed
 scaling: .venv/installed
 	$(BIN)/python -m benchmarks.communication
 	$(BIN)/python -m benchmarks.scaling
+
+# Nine minutes on a machine with a GPU (docs/how-to/first-gpu.md).
+gpu:
+	$(PYTHON) -m benchmarks.first_gpu run $(OUT) $(if $(DRY),--dry) $(if $(ONLY),--only $(ONLY))
+
+# What that machine lacks, to .gpu/: two packages and the encoded IMDB reviews, under 10 MB.
+gpu-pack: .venv/installed
+	$(BIN)/python -m benchmarks.first_gpu pack
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

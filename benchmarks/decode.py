@@ -2,9 +2,12 @@
 
 All variants hold the same weights and draw every token; rounds are interleaved, so that a busy machine slows all. The
 plain loop is what one would write by hand: nn.LSTM fed one token, softmax, torch.multinomial. Others draw as textgen
-does, which is cheaper. The floor is the time to read the weights once, at the rate a buffer of their size is read
-again and again in the same rounds. onnxruntime and openvino take part where they are installed. Batch sizes may be
-measured one after the other: what the results hold of others by the same machine and versions stays.
+does, which is cheaper. The floor is the time to read the weights once: on a CPU at the rate a buffer of their size is
+read again and again in the same rounds, on a GPU at the rate of its memory, since its cache may hold them all.
+onnxruntime and openvino take part where they are installed. Batch sizes may be
+measured one after the other: what the results hold of others by the same machine and versions stays. On a GPU `runner`
+is what users run: graphs of the lengths that fit, with the host's work on the texts. `graph` is the graph of 32 steps
+alone. No figure of a GPU has been taken yet.
 """
 
 from __future__ import annotations
@@ -28,11 +31,12 @@ from benchmarks.machine import RESULTS, describe, joules, save
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding.choose import choose_decoder
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
-from textgen.decoding.generation import advance
+from textgen.decoding.generation import Batch, Request, RunningSample, advance
 from textgen.decoding.products import multiplies_int8
 from textgen.decoding.sampling import SamplingState, join_sampling_states, new_sampling_state, select_sampling_state
 from textgen.model.files import load_model, read_model, save_model
 from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
+from textgen.tokenizer import Tokenizer, train_tokenizer
 
 SHAPES = {"cpu": (8192, 512, 1024, 2), "cuda": (8192, 512, 1024, 3)}
 SECONDS = 0.15  # of a variant's turn in a round
@@ -76,15 +80,29 @@ class Plain(nn.Module):
         return self.head(x).softmax(-1), (torch.stack([h for h, _ in new]), torch.stack([c for _, c in new]))
 
 
-def plain_steps(step: Callable[..., Any], model: LSTMLanguageModel, rows: int, *, onednn: bool = True) -> Steps:
-    """Return a function that takes n steps of the plain loop."""
+def plain_steps(
+    step: Callable[..., Any], model: LSTMLanguageModel, rows: int, *, onednn: bool = True, compiled: bool = False
+) -> Steps:
+    """Return a function that takes n steps of the plain loop.
+
+    Args:
+        step: returns probabilities and the new state.
+        model: its zero state begins.
+        rows: of the batch.
+        onednn: whether torch may use oneDNN.
+        compiled: whether `step` returns memory that its next call writes to, as `reduce-overhead` does: its state is
+            then copied, without which torch leaves its graphs.
+    """
     kept: dict[str, Any] = {"state": model.zero_state(rows)}
     kept["tokens"] = torch.zeros(rows, dtype=torch.int64, device=kept["state"][0].device)
 
     def steps(count: int) -> None:
         with nullcontext() if onednn else torch.backends.mkldnn.flags(enabled=False):
             for _ in range(count):
-                probabilities, kept["state"] = step(kept["tokens"], kept["state"])
+                if compiled:
+                    torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+                probabilities, state = step(kept["tokens"], kept["state"])
+                kept["state"] = tuple(part.clone() for part in state) if compiled else state
                 kept["tokens"] = torch.multinomial(probabilities, 1)[:, 0]
 
     return steps
@@ -118,7 +136,7 @@ def decoder_steps(decoder: Decoder, rows: int) -> Steps:
 
 
 def graph_steps(decoder: Decoder, rows: int) -> Steps:
-    """Return a function that replays CUDA graphs of 32 steps; the host reads their tokens one replay late."""
+    """Return a function that replays a CUDA graph of 32 steps. The host reads no token: `runner_steps` does."""
     from textgen.decoding.cuda_graphs import Buffers, StepCapture
 
     tokens, state, sampling = start_of(decoder, rows)
@@ -131,6 +149,43 @@ def graph_steps(decoder: Decoder, rows: int) -> Steps:
             replay()
 
     return steps
+
+
+def runner_steps(
+    decoder: Decoder,
+    rows: int,
+    tokenizer: Tokenizer,
+    *,
+    capture: Callable[[Any, int], Callable[[], None]] | None = None,
+) -> Steps:
+    """Return a function that draws n tokens of each row as users get them: by `GraphRunner`, pushed to their texts.
+
+    Args:
+        decoder: of a model that hardly ever draws the end of a text.
+        rows: of the batch.
+        tokenizer: of the model's vocabulary.
+        capture: of the runner; default: CUDA graphs.
+    """
+    from textgen.decoding.cuda_graphs import GraphRunner
+
+    runner = GraphRunner(decoder, capture=capture)
+
+    def steps(count: int) -> None:
+        request = Request("", SamplingConfig(max_new_tokens=count))
+        samples = [RunningSample.of(i, request, tokenizer) for i in range(rows)]
+        batch = Batch.of(decoder, tokenizer, samples, beside=None)
+        for tokens, _ in runner(batch):
+            for token, sample in zip(tokens, samples, strict=True):
+                list(sample.push(token, None))
+        assert all(sample.num_tokens == count for sample in samples)
+
+    return steps
+
+
+def tokenizer_of(vocab_size: int) -> Tokenizer:
+    """Return a tokenizer with so many pieces, each a character."""
+    text = "".join(chr(0x4E00 + i) for i in range(vocab_size))
+    return Tokenizer(train_tokenizer([text], vocab_size=vocab_size, model_type="char"))
 
 
 class OpenvinoDecoder(Decoder):
@@ -190,11 +245,15 @@ def weight_count(model: LSTMLanguageModel) -> int:
 
 
 def reading(num_bytes: int, device: torch.device) -> Steps:
-    """Return a function that reads a buffer of `num_bytes` bytes n times."""
-    buffer = torch.zeros(num_bytes // 4, device=device)
+    """Return a function that reads a buffer of `num_bytes` bytes n times; on a GPU 32 buffers in a launch.
+
+    Together they do not fit a GPU's cache, and the launch hardly counts.
+    """
+    at_once = 32 if device.type == "cuda" else 1
+    buffer = torch.randn(at_once * num_bytes // 4, device=device)
 
     def steps(count: int) -> None:
-        for _ in range(count):
+        for _ in range(count // at_once):
             buffer.sum()
 
     return steps
@@ -212,7 +271,7 @@ def compare(
             torch.cuda.synchronize()
         return (time.perf_counter() - started) / count
 
-    counts, unit = {}, 32 if device.type == "cuda" else 2  # steps of a graph
+    counts, unit = {}, 128 if device.type == "cuda" else 2  # after 64 steps `GraphRunner` has its longest graph
     for name, steps in variants.items():
         try:
             seconds(steps, unit)  # warm
@@ -259,6 +318,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32, 128, 512])
     parser.add_argument("--compile", action="store_true", help="with the plain loop under torch.compile, a minute more")
+    parser.add_argument(
+        "--shape",
+        type=int,
+        nargs=4,
+        metavar="N",
+        help="vocabulary, embedding, hidden size and layers (default: by device)",
+    )
     parser.add_argument("--checkpoint", help="count on this one how often other tokens are drawn, and nothing else")
     args = parser.parse_args()
     if args.checkpoint is not None:
@@ -266,42 +332,50 @@ def main() -> None:
             save("decode_tokens", differences(args.checkpoint))
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vocab_size, embedding_dim, hidden_size, num_layers = SHAPES[device.type]
+    shape = tuple(args.shape or SHAPES[device.type])
+    vocab_size, embedding_dim, hidden_size, num_layers = shape
     torch.manual_seed(0)
     config = ModelConfig(embedding_dim=embedding_dim, hidden_size=hidden_size, num_layers=num_layers)
     model = LSTMLanguageModel(config, vocab_size).to(device).eval()
+    tokenizer = tokenizer_of(vocab_size) if device.type == "cuda" else None
+    if tokenizer is not None:
+        model.output.bias.data[tokenizer.eos_id] = -1000.0  # no text ends by itself
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         folder = Path(name)
-        figures: dict[str, Any] = {"shape": SHAPES[device.type], "load": loading(model, folder, device), "steps": {}}
+        figures: dict[str, Any] = {"shape": shape, "load": loading(model, folder, device), "steps": {}}
         plain, decoders = Plain(model).to(device).eval(), []
         if device.type == "cpu":
             decoders = list(cpu_decoders(model, folder))
-        compiled = args.compile or device.type == "cuda"
-        if compiled:
+        if args.compile:
             mode = "reduce-overhead" if device.type == "cuda" else "default"
             cells = torch.compile(Plain(model, cells=True).to(device).eval(), mode=mode)
         for rows in args.batch_sizes:
             variants = {"plain": plain_steps(plain, model, rows)}
             if device.type == "cpu":
                 variants["plain, oneDNN off"] = plain_steps(plain, model, rows, onednn=False)
-            else:
+            elif tokenizer is not None:
                 graphed = CellDecoder(model, "bfloat16")
                 variants["bfloat16 eager"] = decoder_steps(graphed, rows)
                 variants["bfloat16 graph"] = graph_steps(graphed, rows)
-            if compiled:
-                variants["torch.compile"] = plain_steps(cells, model, rows)
+                variants["bfloat16 runner"] = runner_steps(graphed, rows, tokenizer)
+            if args.compile:
+                variants["torch.compile"] = plain_steps(cells, model, rows, compiled=device.type == "cuda")
             variants |= {decoder.name: decoder_steps(decoder, rows) for decoder in decoders}
             readings = {
                 f"reading {name}": reading(weight_count(model) * size, device) for name, size in BYTES.items()
             }  # fmt: skip
-            figures["steps"][rows] = report(*compare(variants | readings, args.rounds, device), rows)
-    name = "decode" if device.type == "cpu" else "decode_cuda"
+            figures["steps"][str(rows)] = report(*compare(variants | readings, args.rounds, device), rows)
+            keep("decode" if device.type == "cpu" else "decode_cuda", figures)
+
+
+def keep(name: str, figures: dict[str, Any]) -> None:
+    """Save figures beside those of other batch sizes by the same machine and versions."""
     path = RESULTS / f"{name}.json"
     before = json.loads(path.read_text()) if path.exists() else {}
+    steps = dict(figures["steps"])
     if before.get("machine") == describe() and before["figures"]["shape"] == list(figures["shape"]):
-        steps = before["figures"]["steps"] | {str(rows): values for rows, values in figures["steps"].items()}
-        figures["steps"] = dict(sorted(steps.items(), key=lambda item: int(item[0])))
-    save(name, figures)
+        steps = before["figures"]["steps"] | steps
+    save(name, figures | {"steps": dict(sorted(steps.items(), key=lambda item: int(item[0])))})
 
 
 def differences(name: str, rows: int = 10, length: int = 1000) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from importlib import import_module
@@ -13,7 +14,8 @@ import torch
 
 from textgen.hardware import processor_model
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
+"""folder of the results"""
 
 
 def describe() -> dict[str, Any]:
@@ -50,6 +52,9 @@ def joules(device: torch.device, powercap: Path = Path("/sys/class/powercap")) -
 
 
 def save(name: str, figures: Any) -> None:
-    """Write figures with the machine's description to benchmarks/results/NAME.json."""
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({"machine": describe(), "figures": figures}, indent=2) + "\n")
+    """Write figures with the machine's description to NAME.json in RESULTS; a kill leaves what was there before."""
+    RESULTS.mkdir(exist_ok=True, parents=True)
+    text = json.dumps({"machine": describe(), "figures": figures}, indent=2) + "\n"
+    new = RESULTS / f".{name}.json.new"
+    new.write_text(text)
+    new.replace(RESULTS / f"{name}.json")

@@ -6,7 +6,7 @@ autocast. Rounds are interleaved, so that a busy machine slows all of them. `--p
 `--memory` what a step takes at its peak, `--kernels` what a sequential time step costs, in the dtypes and batches that
 decide which of cuDNN's kernels runs.
 
-On a CUDA device all of it is measured, one way after the other, and ends after `--minutes`: what tells most comes
+On a CUDA device all of it is measured, one way after the other, and ends about `--minutes` later: what tells most comes
 first, a process is ended when its time is over, and what there was no time for is named. With it FlashRNN's kernels,
 where a CUDA compiler and `flashrnn` (PyPI) are installed, and textgen's steps from a CUDA graph and with layers side by
 side. Beside the speeds stand the share of the device's own bf16 rate, and how many times its floor a step takes: its
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -101,6 +101,11 @@ CUDA_SHAPES = {
 
 # Seconds that one way to train may take on CUDA, its start included; FlashRNN compiles its kernels in them.
 WAY_SECONDS = 120
+
+AUTOCAST_NOTE = (
+    "On CUDA, autocast computes torch's `nn.LSTM` in float16 whatever is asked for: that is what `bf16` means at every "
+    "way but textgen's and FlashRNN's."
+)
 
 # Pieces of a window where layers run side by side: enough that all four layers of the large shape have work for most
 # of a window. A guess.
@@ -408,9 +413,9 @@ def _autocast(device: torch.device, precision: str) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def variants(shape: Shape, *, cuda: bool) -> Iterator[tuple[str, str]]:
+def variants(shape: Shape, *, cuda: bool, ways: Collection[str] = tuple(WAYS)) -> Iterator[tuple[str, str]]:
     """Yield what is measured at a shape: way and precision."""
-    for way in WAYS:
+    for way in ways:
         flexible = way.startswith(("textgen", "accelerate"))
         if way in ON_CUDA_ONLY:
             yield from [(way, "bf16")] * cuda
@@ -512,10 +517,14 @@ def work(way: str, shape: Shape, precision: str) -> None:
         print(json.dumps({"seconds": seconds, "step": top - before, "process": top}), flush=True)
 
 
-def measure(title: str, shape: Shape, *, rounds: int, steps: int) -> dict[str, Any]:
+def measure(
+    title: str, shape: Shape, *, rounds: int, steps: int, ways: Collection[str] = tuple(WAYS)
+) -> dict[str, Any]:
     """Return tokens per second of all ways, medians of interleaved rounds of `steps` steps."""
     with ExitStack() as stack:
-        made = {variant: stack.enter_context(worker(title, *variant)) for variant in variants(shape, cuda=False)}
+        made = {
+            variant: stack.enter_context(worker(title, *variant)) for variant in variants(shape, cuda=False, ways=ways)
+        }
         running = {variant: run for variant, run in made.items() if run(steps) is not None}  # which warms up
         rates: dict[tuple[str, str], list[float]] = {variant: [] for variant in running}
         for _ in range(rounds):
@@ -562,9 +571,9 @@ def measure_alone(
     return figures
 
 
-def in_order(shapes: Mapping[str, Shape]) -> tuple[list[Case], list[Case]]:
+def in_order(shapes: Mapping[str, Shape], ways: Collection[str] = tuple(WAYS)) -> tuple[list[Case], list[Case]]:
     """Return what is measured on CUDA: what tells most, and the rest; FlashRNN, which compiles, before what is slow."""
-    cases = [(title, *variant) for title, shape in shapes.items() for variant in variants(shape, cuda=True)]
+    cases = [(title, *variant) for title, shape in shapes.items() for variant in variants(shape, cuda=True, ways=ways)]
     first = [case for case in cases if case[1].startswith(("textgen", "accelerate")) and case[2] != "no"]
     rest = [case for case in cases if case not in first]
     return first, sorted(rest, key=lambda case: not case[1].startswith("FlashRNN"))
@@ -618,15 +627,23 @@ def put_beside(
 
 
 def measure_on_cuda(
-    shapes: Mapping[str, Shape], figures: dict[str, Any], file: str, *, minutes: float, rounds: int, steps: int | None
+    shapes: Mapping[str, Shape],
+    figures: dict[str, Any],
+    file: str,
+    *,
+    minutes: float,
+    rounds: int,
+    steps: int | None,
+    ways: Collection[str] = tuple(WAYS),
 ) -> None:
     """Measure everything in about so many minutes, and save it as it comes."""
     until = time.monotonic() + 60 * minutes
+    figures["note"] = AUTOCAST_NOTE
     figures["bf16_flops"] = gemm_rate(torch.bfloat16, torch.device("cuda"))
     figures["microseconds per time step"] = time_step_microseconds(torch.device("cuda"))
     torch.cuda.empty_cache()  # for the processes to come
     figures |= {title: {"shape": asdict(shape), "speed": {}, "left_out": []} for title, shape in shapes.items()}
-    first, rest = in_order(shapes)
+    first, rest = in_order(shapes, ways)
     for cases in (first, rest):
         for title, way, precision in cases:
             shape, entry = shapes[title], figures[title]
@@ -642,7 +659,7 @@ def measure_on_cuda(
     for title, shape in shapes.items():
         entry = figures[title]
         entry["speed"] = put_beside(entry["speed"], shape, figures["bf16_flops"], figures["microseconds per time step"])
-        print(title)
+        print(f"{title} ({AUTOCAST_NOTE})")
         for name, values in entry["speed"].items():
             print(f"  {name:34}" + "".join(f"  {what} {value:,}" for what, value in values.items()))
     save(file, figures)
@@ -820,9 +837,12 @@ def main() -> None:
     parser.add_argument("--memory", action="store_true", help="what a step takes at its peak, and nothing else")
     parser.add_argument("--kernels", action="store_true", help="cost of a sequential time step, and nothing else")
     parser.add_argument("--name", help="of the result file (default: train, on CUDA train_cuda)")
-    parser.add_argument("--minutes", type=float, default=10, help="on CUDA, for all of it (default: 10)")
+    parser.add_argument("--minutes", type=float, default=8, help="on CUDA, for all of it (default: 8)")
+    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS), help="to train (default: all)")
     parser.add_argument("--work", nargs=2, metavar=("WAY", "PRECISION"), help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if not cuda and "textgen" not in args.ways:
+        parser.error("`ways` must have `textgen`, beside which the others are put")
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     chosen = {name: shapes[name] for name in args.shapes}
@@ -834,14 +854,16 @@ def main() -> None:
     path = RESULTS / f"{name}.json"
     figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
     if everything and cuda:
-        measure_on_cuda(chosen, figures, name, minutes=args.minutes, rounds=args.rounds, steps=args.steps)
+        measure_on_cuda(
+            chosen, figures, name, minutes=args.minutes, rounds=args.rounds, steps=args.steps, ways=args.ways
+        )
         return
     for title, shape in chosen.items():
         print(f"{title}: {shape.batch_size} x {shape.seq_len} tokens, {shape.vocab_size} pieces", flush=True)
         entry = figures.setdefault(title, {"shape": asdict(shape)})
         if everything:
             steps = args.steps or max((1 << 14) // shape.tokens, 1)
-            entry["speed"] = measure(title, shape, rounds=args.rounds, steps=steps)
+            entry["speed"] = measure(title, shape, rounds=args.rounds, steps=steps, ways=args.ways)
             save(name, figures)
             entry["losses"] = equal_losses(shape, 10 if shape.tokens <= 1 << 12 else 3)
         if args.profile:

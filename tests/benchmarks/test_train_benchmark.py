@@ -74,6 +74,11 @@ def test_what_tells_most_is_measured_first_and_nothing_twice() -> None:
     assert len({*first, *rest}) == len(first) + len(rest)
 
 
+def test_ways_that_are_chosen_are_measured_alone() -> None:
+    first, rest = train.in_order({"small": SMALL}, ["textgen", "FlashRNN, fused"])
+    assert {way for _, way, _ in (*first, *rest)} == {"textgen", "FlashRNN, fused"}
+
+
 def test_ways_of_a_gpu_are_left_out_without_one() -> None:
     ways = {way for way, _ in train.variants(SMALL, cuda=False)}
     assert ways == {"textgen", "textgen, not compiled", "accelerate loop"}
@@ -101,6 +106,7 @@ def test_what_is_measured_on_a_gpu_is_saved_and_what_is_not_is_named(monkeypatch
     assert figures["small"]["speed"]["textgen, graph, bf16"]["times_the_plain_loop"] == 1
     assert set(done) == {*figures["small"]["speed"], *left_out, "examine"}
     assert done.index("textgen, fp16") < done.index("examine") < done.index(left_out[0]) < done.index("textgen, no")
+    assert "`nn.LSTM` in float16" in figures["note"]
     assert len(saved) == len(done)
     assert saved[-1] is figures
 
