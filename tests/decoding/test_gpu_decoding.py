@@ -1,4 +1,4 @@
-"""Decoding from CUDA graphs against single steps: `pytest -m gpu` on a machine that has a GPU. Not measured so far."""
+"""Decoding from CUDA graphs against single steps: `make gpu` on a machine that has a GPU. Not measured so far."""
 
 from __future__ import annotations
 

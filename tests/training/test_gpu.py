@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: `pytest -m gpu` on a machine that has one. Not measured so far."""
+"""What only a CUDA device can show: `make gpu` on a machine that has one. Not measured so far."""
 
 from __future__ import annotations
 

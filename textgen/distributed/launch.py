@@ -43,7 +43,8 @@ def start(
         gradient_accumulation_steps: micro-batches of a global batch.
         model: shape of the model in a training; `auto` chooses a GPU's precision by shape and batch.
         seq_len: tokens per window of a training.
-        timeout: seconds that a collective waits for the other processes; None for torch's half hour.
+        timeout: seconds that a collective waits for the other processes; None for torch's: half an hour by gloo, ten
+            minutes by NCCL.
         deterministic: use deterministic kernels of torch and CUDA.
 
     Raises:
