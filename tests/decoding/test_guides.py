@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -14,12 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding import guides
+from textgen.decoding import generation, guides
 from textgen.decoding.cuda_graphs import GraphRunner, steps_in_place
 from textgen.decoding.decoders import CellDecoder, Decoder
 from textgen.decoding.generation import Request, Sample, generate_stream, require_drawable, sample_all
 from textgen.decoding.guides import compile_regex, count_positions, encode_choices, score_choices
 from textgen.decoding.sampling import draw_item
+from textgen.kernels.decoding import compiled_code
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer
 
@@ -155,6 +158,47 @@ def test_a_sample_is_the_same_alone_and_beside_others_that_are_steered(
     assert samples(requests, batch_size=batch_size) == alone
     run = GraphRunner(decoder, capture=lambda buffers, count: partial(steps_in_place, buffers, count))
     assert samples(requests, batch_size=batch_size, run=run) == alone
+
+
+@pytest.mark.parametrize("more", [{}, {"temperature": 0.6, "min_new_tokens": 5}, {"temperature": 0.0}, {"top_k": 40}])
+def test_texts_are_the_same_if_only_refused_tokens_are_masked(
+    model: LSTMLanguageModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]
+) -> None:
+    patterns = (r"[\s\S]*", r"( [a-z]{1,12}){2,9}\.", r"( \w+[,.!?]?)*", r" (good|bad)(, [a-z]+){1,3}", None)
+    requests = [
+        Request(prompt, SamplingConfig(regex=pattern, max_new_tokens=25, seed=seed, **more))
+        for pattern, prompt, seed in itertools.product(patterns, PROMPTS, range(2))
+    ]
+    for request in requests:
+        require_drawable(request.config, tokenizer)  # a regex that is new here is tried by its masks
+    num_masks: list[int] = []
+    allowed = guides.RegexGuide.allowed
+    monkeypatch.setattr(guides.RegexGuide, "allowed", lambda guide: num_masks.append(1) or allowed(guide))
+
+    def samples() -> list[Sample]:
+        num_masks.clear()
+        events = generate_stream(model, tokenizer, requests, batch_size=len(requests))
+        return sorted((event for _, event in events if isinstance(event, Sample)), key=repr)
+
+    some_masked, num_some = samples(), len(num_masks)
+    monkeypatch.setattr(generation, "draw_unmasked", lambda *_, **__: None)
+    assert some_masked == samples()
+    if compiled_code() is not None and "top_k" not in more:
+        assert num_some < 0.8 * len(num_masks)
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@given(pattern=REGEXES, seed=st.integers(0, 99))
+def test_a_guide_allows_no_token_that_its_mask_does_not_have(tokenizer: Tokenizer, pattern: str, seed: int) -> None:
+    chance = random.Random(seed)
+    guide = guides.RegexGuide(compile_regex(pattern, tokenizer).matcher.deep_copy(), tokenizer.vocab_size)
+    for _ in range(6):
+        mask = guides.unpack(guide.allowed(), tokenizer.vocab_size).copy()
+        assert all(mask[token] for token in range(tokenizer.vocab_size) if guide.allows(token))
+        tokens = [token for token in mask.nonzero()[0].tolist() if token != tokenizer.eos_id]
+        if not tokens:
+            break
+        guide.push(chance.choice(tokens))
 
 
 def test_a_text_that_nothing_can_continue_ends_with_a_reason(model: LSTMLanguageModel, tokenizer: Tokenizer) -> None:

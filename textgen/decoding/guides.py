@@ -62,6 +62,9 @@ class Guide(Protocol):
     def allowed(self) -> Mask:
         """Return the tokens that may come next; end-of-text is one of them if the text may end here."""
 
+    def allows(self, token: int) -> bool:
+        """Return whether a token may come next; False also if only `allowed` can say."""
+
     def push(self, token: int) -> None:
         """Add a token to the text; it is allowed."""
 
@@ -128,6 +131,12 @@ class RegexGuide:
         if self._matcher.is_error():
             self._mask[:] = 0
         return self._mask
+
+    def allows(self, token: int) -> bool:
+        """Return whether a token surely may come next: much faster than `allowed`."""
+        matcher = self._matcher
+        # Where only one text can follow, `allowed` has the tokens that the tokenizer spells it with, and no others.
+        return not matcher.is_error() and matcher.validate_tokens([token]) == 1 and not matcher.compute_ff_bytes()
 
     def push(self, token: int) -> None:
         """Add a token to the text."""
@@ -312,6 +321,10 @@ class ChoiceGuide:
         mask, token = _new_mask(self._vocab_size), self._tokens[self._position]
         mask[token // 8] = 1 << token % 8
         return mask
+
+    def allows(self, token: int) -> bool:
+        """Return whether a token is the one that comes next."""
+        return token == self._tokens[self._position]
 
     def push(self, token: int) -> None:
         """Add a token to the text."""

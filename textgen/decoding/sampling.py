@@ -11,6 +11,7 @@ steps. The settings of all rows are tensors in one `SamplingState`, so that one 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -317,7 +318,7 @@ def new_sampling_state(
         breaks: tokens that end a repetition, see `steering.breaks_of`.
     """
     neutral = _neutral_tensors(vocab_size, device)
-    tensors = {"key": hash_bits(config.seed, torch.tensor([sample])).to(device), "step": neutral["step"]}
+    tensors = {"key": hash_bits(config.seed, torch.tensor([sample])).to(device), "step": neutral["step"].clone()}
     # settings that differ from their defaults; a number too large for its tensor has the effect of the largest one
     for setting in dataclasses.fields(SamplingConfig):
         value = getattr(config, setting.name)
@@ -337,7 +338,7 @@ def new_sampling_state(
     if "repetition_penalty" in tensors:
         tensors["seen"] = neutral["seen"].index_fill(1, tokens, True)
     if "presence_penalty" in tensors or "frequency_penalty" in tensors:
-        tensors["counts"] = neutral["counts"]
+        tensors["counts"] = neutral["counts"].clone()
     if "no_repeat_ngram" in tensors or "dry_multiplier" in tensors:
         tensors["history"] = torch.cat([neutral["history"][0], tokens])[None, -HISTORY:]
     if "dry_multiplier" in tensors:
@@ -380,8 +381,9 @@ def select_sampling_state(state: SamplingState, places: Tensor) -> SamplingState
     return dataclasses.replace(state, tensors={name: value[places] for name, value in state.tensors.items()})
 
 
-def _neutral_tensors(vocab_size: int, device: torch.device) -> dict[str, Tensor]:
-    """Return one row of every tensor that a state may hold, with the values that change nothing."""
+@functools.lru_cache(maxsize=4)
+def _neutral_tensors(vocab_size: int, device: torch.device) -> Mapping[str, Tensor]:
+    """Return one row of every tensor that a state may hold, with the values that change nothing; do not change them."""
 
     def row(value: float, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full((1, *shape), value, dtype=dtype, device=device)
@@ -503,18 +505,49 @@ def draw(logits: Tensor, state: SamplingState) -> Tensor:
     """
     if state.greedy:
         return logits.argmax(-1)
-    tensors = state.tensors
-    drawn = decoding_kernels.draw(
-        logits, item_bits(logits.shape[-1], logits.device), tensors["key"], tensors["step"], tensors.get("temperature")
-    )
+    drawn = _draw_compiled(logits, state.tensors)
     if drawn is None:  # compiled code cannot be used
-        return _draw(logits, tensors)
+        return _draw(logits, state.tensors)
     # Compiled code marks a row with -1 if rounding could decide between its two best tokens. torch draws these rows.
     tokens, num_doubtful = drawn
     if num_doubtful:
         doubtful = (tokens < 0).nonzero()[:, 0]
         tokens[doubtful] = _draw(logits[doubtful], select_sampling_state(state, doubtful).tensors)
     return tokens
+
+
+# Filters that count on the tokens which a mask leaves.
+FILTERS = ("top_k", "top_p", "min_p", "typical_p", "xtc_probability")
+
+
+def draw_unmasked(logits: Tensor, state: SamplingState, *, eos_id: int) -> Tensor | None:
+    """Draw one token per row without a mask. A mask that allows a row's token would not change it.
+
+    The draw takes the token with the largest sum of logit and noise. If a mask allows it, it is also the largest of the
+    allowed ones. Only the division by the temperature rounds in another way, by at most 45 * 2^-22 for values that can
+    win; compiled code leaves a margin of 2^-13 between the two best.
+
+    Args:
+        logits: (batch, vocab_size), of the model.
+        state: of the rows.
+        eos_id: the token that ends a text.
+
+    Returns:
+        int64 (batch,), -1 where rounding could decide; None if there is no compiled code, or filters follow the mask.
+    """
+    if any(name in state.tensors for name in FILTERS):
+        return None
+    processed = process_logits(logits, state, eos_id=eos_id)
+    if state.greedy:
+        return processed.argmax(-1)
+    drawn = _draw_compiled(processed, state.tensors)
+    return None if drawn is None else drawn[0]
+
+
+def _draw_compiled(logits: Tensor, tensors: dict[str, Tensor]) -> tuple[Tensor, int] | None:
+    """Return tokens, -1 where rounding could decide, and the number of these; None if there is no compiled code."""
+    items = item_bits(logits.shape[-1], logits.device)
+    return decoding_kernels.draw(logits, items, tensors["key"], tensors["step"], tensors.get("temperature"))
 
 
 def _draw(logits: Tensor, tensors: dict[str, Tensor]) -> Tensor:

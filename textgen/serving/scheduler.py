@@ -102,7 +102,8 @@ class Stream:
             else:
                 self.sample = event
         # `running` has cut the alternatives, of which the batch returns as many as any sample wants.
-        self.logprobs += [(offset, token) for token in running.logprobs[num_logprobs:]]
+        if len(running.logprobs) > num_logprobs:
+            self.logprobs += [(offset, token) for token in running.logprobs[num_logprobs:]]
 
     def end_read(self) -> None:
         """End the sample without a token."""
@@ -240,18 +241,16 @@ class Scheduler:
     def _wait(self) -> list[Stream] | None:
         """Wait for work. Return the samples that join the batch now; None to end the thread."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._batch or self._waiting or self._reading or self._read or self._deadline is not None
-            )
-            if self._deadline is not None:
-                expired = time.monotonic() >= self._deadline
-                if expired or not (self._batch or self._waiting or self._reading or self._read):
-                    self._fail(list(self._waiting), "the server is shutting down")
-                    self._waiting.clear()
-                    return None
-            joining: list[Stream] = []
-            if not self._is_due(self._joined_at, SECONDS_PER_JOIN):
-                return joining
+            while not (has_work := self._batch or self._waiting or self._reading or self._read):
+                if self._deadline is not None:
+                    break
+                self._changed.wait()
+            if self._deadline is not None and (not has_work or time.monotonic() >= self._deadline):
+                self._fail(list(self._waiting), "the server is shutting down")
+                self._waiting.clear()
+                return None
+            if not (self._waiting or self._read) or not self._is_due(self._joined_at, SECONDS_PER_JOIN):
+                return []
             joining, self._read, num_tokens = self._read, [], 0
             while self._waiting and len(self._running) + len(self._reading) + len(joining) < self._batch_size:
                 first = self._waiting[0]
