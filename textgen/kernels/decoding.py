@@ -26,7 +26,22 @@ def compiled_code() -> ctypes.CDLL | None:
         code.textgen_draw.restype = ctypes.c_int64
         if hasattr(code, "textgen_draw_many"):
             code.textgen_draw_many.restype = ctypes.c_int64
+        for name, kinds in _ARGUMENTS.items():
+            if hasattr(code, name):
+                getattr(code, name).argtypes = [_KINDS[kind] for kind in kinds]
     return code
+
+
+# Kinds of arguments: p, a pointer, n, an int64, i, an int, d, a double. ctypes then takes plain integers; making its own objects at
+# each call took 8 of the 75 microseconds of a step.
+_KINDS: dict[str, type] = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "d": ctypes.c_double}
+_ARGUMENTS = {
+    "textgen_draw": "pnnnpppppi",
+    "textgen_divide": "pnnnppi",
+    "textgen_keep_allowed": "pnnnpnnpi",
+    "textgen_step": "pnppppi",
+    "textgen_draw_many": "ppnnndpppppi",
+}
 
 
 # --- the draw --------------------------------------------------------------------------------------------------------
@@ -51,22 +66,22 @@ def draw(
         tokens are so close that rounding decides, about one in 20,000, and rows with infinite or nan logits. None if
         there is no compiled code for these tensors.
     """
-    code = _code_for(logits, temperature)
-    if code is None or any(t.dtype != torch.int64 or t.shape != (len(logits),) for t in (keys, steps)):
+    code, (rows, size) = _code_for(logits, temperature), logits.shape
+    if code is None or not keys.dtype == steps.dtype == torch.int64 or not keys.shape == steps.shape == (rows,):
         return None
     keys, steps = keys.contiguous(), steps.contiguous()
     temperature = None if temperature is None else temperature.contiguous()
     tokens = torch.empty_like(keys)
     num_doubtful = code.textgen_draw(
-        _pointer(logits),
-        _int64(len(logits)),
-        _int64(logits.shape[1]),
-        _int64(logits.stride(0)),
-        _pointer(items),
-        _pointer(keys),
-        _pointer(steps),
-        _pointer(temperature),
-        _pointer(tokens),
+        logits.data_ptr(),
+        rows,
+        size,
+        logits.stride(0),
+        items.data_ptr(),
+        keys.data_ptr(),
+        steps.data_ptr(),
+        None if temperature is None else temperature.data_ptr(),
+        tokens.data_ptr(),
         torch.get_num_threads(),
     )
     return tokens, num_doubtful
@@ -85,14 +100,14 @@ def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor | None:
     code = _code_for(logits, temperature)
     if code is None:
         return None
-    temperature, divided = temperature.contiguous(), torch.empty_like(logits, memory_format=torch.contiguous_format)
+    (rows, size), temperature, divided = logits.shape, temperature.contiguous(), _empty_like(logits)
     code.textgen_divide(
-        _pointer(logits),
-        _int64(len(logits)),
-        _int64(logits.shape[1]),
-        _int64(logits.stride(0)),
-        _pointer(temperature),
-        _pointer(divided),
+        logits.data_ptr(),
+        rows,
+        size,
+        logits.stride(0),
+        temperature.data_ptr(),
+        divided.data_ptr(),
         torch.get_num_threads(),
     )
     return divided
@@ -112,16 +127,16 @@ def keep_allowed(logits: Tensor, masks: Tensor, eos_id: int) -> Tensor | None:
     code = _code_for(logits, None)
     if code is None or 8 * masks.shape[1] < logits.shape[1] or len(masks) != len(logits):
         return None
-    masks, kept = masks.contiguous(), torch.empty_like(logits, memory_format=torch.contiguous_format)
+    masks, kept = masks.contiguous(), _empty_like(logits)
     code.textgen_keep_allowed(
-        _pointer(logits),
-        _int64(len(logits)),
-        _int64(logits.shape[1]),
-        _int64(logits.stride(0)),
-        _pointer(masks),
-        _int64(masks.shape[1]),
-        _int64(eos_id),
-        _pointer(kept),
+        logits.data_ptr(),
+        len(logits),
+        logits.shape[1],
+        logits.stride(0),
+        masks.data_ptr(),
+        masks.shape[1],
+        eos_id,
+        kept.data_ptr(),
         torch.get_num_threads(),
     )
     return kept
@@ -131,16 +146,14 @@ def _code_for(logits: Tensor, temperature: Tensor | None) -> ctypes.CDLL | None:
     """Return the compiled code if it can read these logits and temperatures; None otherwise."""
     if logits.device.type != "cpu" or logits.dtype != torch.float32 or logits.dim() != 2 or logits.stride(1) != 1:
         return None
-    if temperature is not None and (temperature.dtype != torch.float32 or temperature.shape != (len(logits), 1)):
+    if temperature is not None and (temperature.dtype != torch.float32 or temperature.shape != (logits.shape[0], 1)):
         return None
     return compiled_code()
 
 
-_int64 = ctypes.c_int64
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _empty_like(logits: Tensor) -> Tensor:
+    """Return a new tensor of the same shape, whose rows are contiguous."""
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
@@ -259,6 +272,7 @@ class Int8Step:
             projected,
             _exp(),
         )
+        self._address, self._pointers = ctypes.addressof(self._model), ctypes.c_void_p * (2 * num_layers)
 
     def __call__(self, tokens: Tensor, state: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Read one token per row; see `Decoder.step`.
@@ -274,19 +288,20 @@ class Int8Step:
             IndexError: a token is not in the vocabulary.
             ValueError: tokens are not int64 (batch,), or the state has another shape or dtype.
         """
-        rows, empty = len(tokens), functools.partial(torch.empty, dtype=torch.float32, device="cpu")
-        if tokens.dtype != torch.int64 or any(p.shape != (rows, self._size) or p.dtype != torch.float32 for p in state):
+        rows, shape = len(tokens), (len(tokens), self._size)
+        if tokens.dtype != torch.int64 or any(p.shape != shape or p.dtype != torch.float32 for p in state):
             raise ValueError(f"{rows} tokens of {tokens.dtype} do not fit a state of {[tuple(p.shape) for p in state]}")
         tokens, state = tokens.contiguous(), [part.contiguous() for part in state]
-        logits, after = empty(rows, self._vocab_size), empty(2 * self._num_layers, rows, self._size)
-        before = (ctypes.c_void_p * len(state))(*(part.data_ptr() for part in state))
+        logits = torch.empty(rows, self._vocab_size, dtype=torch.float32, device="cpu")
+        after = torch.empty(2 * self._num_layers, rows, self._size, dtype=torch.float32, device="cpu")
+        before = self._pointers(*[part.data_ptr() for part in state])
         in_vocabulary = self._step(
-            ctypes.byref(self._model),
-            _int64(rows),
-            _pointer(tokens),
+            self._address,
+            rows,
+            tokens.data_ptr(),
             before,
-            _pointer(after),
-            _pointer(logits),
+            after.data_ptr(),
+            logits.data_ptr(),
             torch.get_num_threads(),
         )
         if not in_vocabulary:
@@ -336,7 +351,7 @@ class Int8Step:
         drawn[0] = tokens
         logits, after = empty(count, self._vocab_size), empty(2 * self._num_layers, count, self._size)
         state = [part.contiguous() for part in state]
-        before = (ctypes.c_void_p * len(state))(*(part.data_ptr() for part in state))
+        before = self._pointers(*[part.data_ptr() for part in state])
         kept = [items, sampling["key"].contiguous(), sampling["step"], torch.tensor(lengths)]
         rows = _Rows(*(tensor.data_ptr() for tensor in kept))
         for name, dtype in _ROW_SETTINGS:
@@ -348,17 +363,17 @@ class Int8Step:
                 setattr(rows, name, kept[-1].data_ptr())
         rows.unk, rows.eos = unk_id, eos_id
         steps = self._draw_many(
-            ctypes.byref(self._model),
+            self._address,
             ctypes.byref(rows),
-            _int64(count),
-            _int64(most_steps),
-            _int64(most_ended),
-            ctypes.c_double(seconds),
+            count,
+            most_steps,
+            most_ended,
+            seconds,
             ctypes.byref(halt.flag),
-            _pointer(drawn),
+            drawn.data_ptr(),
             before,
-            _pointer(after),
-            _pointer(logits),
+            after.data_ptr(),
+            logits.data_ptr(),
             torch.get_num_threads(),
         )
         if steps == 0:
