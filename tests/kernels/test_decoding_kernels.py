@@ -20,7 +20,7 @@ from textgen.hardware import processor_flags
 from textgen.kernels import compile as native
 from textgen.kernels import decoding as decoding_kernels
 from textgen.model.lstm import LSTMLanguageModel
-from textgen.noise import exponential, hash_bits
+from textgen.noise import exponential, hash_bits, uniform
 from textgen.tokenizer import Tokenizer, train_tokenizer
 
 compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler here")
@@ -120,6 +120,52 @@ def test_compiled_masks_are_torchs_bit_for_bit(monkeypatch: pytest.MonkeyPatch, 
     assert kept is not None
     assert torch.equal(kept, keep_allowed(logits, masks, eos_id=5))
     assert (kept[0] > -torch.inf).nonzero().tolist() == [[5]]
+
+
+@compiler
+@pytest.mark.parametrize(("rows", "size", "kinds"), [(1, 4000, 4000), (3, 341, 2), (300, 500, 20), (9, 7, 5)])
+def test_compiled_penalties_of_repetitions_are_torchs_bit_for_bit(
+    monkeypatch: pytest.MonkeyPatch, rows: int, size: int, kinds: int
+) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, size + 9, generator=generator)[:, 5 : 5 + size]
+    history = torch.randint(kinds, (rows, sampling.HISTORY), generator=generator)
+    history[:, -90:] = history[:, -180:-90]  # more than what counts is repeated
+    history[: rows // 2, :900] = -1
+    settings = {
+        "multiplier": 10 * torch.rand(rows, 1, generator=generator),
+        "base": 1 + 3 * torch.rand(rows, 1, generator=generator),
+        "allowed_length": torch.randint(1, 31, (rows, 1), generator=generator),
+    }
+    breaks = torch.rand(rows, size, generator=generator) < 0.05
+    breaks[-1:] = False
+    penalized = decoding_kernels.penalize_repeats(logits, history, breaks, **settings, at_most=sampling.REPEAT_LENGTH)
+    without_code(monkeypatch)
+    assert penalized is not None
+    assert torch.equal(sampling.penalize_repeats(logits, history, breaks, **settings), penalized)
+    assert not torch.equal(penalized, logits)
+
+
+@compiler
+@pytest.mark.parametrize(("rows", "size"), [(1, 4000), (3, 341), (300, 500), (2, 7)])
+def test_compiled_xtc_is_torchs_bit_for_bit(monkeypatch: pytest.MonkeyPatch, rows: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    logits = 3 * torch.randn(rows, size + 9, generator=generator)[:, 5 : 5 + size]
+    logits[:, :2] = -torch.inf
+    logits[:, 2] = logits[:, 3]
+    threshold = torch.rand(rows, 1, generator=generator) / 2 * logits.softmax(-1).amax(-1, keepdim=True)
+    threshold[-1] = 0
+    applies = torch.rand(rows, 1, generator=generator) < 0.8
+    applies[0] = True
+    kept = decoding_kernels.exclude_top_choices(logits, threshold, applies)
+    keys, steps = torch.randint(-(1 << 62), 1 << 62, (2, rows), generator=generator)
+    chances = decoding_kernels.uniform(keys, steps, sampling.XTC_NOISE)
+    without_code(monkeypatch)
+    assert kept is not None
+    assert chances is not None
+    assert torch.equal(sampling.exclude_top_choices(logits, threshold, applies), kept)
+    assert not torch.equal(kept, logits)
+    assert torch.equal(uniform(keys, steps, sampling.XTC_NOISE), chances)
 
 
 # --- the step --------------------------------------------------------------------------------------------------------

@@ -183,6 +183,11 @@ def penalize_repeats(
         base: (batch, 1), at least 1.
         allowed_length: int64 (batch, 1); shorter repetitions have no penalty.
     """
+    # compiled code on a CPU; None where it cannot be used
+    settings = {"multiplier": multiplier, "base": base, "allowed_length": allowed_length}
+    penalized = decoding_kernels.penalize_repeats(logits, history, breaks, **settings, at_most=REPEAT_LENGTH)
+    if penalized is not None:
+        return penalized
     counted = history.masked_fill(breaks.gather(1, history.clamp(min=0)), -1)
     before = counted[:, :-1].unfold(1, REPEAT_LENGTH, 1)  # (batch, places, REPEAT_LENGTH): tokens before each place
     repeated = (before == counted[:, None, -REPEAT_LENGTH:]) & (before >= 0)
@@ -205,6 +210,10 @@ def exclude_top_choices(logits: Tensor, threshold: Tensor, applies: Tensor) -> T
         threshold: (batch, 1), a probability.
         applies: bool (batch, 1), rows in which it applies.
     """
+    # compiled code on a CPU; None where it cannot be used
+    kept = decoding_kernels.exclude_top_choices(logits, threshold, applies)
+    if kept is not None:
+        return kept
     above = (logits.softmax(-1) >= threshold) & (logits > -math.inf)
     least = logits.masked_fill(~above, math.inf).amin(-1, keepdim=True)
     return logits.masked_fill(applies & above & (logits > least), -math.inf)
@@ -487,8 +496,10 @@ def process_logits(logits: Tensor, state: SamplingState, *, eos_id: int, masks: 
     if "typical_p" in tensors:
         logits = keep_typical(logits, tensors["typical_p"])
     if "xtc_probability" in tensors:
-        chance = uniform(tensors["key"], tensors["step"], XTC_NOISE)[:, None]
-        logits = exclude_top_choices(logits, tensors["xtc_threshold"], chance < tensors["xtc_probability"])
+        chance = decoding_kernels.uniform(tensors["key"], tensors["step"], XTC_NOISE)
+        if chance is None:  # compiled code cannot be used
+            chance = uniform(tensors["key"], tensors["step"], XTC_NOISE)
+        logits = exclude_top_choices(logits, tensors["xtc_threshold"], chance[:, None] < tensors["xtc_probability"])
     return logits
 
 

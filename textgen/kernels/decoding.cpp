@@ -161,6 +161,73 @@ extern "C" void textgen_keep_allowed(const float* logits, int64_t rows, int64_t 
     }
 }
 
+// sampling.penalize_repeats: write logits minus penalties to penalized (rows, size). history: (rows, length), -1 for an
+// empty place. breaks: (rows, size). multiplier, base, allowed: (rows). Repetitions count up to `most` tokens.
+extern "C" void textgen_penalize_repeats(const float* logits, int64_t rows, int64_t size, int64_t stride,
+                                         const int64_t* history, int64_t length, const bool* breaks,
+                                         const float* multiplier, const float* base, const int64_t* allowed,
+                                         int64_t most, float* penalized, int threads) {
+    if (rows * size < 1 << 16) threads = 1;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        std::vector<int64_t> counted(length);
+        std::vector<float> powers(most + 1);
+#pragma omp for
+        for (int64_t row = 0; row < rows; row++) {
+            const float* from = logits + row * stride;
+            float* to = penalized + row * size;
+            double power = 1;  // torch's cumprod multiplies in double precision
+            for (int64_t n = 0; n <= most; n++, power *= base[row]) powers[n] = static_cast<float>(power);
+            const int64_t* tokens = history + row * length;
+            for (int64_t i = 0; i < length; i++)
+                counted[i] = tokens[i] < 0 || breaks[row * size + tokens[i]] ? -1 : tokens[i];
+            // `to` holds the largest penalty of each token first
+            std::memset(to, 0, size * sizeof(float));
+            const int64_t last = counted[length - 1];
+            for (int64_t place = most; place < length && last >= 0; place++) {
+                if (counted[place - 1] != last) continue;
+                int64_t n = 1;
+                while (n < most && counted[place - 1 - n] >= 0 && counted[place - 1 - n] == counted[length - 1 - n]) n++;
+                if (n < allowed[row]) continue;
+                const float penalty = multiplier[row] * powers[n - allowed[row]];
+                float& largest = to[tokens[place] < 0 ? 0 : tokens[place]];
+                largest = penalty > largest ? penalty : largest;
+            }
+            for (int64_t i = 0; i < size; i++) to[i] = from[i] - to[i];
+        }
+    }
+}
+
+// sampling.exclude_top_choices, given the probabilities of the logits (rows, size). threshold, applies: (rows).
+extern "C" void textgen_exclude(const float* logits, int64_t rows, int64_t size, int64_t stride,
+                                const float* probabilities, const float* threshold, const bool* applies, float* kept,
+                                int threads) {
+    if (rows * size < 1 << 16) threads = 1;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        const float *from = logits + row * stride, *likely = probabilities + row * size;
+        const float none = -std::numeric_limits<float>::infinity(), from_on = threshold[row];
+        float *to = kept + row * size, least = -none;
+        std::memcpy(to, from, size * sizeof(float));
+        if (!applies[row]) continue;
+#pragma omp simd reduction(min : least)
+        for (int64_t i = 0; i < size; i++) {
+            const float above = likely[i] >= from_on && from[i] > none ? from[i] : -none;
+            least = above < least ? above : least;
+        }
+        for (int64_t i = 0; i < size; i++) to[i] = likely[i] >= from_on && from[i] > least ? none : from[i];
+    }
+}
+
+// noise.uniform(key, step, coordinate) of each row, to values (rows).
+extern "C" void textgen_uniform(const int64_t* keys, const int64_t* steps, int64_t coordinate, int64_t rows,
+                                float* values) {
+    for (int64_t row = 0; row < rows; row++) {
+        const uint64_t bits = mix(mix(keys[row]) ^ static_cast<uint64_t>(steps[row]));
+        values[row] = (static_cast<float>(mix(bits ^ static_cast<uint64_t>(coordinate)) >> 41) + 0.5f) * 0x1p-23f;
+    }
+}
+
 // --- the step --------------------------------------------------------------------------------------------------------
 
 // y = x @ weight.T * scale + offset, for x in 8 bits. Outputs are in panels of 64: of a layer, the four gates (input,

@@ -39,6 +39,9 @@ _ARGUMENTS = {
     "textgen_draw": "pnnnpppppi",
     "textgen_divide": "pnnnppi",
     "textgen_keep_allowed": "pnnnpnnpi",
+    "textgen_penalize_repeats": "pnnnpnppppnpi",
+    "textgen_exclude": "pnnnppppi",
+    "textgen_uniform": "ppnnp",
     "textgen_step": "pnppppi",
     "textgen_draw_many": "ppnnndpppppi",
 }
@@ -140,6 +143,94 @@ def keep_allowed(logits: Tensor, masks: Tensor, eos_id: int) -> Tensor | None:
         torch.get_num_threads(),
     )
     return kept
+
+
+def penalize_repeats(
+    logits: Tensor,
+    history: Tensor,
+    breaks: Tensor,
+    *,
+    multiplier: Tensor,
+    base: Tensor,
+    allowed_length: Tensor,
+    at_most: int,
+) -> Tensor | None:
+    """Return the result of `sampling.penalize_repeats`, whose arguments these are.
+
+    Args:
+        logits: float32 (batch, vocab_size).
+        history: int64 (batch, length), at least `at_most` tokens.
+        breaks: bool (batch, vocab_size).
+        multiplier: float32 (batch, 1).
+        base: float32 (batch, 1).
+        allowed_length: int64 (batch, 1), at least 1.
+        at_most: tokens of a repetition that count.
+
+    Returns:
+        float32 (batch, vocab_size); None if there is no compiled code for these tensors.
+    """
+    code = _code_for(logits, multiplier)
+    if code is None:
+        return None
+    parts = [part.contiguous() for part in (history, breaks, multiplier, base, allowed_length)]
+    penalized = _empty_like(logits)
+    code.textgen_penalize_repeats(
+        logits.data_ptr(),
+        *logits.shape,
+        logits.stride(0),
+        parts[0].data_ptr(),
+        history.shape[1],
+        *[part.data_ptr() for part in parts[1:]],
+        at_most,
+        penalized.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return penalized
+
+
+def exclude_top_choices(logits: Tensor, threshold: Tensor, applies: Tensor) -> Tensor | None:
+    """Return the result of `sampling.exclude_top_choices`; torch computes the probabilities.
+
+    Args:
+        logits: float32 (batch, vocab_size).
+        threshold: float32 (batch, 1).
+        applies: bool (batch, 1).
+
+    Returns:
+        float32 (batch, vocab_size); None if there is no compiled code for these tensors.
+    """
+    code = _code_for(logits, threshold)
+    if code is None:
+        return None
+    probabilities, kept = logits.softmax(-1), _empty_like(logits)
+    threshold, applies = threshold.contiguous(), applies.contiguous()
+    code.textgen_exclude(
+        logits.data_ptr(),
+        *logits.shape,
+        logits.stride(0),
+        probabilities.data_ptr(),
+        threshold.data_ptr(),
+        applies.data_ptr(),
+        kept.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return kept
+
+
+def uniform(keys: Tensor, steps: Tensor, coordinate: int) -> Tensor | None:
+    """Return `noise.uniform` of each row: float32 (batch,); None if there is no compiled code for these tensors.
+
+    Args:
+        keys: int64 (batch,).
+        steps: int64 (batch,).
+        coordinate: the third one.
+    """
+    code = compiled_code() if keys.device.type == "cpu" else None
+    if code is None:
+        return None
+    keys, steps, values = keys.contiguous(), steps.contiguous(), torch.empty(len(keys))
+    code.textgen_uniform(keys.data_ptr(), steps.data_ptr(), coordinate, len(keys), values.data_ptr())
+    return values
 
 
 def _code_for(logits: Tensor, temperature: Tensor | None) -> ctypes.CDLL | None:
