@@ -24,7 +24,7 @@ from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from textgen.kernels import triton_kernels
+from textgen.kernels import triton_kernels, triton_training
 
 CAPABILITIES = (80, 90)
 """A100; H100 and H200"""
@@ -40,6 +40,8 @@ class Variant:
     constants: Mapping[str, object]
     """arguments that are known when the kernel is compiled; None for a tensor that is left out"""
     num_warps: int = 4
+    multiples: tuple[str, ...] = ()
+    """numbers that are multiples of 16, for which Triton compiles wider loads; tensors begin at such addresses"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Use:
     kernel: str
     types: str
     capability: int
+    warps: int
+    """per program"""
     registers: int
     """per thread, of 255"""
     spilled: int
@@ -58,11 +62,13 @@ class Use:
 
 
 def compiled(variant: Variant, capability: int) -> Use:
-    """Compile a kernel down to the machine code of a GPU and return what it uses. Tensors begin at multiples of 16."""
+    """Compile a kernel down to the machine code of a GPU and return what it uses."""
     names = variant.function.arg_names
     signature = {name: variant.tensors.get(name, "constexpr") for name in names}
     aligned = {
-        (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if variant.tensors.get(name, "").startswith("*")
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if variant.tensors.get(name, "").startswith("*") or name in variant.multiples
     }
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
     source = ASTSource(fn=variant.function, signature=signature, constexprs=constants, attrs=aligned)
@@ -80,13 +86,42 @@ def compiled(variant: Variant, capability: int) -> Use:
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", said)
     assert found is not None, said
     registers, stack, local = map(int, found.groups())
-    types = ", ".join(variant.tensors.values())
-    return Use(variant.function.__name__, types, capability, registers, stack + local, kernel.metadata.shared)
+    types = ", ".join(f"{kind}{' x 16' * (name in variant.multiples)}" for name, kind in variant.tensors.items())
+    uses = variant.num_warps, registers, stack + local, kernel.metadata.shared
+    return Use(variant.function.__name__, types, capability, *uses)
 
 
 def variants() -> list[Variant]:
     """Return every kernel with the types that trainings and decoders launch it with."""
-    return [*decoding_variants()]
+    return [*decoding_variants(), *training_variants()]
+
+
+def training_variants() -> list[Variant]:
+    """Return the kernels of triton_training.py: each dtype as a usual training has it, and some odd ones."""
+    made = []
+    multiples: tuple[str, ...]
+    strides = ("size", "x_lane", "x_time", "y_lane", "y_time")
+    # with a CUDA graph the step is a tensor
+    for dtype, step, multiples in (
+        ("*fp32", "i32", strides), ("*bf16", "i32", strides), ("*fp16", "i32", strides), ("*bf16", "*i64", ()),
+    ):  # fmt: skip
+        types = {"x": dtype, "y": dtype, "lanes": "*i64", "step": step, "seed": "i64", "site": "i32"}
+        types |= {"dropout": "fp32", "kept": "fp32", "time": "i32"} | dict.fromkeys(strides, "i32")
+        constants: dict[str, object] = {"STEP_IS_TENSOR": step == "*i64", "BLOCK": 256, "TIME_STEPS": 16}
+        made.append(Variant(triton_training._drop, types, constants, multiples=multiples))
+    for step in ("i32", "*i64"):
+        types = {"mask": "*fp32", "step": step, "seed": "i64", "site": "i32", "dropped": "i32", "kept": "fp32"}
+        constants = {"STEP_IS_TENSOR": step == "*i64", "BLOCK": 128}
+        made.append(Variant(triton_training._weight_mask, types | {"count": "i32"}, constants))
+    for dtype, gradient, multiples in (
+        ("*fp32", True, ("size",)), ("*bf16", True, ("size",)), ("*fp16", True, ("size",)), ("*bf16", True, ()),
+        ("*bf16", False, ("size",)),
+    ):  # fmt: skip
+        types = {"logits": dtype, "bias": "*fp32", "targets": "*i64", "nats": "*fp32", "rows": "i32", "size": "i32"}
+        constants = {"WITH_GRADIENT": gradient, "ROWS": triton_training.ROWS, "BLOCK": 512}
+        types, constants = (types | {"sums": "*fp32"}, constants) if gradient else (types, constants | {"sums": None})
+        made.append(Variant(triton_training._cross_entropy, types, constants, multiples=multiples))
+    return made
 
 
 def decoding_variants() -> list[Variant]:
@@ -118,8 +153,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
     as_json = parser.parse_args().json
     if not as_json:
-        print(f"Triton {triton.__version__}\n\n| kernel | types | GPU | registers | spilled | shared |")
-        print("|---|---|---|---|---|---|")
+        print(f"Triton {triton.__version__}\n\n| kernel | types | GPU | warps | registers | spilled | shared |")
+        print("|---|---|---|---|---|---|---|")
     for variant in variants():
         for capability in CAPABILITIES:
             use = compiled(variant, capability)
@@ -127,8 +162,8 @@ def main() -> None:
                 print(json.dumps(asdict(use)))
             else:
                 print(
-                    f"| `{use.kernel}` | {use.types.replace('*', '')} | sm_{use.capability} | {use.registers} "
-                    f"| {use.spilled} | {use.shared} |"
+                    f"| `{use.kernel}` | {use.types.replace('*', '')} | sm_{use.capability} | {use.warps} "
+                    f"| {use.registers} | {use.spilled} | {use.shared} |"
                 )
 
 

@@ -19,5 +19,5 @@ def test_no_kernel_spills_registers_on_any_gpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     uses = [json.loads(line) for line in done.stdout.splitlines()]
     assert {use["capability"] for use in uses} == {80, 90}
-    # 65,536 registers serve 4 warps of 128 registers four times over: enough warps to hide waits for memory
+    # A multiprocessor has 65,536 registers. With 128 a thread, 16 warps share them, which hides waits for memory.
     assert [use for use in uses if use["spilled"] or use["registers"] > 128] == []

@@ -4,5 +4,7 @@
 - `training`: LSTM and cross-entropy of a training step (training.cpp)
 - `decoding`: an int8 decoding step, and the draw (decoding.cpp)
 - `capture`: capture and replay of CUDA graphs
+- `fused`: whether a device has the kernels of `triton_training`
+- `triton_training`: dropout, masks of weights, and cross-entropy of a training step on a GPU
 - `triton_kernels`: fused gates and draw for GPUs; experimental, used by no decoder yet
 """

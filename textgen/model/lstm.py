@@ -17,6 +17,7 @@ from torch.autograd.function import FunctionCtx
 from textgen.config import ModelConfig
 from textgen.errors import TextgenError, in_backticks
 from textgen.kernels import training as training_kernels
+from textgen.kernels.fused import fused_kernels
 from textgen.noise import hash_bits, uniform
 
 # (hidden, cell), each (num_layers, batch, hidden_size)
@@ -109,7 +110,8 @@ def cross_entropy_of_logits(
     Returns:
         A scalar; and (rows, vocab_size) in the dtype of the logits, without meaning if grad_bias is None.
     """
-    nats = training_kernels.cross_entropy(logits, bias, targets, grad_bias)  # compiled code, if there is some
+    kernels = fused_kernels(logits.device) or training_kernels
+    nats: Tensor | None = kernels.cross_entropy(logits, bias, targets, grad_bias)  # compiled code, if there is some
     if nats is not None:
         return nats.sum(), logits  # the compiled code has overwritten the logits by their gradient
     exact = logits.float().add_(bias)  # (rows, vocab_size)
@@ -426,10 +428,15 @@ class LSTMLanguageModel(nn.Module):
         dropped = min(round(256 * self.config.weight_drop), 255)  # of the 256 values of a byte
         if masks is None or dropped == 0:
             return None
-        size = self.config.hidden_size
+        size, site, device = self.config.hidden_size, _WEIGHT_SITE - layer, masks.lanes.device
+        if (kernels := fused_kernels(device)) is not None:
+            mask: Tensor = kernels.weight_mask(
+                size, step=masks.step, seed=masks.seed, site=site, dropped=dropped, device=device
+            )
+            return mask
         count = 4 * size * size
-        hashes = torch.arange(-(-count // 8), device=masks.lanes.device)  # eight weights each
-        random_bytes = hash_bits(masks.seed, masks.step, _WEIGHT_SITE - layer, hashes).view(torch.uint8)[:count]
+        hashes = torch.arange(-(-count // 8), device=device)  # eight weights each
+        random_bytes = hash_bits(masks.seed, masks.step, site, hashes).view(torch.uint8)[:count]
         return ((random_bytes >= dropped) * (256 / (256 - dropped))).view(4 * size, size)
 
     def _drop(self, x: Tensor, masks: DropoutMasks | None, site: int) -> Tensor:
@@ -439,6 +446,11 @@ class LSTMLanguageModel(nn.Module):
         """
         if masks is None or self.config.dropout == 0:
             return x
+        if (kernels := fused_kernels(x.device)) is not None:
+            dropped: Tensor = kernels.drop(
+                x, masks.lanes, step=masks.step, seed=masks.seed, site=site, dropout=self.config.dropout
+            )
+            return dropped
         lanes, units = masks.lanes[:, None], torch.arange(x.shape[2], device=x.device)
         kept = uniform(masks.seed, masks.step, site, lanes, units) >= self.config.dropout  # (batch, size)
         return x * (kept / (1 - self.config.dropout)).to(x.dtype)[:, None]
