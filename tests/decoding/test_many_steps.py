@@ -99,7 +99,7 @@ def compare(many: Batch, one: Batch, calls: int) -> tuple[int, int]:
     """Assert that calls of many steps draw what single steps draw; return the number of steps, and of early ends."""
     num_steps = num_early = 0
     for _ in range(calls):
-        texts, eos_id = many._draw_many(10.0, Halt()), many.tokenizer.eos_id
+        texts, eos_id = many._draw_many(10.0, max(len(many.samples) // 8, 1), Halt()), many.tokenizer.eos_id
         length, running = len(texts[0]), []
         wanted = zip(*(one.advance()[0] for _ in texts[0]), strict=True)
         for row, (text, wanted_text) in enumerate(zip(texts, wanted, strict=True)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,17 +12,18 @@ from typing import Any
 import pytest
 import torch
 
-from textgen.config import SamplingConfig
+from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import generation
-from textgen.decoding.decoders import Decoder, DecoderState
-from textgen.decoding.generation import Request
+from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
+from textgen.decoding.generation import Batch, Request, Sample, generate_stream
 from textgen.decoding.guides import score_choices
 from textgen.model.files import load_model
+from textgen.model.lstm import LSTMLanguageModel
 from textgen.serving import scheduler
 from textgen.serving.prompts import Prompt, PromptReader
 from textgen.serving.scheduler import Delta, Scheduler, Stream
 from textgen.serving.states import PrefixTable
-from textgen.tokenizer import Tokenizer
+from textgen.tokenizer import Tokenizer, train_tokenizer
 
 LONG = [5, 6, 7, 8] * 1000
 
@@ -157,3 +159,82 @@ def test_a_cancelled_prompt_is_not_read_on(tiny_run: Path, length: int) -> None:
         watched.wait_for("short")
     assert [tokens for _, tokens in watched.calls].count(512) == 1 + (length == 600)
     assert not watched.ended["long"].is_set()
+
+
+# --- many tokens in one call -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def int8() -> tuple[CellDecoder, Tokenizer]:
+    """Return a decoder whose compiled code, if there is any, draws many tokens in one call."""
+    tokenizer = Tokenizer(
+        train_tokenizer(["it was the best of times", "call me ishmael"], vocab_size=300, model_type="char")
+    )
+    torch.manual_seed(1)
+    model = LSTMLanguageModel(ModelConfig(embedding_dim=32, hidden_size=64), tokenizer.vocab_size)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    return CellDecoder(model, "int8"), tokenizer
+
+
+def test_many_tokens_in_one_call_are_the_texts_and_counts_of_single_steps(int8: tuple[CellDecoder, Tokenizer]) -> None:
+    decoder, tokenizer = int8
+    kinds: list[dict[str, Any]] = [
+        {}, {"temperature": 0.5, "top_p": 0.9}, {"stop": ("e",)}, {"logprobs": 1}, {"choices": ("it", "was")},
+        {"repetition_penalty": 1.2, "top_k": 20},
+    ]  # fmt: skip
+    configs = [SamplingConfig(**kinds[i % 6], max_new_tokens=(1, 40, 90, 200)[i % 4]) for i in range(24)]
+    requests = [Request(f"it was {i}", config, i) for i, config in enumerate(configs)]
+    events = generate_stream(decoder, tokenizer, requests, run=Batch.run)
+    wanted = {index: event for index, event in events if isinstance(event, Sample)}
+    texts, ended, all_ended = dict.fromkeys(wanted, ""), dict[int, Sample](), threading.Event()
+
+    def note(deltas: list[tuple[Stream, Delta]]) -> None:
+        for stream, delta in deltas:
+            texts[stream.owner] += delta.text
+            if delta.sample is not None:
+                ended[stream.owner] = delta.sample
+        if len(ended) == len(requests):
+            all_ended.set()
+
+    running = Scheduler(decoder, tokenizer, batch_size=5, max_waiting=99, prefixes=PrefixTable(0))
+    running.start(note)
+    for index, request in enumerate(requests):
+        ids = [tokenizer.bos_id, *tokenizer.encode(request.prompt)]
+        running.submit([running.new_stream(request, ids, index)])
+    assert all_ended.wait(60)
+    running.stop(0)
+    running.join(10)
+    assert ended == wanted
+    assert texts == {index: sample.text for index, sample in wanted.items()}
+    assert running.num_tokens == sum(sample.num_tokens for sample in wanted.values())
+
+
+def test_what_changes_ends_the_call_that_draws(int8: tuple[CellDecoder, Tokenizer]) -> None:
+    decoder, tokenizer = int8
+    waiting = Scheduler(decoder, tokenizer, batch_size=5, max_waiting=9, prefixes=PrefixTable(0))  # no thread
+    config = SamplingConfig(min_new_tokens=100, max_new_tokens=100)
+    streams = [waiting.new_stream(Request("", config), [tokenizer.bos_id], name) for name in "ab"]
+
+    def is_halted() -> bool:
+        return bool(waiting._halt.flag.value)
+
+    waiting.submit(streams[:1])
+    assert is_halted()
+    assert waiting._wait() == streams[:1]
+    assert not is_halted()
+    waiting._running[streams[0].running.index] = streams[0]
+    assert waiting._seconds_to_draw() == 0.0  # the first token is delivered at once
+    streams[0].started = True
+    waiting._delivered_at = time.monotonic() + 99
+    assert waiting._seconds_to_draw() > 90
+    waiting.submit(streams[1:])
+    assert is_halted()
+    assert waiting._seconds_to_draw() < 1  # until the second one may join
+    waiting._halt.set(False)
+    waiting.cancel(streams)
+    assert is_halted()
+    waiting._halt.set(False)
+    waiting.stop(9)
+    assert is_halted()

@@ -565,33 +565,37 @@ class Batch:
             yield self.advance_many()
 
     @torch.inference_mode()
-    def advance_many(self, *, seconds: float = MOST_SECONDS, halt: Halt | None = None) -> Steps:
+    def advance_many(
+        self, *, seconds: float = MOST_SECONDS, most_ended: int | None = None, halt: Halt | None = None
+    ) -> Steps:
         """Draw one or more tokens of every row: up to `MOST_STEPS` in one compiled call, one where that is impossible.
 
         The order of the rows may change before tokens are drawn. Tokens after the end of a text are to be dropped.
 
         Args:
             seconds: the call ends after the step in which they have passed.
+            most_ended: the call ends when so many rows have ended; default: an eighth of them.
             halt: ends the call after a step.
         """
         kernel = self.decoder.kernel
         many = [kernel is not None and is_compiled(sample.request.config) for sample in self.samples]
-        num_many = sum(many)
+        num_many, halt = sum(many), halt or Halt()
+        most_ended = most_ended or max(len(many) // REFILL_DIVISOR, 1)
         if num_many == 0:
             return _as_steps(self.advance())
         if num_many == len(many):
-            return self._draw_many(seconds, halt or Halt()), None
+            return self._draw_many(seconds, most_ended, halt), None
         # Rows that need the host draw one token; the others have as much time for theirs. So neither wait long.
         self._select(sorted(range(len(many)), key=lambda row: not many[row]))
         compiled, others = self._part(0, num_many), self._part(num_many, len(many))
         started = time.perf_counter()
         one, logprobs = _as_steps(others.advance())
-        tokens = compiled._draw_many(min(seconds, time.perf_counter() - started), halt or Halt())
+        tokens = compiled._draw_many(min(seconds, time.perf_counter() - started), most_ended, halt)
         self.tokens = torch.cat([compiled.tokens, others.tokens])
         self.state = [torch.cat(parts) for parts in zip(compiled.state, others.state, strict=True)]
         return [*tokens, *one], None if logprobs is None else [*[None] * num_many, *logprobs]
 
-    def _draw_many(self, seconds: float, halt: Halt) -> list[list[int]]:
+    def _draw_many(self, seconds: float, most_ended: int, halt: Halt) -> list[list[int]]:
         """Draw tokens of every row in one compiled call, and return them, (rows, steps)."""
         kernel, sampling, eos_id = self.decoder.kernel, self.sampling, self.tokenizer.eos_id
         assert kernel is not None
@@ -604,7 +608,7 @@ class Batch:
             unk_id=self.tokenizer.unk_id,
             eos_id=eos_id,
             most_steps=MOST_STEPS,
-            most_ended=max(len(self.samples) // REFILL_DIVISOR, 1),
+            most_ended=most_ended,
             seconds=seconds,
             halt=halt,
         )

@@ -29,6 +29,7 @@ from textgen.decoding.generation import (
     begin_id,
     reads_alone,
 )
+from textgen.kernels.decoding import Halt
 from textgen.serving.prompts import PromptReader
 from textgen.serving.states import PrefixTable
 from textgen.tokenizer import Tokenizer
@@ -92,11 +93,11 @@ class Stream:
         """The first reader that is not done; None if all are."""
         return next((reader for reader in self.readers if not reader.is_done), None)
 
-    def push(self, token: int, logprobs: TokenLogprobs | None) -> None:
-        """Add a token that was drawn."""
+    def push(self, tokens: Sequence[int], logprobs: TokenLogprobs | None) -> None:
+        """Add tokens that were drawn, see `RunningSample.push_all`."""
         running = self.running
         offset, num_logprobs = len(running.text) + len(running.held), len(running.logprobs)
-        for event in running.push(token, logprobs):
+        for event in running.push_all(tokens, logprobs):
             if isinstance(event, str):
                 self.text += event
             else:
@@ -140,6 +141,8 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: deque[Stream] = deque()
         self._deadline: float | None = None
+        # Set when something has to be done before the next token is drawn.
+        self._halt = Halt()
         # Only the decoding thread uses these.
         self._batch: Batch | None = None
         self._running: dict[int, Stream] = {}
@@ -171,6 +174,7 @@ class Scheduler:
         """Refuse new samples, and after `seconds` fail those that have not ended."""
         with self._changed:
             self._deadline = time.monotonic() + seconds
+            self._halt.set(True)
             self._changed.notify()
 
     def join(self, seconds: float) -> None:
@@ -215,6 +219,7 @@ class Scheduler:
             if len(self._waiting) + len(streams) > self.max_waiting:
                 raise BusyError(f"{len(self._waiting)} samples are waiting, at most {self.max_waiting} may wait")
             self._waiting.extend(streams)
+            self._halt.set(True)
             self._changed.notify()
 
     def cancel(self, streams: Sequence[Stream]) -> None:
@@ -223,6 +228,7 @@ class Scheduler:
             stream.cancelled = True
         with self._changed:
             self._waiting = deque(stream for stream in self._waiting if not stream.cancelled)
+            self._halt.set(True)
 
     # --- in the decoding thread --------------------------------------------------------------------------------------
 
@@ -245,6 +251,7 @@ class Scheduler:
                 if self._deadline is not None:
                     break
                 self._changed.wait()
+            self._halt.set(False)
             if self._deadline is not None and (not has_work or time.monotonic() >= self._deadline):
                 self._fail(list(self._waiting), "the server is shutting down")
                 self._waiting.clear()
@@ -270,7 +277,7 @@ class Scheduler:
         return time.monotonic() - last >= seconds * len(self._running)
 
     def _step(self, joining: list[Stream]) -> None:
-        """Read prompts, add samples to the batch, draw one token of each, remove those that have ended."""
+        """Read prompts, add samples to the batch, draw one or more tokens of each, remove those that have ended."""
         if self._reading and (self._batch is None or time.monotonic() - self._slot_at >= self._slot_seconds):
             self._read_slot()
         if joining:
@@ -289,24 +296,37 @@ class Scheduler:
         batch = self._batch
         if batch is None:
             return
-        tokens, logprobs = batch.advance()
+        tokens, logprobs = batch.advance_many(seconds=self._seconds_to_draw(), most_ended=1, halt=self._halt)
         streams = [self._running[sample.index] for sample in batch.samples]
         urgent = []
         for place, stream in enumerate(streams):
             if stream.cancelled:
                 stream.running.ended = True
             else:
+                before = stream.running.num_tokens
                 stream.push(tokens[place], None if logprobs is None else logprobs[place])
+                self.num_tokens += stream.running.num_tokens - before
                 if stream.running.ended or not stream.started:
                     urgent.append(stream)
                 stream.started = True
             if stream.running.ended:
                 del self._running[stream.running.index]
-        self.num_tokens += len(tokens)
         self._batch = batch.without_ended()
         if self._is_due(self._delivered_at, SECONDS_PER_DELTA):
             self._delivered_at, urgent = time.monotonic(), streams
         self._deliver(urgent)
+
+    def _seconds_to_draw(self) -> float:
+        """Return for how long one call may draw: until text is due, or a sample may join, or a slot is."""
+        count = len(self._running)
+        if not all(stream.started for stream in self._running.values()):
+            return 0.0  # a first token is delivered at once
+        due = [self._delivered_at + SECONDS_PER_DELTA * count]
+        if self._read or (self._waiting and count + len(self._reading) < self._batch_size):
+            due.append(self._joined_at + SECONDS_PER_JOIN * count)
+        if self._reading:
+            due.append(self._slot_at + self._slot_seconds)
+        return min(due) - time.monotonic()
 
     def _read_slot(self) -> None:
         """Read a window's tokens of prompts, each in its turn.
