@@ -71,9 +71,12 @@ static int64_t draw_row(const float* logits, int64_t size, const int32_t* items,
     // The error of torch's value: both its logarithms, of values to 16.6 and 22.2, may be off by 4 units in the last
     // place, and the difference by half a unit.
     const auto unsure = [&] { return 0x1p-13 + std::fabs(best) * 0x1p-21; };
-    // Second pass: blocks, then tokens, whose bound is not clearly below the best value so far.
-    for (int64_t block = 0; block < blocks; block++) {
-        if (token >= 0 && largest[block] < best - 2 * unsure()) continue;
+    // Second pass: blocks, then tokens, whose bound is not clearly below the best value so far; first the block with the
+    // largest bound, after which few others are left.
+    const int64_t top = std::max_element(largest, largest + blocks) - largest;
+    for (int64_t turn = -1; turn < blocks; turn++) {
+        const int64_t block = turn < 0 ? top : turn;
+        if (turn == top || (token >= 0 && largest[block] < best - 2 * unsure())) continue;
         for (int64_t i = block * BLOCK; i < size && i < (block + 1) * BLOCK; i++) {
             const bool below = token >= 0 ? bounds[i] < best - 2 * unsure()
                                           : bounds[i] == -std::numeric_limits<float>::infinity();
@@ -428,9 +431,15 @@ extern "C" int textgen_step(const Model* model, int64_t rows, const int64_t* tok
                 const int64_t width = output.outputs - panel * 64 < 64 ? output.outputs - panel * 64 : 64;
                 for (int64_t r = 0; r < count; r++) {
                     float* to = logits + (first + r) * output.outputs + panel * 64;
-                    for (int64_t i = 0; i < width; i++)
-                        to[i] = model->projected ? y[r * 64 + i] * row_scales[first + r] + output.bias[panel * 64 + i]
-                                                 : y[r * 64 + i];
+                    if (model->projected) {
+                        const __m512 scale = _mm512_set1_ps(row_scales[first + r]);
+                        for (int64_t i = r * 64; i < r * 64 + 64; i += 16) {
+                            const __m512 bias = _mm512_loadu_ps(output.bias + panel * 64 + i - r * 64);
+                            const __m512 scaled = _mm512_mul_ps(_mm512_loadu_ps(y + i), scale);
+                            _mm512_storeu_ps(y + i, _mm512_add_ps(scaled, bias));
+                        }
+                    }
+                    std::memcpy(to, y + r * 64, width * sizeof(float));
                 }
             }
     }
@@ -457,14 +466,21 @@ struct Rows {
 };
 
 struct Scratch {  // memory of a thread
-    std::vector<float> bounds, values, powers, some;
+    std::vector<float> bounds, values, powers, some, their_powers, sorted;
 };
+
+// Write the elements of x that a mask chooses to `to`, and anything after them; return their number. (An instruction that
+// writes them alone takes 100 cycles on some processors.)
+static inline int64_t store_chosen(float* to, __mmask16 chosen, __m512 x) {
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(chosen, x));
+    return _mm_popcnt_u32(chosen);
+}
 
 // Return the k-th largest of values (size), a multiple of 16; k <= size. At least k values reach the k-th largest of the
 // maxima of blocks, and few others do, so only these are sorted.
 static float kth_largest(const float* values, int64_t size, int64_t k, std::vector<float>& some) {
     const int64_t blocks = size / 16;
-    some.resize(blocks + size);
+    some.resize(blocks + size + 16);
     float *maxima = some.data(), *reaching = maxima + blocks;
     for (int64_t b = 0; b < blocks; b++) maxima[b] = _mm512_reduce_max_ps(_mm512_loadu_ps(values + 16 * b));
     float least = -std::numeric_limits<float>::infinity();
@@ -475,9 +491,7 @@ static float kth_largest(const float* values, int64_t size, int64_t k, std::vect
     int64_t count = 0;
     for (int64_t i = 0; i < size; i += 16) {
         const __m512 x = _mm512_loadu_ps(values + i);
-        const __mmask16 reaches = _mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_GE_OQ);
-        _mm512_mask_compressstoreu_ps(reaching + count, reaches, x);
-        count += _mm_popcnt_u32(reaches);
+        count += store_chosen(reaching + count, _mm512_cmp_ps_mask(x, _mm512_set1_ps(least), _CMP_GE_OQ), x);
     }
     std::nth_element(reaching, reaching + k - 1, reaching + count, std::greater<float>());
     return reaching[k - 1];
@@ -530,36 +544,50 @@ static Limits keep_top_p(const float* values, int64_t size, float kept, float mo
     float next = most - 1;
     for (int tries = 0; tries < 40 && lower.count - upper.count > 32; tries++) {
         const Above tried = above(values, powers, size, next);
-        if (tried.sum < low)
+        if (tried.sum < low) {
             to = next, upper = tried;
-        else if (tried.sum >= high)
+        } else if (tried.sum >= high) {
+            if (from == none) {  // from now on only the values from `from` on count
+                scratch.some.resize(tried.count + 32);
+                scratch.their_powers.resize(tried.count + 32);
+                float *some = scratch.some.data(), *their_powers = scratch.their_powers.data();
+                int64_t count = 0;
+                for (int64_t i = 0; i < size; i += 16) {
+                    const __m512 x = _mm512_loadu_ps(values + i);
+                    const __mmask16 chosen = _mm512_cmp_ps_mask(x, _mm512_set1_ps(next), _CMP_GE_OQ);
+                    store_chosen(their_powers + count, chosen, _mm512_loadu_ps(powers + i));
+                    count += store_chosen(some + count, chosen, x);
+                }
+                _mm512_storeu_ps(some + count, _mm512_set1_ps(none));
+                values = some, powers = their_powers, size = (count + 15) / 16 * 16;
+            }
             from = next, lower = tried;
-        else
+        } else {
             break;
+        }
         next = from == none ? most - 2 * (most - to) : from + (std::min(to, most) - from) / 2;
         if (next == from || next == to) break;
     }
     // Sort the values in it.
-    scratch.some.resize(lower.count - upper.count);
-    float* some = scratch.some.data();
+    scratch.sorted.resize(lower.count - upper.count + 16);
+    float* sorted = scratch.sorted.data();
     int64_t count = 0;
     for (int64_t i = 0; i < size; i += 16) {
         const __m512 x = _mm512_loadu_ps(values + i);
         const __mmask16 inside = _mm512_cmp_ps_mask(x, _mm512_set1_ps(from), _CMP_GE_OQ) &
                                  _mm512_cmp_ps_mask(x, _mm512_set1_ps(to), _CMP_LT_OQ);
-        _mm512_mask_compressstoreu_ps(some + count, inside, x);
-        count += _mm_popcnt_u32(inside);
+        count += store_chosen(sorted + count, inside, x);
     }
-    std::sort(some, some + count, std::greater<float>());
+    std::sort(sorted, sorted + count, std::greater<float>());
     Limits limits = {none, none};
     double sum = upper.sum;
     bool found = false;
     for (int64_t i = 0; i < count; i++) {
-        if (some[i] < kept) break;
-        sum += std::exp(some[i] - most);
-        if (!found && sum >= low) limits.sure = some[i], found = true;
+        if (sorted[i] < kept) break;
+        sum += std::exp(sorted[i] - most);
+        if (!found && sum >= low) limits.sure = sorted[i], found = true;
         if (sum >= high) {
-            limits.possible = some[i];
+            limits.possible = sorted[i];
             break;
         }
     }
