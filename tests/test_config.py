@@ -24,8 +24,8 @@ evaluate_documents early_stopping_patience save_every sample_prompts sample_temp
 resume_override init_from stop_signal gradient_compression distributed_timeout deterministic cuda_graph dry_run
 data.source data.dataset data.dataset_config data.files data.text_column data.label_column data.label_folders
 data.txt_documents data.encoding data.on_error data.max_document_bytes data.csv_delimiter data.csv_quoting
-data.csv_escape data.reading_rules data.normalization data.train_on data.validation_fraction data.validation_blocks
-data.cache_dir data.store
+data.csv_escape data.train_on data.validation_fraction data.validation_blocks data.reading_rules data.normalization
+data.cache_dir data.store data.sources
 tokenizer.vocab_size tokenizer.model_type tokenizer.path
 model.embedding_dim model.hidden_size model.num_layers model.dropout model.weight_drop
 model.tie_weights model.projection model.layer_norm model.residual
@@ -101,9 +101,11 @@ def test_settings_of_a_checkpoint_have_their_types(settings: dict[str, Any], mes
 
 def test_every_option_has_a_help_text() -> None:
     for settings in (TrainConfig, DataConfig, TokenizerConfig, ModelConfig, TrackingConfig):
-        source = (ROOT / "textgen" / "config.py").read_text().split(f"class {settings.__name__}:")[1]
+        code = (ROOT / "textgen" / "config.py").read_text()
         for field in dataclasses.fields(settings):
             if field.name not in ("data", "tokenizer", "model", "tracking"):
+                owner = next(k for k in settings.__mro__ if field.name in vars(k)["__annotations__"])
+                source = re.split(rf"class {owner.__name__}\b", code, maxsplit=1)[1]
                 after = source.split(f"\n    {field.name}: ", 1)[1].split("\n    def ")[0]
                 # the value may span lines; the first thing at its own depth is the text
                 assert next(line for line in after.splitlines()[1:] if line[4:5] not in (" ", ")")).startswith(

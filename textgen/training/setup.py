@@ -71,7 +71,7 @@ def build(config: TrainConfig, accelerator: Accelerator, store: TokenStore, stop
     return Training(
         learner=build_learner(config, accelerator, model, total_steps=min(total, config.max_steps or total)),
         store=store,
-        loader=StepLoader(config, accelerator, store.split("train")),
+        loader=StepLoader(config, accelerator, store),
         stop=stop,
         nats=torch.zeros((), dtype=sum_dtype(accelerator.device), device=accelerator.device),
     )

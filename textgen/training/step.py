@@ -15,14 +15,17 @@ from functools import partial
 from itertools import islice
 from typing import Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from textgen.config import TrainConfig
 from textgen.data.lanes import LaneSampler, build_loader, windows_per_epoch
-from textgen.data.store import Split, TokenStore
+from textgen.data.mixed_lanes import Mixture, build_mixed_loader
+from textgen.data.store import TokenStore
 from textgen.model.lstm import DropoutMasks, LSTMLanguageModel, State
 from textgen.training.optim import learning_rate_at, update_weights
 
@@ -159,11 +162,22 @@ class StepLoader:
     Accelerate gives this process its rows of every micro-batch. It reads one micro-batch ahead.
     """
 
-    def __init__(self, config: TrainConfig, accelerator: Accelerator, split: Split) -> None:
-        self.per_epoch = windows_per_epoch(split, batch_size=config.batch_size, seq_len=config.seq_len)
+    def __init__(self, config: TrainConfig, accelerator: Accelerator, store: TokenStore) -> None:
+        self.per_epoch = steps_per_epoch(config, store)
+        self.mixture = mixture_of(config, store)
         self._micro_batches = config.gradient_accumulation_steps
         self._sampler = LaneSampler(batch_size=config.batch_size, micro_batches=self._micro_batches)
-        self._loader = accelerator.prepare(build_loader(split, self._sampler, seq_len=config.seq_len, seed=config.seed))
+        if self.mixture is not None:
+            loader = build_mixed_loader(self.mixture, self._sampler, seed=config.seed)
+        else:
+            loader = build_loader(store.split("train"), self._sampler, seq_len=config.seq_len, seed=config.seed)
+        self._loader = accelerator.prepare(loader)
+
+    def begun(self, step: int) -> NDArray[np.bool_]:
+        """Return for each lane of the global batch whether it begins another order of documents in a step."""
+        if self.mixture is not None:
+            return self.mixture.begun(step)
+        return np.full(self._sampler.num_lanes, step % self.per_epoch == 0)
 
     def read(self, first_step: int, last_step: int) -> Iterator[tuple[list[dict[str, Tensor]], float]]:
         """Yield the micro-batches of each step from `first_step` up to `last_step`, and the seconds waited for them."""
@@ -175,25 +189,51 @@ class StepLoader:
             yield micro_batches, time.perf_counter() - started
 
 
-def steps_per_epoch(config: TrainConfig, store: TokenStore) -> int:
-    """Return the optimizer steps of one epoch.
+def mixture_of(config: TrainConfig, store: TokenStore) -> Mixture | None:
+    """Return the sources of the training text with their lanes; None if there is one source.
 
     Raises:
-        TextgenError: the training split has too few tokens for one step.
+        TextgenError: a source has too few tokens.
     """
+    if not config.data.sources:
+        return None
+    weights = {source.name: source.weight for source in config.data.sources}
+    return Mixture(store.split_by_source("train"), weights, batch_size=config.batch_size, seq_len=config.seq_len)
+
+
+def steps_per_epoch(config: TrainConfig, store: TokenStore) -> int:
+    """Return the optimizer steps of one epoch; of several sources, those that read as many tokens as all of them have.
+
+    Raises:
+        TextgenError: the training split, or a source's part of it, has too few tokens for one step.
+    """
+    if (mixture := mixture_of(config, store)) is not None:
+        return mixture.steps_per_epoch
     return windows_per_epoch(store.split("train"), batch_size=config.batch_size, seq_len=config.seq_len)
 
 
 def step_batches(learner: Learner, loader: StepLoader, until: int) -> Iterator[tuple[list[dict[str, Tensor]], float]]:
     """Yield the micro-batches of each step up to `until`, and the seconds waited for them.
 
-    Sets the LSTM states of the lanes to zero at the start of an epoch: another order of documents begins there.
+    Sets the LSTM state of a lane to zero where another order of documents begins in it, such as at the start of an
+    epoch.
     """
     first = learner.progression.step
-    for step, batches in enumerate(loader.read(first, until), start=first):
-        if step % loader.per_epoch == 0 or not learner.lane_states:
+    for step, (micro_batches, waited) in enumerate(loader.read(first, until), start=first):
+        begun = loader.begun(step)
+        if begun.all() or not learner.lane_states:
             learner.lane_states = zero_lanes(learner)
-        yield batches
+        elif begun.any():
+            kept = torch.from_numpy(~begun).to(learner.accelerator.device)
+            pairs = zip(learner.lane_states, micro_batches, strict=True)
+            learner.lane_states = [_keep_lanes(state, kept[batch["lanes"]]) for state, batch in pairs]
+        yield micro_batches, waited
+
+
+def _keep_lanes(state: State, kept: Tensor) -> State:
+    """Return the LSTM state of lanes, with zeros for those that are not kept."""
+    hidden, cell = (part.masked_fill(~kept[:, None], 0) for part in state)  # (num_layers, lanes, size)
+    return hidden, cell
 
 
 def zero_lanes(learner: Learner) -> list[State]:

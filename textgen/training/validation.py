@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from textgen.config import SamplingConfig
 from textgen.console import Progress, say
 from textgen.data.corpus import normalize
+from textgen.data.store import Split
 from textgen.decoding.generation import Sample, generate
 from textgen.distributed import launch
 from textgen.errors import DivergedError
-from textgen.evaluation import Score, score, split_documents
+from textgen.evaluation import Score, mix_scores, score, split_documents
 from textgen.reporting.report import CURVE_NAME, draw_loss_curve
 from textgen.runs.directory import RunDirectory
 from textgen.runs.samples import SampledText, save_samples
@@ -28,7 +30,9 @@ class Validation:
     """The result of an evaluation, before it changes anything of the training."""
 
     score: Score | None
-    """to report; None without a validation split"""
+    """to report; None without a validation split. Of several sources: with tokens in the shares of the weights"""
+    by_source: dict[str, Score]
+    """of each of several sources that has a validation split"""
     is_better: bool
     compared_loss: float | None
     """nats per token of `evaluate_documents` documents, which the best checkpoint is chosen by"""
@@ -48,7 +52,8 @@ def validate(training: Training, run: RunDirectory) -> Validation:
     """
     learner = training.learner
     config, progress = learner.config, learner.progression
-    reported = compared = evaluate(training, config.evaluate_documents)
+    reported, by_source = evaluate(training, config.evaluate_documents)
+    compared = reported
     best = progress.best_loss
     is_better = compared is not None and (best is None or compared.nats_per_token < best)
     without_better = 0 if is_better else progress.evaluations_without_better + 1
@@ -58,7 +63,7 @@ def validate(training: Training, run: RunDirectory) -> Validation:
     if ends and not training.is_trial and config.evaluate_documents is not None:
         # The last score is the figure to report, so it is of all documents. The best checkpoint is still chosen by
         # scores of the same documents.
-        reported = evaluate(training, None)
+        reported, by_source = evaluate(training, None)
     if reported is not None and not math.isfinite(reported.nats):
         raise DivergedError(
             f"the validation loss turned to {reported.nats_per_token} by step {progress.step}; it is not saved"
@@ -67,6 +72,7 @@ def validate(training: Training, run: RunDirectory) -> Validation:
     launch.raise_if_stopped(learner.accelerator, training.stop)
     return Validation(
         score=reported,
+        by_source=by_source,
         is_better=is_better,
         compared_loss=None if compared is None else compared.nats_per_token,
         evaluations_without_better=without_better,
@@ -95,12 +101,16 @@ def log_validation(training: Training, validation: Validation, tracker: Tracker,
         values |= {"valid/loss": score.nats_per_token}
         values |= {"valid/perplexity": score.perplexity} if math.isfinite(score.perplexity) else {}
         values |= {"valid/bits_per_byte": score.bits_per_byte} if lossless else {}
+        for name, of_source in validation.by_source.items():
+            values |= {f"valid/loss/{name}": of_source.nats_per_token}
+            values |= {f"valid/bits_per_byte/{name}": of_source.bits_per_byte} if lossless else {}
         bar.show(values)
         say(
             learner.accelerator,
             f"step {step}: valid loss {score.nats_per_token:.4f}"
             + (f", {score.bits_per_byte:.4f} bits per byte" if lossless else "")
-            + f" ({score.documents} documents, {score.seconds:.0f} s)",
+            + f" ({score.documents} documents, {score.seconds:.0f} s)"
+            + _describe_sources(validation.by_source, lossless=lossless),
         )
     if score is not None or samples:
         tracker.log(step, values, samples)
@@ -119,20 +129,36 @@ def draw_curve(run: RunDirectory) -> None:
         log.warning("no loss.png: %s", error)
 
 
-def evaluate(training: Training, limit: int | None) -> Score | None:
-    """Score the validation split; return None if there is none. Collective.
+def _describe_sources(scores: Mapping[str, Score], *, lossless: bool) -> str:
+    figures = (f"{name} {its.bits_per_byte if lossless else its.nats_per_token:.4f}" for name, its in scores.items())
+    return f": {', '.join(figures)}" if scores else ""
+
+
+def evaluate(training: Training, limit: int | None) -> tuple[Score | None, dict[str, Score]]:
+    """Score the validation split; None if there is none. Collective.
 
     Args:
         training: its averaged weights are scored, if there are any.
-        limit: documents to score, evenly spaced; None for all.
+        limit: documents to score, of each source, evenly spaced; None for all.
+
+    Returns:
+        The score, and that of each of several sources.
 
     Raises:
         Interrupted: a signal came; there is no score.
     """
-    learner, store = training.learner, training.store
+    store, data = training.store, training.learner.config.data
     if "validation" not in store.record["splits"]:
-        return None
-    documents, num_bytes = split_documents(store.split("validation"), limit)
+        return None, {}
+    if not data.sources:
+        return _score(training, store.split("validation"), limit), {}
+    scores = {name: _score(training, split, limit) for name, split in store.split_by_source("validation").items()}
+    return mix_scores(scores, {source.name: source.weight for source in data.sources}), scores
+
+
+def _score(training: Training, split: Split, limit: int | None) -> Score:
+    learner = training.learner
+    documents, num_bytes = split_documents(split, limit)
 
     def poll() -> None:
         launch.raise_if_stopped(learner.accelerator, training.stop)
@@ -142,7 +168,7 @@ def evaluate(training: Training, limit: int | None) -> Score | None:
         learner.eval_model,
         documents,
         num_bytes,
-        bos_id=store.tokenizer.bos_id,
+        bos_id=training.store.tokenizer.bos_id,
         progress=True,
         poll=poll,
     )
