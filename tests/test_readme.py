@@ -41,8 +41,11 @@ def test_there_are_commands() -> None:
 @pytest.mark.parametrize(
     "command", [c for _, c in COMMANDS if re.search(r"train_distributed\.py|^textgen (prepare|train) ", c)]
 )
-def test_readme_training_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
+def test_readme_training_commands_parse(command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    page = (ROOT / "docs" / "how-to" / "mixtures.md").read_text()
+    (tmp_path / "mixed.yaml").write_text(re.findall(r"```yaml\n# mixed.yaml\n(.*?)```", page, re.DOTALL)[0])
     flags = (
         re.split(r"train_distributed\.py|textgen prepare|textgen train", command)[1].split("`")[0].split(", then")[0]
     )

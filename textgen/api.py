@@ -232,7 +232,7 @@ def _require_one_source(settings: Mapping[str, Any], **sources: object) -> None:
     """Raise TextgenError if arguments of `train` name several sources of documents."""
     given = [name for name, value in sources.items() if value is not None]
     if given:
-        given += sorted(flatten(_plain(settings)).keys() & _source("").keys())
+        given += sorted(flatten(_plain(settings)).keys() & {*_source(""), "data.sources"})
     if len(given) > 1:
         raise TextgenError(f"{in_backticks(given)}: give one of them")
 
@@ -245,6 +245,8 @@ def _source(source: str, *, files: Sequence[str] = (), store: str | None = None)
 
 def _with_store(config: TrainConfig, texts: Any, dataset: Any) -> TrainConfig:
     """Return the settings of a training on texts in memory: on their token store, which is made if it is missing."""
+    if config.data.sources:
+        raise TextgenError("`data.sources` names the texts of this training: leave `texts` and `dataset` out")
     place = {name.partition(".")[2]: value for name, value in _source("memory").items()}
     data = dataclasses.replace(config.data, **place | {"files": ()})
     corpus = corpus_of_texts(texts, data) if texts is not None else corpus_of_dataset(dataset, data)

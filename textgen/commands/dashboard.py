@@ -42,6 +42,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Loss, nats per token", ("train/loss", "valid/loss")),
         Panel("Perplexity per token", ("train/perplexity", "valid/perplexity")),
         Panel("Bits per byte by tokens read", ("train/bits_per_byte", "valid/bits_per_byte"), x="tokens"),
+        Panel("Bits per byte of each of several sources", (r"valid/bits_per_byte/[\w-]+",), pattern=True),
         Panel("Learning rate", ("train/learning_rate",)),
     ),
     "How fast?": (

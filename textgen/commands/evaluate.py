@@ -6,6 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any, Literal
 
 from textgen.commands.model_argument import add_model_arguments, open_model
@@ -41,7 +42,8 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument(
         "--data",
         default="validation",
-        help="a file, folder or glob, or a split of the training's data: train, validation, test",
+        help="a file, folder or glob, or a split of the training's data: train, validation, test. Several sources are "
+        "scored one by one, and mixed by their weights",
     )
     add_reading_flags(parser, labels=True)
     parser.add_argument(
@@ -50,7 +52,9 @@ def _parse(argv: Sequence[str]) -> Any:
         default="none",
         help="of a model with labels: none scores documents without labels, true with their own",
     )
-    parser.add_argument("--limit", type=int | None, default=None, help="score the first N documents only")
+    parser.add_argument(
+        "--limit", type=int | None, default=None, help="score the first N documents only, of each source"
+    )
     parser.add_argument(
         "--batch_size", type=int, default=64, help="documents that are read side by side; does not change the figures"
     )
@@ -72,34 +76,40 @@ def _parse(argv: Sequence[str]) -> Any:
 def _evaluate(accelerator: Accelerator, args: Any) -> dict[str, float | str]:
     """Return the figures by name, in the order in which they are printed. Collective."""
     from textgen.data.store import encode_documents
-    from textgen.data.texts import texts_to_score
+    from textgen.data.texts import texts_by_source
     from textgen.errors import TextgenError
-    from textgen.evaluation import score
+    from textgen.evaluation import mix_scores, score
 
     opened = open_model(args.checkpoint, best=args.best, accelerator=accelerator)
     tokenizer = opened.tokenizer
     if not tokenizer.is_lossless:
         raise TextgenError(f"`{args.checkpoint}` has a word tokenizer, which loses text: it has no bits per byte")
-    texts = texts_to_score(
+    by_source, weights = texts_by_source(
         opened.checkpoint, args.data, args.reading, limit=args.limit, normalization=opened.normalization
     )
-    first = _first_inputs(opened.model, tokenizer, texts, args)
-    documents, num_bytes = encode_documents(tokenizer, texts), sum(len(text.encode()) for text in texts)
-    result = score(
-        accelerator,
-        opened.model,
-        documents,
-        num_bytes,
-        bos_id=first,
-        batch_size=args.batch_size,
-        progress=True,
-    )
+    texts = [text for its in by_source.values() for text in its]
+    first = iter(_first_inputs(opened.model, tokenizer, texts, args))
+    scores = {
+        name: score(
+            accelerator,
+            opened.model,
+            encode_documents(tokenizer, its),
+            sum(len(text.encode()) for text in its),
+            bos_id=list(islice(first, len(its))),
+            batch_size=args.batch_size,
+            progress=True,
+        )
+        for name, its in by_source.items()
+    }
+    result = scores[""] if "" in scores else mix_scores(scores, weights)
     label: dict[str, float | str] = {"label": args.label} if opened.model.labels else {}
+    words = sum(len(text.split()) for text in texts)
     return label | {
         "bits_per_byte": result.bits_per_byte,
+        **{f"bits_per_byte/{name}": its.bits_per_byte for name, its in scores.items() if name},
         "nats_per_token": result.nats_per_token,
         "perplexity": result.perplexity,
-        "word_perplexity": result.word_perplexity(sum(len(text.split()) for text in texts)),
+        **({"word_perplexity": result.word_perplexity(words)} if "" in scores else {}),
         "tokens": result.tokens,
         "bytes": result.bytes,
         "documents": result.documents,
@@ -138,9 +148,10 @@ def _as_json(figures: dict[str, float | str]) -> str:
 
 
 def _as_lines(figures: dict[str, float | str]) -> str:
+    width = max(16, *map(len, figures))
     return "\n".join(
-        f"{name:16} {value:,.6g}"
+        f"{name:{width}} {value:,.6g}"
         if isinstance(value, float)
-        else f"{name:16} {value if isinstance(value, str) else format(value, ',')}"
+        else f"{name:{width}} {value if isinstance(value, str) else format(value, ',')}"
         for name, value in figures.items()
     )

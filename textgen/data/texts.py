@@ -11,7 +11,7 @@ from textgen.config import SPLITS, DataConfig, TrainConfig
 from textgen.data.corpus import normalize
 from textgen.data.documents import read_documents
 from textgen.data.labels import copy_label, labelled
-from textgen.data.store import TokenStore, prepare_store
+from textgen.data.store import Split, TokenStore, prepare_store
 from textgen.errors import CheckpointError, TextgenError
 from textgen.runs.checkpoint import TRAINER_NAME, read_json
 from textgen.settings import build_settings, complete_record
@@ -22,6 +22,20 @@ def texts_to_score(
 ) -> list[str]:
     """Return the texts of `documents_to_score` in memory."""
     return list(documents_to_score(checkpoint, data, settings, limit=limit, normalization=normalization))
+
+
+def texts_by_source(
+    checkpoint: Path | None, data: str, settings: DataConfig, *, limit: int | None, normalization: str
+) -> tuple[dict[str, list[str]], dict[str, float]]:
+    """Return the texts of `documents_to_score` by source, and the weights of the sources.
+
+    They are by source if `data` is a split of a training on several sources; `limit` is then of each. Else they are
+    under the name "".
+    """
+    if data not in SPLITS or checkpoint is None or not (store := store_of(checkpoint)).sources:
+        return {"": texts_to_score(checkpoint, data, settings, limit=limit, normalization=normalization)}, {"": 1.0}
+    texts = {name: list(islice(_read(store, split), limit)) for name, split in store.split_by_source(data).items()}
+    return texts, {source.name: source.weight for source in _settings_of(checkpoint).data.sources}
 
 
 def documents_to_score(
@@ -57,7 +71,11 @@ def documents_to_score(
 
 def read_split(store: TokenStore, name: str) -> Iterator[str]:
     """Yield the texts of a split's documents, with their labels if the store has labels."""
-    split, first = store.split(name), store.tokenizer.vocab_size
+    return _read(store, store.split(name))
+
+
+def _read(store: TokenStore, split: Split) -> Iterator[str]:
+    first = store.tokenizer.vocab_size
     for i in range(split.num_documents):  # documents end with the end-of-text token, which decodes to nothing
         text = store.tokenizer.decode(split.document(i).tolist())
         if split.begin_ids is None:
@@ -73,15 +91,20 @@ def store_of(checkpoint: Path) -> TokenStore:
     Raises:
         CheckpointError, TextgenError: it does not name its data, or the data cannot be read.
     """
-    path = checkpoint / TRAINER_NAME
-    try:
-        settings = complete_record(read_json(path)["config"])
-        config = build_settings(TrainConfig, {"data": settings["data"], "tokenizer": settings["tokenizer"]})
-    except CheckpointError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"`{path}` has no settings of data: {error}") from error
+    config = _settings_of(checkpoint)
     tokenizer = config.tokenizer
     if tokenizer.path is not None:  # the checkpoint has the same one, and that file may be gone
         tokenizer = replace(tokenizer, path=str(checkpoint))
     return prepare_store(config.data, tokenizer)
+
+
+def _settings_of(checkpoint: Path) -> TrainConfig:
+    """Return settings with the data and the tokenizer of a checkpoint's training."""
+    path = checkpoint / TRAINER_NAME
+    try:
+        settings = complete_record(read_json(path)["config"])
+        return build_settings(TrainConfig, {"data": settings["data"], "tokenizer": settings["tokenizer"]})
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"`{path}` has no settings of data: {error}") from error

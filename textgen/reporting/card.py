@@ -236,7 +236,7 @@ def _header(provenance: Provenance, name: str, license: str | None, languages: S
 def _hub_dataset(provenance: Provenance) -> str | None:
     """Return the hub's name of the training data; None if the hub does not have the data."""
     dataset = provenance.setting("data.dataset")
-    if provenance.setting("data.source") not in ("imdb", "package", "hub"):
+    if provenance.setting("data.sources") or provenance.setting("data.source") not in ("imdb", "package", "hub"):
         return None
     if dataset is None:
         return IMDB  # the package holds its train split, row by row
@@ -248,6 +248,11 @@ def _figures(provenance: Provenance, int8_cost: float | None) -> str:
     scored = "" if provenance.documents is None else f", {provenance.documents:,} held-out documents"
     if "valid/bits_per_byte" in validation:
         rows.append(("bits per byte", f"{validation['valid/bits_per_byte']:.4f}{scored}"))
+    rows += [
+        (f"bits per byte, {name.removeprefix('valid/bits_per_byte/')}", f"{value:.4f}{scored}")
+        for name, value in validation.items()
+        if name.startswith("valid/bits_per_byte/")
+    ]
     if "valid/loss" in validation:
         rows.append(("nats per token", f"{validation['valid/loss']:.4f}{scored}"))
     if int8_cost is not None:
@@ -273,9 +278,15 @@ def _data(provenance: Provenance, text: Mapping[str, str]) -> str:
     source = "a dataset in a folder" if in_a_folder else provenance.data["source"]  # this source names the folder
     if provenance.setting("data.source") == "memory":
         source = "texts of a Python program"
+    sizes = dict(provenance.data["splits"])
+    if sources := provenance.setting("data.sources"):
+        total = sum(its["weight"] for its in sources)
+        shares = (f"{its['name']} {its['weight'] / total:.1%}" for its in sources)
+        source = f"{len(sources)} sources, by share of the tokens that were read: {', '.join(shares)}"
+        parts = provenance.data["sources"].items()
+        sizes |= {f"{split} of {name}": size for name, splits in parts for split, size in splits.items()}
     rows = "\n".join(
-        f"| {name} | {size['documents']:,} | {size['tokens']:,} | {size['bytes']:,} |"
-        for name, size in provenance.data["splits"].items()
+        f"| {name} | {size['documents']:,} | {size['tokens']:,} | {size['bytes']:,} |" for name, size in sizes.items()
     )
     dropped = ", ".join(
         f"{count:,} {reason.removeprefix('dropped_').replace('_', ' ')}"
@@ -346,11 +357,19 @@ def _settings(provenance: Provenance) -> str:
     settings: dict[str, Any] = {}
     for name, value in provenance.trainer["config"].items():
         if isinstance(value, Mapping):
-            value = {key: each for key, each in value.items() if f"{name}.{key}" not in PRIVATE}
+            value = _public(name, value)
         if name not in PRIVATE and value != {}:
             settings[name] = value
     settings["mixed_precision"] = provenance.trainer["mixed_precision"]  # config has null if the hardware decided
     return f"## Settings\n\n{_fenced(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).strip(), 'yaml')}"
+
+
+def _public(group: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group of settings without the private ones, also of each of several sources."""
+    values = {key: each for key, each in values.items() if f"{group}.{key}" not in PRIVATE}
+    if sources := values.get("sources"):
+        values["sources"] = [_public(group, source) for source in sources]
+    return values
 
 
 def _fenced(text: str, language: str) -> str:

@@ -247,7 +247,7 @@ def _reads_imdb(run: RunFiles) -> bool:
     settings = run.summary.settings
     source, dataset = settings.get("data.source"), settings.get("data.dataset")
     imdb = source in ("imdb", "package") if dataset is None else dataset == IMDB
-    return imdb and settings.get("data.normalization") == "none"
+    return imdb and not settings.get("data.sources") and settings.get("data.normalization") == "none"
 
 
 def metric_charts(runs: Sequence[RunFiles], references: Sequence[ReferenceLine]) -> list[Chart]:
@@ -270,6 +270,11 @@ def metric_charts(runs: Sequence[RunFiles], references: Sequence[ReferenceLine])
             "valid/bits_per_byte",
             references=references,
             y_span=1.5,
+        ),
+        *(
+            chart(f"Bits per byte of {name.rpartition('/')[2]}", "lower is better", name, y_span=1.5)
+            for name in dict.fromkeys(name for run in runs for row in run.rows for name in row)
+            if name.startswith("valid/bits_per_byte/")
         ),
         chart("Loss", "nats per token", "train/loss", "valid/loss", y_span=2.0),
         *(chart(title, unit, metric, y_min=0.0) for metric, title, unit in SMALL_CHARTS),

@@ -222,7 +222,13 @@ class WandbRun:
         self._run.define_metric("*", step_metric="step")
         if "base" in self._settings and not self._resumed:
             self._use_base(self._settings["base"])
-        for name in ("train/bits_per_byte", "valid/bits_per_byte"):  # comparable between sizes of batches
+        sources = [source["name"] for source in self._settings.get("data", {}).get("sources", ())]
+        # comparable between sizes of batches
+        for name in (
+            "train/bits_per_byte",
+            "valid/bits_per_byte",
+            *(f"valid/bits_per_byte/{name}" for name in sources),
+        ):
             self._run.define_metric(name, step_metric="tokens")
 
     def _use_base(self, base: Mapping[str, Any]) -> None:

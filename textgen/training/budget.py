@@ -13,7 +13,7 @@ from textgen.console import say
 from textgen.data.store import TokenStore
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.training.metrics import peak_memory
-from textgen.training.step import Learner, StepLoader, step_batches, steps_per_epoch, train_step
+from textgen.training.step import Learner, StepLoader, mixture_of, step_batches, steps_per_epoch, train_step
 
 log = logging.getLogger("textgen")
 
@@ -93,7 +93,17 @@ def describe_training(learner: Learner, store: TokenStore) -> str:
         f"{store.split('train').num_tokens:,} training tokens of {store.bytes_per_token('train'):.2f} bytes, "
         f"{config.batch_size} x {config.seq_len} tokens per step, "
         f"steps {progress.step} to {progress.total_steps}, {steps_per_epoch(config, store)} per epoch"
+        + _describe_sources(config, store, progress.total_steps)
     )
+
+
+def _describe_sources(config: TrainConfig, store: TokenStore, steps: int) -> str:
+    """Return the share of each of several sources, and how often its text is read; "" for one source."""
+    if (mixture := mixture_of(config, store)) is None:
+        return ""
+    passes = mixture.passes(steps)
+    sources = (f"{name} {share:.4g}, {passes[name]:.3g} passes" for name, share in mixture.shares.items())
+    return f"; shares of the tokens: {'; '.join(sources)}"
 
 
 def describe_cost(learner: Learner, loader: StepLoader, store: TokenStore) -> None:
