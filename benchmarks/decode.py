@@ -34,6 +34,7 @@ from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
 from textgen.decoding.generation import Batch, Request, RunningSample, advance
 from textgen.decoding.products import multiplies_int8
 from textgen.decoding.sampling import SamplingState, join_sampling_states, new_sampling_state, select_sampling_state
+from textgen.kernels.capture import reason_of
 from textgen.model.files import load_model, read_model, save_model
 from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
 from textgen.tokenizer import Tokenizer, train_tokenizer
@@ -142,11 +143,13 @@ def graph_steps(decoder: Decoder, rows: int) -> Steps:
     tokens, state, sampling = start_of(decoder, rows)
     drawn = tokens.new_zeros(32, rows)
     buffers = Buffers(decoder, 0, 2, tokens, state, sampling, torch.zeros_like(tokens).bool(), drawn, ())
-    replay = StepCapture(decoder.device)(buffers, 32)
+    replays: list[Callable[[], None]] = []
 
     def steps(count: int) -> None:
+        if not replays:  # here, since a capture that is refused leaves this variant out, and no other
+            replays.append(StepCapture(decoder.device)(buffers, 32))
         for _ in range(count // 32):
-            replay()
+            replays[0]()
 
     return steps
 
@@ -166,9 +169,19 @@ def runner_steps(
         tokenizer: of the model's vocabulary.
         capture: of the runner; default: CUDA graphs.
     """
-    from textgen.decoding.cuda_graphs import GraphRunner
+    from textgen.decoding.cuda_graphs import GraphRunner, StepCapture
 
-    runner = GraphRunner(decoder, capture=capture)
+    capture = StepCapture(decoder.device) if capture is None else capture
+    refusals: list[RuntimeError] = []
+
+    def noting(buffers: Any, count: int) -> Callable[[], None]:
+        try:
+            return capture(buffers, count)
+        except RuntimeError as error:  # the runner goes on step by step, which must not pass for graphs
+            refusals.append(error)
+            raise
+
+    runner = GraphRunner(decoder, capture=noting)
 
     def steps(count: int) -> None:
         request = Request("", SamplingConfig(max_new_tokens=count))
@@ -178,6 +191,8 @@ def runner_steps(
             for token, sample in zip(tokens, samples, strict=True):
                 list(sample.push(token, None))
         assert all(sample.num_tokens == count for sample in samples)
+        if refusals:
+            raise RuntimeError(f"steps could not be captured in CUDA graphs: {reason_of(refusals[0])}")
 
     return steps
 
@@ -276,8 +291,8 @@ def compare(
         try:
             seconds(steps, unit)  # warm
             counts[name] = max(int(SECONDS / seconds(steps, unit)) // unit * unit, unit)
-        except RuntimeError as error:  # torch.compile's own; the others are worth having
-            print(f"{name} is left out: {str(error).splitlines()[0]}")
+        except RuntimeError as error:  # torch.compile's own, or a refused capture; the others are worth having
+            print(f"{name} is left out: {reason_of(error)}", flush=True)
     times: dict[str, list[float]] = {name: [] for name in counts}
     energy: dict[str, float] = dict.fromkeys(counts, 0.0)
     for _ in range(rounds):

@@ -91,7 +91,8 @@ def stages(folder: Path, *, dry: bool) -> list[Stage]:
         return ("-m", "pytest", *argv, "-v", "--tb=short", *files, *(["-k", " or ".join(words)] if words else []))
 
     decode: tuple[str, ...] = ("--rounds", "5", "--batch_sizes", "1", "8", "64")
-    train: tuple[str, ...] = ("--shapes", "default", "--rounds", "3", "--minutes", "1.4")
+    train: tuple[str, ...] = ("--shapes", "default", "--rounds", "3", "--minutes", "1.4", "--ways")
+    train += ("textgen", "textgen, graph", "accelerate loop")  # streams may hang
     imdb: tuple[str, ...] = ("--config", "default", "--cuda_graph", "--mixed_precision", "bf16", "--max_minutes", "0.4")
     if dry:
         decode = ("--rounds", "1", "--batch_sizes", "2", "--shape", "300", "16", "32", "2")

@@ -36,6 +36,26 @@ def test_what_users_run_draws_as_many_tokens_as_are_timed() -> None:
     assert (4, 32) in sizes
 
 
+@torch.inference_mode()
+def test_steps_without_graphs_do_not_pass_for_what_users_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """They are left out with the reason, and the others are measured."""
+    tokenizer = decode.tokenizer_of(300)
+    model = LSTMLanguageModel(ModelConfig(embedding_dim=8, hidden_size=16), tokenizer.vocab_size)
+    model.output.bias[tokenizer.eos_id] = -1000.0
+
+    def refuse(buffers: Any, count: int) -> Any:
+        raise RuntimeError("the step waits")
+
+    variants = {
+        "runner": decode.runner_steps(CellDecoder(model), 1, tokenizer, capture=refuse),
+        "eager": decode.decoder_steps(CellDecoder(model), 1),
+    }
+    variants["runner"](16)  # none is captured that early
+    times, _ = decode.compare(variants, 1, torch.device("cpu"))
+    assert set(times) == {"eager"}
+    assert "runner is left out: steps could not be captured in CUDA graphs: the step waits" in capsys.readouterr().out
+
+
 def test_a_compiled_step_may_write_to_what_it_returned_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `reduce-overhead` does; its state is copied before the next call."""
     monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: None)  # it loads torch's compiler
