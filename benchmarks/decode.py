@@ -4,10 +4,10 @@ All variants hold the same weights and draw every token; rounds are interleaved,
 plain loop is what one would write by hand: nn.LSTM fed one token, softmax, torch.multinomial. Others draw as textgen
 does, which is cheaper. The floor is the time to read the weights once: on a CPU at the rate a buffer of their size is
 read again and again in the same rounds, on a GPU at the rate of its memory, since its cache may hold them all.
-onnxruntime and openvino take part where they are installed. Batch sizes may be
-measured one after the other: what the results hold of others by the same machine and versions stays. On a GPU `runner`
-is what users run: graphs of the lengths that fit, with the host's work on the texts. `graph` is the graph of 32 steps
-alone. No figure of a GPU has been taken yet.
+onnxruntime and openvino take part where they are installed. Batch sizes may be measured one after the other: what the
+results hold of others by the same machine and versions stays. On a GPU `chosen` is the decoder that `textgen sample`
+takes there, `operators` its twin of torch's operators. `runner` is what users run: graphs of the lengths that fit, with
+the host's work on the texts; `graph` is the graph of 32 steps alone. No figure of a GPU has been taken yet.
 """
 
 from __future__ import annotations
@@ -352,15 +352,19 @@ def main() -> None:
     torch.manual_seed(0)
     config = ModelConfig(embedding_dim=embedding_dim, hidden_size=hidden_size, num_layers=num_layers)
     model = LSTMLanguageModel(config, vocab_size).to(device).eval()
-    tokenizer = tokenizer_of(vocab_size) if device.type == "cuda" else None
-    if tokenizer is not None:
+    graphed = None
+    if device.type == "cuda":
+        tokenizer = tokenizer_of(vocab_size)
         model.output.bias.data[tokenizer.eos_id] = -1000.0  # no text ends by itself
+        graphed = choose_decoder(model, "graph"), CellDecoder(model, "bfloat16"), tokenizer
     with tempfile.TemporaryDirectory() as name, torch.inference_mode():
         folder = Path(name)
         figures: dict[str, Any] = {"shape": shape, "load": loading(model, folder, device), "steps": {}}
         plain, decoders = Plain(model).to(device).eval(), []
         if device.type == "cpu":
             decoders = list(cpu_decoders(model, folder))
+        if graphed is not None:
+            figures["chosen"] = graphed[0].description
         if args.compile:
             mode = "reduce-overhead" if device.type == "cuda" else "default"
             cells = torch.compile(Plain(model, cells=True).to(device).eval(), mode=mode)
@@ -368,11 +372,12 @@ def main() -> None:
             variants = {"plain": plain_steps(plain, model, rows)}
             if device.type == "cpu":
                 variants["plain, oneDNN off"] = plain_steps(plain, model, rows, onednn=False)
-            elif tokenizer is not None:
-                graphed = CellDecoder(model, "bfloat16")
-                variants["bfloat16 eager"] = decoder_steps(graphed, rows)
-                variants["bfloat16 graph"] = graph_steps(graphed, rows)
-                variants["bfloat16 runner"] = runner_steps(graphed, rows, tokenizer)
+            elif graphed is not None:
+                chosen, operators, tokenizer = graphed
+                variants["bfloat16 operators, eager"] = decoder_steps(operators, rows)
+                variants["bfloat16 operators, graph"] = graph_steps(operators, rows)
+                variants["bfloat16 chosen, graph"] = graph_steps(chosen, rows)
+                variants["bfloat16 chosen, runner"] = runner_steps(chosen, rows, tokenizer)
             if args.compile:
                 variants["torch.compile"] = plain_steps(cells, model, rows, compiled=device.type == "cuda")
             variants |= {decoder.name: decoder_steps(decoder, rows) for decoder in decoders}

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import itertools
 import json
 import os
 import random
@@ -49,12 +50,12 @@ STOPPED = threading.Event()
 PATIENCE = 3.0
 
 # The tests of a training by words of their names, in several processes: a test that hangs takes the later ones of its
-# process with it. Layers side by side come last of all.
+# process with it. All others are `training-values`. Layers side by side come last of all.
 TRAINING_FILE = "tests/training/test_gpu.py"
 TRAINING_TESTS = {
-    "values": ("dtype_of_autocast", "agree", "summed", "learns"),
     "graphs": ("cuda_graphs", "scaled_gradients"),
-    "resume": ("bitwise", "not_finite", "auto_takes", "continues"),
+    "resume": ("bitwise", "not_finite", "auto_takes"),
+    "devices": ("continues",),
     "launches": ("launched", "hidden", "each_gpu"),
 }
 STREAM_TESTS = ("streams", "ways")
@@ -85,12 +86,19 @@ def stages(folder: Path, *, dry: bool) -> list[Stage]:
     kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests" / "kernels").glob("test_triton*.py"))
     kernels = [path for path in kernels if "compiled" not in path]  # compiled where there is no GPU
 
-    def tests(*files: str, words: Sequence[str] = ()) -> tuple[str, ...]:
+    def tests(*files: str, words: str = "") -> tuple[str, ...]:
         # Arguments of pyproject.toml would ask for plugins that are missing. Warnings are no errors here.
         argv = ("-c", str(folder / "pytest.ini"), "--rootdir", str(ROOT), "-p", "no:cacheprovider", "--color=no")
-        return ("-m", "pytest", *argv, "-v", "--tb=short", *files, *(["-k", " or ".join(words)] if words else []))
+        return ("-m", "pytest", *argv, "-v", "--tb=short", *files, *(["-k", words] if words else []))
 
+    elsewhere = " or ".join((*itertools.chain(*TRAINING_TESTS.values()), *STREAM_TESTS))
+    chosen = {"values": f"not ({elsewhere})"} | {name: " or ".join(words) for name, words in TRAINING_TESTS.items()}
+    training = {
+        name: Stage(f"training-{name}", f"tests of a training: {name}", 60, tests(TRAINING_FILE, words=words))
+        for name, words in chosen.items()
+    }
     decode: tuple[str, ...] = ("--rounds", "5", "--batch_sizes", "1", "8", "64")
+    compiled = ("-m", "benchmarks.decode", "--rounds", "3", "--batch_sizes", "1", "--compile")
     train: tuple[str, ...] = ("--shapes", "default", "--rounds", "3", "--minutes", "1.4", "--ways")
     train += ("textgen", "textgen, graph", "accelerate loop")  # streams may hang
     imdb: tuple[str, ...] = ("--config", "default", "--cuda_graph", "--mixed_precision", "bf16", "--max_minutes", "0.4")
@@ -105,15 +113,19 @@ def stages(folder: Path, *, dry: bool) -> list[Stage]:
         Stage("machine", "device, driver and versions", 20, ("-m", "benchmarks.gpu_probes", "--machine", str(folder))),
         Stage("probes", "facts that the rest depends on, one by one", 60, probes),
         Stage("decoding", "CUDA graphs of decoding draw the same", 60, tests("tests/decoding/test_gpu_decoding.py")),
-        *(
-            Stage(f"training-{name}", f"tests of a training: {name}", 40, tests(TRAINING_FILE, words=words))
-            for name, words in TRAINING_TESTS.items()
-        ),
+        training["values"],
+        training["graphs"],
+        training["resume"],
         Stage("kernels", "Triton's kernels are their twins", 60, tests(*kernels) if kernels and not dry else ()),
         Stage("decode", "speed of decoding", 60, ("-m", "benchmarks.decode", *decode)),
         Stage("train", "speed of training", 100, ("-m", "benchmarks.train", *train)),
         Stage("imdb", "a training on IMDB", 60, ("train_distributed.py", *imdb) if data else ()),
-        Stage("streams", "layers side by side, which may hang", 30, tests(TRAINING_FILE, words=STREAM_TESTS)),
+        training["devices"],
+        training["launches"],
+        Stage("compile", "decoding beside torch.compile", 60, () if dry else compiled),
+        Stage(
+            "streams", "layers side by side, which may hang", 30, tests(TRAINING_FILE, words=" or ".join(STREAM_TESTS))
+        ),
     ]
 
 
@@ -285,9 +297,10 @@ def report(folder: Path) -> str:
         parts.append(table(["probe", "found"], [[line["probe"], short(line["found"])] for line in lines]))
     for name in ("decode_cuda.json", "decode.json"):
         if steps := read(folder / name).get("figures", {}).get("steps"):
-            variants = list(next(iter(steps.values())))
+            variants = list(dict.fromkeys(variant for its in steps.values() for variant in its))
             cells = [[rows, *(us(its.get(variant)) for variant in variants)] for rows, its in steps.items()]
-            parts.append("Microseconds of a decoding step, median of rounds:")
+            chosen = read(folder / name)["figures"].get("chosen")
+            parts.append(f"Microseconds of a decoding step, median of rounds{f' ({chosen})' if chosen else ''}:")
             parts.append(table(["rows", *variants], cells))
     for name in ("train_cuda.json", "train.json"):
         for title, entry in read(folder / name).get("figures", {}).items():
