@@ -116,7 +116,7 @@ def stages(folder: Path, *, dry: bool) -> list[Stage]:
         training["values"],
         training["graphs"],
         training["resume"],
-        Stage("kernels", "Triton's kernels are their twins", 60, tests(*kernels) if kernels and not dry else ()),
+        Stage("kernels", "Triton's kernels are their twins", 90, tests(*kernels) if kernels and not dry else ()),
         Stage("decode", "speed of decoding", 60, ("-m", "benchmarks.decode", *decode)),
         Stage("train", "speed of training", 100, ("-m", "benchmarks.train", *train)),
         Stage("imdb", "a training on IMDB", 60, ("train_distributed.py", *imdb) if data else ()),
