@@ -24,6 +24,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -41,7 +42,7 @@ PACKED = ("jsonargparse", "docstring-parser")
 PACKED_MOST = 10 << 20  # bytes
 
 MINUTES = 9.0
-STAGES_FILE, PROBES_FILE, MADE_UP = "stages.json", "probes.jsonl", "made-up.jsonl"
+STAGES_FILE, PROBES_FILE, MADE_UP, IMDB = "stages.json", "probes.jsonl", "made-up.jsonl", "imdb"
 
 STOPPED = threading.Event()
 """set by a signal to this script"""
@@ -75,11 +76,12 @@ class Stage:
     """empty: it cannot be done here"""
 
 
-def stages(folder: Path, *, dry: bool) -> list[Stage]:
+def stages(folder: Path, work: Path, *, dry: bool) -> list[Stage]:
     """Return all stages, the most telling first.
 
     Args:
         folder: of the results.
+        work: folder of what is too large for them: the text, and checkpoints.
         dry: what a CPU can do of each, tiny.
     """
     probes = ("-m", "benchmarks.gpu_probes", str(folder / PROBES_FILE), *(["--dry"] if dry else []))
@@ -107,8 +109,8 @@ def stages(folder: Path, *, dry: bool) -> list[Stage]:
         train = ("--shapes", "quick", "--rounds", "1", "--steps", "1", "--ways", "textgen")
         imdb = ("--model.embedding_dim", "16", "--model.hidden_size", "32", "--batch_size", "8", "--seq_len", "16")
         imdb += ("--max_steps", "5", "--tokenizer.vocab_size", "300")
-    data = text_flags(folder, dry=dry)
-    imdb += (*data, "--run_dir", str(folder / "imdb"), "--tracking.mode", "disabled", "--evaluate_documents", "200")
+    data = text_flags(work, dry=dry)
+    imdb += (*data, "--run_dir", str(work / IMDB), "--tracking.mode", "disabled", "--evaluate_documents", "200")
     return [
         Stage("machine", "device, driver and versions", 20, ("-m", "benchmarks.gpu_probes", "--machine", str(folder))),
         Stage("probes", "facts that the rest depends on, one by one", 60, probes),
@@ -129,30 +131,30 @@ def stages(folder: Path, *, dry: bool) -> list[Stage]:
     ]
 
 
-def text_flags(folder: Path, *, dry: bool) -> tuple[str, ...]:
+def text_flags(work: Path, *, dry: bool) -> tuple[str, ...]:
     """Return the flags that name the text of a training: the packed store, else in a dry run a made-up text."""
     if (PACK / STORE).is_file():
-        return ("--data.store", str(folder / "store"))
-    made_up = (
-        "--data.source",
-        "files",
-        "--data.files",
-        str(folder / MADE_UP),
-        "--data.cache_dir",
-        str(folder / "cache"),
-    )
-    return made_up if dry else ()
+        return ("--data.store", str(work / "store"))
+    files = ("--data.files", str(work / MADE_UP), "--data.cache_dir", str(work / "cache"))
+    return ("--data.source", "files", *files) if dry else ()
 
 
-def write_text(folder: Path) -> None:
+def write_text(work: Path) -> None:
     """Unpack the store, or write a made-up text, where `text_flags` says that it is."""
     if (PACK / STORE).is_file():
         with tarfile.open(PACK / STORE) as archive:
-            archive.extractall(folder, filter="data")
+            archive.extractall(work, filter="data")
         return
     draw, words = random.Random(0), ("good", "bad", "odd", "slow", "long", "sharp", "a film", "and")
     texts = (f"No. {i}: {' '.join(draw.choices(words, k=30))}." for i in range(200))
-    (folder / MADE_UP).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (work / MADE_UP).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def keep_run(work: Path, folder: Path) -> None:
+    """Copy the files of the training on IMDB to the results, without its checkpoints."""
+    for file in (work / IMDB).glob("[!.]*.*"):
+        (folder / IMDB).mkdir(exist_ok=True)
+        shutil.copy(file, folder / IMDB)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -166,36 +168,38 @@ def run(folder: Path, *, dry: bool, only: Sequence[str], minutes: float) -> bool
     until = time.monotonic() + 60 * minutes
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "pytest.ini").write_text(PYTEST_SETTINGS)
-    write_text(folder)
-    path = folder / STAGES_FILE
+    path, environment, went_well = folder / STAGES_FILE, stage_environment(folder), True
     results = read(path)
-    environment = stage_environment(folder)
-    went_well = True
-    for stage in stages(folder, dry=dry):
-        if only and stage.name not in (*only, "machine"):
-            continue
-        left = until - time.monotonic()
-        result: dict[str, Any] = {"about": stage.about, "state": "running", "dry": dry}
-        results[stage.name] = result
-        if not stage.argv:
-            result["state"] = "left out: not possible here"
-        elif left < 10:
-            result["state"] = "left out: no time left"
-        else:
-            write(path, results)  # a machine that is taken away leaves what was running
-            print(f"{stage.name}: {stage.about} ...", flush=True)
-            started = time.monotonic()
-            state = run_stage(stage, folder / f"{stage.name}.log", environment, seconds=min(stage.seconds, left))
-            result |= {"state": state, "seconds": round(time.monotonic() - started, 1)}
-        write(path, results)
-        went_well &= result["state"] == "ok" or not stage.argv
-        print(f"{stage.name}: {result['state']}, {result.get('seconds', 0)} s", flush=True)
-        if stage.name == "machine" and result["state"] != "ok":
-            print((folder / "machine.log").read_text()[-400:].strip(), file=sys.stderr)
-            break  # without torch nothing runs
-        if stage.name == "machine" and not dry and not json.loads((folder / "machine.json").read_text())["gpu"]:
-            print("error: torch finds no CUDA device here: give --dry for what a CPU can do", file=sys.stderr)
-            raise SystemExit(2)
+    with tempfile.TemporaryDirectory(prefix="first-gpu-", ignore_cleanup_errors=True) as name:
+        work = Path(name)
+        write_text(work)
+        for stage in stages(folder, work, dry=dry):
+            if only and stage.name not in (*only, "machine"):
+                continue
+            left = until - time.monotonic()
+            result: dict[str, Any] = {"about": stage.about, "state": "running", "dry": dry}
+            results[stage.name] = result
+            if not stage.argv:
+                result["state"] = "left out: not possible here"
+            elif left < 10:
+                result["state"] = "left out: no time left"
+            else:
+                write(path, results)  # a machine that is taken away leaves what was running
+                print(f"{stage.name}: {stage.about} ...", flush=True)
+                started = time.monotonic()
+                state = run_stage(stage, folder / f"{stage.name}.log", environment, seconds=min(stage.seconds, left))
+                result |= {"state": state, "seconds": round(time.monotonic() - started, 1)}
+                keep_run(work, folder)
+            write(path, results)
+            went_well &= result["state"] == "ok" or not stage.argv
+            print(f"{stage.name}: {result['state']}, {result.get('seconds', 0)} s", flush=True)
+            if stage.name == "machine":
+                if result["state"] != "ok":
+                    print((folder / "machine.log").read_text()[-400:].strip(), file=sys.stderr)
+                    break  # without torch nothing runs
+                if not dry and read(folder / "machine.json")["gpu"] is None:
+                    print("error: torch finds no CUDA device here: give --dry for what a CPU can do", file=sys.stderr)
+                    raise SystemExit(2)
     return went_well
 
 
@@ -309,8 +313,8 @@ def report(folder: Path) -> str:
                 parts.append(speed_table(entry["speed"]))
         if note := read(folder / name).get("figures", {}).get("note"):
             parts.append(note)
-    if (folder / "imdb" / "metrics.jsonl").is_file():
-        parts.append(imdb_line(folder / "imdb" / "metrics.jsonl"))
+    if (folder / IMDB / "metrics.jsonl").is_file():
+        parts.append(imdb_line(folder / IMDB / "metrics.jsonl"))
     return "\n\n".join(parts) + "\n"
 
 
@@ -397,7 +401,7 @@ def main() -> None:
     """Run, pack or report, as the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    known = [stage.name for stage in stages(Path(), dry=False)]
+    known = [stage.name for stage in stages(Path(), Path(), dry=False)]
     running = commands.add_parser("run", help="run the stages")
     running.add_argument("folder", type=Path, help="of the results")
     running.add_argument("--dry", action="store_true", help="what a CPU can do of each stage, tiny")

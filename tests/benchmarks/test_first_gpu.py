@@ -61,7 +61,7 @@ def test_no_test_of_a_training_is_in_two_stages() -> None:
 def test_stages_that_are_named_exist(tmp_path: Path) -> None:
     """Files and modules that they start, at full size and in a dry run."""
     for dry in (False, True):
-        for stage in first_gpu.stages(tmp_path, dry=dry):
+        for stage in first_gpu.stages(tmp_path, tmp_path, dry=dry):
             files = [part for part in stage.argv if part.endswith(".py")]
             files += [f"{name.replace('.', '/')}.py" for name in stage.argv if name.startswith("benchmarks.")]
             assert all((ROOT / file).is_file() for file in files), stage
@@ -145,6 +145,7 @@ def test_a_dry_run_takes_every_stage_on_a_machine_that_lacks_packages(tmp_path: 
     assert "Microseconds of a decoding step" in text
     assert "Training at `quick`" in text
     assert "IMDB: step 5, train/loss" in text
+    assert not list(out.rglob("*.safetensors")), "checkpoints are too large for results"
 
 
 def test_report_names_the_tests_that_failed_and_the_one_that_hung(tmp_path: Path) -> None:
