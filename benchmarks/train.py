@@ -46,8 +46,9 @@ from benchmarks.machine import RESULTS, save
 from benchmarks.wavefront import WavefrontModel
 from textgen.config import ModelConfig, TrainConfig
 from textgen.hardware import keep_freed_memory
+from textgen.kernels import fused
 from textgen.kernels import training as training_kernels
-from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
+from textgen.model.lstm import DropoutMasks, LSTMLanguageModel, LSTMLayer, State
 from textgen.training import metrics as usage
 from textgen.training.setup import build_learner
 from textgen.training.step import train_step, zero_lanes
@@ -143,7 +144,35 @@ class _Stream(IterableDataset[tuple[Tensor, Tensor]]):
 # --- the ways to train -----------------------------------------------------------------------------------------------
 
 
-def textgen_steps(shape: Shape, precision: str, *, cuda_graph: bool = False, num_pieces: int = 1) -> Steps:
+class OneCallModel(LSTMLanguageModel):
+    """Runs all layers by one call of torch's LSTM, so that cuDNN may run layers side by side.
+
+    For layers without masks, norms and residual sums between them. ATen packs the weights at every call.
+    """
+
+    def run_layers(self, x: Tensor, states: list[State], masks: DropoutMasks | None) -> tuple[Tensor, list[State]]:
+        """Run the layers; shapes as in the model's own method."""
+        assert masks is None
+        assert not self.norms
+        assert not self.config.residual
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        weights = []
+        for layer in cast(list[LSTMLayer], list(self.layers)):
+            parts = layer.weight_ih, layer.weight_hh, layer.bias, torch.zeros_like(layer.bias)
+            weights += [part.to(dtype) for part in parts]
+        state = [torch.cat(part).to(dtype) for part in zip(*states, strict=True)]  # (num_layers, batch, hidden_size)
+        with torch.autocast(device, enabled=False):
+            y, *state = torch.lstm(
+                x.to(dtype), state, weights, has_biases=True, num_layers=len(states), dropout=0.0,
+                train=self.training, bidirectional=False, batch_first=True,
+            )  # fmt: skip
+        return y, [(state[0][i : i + 1], state[1][i : i + 1]) for i in range(len(states))]
+
+
+def textgen_steps(
+    shape: Shape, precision: str, *, cuda_graph: bool = False, num_pieces: int = 1, one_call: bool = False
+) -> Steps:
     """Train by textgen's own step."""
     keep_freed_memory()  # as `launch.start` does, and does not let cuDNN round float32
     torch.backends.cudnn.allow_tf32 = precision != "no"
@@ -154,7 +183,7 @@ def textgen_steps(shape: Shape, precision: str, *, cuda_graph: bool = False, num
         projection=shape.embedding_dim != shape.hidden_size,
     )  # fmt: skip
     config = TrainConfig(batch_size=shape.batch_size, seq_len=shape.seq_len, model=model, cuda_graph=cuda_graph)
-    unwrapped_model = LSTMLanguageModel(model, shape.vocab_size)
+    unwrapped_model = (OneCallModel if one_call else LSTMLanguageModel)(model, shape.vocab_size)
     if num_pieces > 1:
         unwrapped_model = WavefrontModel(model, shape.vocab_size, num_pieces=num_pieces)
     learner = build_learner(config, accelerator, unwrapped_model, total_steps=1)
@@ -176,15 +205,16 @@ def textgen_steps(shape: Shape, precision: str, *, cuda_graph: bool = False, num
 
 
 def without_kernels_steps(shape: Shape, precision: str) -> Steps:
-    """Train by textgen's own step as it is without a compiler."""
+    """Train by textgen's own step as it is without a compiler and without Triton."""
     steps = textgen_steps(shape, precision)
 
     def run(number: int) -> float:
-        code, training_kernels.compiled_code = training_kernels.compiled_code, cast(Any, lambda: None)
+        before = training_kernels.compiled_code, fused.kernels
+        training_kernels.compiled_code = fused.kernels = cast(Any, lambda *_: None)
         try:
             return steps(number)
         finally:
-            training_kernels.compiled_code = code
+            training_kernels.compiled_code, fused.kernels = before
 
     return run
 
@@ -401,6 +431,7 @@ WAYS: dict[str, Callable[[Shape, str], Steps]] = {
 }
 ON_CUDA_ONLY: dict[str, Callable[[Shape, str], Steps]] = {
     "textgen, graph": partial(textgen_steps, cuda_graph=True),
+    "textgen, one LSTM call": partial(textgen_steps, one_call=True),
     "textgen, side by side": partial(textgen_steps, num_pieces=NUM_PIECES),
     "textgen, graph, side by side": partial(textgen_steps, cuda_graph=True, num_pieces=NUM_PIECES),
     "FlashRNN, fused": partial(flashrnn_steps, backend="cuda_fused"),
@@ -419,7 +450,9 @@ def variants(shape: Shape, *, cuda: bool, ways: Collection[str] = tuple(WAYS)) -
         flexible = way.startswith(("textgen", "accelerate"))
         if way in ON_CUDA_ONLY:
             yield from [(way, "bf16")] * cuda
-        elif not (cuda and way == "textgen, not compiled"):
+        elif cuda and way == "textgen, not compiled":
+            yield way, "bf16"
+        else:
             if flexible or shape.embedding_dim == shape.hidden_size:
                 yield from ((way, precision) for precision in ("no", "bf16"))
             if flexible and cuda:

@@ -19,7 +19,9 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ from textgen.config import ModelConfig, SamplingConfig, TrainConfig
 from textgen.decoding.cuda_graphs import Buffers, steps_in_place
 from textgen.decoding.decoders import CellDecoder
 from textgen.decoding.sampling import join_sampling_states, new_sampling_state
+from textgen.kernels import fused
 from textgen.kernels import training as training_kernels
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.noise import item_bits
@@ -238,52 +241,83 @@ TRAININGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+class NoLaunch:
+    """Stands for a Triton kernel: takes its arguments, which are all of the device, and computes nothing."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def launch(*args: Any, **_: Any) -> None:
+            assert {value.device for value in args if isinstance(value, Tensor)} == {CUDA}
+
+        return launch
+
+
+def triton_kernels() -> ModuleType | None:
+    """Return Triton's kernels for a training step, none of which is launched; None without Triton."""
+    if find_spec("triton") is None:
+        return None
+    from textgen.kernels import triton_training
+
+    torch.cuda.device_of = lambda _: nullcontext()  # type: ignore[assignment, misc]
+    for name in ("_drop", "_weight_mask", "_cross_entropy"):
+        setattr(triton_training, name, NoLaunch())
+    return triton_training
+
+
 def training() -> Iterator[tuple[str, Operators]]:
-    """Yield the operators of a captured step, and of a plain step around it, for each training."""
-    training_kernels.compiled_code = lambda: None  # type: ignore[assignment]
+    """Yield the operators of a captured step for each training, and for one with Triton's kernels, if they are here."""
+    training_kernels.compiled_code = fused.kernels = lambda *_: None  # type: ignore[assignment]
     torch.lstm = fake_lstm
     torch._fused_adam_ = partial(fused_adam, original=torch._fused_adam_)
+    for name, dtype in itertools.product(TRAININGS, (None, torch.bfloat16)):
+        yield f"{name}, {dtype}", captured_step(name, dtype)
+    if (triton := triton_kernels()) is not None:
+        fused.kernels = lambda _: triton  # type: ignore[assignment]
+        yield "everything, Triton", captured_step("everything", torch.bfloat16)
+
+
+def captured_step(name: str, dtype: torch.dtype | None) -> Operators:
+    """Return the operators of a captured step of a training."""
     rows, vocab_size = 8, 300
-    for (name, (shape, more)), dtype in itertools.product(TRAININGS.items(), (None, torch.bfloat16)):
-        micro = more.get("gradient_accumulation_steps", 1)
-        model_config = ModelConfig(embedding_dim=16, hidden_size=32, num_layers=3, **shape)
-        config = TrainConfig(batch_size=rows * micro, seq_len=16, model=model_config, **more)
-        model = on_cuda(LSTMLanguageModel(model_config, vocab_size), requires_grad=True)
-        average = on_cuda(LSTMLanguageModel(model_config, vocab_size)) if config.ema_decay is not None else None
-        optimizer: Any = FakeOptimizer(build_optimizer(model, config))
-        found: list[Operators] = []
+    shape, more = TRAININGS[name]
+    micro = more.get("gradient_accumulation_steps", 1)
+    model_config = ModelConfig(embedding_dim=16, hidden_size=32, num_layers=3, **shape)
+    config = TrainConfig(batch_size=rows * micro, seq_len=16, model=model_config, **more)
+    model = on_cuda(LSTMLanguageModel(model_config, vocab_size), requires_grad=True)
+    average = on_cuda(LSTMLanguageModel(model_config, vocab_size)) if config.ema_decay is not None else None
+    optimizer: Any = FakeOptimizer(build_optimizer(model, config))
+    found: list[Operators] = []
 
-        def capture(work: Callable[[], None], optimizer: Any = optimizer, found: list[Operators] = found) -> Any:
-            for group in optimizer.param_groups:
-                group["capturable"] = True
-            torch.cuda.is_current_stream_capturing = lambda: True
-            with Operators() as operators:
-                work()
-            torch.cuda.is_current_stream_capturing = lambda: False
-            for group in optimizer.param_groups:
-                group["capturable"] = False
-            found.append(operators)
-            return lambda: None
+    def capture(work: Callable[[], None]) -> Any:
+        for group in optimizer.param_groups:
+            group["capturable"] = True
+        torch.cuda.is_current_stream_capturing = lambda: True
+        with Operators() as operators:
+            work()
+        torch.cuda.is_current_stream_capturing = lambda: False
+        for group in optimizer.param_groups:
+            group["capturable"] = False
+        found.append(operators)
+        return lambda: None
 
-        learner = Learner(
-            config=config,
-            accelerator=FakeAccelerator(model),  # type: ignore[arg-type]
-            unwrapped_model=model,
-            model=Prepared(model, dtype),
-            optimizer=optimizer,
-            average=average,
-            progression=Progression(total_steps=100),
-            nonfinite=torch.empty((), dtype=torch.bool, device=CUDA),
-            graph=StepGraph(capture),
-        )
-        learner.lane_states = zero_lanes(learner)
-        for step in range(WARM_UP + 1):
-            learner.progression = dataclasses.replace(learner.progression, step=step)
-            ids = torch.empty(rows, 16, dtype=torch.int64, device=CUDA)
-            batches = [{"tokens": ids, "targets": ids, "lanes": ids[:, 0], "windows": ids[:, 1]}] * micro
-            train_step(learner, batches)
-        (operators,) = found
-        yield f"{name}, {dtype}", operators
+    learner = Learner(
+        config=config,
+        accelerator=FakeAccelerator(model),  # type: ignore[arg-type]
+        unwrapped_model=model,
+        model=Prepared(model, dtype),
+        optimizer=optimizer,
+        average=average,
+        progression=Progression(total_steps=100),
+        nonfinite=torch.empty((), dtype=torch.bool, device=CUDA),
+        graph=StepGraph(capture),
+    )
+    learner.lane_states = zero_lanes(learner)
+    for step in range(WARM_UP + 1):
+        learner.progression = dataclasses.replace(learner.progression, step=step)
+        ids = torch.empty(rows, 16, dtype=torch.int64, device=CUDA)
+        batches = [{"tokens": ids, "targets": ids, "lanes": ids[:, 0], "windows": ids[:, 1]}] * micro
+        train_step(learner, batches)
+    (operators,) = found
+    return operators
 
 
 class Prepared(nn.Module):

@@ -64,9 +64,7 @@ def test_speeds_stand_beside_the_devices_rate_the_floor_and_the_plain_loop() -> 
 def test_what_tells_most_is_measured_first_and_nothing_twice() -> None:
     first, rest = train.in_order(CUDA_SHAPES)
     assert {precision for _, _, precision in first} == {"bf16", "fp16"}
-    assert {way for _, way, _ in first} == {way for way in WAYS if way.startswith(("textgen", "accelerate"))} - {
-        "textgen, not compiled"
-    }
+    assert {way for _, way, _ in first} == {way for way in WAYS if way.startswith(("textgen", "accelerate"))}
     assert {case[0] for case in first} == set(CUDA_SHAPES)
     flash = [way.startswith("FlashRNN") for _, way, _ in rest]
     assert flash == sorted(flash, reverse=True)
@@ -109,6 +107,25 @@ def test_what_is_measured_on_a_gpu_is_saved_and_what_is_not_is_named(monkeypatch
     assert "`nn.LSTM` in float16" in figures["note"]
     assert len(saved) == len(done)
     assert saved[-1] is figures
+
+
+def test_layers_in_one_call_train_like_layers_one_by_one() -> None:
+    losses = []
+    for way in ("textgen", "textgen, one LSTM call"):
+        torch.manual_seed(0)
+        losses.append([WAYS[way](SMALL, "no")(steps) for steps in (1, 5)])
+    AcceleratorState._reset_state(True)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    assert losses[0][0] != losses[0][1]
+
+
+def test_steps_that_are_not_compiled_ask_for_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = train.without_kernels_steps(SMALL, "no")
+    monkeypatch.setattr(train.fused, "kernels", None)  # cannot be called
+    monkeypatch.setattr(train.training_kernels, "compiled_code", None)
+    steps(1)
+    AcceleratorState._reset_state(True)
+    assert train.fused.kernels is None
 
 
 def test_a_process_is_ended_when_its_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:

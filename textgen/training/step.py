@@ -171,6 +171,7 @@ class StepLoader:
             loader = build_mixed_loader(self.mixture, self._sampler, seed=config.seed)
         else:
             loader = build_loader(store.split("train"), self._sampler, seq_len=config.seq_len, seed=config.seed)
+        loader.pin_memory = accelerator.device.type == "cuda"  # a copy to a GPU then need not be waited for
         self._loader = accelerator.prepare(loader)
 
     def begun(self, step: int) -> NDArray[np.bool_]:
