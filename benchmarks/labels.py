@@ -33,6 +33,7 @@ from textgen.commands.model_argument import open_model
 from textgen.config import DataConfig
 from textgen.data.corpus import clean_corpus, open_corpus
 from textgen.data.csv_files import read_csv
+from textgen.runs.metrics_file import read_metrics
 
 LABELS = ("negative", "positive")
 Reviews = tuple[list[str], NDArray[np.int64]]
@@ -87,7 +88,10 @@ def baselines(train: Reviews, validation: Reviews) -> dict[str, Any]:
 
 
 def classify(run: str, validation: Reviews, head: str | None) -> dict[str, Any]:
-    """Return the figures of `LanguageModel.classify`, with temperature 1 and with one that the other half fitted."""
+    """Return the figures of `LanguageModel.classify`, with temperature 1 and with one that the other half fitted.
+
+    Without a head also the bits per byte of the reviews under their true labels.
+    """
     texts, true = validation
     started = time.perf_counter()
     found = textgen.load(run).classify(texts, head=head)
@@ -101,7 +105,9 @@ def classify(run: str, validation: Reviews, head: str | None) -> dict[str, Any]:
         weights = np.exp((scores - scores.max(1, keepdims=True)) / temperature)
         fitted[halves == half] = (weights / weights.sum(1, keepdims=True))[halves == half]
         temperatures.append(round(temperature, 3))
-    return {
+    bits = -scores[np.arange(len(true)), true].sum() / np.log(2)
+    by_bits = {"bits per byte": bits / sum(len(text.encode()) for text in texts)} if head is None else {}
+    return by_bits | {
         "as it is": compute_figures(LABELS, plain, true).as_json(),
         "temperature of the other half": compute_figures(LABELS, fitted, true).as_json() | {"fitted": temperatures},
         "seconds": round(seconds, 1),
@@ -160,15 +166,9 @@ def train_quick(run_dir: Path, **settings: Any) -> str:
     return str(run_dir)
 
 
-def call(*flags: str) -> str:
-    """Return what `textgen` prints."""
-    command = [sys.executable, "-m", "textgen", *flags]
-    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-
-def bits_per_byte(run: str, label: str) -> float:
-    """Return the bits per byte of the validation reviews, scored without labels (`none`) or with their own (`true`)."""
-    return float(json.loads(call("evaluate", run, "--label", label, "--json"))["bits_per_byte"])
+def bits_per_byte(run: str) -> float:
+    """Return the bits per byte of the validation reviews at the end of a training, scored without labels."""
+    return float([row["valid/bits_per_byte"] for row in read_metrics(Path(run)) if "valid/bits_per_byte" in row][-1])
 
 
 def measure_all(folder: Path, seeds: Sequence[int], count: int) -> None:
@@ -177,17 +177,19 @@ def measure_all(folder: Path, seeds: Sequence[int], count: int) -> None:
     keep("baselines", baselines(train, validation))
     model = naive_bayes().fit(*train)
     plain = train_quick(folder / f"plain-{seeds[0]}", seed=seeds[0])
-    keep(f"bits per byte without labels, seed {seeds[0]}", {"none": bits_per_byte(plain, "none")})
+    bits = {f"without labels, seed {seeds[0]}": bits_per_byte(plain)}
     for seed in seeds:
         run = train_quick(folder / f"labelled-{seed}", seed=seed, **{"data.label_column": "label"})
+        bits |= {f"with labels, seed {seed}": bits_per_byte(run)}
         for scale in (1, 3):
             figures = judge(run, model, validation, count, {"label_scale": scale}, plain)
             keep(f"judge, seed {seed}, label_scale {scale}", figures)
-        keep(f"bits per byte, seed {seed}", {label: bits_per_byte(run, label) for label in ("none", "true")})
         keep(f"classify, seed {seed}", classify(run, validation, None))
+    keep("bits per byte, scored without labels", bits)
     run, head = str(folder / f"labelled-{seeds[0]}"), folder / f"head-{seeds[0]}"
     if not head.exists():
-        call("classify", run, "--train", "train", "--head", str(head))
+        command = [sys.executable, "-m", "textgen", "classify", run, "--train", "train", "--head", str(head)]
+        subprocess.run(command, check=True)
     keep(f"classify with a head, seed {seeds[0]}", classify(run, validation, str(head)))
 
 

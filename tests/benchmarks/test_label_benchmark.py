@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import textgen
 from benchmarks import labels
 
 GOOD, BAD = {"good", "fine", "great"}, {"bad", "dull", "weak"}
@@ -44,6 +45,11 @@ def test_temperatures_are_fitted_on_the_other_half(labelled_run: Path, reviews: 
     found = labels.classify(str(labelled_run), reviews, None)
     plain, fitted = found["as it is"], found["temperature of the other half"]
     assert plain["documents"] == 60
+    texts, lm = reviews[0], textgen.load(labelled_run)
+    scores = [lm.score(text, label=labels.LABELS[label]) for text, label in zip(texts, reviews[1], strict=True)]
+    nats, num_bytes = sum(score.nats for score in scores), sum(score.num_bytes for score in scores)
+    assert found["bits per byte"] == pytest.approx(nats / np.log(2) / num_bytes, rel=1e-4)
+    assert found["bits per byte"] < labels.bits_per_byte(str(labelled_run))
     assert plain["accuracy"] == fitted["accuracy"] > 0.9
     assert len(fitted["fitted"]) == 2
     low, high = fitted["interval"]
