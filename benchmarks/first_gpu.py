@@ -392,7 +392,7 @@ def imdb_line(metrics: Path) -> str:
     for line in metrics.read_text().splitlines():
         with contextlib.suppress(ValueError):  # a killed training may leave half a line
             last |= json.loads(line)
-    wanted = ("step", "train/loss", "valid/bits_per_byte", "speed/tokens_per_second", "memory/peak_gib")
+    wanted = ("step", "train/loss", "valid/bits_per_byte", "train/tokens_per_second", "memory/peak_gib")
     return "IMDB: " + ", ".join(
         f"{name} {last[name]:,.6g}" for name in wanted if isinstance(last.get(name), int | float)
     )

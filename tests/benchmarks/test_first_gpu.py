@@ -160,7 +160,11 @@ def test_report_names_the_tests_that_failed_and_the_one_that_hung(tmp_path: Path
         "tests/d/test_x.py::test_c SKIPPED (no CUDA device)   [ 40%]\n"
         "tests/d/test_x.py::test_d "
     )
+    (tmp_path / "imdb").mkdir()
+    rows = '{"step": 50, "train/loss": 5.5, "train/tokens_per_second": 123456.0}\n{"step": 100, "train/lo'
+    (tmp_path / "imdb" / "metrics.jsonl").write_text(rows)  # as a killed training may leave it
     text = first_gpu.report(tmp_path)
+    assert text.endswith("IMDB: step 50, train/loss 5.5, train/tokens_per_second 123,456\n")
     assert text.startswith("Measured: NVIDIA H200; driver 580, torch 2.11.0.")
     assert "| decoding | 2 | 1 | 1 | 1 | `test_b[textgen, graph]`, `test_d` |" in text
     assert '| p | {"error": ["a/b"]} |' in text
