@@ -15,16 +15,23 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 # Triton reads it when it is imported: an interpreted kernel cannot be compiled.
 os.environ.pop("TRITON_INTERPRET", None)
 
+import torch
 import triton
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from textgen.kernels import triton_kernels, triton_training
+from textgen.config import ModelConfig, SamplingConfig
+from textgen.decoding.fused import FusedDecoder
+from textgen.decoding.sampling import join_sampling_states, new_sampling_state
+from textgen.kernels import triton_decoding, triton_training
+from textgen.model.lstm import LSTMLanguageModel
 
 CAPABILITIES = (80, 90)
 """A100; H100 and H200"""
@@ -42,6 +49,9 @@ class Variant:
     num_warps: int = 4
     multiples: tuple[str, ...] = ()
     """numbers that are multiples of 16, for which Triton compiles wider loads; tensors begin at such addresses"""
+    num_stages: int = 3
+    fuses: bool = True
+    """whether products and sums are fused, which rounds once less"""
 
 
 @dataclass(frozen=True)
@@ -75,7 +85,11 @@ def compiled(variant: Variant, capability: int) -> Use:
     kernel = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": variant.num_warps, "enable_fp_fusion": True},
+        options={
+            "num_warps": variant.num_warps,
+            "num_stages": variant.num_stages,
+            "enable_fp_fusion": variant.fuses,
+        },
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -125,26 +139,53 @@ def training_variants() -> list[Variant]:
 
 
 def decoding_variants() -> list[Variant]:
-    """Return the kernels of triton_kernels.py."""
-    made = []
-    for product in ("*fp32", "*bf16"):
-        for added, table in (("*fp32", True), ("*bf16", True), ("*fp32", False)):
-            tensors = {"product": product, "added": added, "cell": "*fp32", "new_hidden": "*fp32", "new_cell": "*fp32"}
-            constants: dict[str, object] = {"TABLE": table, "BLOCK": 256}
-            if table:
-                tensors["tokens"] = "*i64"
+    """Return the kernels of triton_decoding.py as decoders of one row and of 512 rows launch them."""
+    made: list[Variant] = []
+
+    def record(function: triton.JITFunction, grid: tuple[int, ...], *arguments: object, **constants: Any) -> None:
+        """Stand in for `triton_decoding._launch`."""
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+        types: dict[str, str] = {}
+        for name, value in zip(function.arg_names, arguments, strict=False):
+            if value is None:
+                constants[name] = None
+            elif isinstance(value, torch.Tensor):
+                types[name] = f"*{_TYPES[value.dtype]}"
             else:
-                constants["tokens"] = None
-            made.append(Variant(triton_kernels._cell, tensors | {"size": "i32"}, constants))
-    for heated in (True, False):
-        tensors = {"logits": "*fp32", "keys": "*i64", "items": "*i32", "drawn": "*i64", "size": "i32"}
-        constants = {"HEATED": heated, "BLOCK": 1024}
-        if heated:
-            tensors["temperature"] = "*fp32"
-        else:
-            constants["temperature"] = None
-        made.append(Variant(triton_kernels._draw, tensors, constants))
+                types[name] = "fp32" if isinstance(value, float) else "i32"
+        variant = Variant(function, types, constants, **options, fuses=False)
+        if variant not in made:
+            made.append(variant)
+
+    plain = ModelConfig(embedding_dim=512, hidden_size=1024, num_layers=2)
+    normed = ModelConfig(embedding_dim=512, hidden_size=1024, num_layers=2, layer_norm=True, residual=True)
+    few = SamplingConfig(temperature=0.8)
+    everything = SamplingConfig(
+        temperature=0.8, repetition_penalty=1.3, presence_penalty=0.3, frequency_penalty=0.2, min_new_tokens=9,
+        banned_tokens=(30,), logprobs=0,
+    )  # fmt: skip
+    filtered = SamplingConfig(min_p=0.1, dry_multiplier=0.8)
+    with patch.object(triton_decoding, "_launch", record), torch.device("meta"), torch.inference_mode():
+        for shape, rows, configs in (
+            (plain, 1, (few, everything, filtered)),
+            (normed, 1, (few,)),
+            (plain, 512, (few,)),
+        ):
+            decoder = FusedDecoder(LSTMLanguageModel(shape, 8192), triton_decoding)
+            for config in configs:
+                row = new_sampling_state(config, (), 0, vocab_size=8192, device=decoder.device)
+                tokens, state = torch.zeros(rows, dtype=torch.int64), [torch.zeros(rows, 1024)] * 4
+                ended = torch.zeros(rows, dtype=torch.bool)
+                sampling = join_sampling_states([row] * rows, 8192)
+                decoder.advance(tokens, state, sampling, unk_id=0, eos_id=2, ended=ended)
     return made
+
+
+# Triton's names of types
+_TYPES = {
+    torch.float32: "fp32", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32", torch.int8: "i8",
+    torch.uint8: "u8",
+}  # fmt: skip
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from textgen.decoding.decoders import CellDecoder, Decoder
 from textgen.decoding.export import decoded_nats
 from textgen.decoding.onnx import OnnxDecoder, write_onnx
 from textgen.evaluation import score
+from textgen.kernels import fused_decoding
 from textgen.model.files import load_model
 from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
 from textgen.packages import HOME
@@ -77,10 +78,10 @@ def test_export_keeps_what_int8_costs_and_the_choice_goes_by_it(
     bits = figures["bits_per_byte"]
     assert figures["documents"] == 5
     assert printed.splitlines()[-1] == str(checkpoint / "decoder.json")
-    for name in ("plain", "bfloat16", "int8"):
+    for name in ("plain", "bfloat16", "int8", "bfloat16 x int8"):
         assert f"{name:12} {bits[name]:.6f} bits per byte" in printed
         assert bits[name] == pytest.approx(bits["plain"], abs=0.01)
-    assert len(set(bits.values())) == 3
+    assert len(set(bits.values())) == 4
     verify(checkpoint)  # none of it is in the manifest, and the checkpoint is whole as before
     model, _ = load_model(checkpoint)
     monkeypatch.setattr(choose, "multiplies_int8", lambda: True)
@@ -88,6 +89,12 @@ def test_export_keeps_what_int8_costs_and_the_choice_goes_by_it(
     assert choose_decoder(model, directory=checkpoint).name == "int8"
     monkeypatch.setattr(choose, "MOST_BITS_PER_BYTE", bits["int8"] - bits["plain"] - 1e-9)
     assert choose_decoder(model, directory=checkpoint).name != "int8"
+    # on a GPU
+    monkeypatch.setattr(choose, "triton_kernels", lambda: fused_decoding)
+    cost = bits["bfloat16 x int8"] - bits["plain"]
+    for limit, name in ((cost, "bfloat16 x int8"), (cost - 1e-9, "bfloat16")):
+        monkeypatch.setattr(choose, "MOST_BITS_PER_BYTE", limit)
+        assert choose.fused_or_cells(model, "the GPU has it", directory=checkpoint).name == name
 
 
 def test_decoder_file_holds_what_the_int8_decoder_computes_with(checkpoint: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,10 @@ from tests.decoding.test_cuda_graphs import MIXED, Captures, batch_of, build, re
 from textgen.config import SamplingConfig
 from textgen.decoding import cuda_graphs as graphs
 from textgen.decoding.cuda_graphs import Buffers, GraphRunner, StepCapture
-from textgen.decoding.decoders import CellDecoder, DecoderState
+from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
+from textgen.decoding.fused import FusedDecoder, triton_kernels
 from textgen.decoding.generation import Batch
-from textgen.decoding.sampling import SamplingState, draw
 from textgen.kernels.capture import Replay
-from textgen.noise import hash_bits
 from textgen.tokenizer import Tokenizer, train_tokenizer
 
 pytestmark = [
@@ -87,15 +85,20 @@ def test_ten_thousand_tokens_from_graphs_are_those_of_single_steps(endless: Cell
     assert capture.num_steps > 1000
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "fused"])
 def test_graphs_and_the_same_steps_without_them_draw_the_same(
-    decoder: CellDecoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, dtype: str
+    decoder: Decoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     """With every control, rows that end and rows that come; log-probabilities bit for bit.
 
     Without graphs as many steps are taken at a time, so that every step has as many rows.
     """
-    decoder = CellDecoder(decoder.model, dtype)  # type: ignore[arg-type]
+    if dtype == "fused":
+        decoder = FusedDecoder(decoder.model, triton_kernels())
+        decoder.try_kernels()
+        assert decoder.description.endswith("fused kernels: layer, linear, output, pick, draw")
+    else:
+        decoder = CellDecoder(decoder.model, dtype)  # type: ignore[arg-type]
     requests = requests_for(MIXED, 24, [9, 30, 100, 64])
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", {32: 0, 8: 0, 1: 0})
     plain = GraphRunner(decoder, capture=Captures())
@@ -190,38 +193,3 @@ def test_a_seed_draws_the_same_text_in_every_batch_size_and_on_a_cpu(
     for batch_size in (1, 2, 3, 9):
         drawn = samples(GraphRunner(decoder), decoder, tokenizer, requests, batch_size=batch_size)
         assert {i: sample.text for i, sample in drawn.items()} == wanted
-
-
-@pytest.mark.parametrize(("batch", "size"), [(1, 40), (3, 1024), (64, 300)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_fused_cell_is_the_plain_one(batch: int, size: int, dtype: torch.dtype) -> None:
-    pytest.importorskip("triton")
-    from textgen.kernels.triton_kernels import fused_cell, plain_cell
-
-    torch.manual_seed(0)
-    product = torch.randn(batch, 4 * size, device="cuda").mul_(3).to(dtype)
-    table, memory = torch.randn(50, 4 * size, device="cuda"), torch.randn(batch, size, device="cuda")
-    tokens = torch.randint(50, (batch,), device="cuda")
-    for added, places in ((table, tokens), (table.bfloat16(), tokens), (table[7], None)):
-        wanted = plain_cell(product, added, places, memory)
-        for ours, plain in zip(fused_cell(product, added, places, memory), wanted, strict=True):
-            torch.testing.assert_close(ours, plain, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(("batch", "size"), [(1, 400), (3, 8192), (64, 3001)])
-def test_the_fused_draw_is_the_plain_one(batch: int, size: int) -> None:
-    pytest.importorskip("triton")
-    from textgen.kernels.triton_kernels import fused_draw
-
-    torch.manual_seed(0)
-    logits = torch.randn(batch, size, device="cuda").mul_(2)
-    logits[:, ::7] = -math.inf
-    items = hash_bits(0, torch.arange(size, device="cuda")).to(torch.int32)
-    temperature = torch.arange(batch, device="cuda").remainder_(2).float()[:, None]
-    for seed in range(20):
-        key, step = hash_bits(seed, torch.arange(batch, device="cuda")), torch.arange(batch, device="cuda")
-        rows = {"key": key, "step": step}
-        wanted = draw(logits, SamplingState(rows)), draw(logits, SamplingState(rows | {"temperature": temperature}))
-        keys = hash_bits(key, step)
-        assert torch.equal(fused_draw(logits, keys, items, None), wanted[0])
-        assert torch.equal(fused_draw(logits, keys, items, temperature), wanted[1])

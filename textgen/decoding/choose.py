@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 
 from textgen.config import REMOVED_VALUES, DecoderName
 from textgen.decoding.decoders import CellDecoder, CellDtype, Decoder
+from textgen.decoding.fused import WEIGHTS_OF_8_BITS, FusedDecoder, triton_kernels
 from textgen.decoding.products import multiplies_int8
 from textgen.errors import TextgenError
 from textgen.files import JSON_BYTES, parse_json
@@ -47,12 +48,38 @@ def choose_decoder(model: LSTMLanguageModel, name: str = "auto", *, directory: P
         return Decoder(model, why="as asked")
     if name in ("auto", "graph"):
         dtype, why = _fastest(device, directory)
-        decoder = CellDecoder(model, dtype, why=why)
+        decoder = _decoder_of(model, dtype, why, directory=directory)
         decoder.in_graphs = device == "cuda"
         return decoder
     is_slow = name == "int8" and not multiplies_int8()
     why = "as asked" + (", though this processor has no VNNI: slow" if is_slow else "")
-    return CellDecoder(model, cast(CellDtype, name), why=why)
+    return _decoder_of(model, cast(CellDtype, name), why)
+
+
+def _decoder_of(model: LSTMLanguageModel, dtype: CellDtype, why: str, *, directory: Path | None = None) -> Decoder:
+    """Return the decoder of a dtype: by fused kernels for bfloat16 on a GPU."""
+    if dtype != "bfloat16" or model.embedding.weight.device.type != "cuda":
+        return CellDecoder(model, dtype, why=why)
+    return fused_or_cells(model, why, directory=directory)
+
+
+def fused_or_cells(model: LSTMLanguageModel, why: str, *, directory: Path | None = None) -> Decoder:
+    """Return a decoder in bfloat16, by fused kernels if some run here.
+
+    They read weights of 8 bits if their cost is measured in the checkpoint's `directory`, and negligible.
+    """
+    kernels = triton_kernels()
+    if kernels is None:
+        return CellDecoder(model, "bfloat16", why=f"{why}; no fused kernels, as Triton cannot be imported")
+    cost, _ = _int8_cost(directory, WEIGHTS_OF_8_BITS)
+    int8 = cost is not None and cost <= MOST_BITS_PER_BYTE
+    decoder = FusedDecoder(
+        model, kernels, int8=int8, why=f"{why}, int8 costs {cost:+.5f} bits per byte" if int8 else why
+    )
+    decoder.try_kernels()
+    if not decoder.fused:
+        return CellDecoder(model, "bfloat16", why=f"{why}; no fused kernels: {decoder.refusals[0]}")
+    return decoder
 
 
 def _fastest(device: str, directory: Path | None) -> tuple[CellDtype, str]:
@@ -74,8 +101,8 @@ def _fastest(device: str, directory: Path | None) -> tuple[CellDtype, str]:
     return "float32", f"the processor has no fast bfloat16; {no_int8}"
 
 
-def _int8_cost(directory: Path | None) -> tuple[float | None, str]:
-    """Return the bits per byte that int8 costs a checkpoint, and a reason against int8 for the log.
+def _int8_cost(directory: Path | None, name: str = "int8") -> tuple[float | None, str]:
+    """Return the bits per byte that an int8 decoder costs a checkpoint, and a reason against it for the log.
 
     The cost is None if it was not measured for these very weights.
     """
@@ -88,7 +115,7 @@ def _int8_cost(directory: Path | None) -> tuple[float | None, str]:
         if figures["format"] != FIGURES_FORMAT:
             raise ValueError(f"its format is not {FIGURES_FORMAT}")
         bits = figures["bits_per_byte"]
-        cost = float(bits["int8"] - bits["plain"])
+        cost = float(bits[name] - bits["plain"])
         with (path.parent / WEIGHTS_NAME).open("rb") as file:
             if figures["model_sha256"] != hashlib.file_digest(file, "sha256").hexdigest():
                 return None, f"`{FIGURES_NAME}` belongs to other weights"

@@ -125,19 +125,22 @@ def steps_in_place(buffers: Buffers, count: int) -> None:
     """
     tokens, state = buffers.tokens, buffers.state
     for i in range(count):
-        drawn, state, logprobs = advance(
-            buffers.decoder, tokens, state, buffers.sampling, unk_id=buffers.unk_id, eos_id=buffers.eos_id
-        )
         # a row that has ended keeps its place until the host takes it out
-        tokens = drawn.masked_fill(buffers.ended, buffers.eos_id)
-        buffers.ended.logical_or_(tokens == buffers.eos_id)
-        buffers.drawn[i].copy_(tokens)
+        tokens, state, logprobs = advance(
+            buffers.decoder,
+            tokens,
+            state,
+            buffers.sampling,
+            unk_id=buffers.unk_id,
+            eos_id=buffers.eos_id,
+            ended=buffers.ended,
+            out=buffers.drawn[i],
+        )
         for kept, part in zip(buffers.logprobs, logprobs or (), strict=True):
             kept[i].copy_(part)
     # only now: `advance` returns new tensors, and the next replay reads from the buffers
     buffers.tokens.copy_(tokens)
-    for kept, part in zip(buffers.state, state, strict=True):
-        kept.copy_(part)
+    torch._foreach_copy_(buffers.state, state)
 
 
 class GraphRunner:

@@ -141,16 +141,16 @@ class CellDecoder(Decoder):
             # table holds input product and bias of every token of the vocabulary, and of every label.
             first = layers[0]
             table_dtype = torch.float32 if dtype == "float32" else torch.bfloat16
-            self._table = F.linear(*_table_parts(model, first, table_dtype))  # (inputs, 4 x hidden_size)
-            self._recurrent: list[Product] = [pack(_gates_last(first.weight_hh), bounded=True)]
+            self._table = F.linear(*table_parts(model, first, table_dtype))  # (inputs, 4 x hidden_size)
+            self._recurrent: list[Product] = [pack(gates_last(first.weight_hh), bounded=True)]
             self._inputs: list[Product | None] = [None]
             # Later layers: one product on the layer's input and hidden state side by side. In int8 an input that is not
             # bounded needs a separate scale, so it gets a separate product.
             for i, layer in enumerate(layers[1:], 1):
                 joined = dtype != "int8" or is_bounded(i)
                 weight = torch.cat([layer.weight_ih, layer.weight_hh], 1) if joined else layer.weight_hh
-                self._recurrent.append(pack(_gates_last(weight), _gates_last(layer.bias), bounded=True))
-                self._inputs.append(None if joined else pack(_gates_last(layer.weight_ih), bounded=False))
+                self._recurrent.append(pack(gates_last(weight), gates_last(layer.bias), bounded=True))
+                self._inputs.append(None if joined else pack(gates_last(layer.weight_ih), bounded=False))
             # Projection, if the model has one, then the output layer. The result of a projection is not bounded.
             projection, bounded = model.projection, is_bounded(config.num_layers)
             self._projection: Product | None = None
@@ -214,7 +214,7 @@ class CellDecoder(Decoder):
         """
         first = self.model.layers[0]
         assert isinstance(first, LSTMLayer)
-        embedding, weight, bias = _table_parts(self.model, first, torch.bfloat16)
+        embedding, weight, bias = table_parts(self.model, first, torch.bfloat16)
         tensors = {"embedding": embedding, "table.weight": weight, "table.bias": bias}
         tensors |= {f"norms.{name}": value for name, value in self.model.norms.named_parameters()}
         products = {f"cells.{i}": product for i, product in enumerate(self._recurrent)}
@@ -237,13 +237,13 @@ def _tanh(x: Tensor) -> Tensor:
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def _table_parts(model: LSTMLanguageModel, first: LSTMLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def table_parts(model: LSTMLanguageModel, first: LSTMLayer, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return embedding, weight and bias whose product is the table: the first layer's input product of each token."""
-    weight, bias = _gates_last(first.weight_ih), _gates_last(first.bias)
+    weight, bias = gates_last(first.weight_ih), gates_last(first.bias)
     return model.input_weight().to(dtype), weight.to(dtype), bias.to(dtype)
 
 
-def _gates_last(weight: Tensor) -> Tensor:
+def gates_last(weight: Tensor) -> Tensor:
     """Return rows in the order input, forget, output, cell, from torch's order input, forget, cell, output."""
     i, f, g, o = weight.chunk(4)
     return torch.cat([i, f, o, g])

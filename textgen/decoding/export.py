@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from textgen.decoding.choose import FIGURES_NAME
 from textgen.decoding.decoders import CellDecoder, Decoder
+from textgen.decoding.fused import WEIGHTS_OF_8_BITS, FusedDecoder
 from textgen.model.files import weights_sha256
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.runs.tensors import serialize
@@ -41,7 +42,8 @@ def write_decoder(model: LSTMLanguageModel, out: Path) -> tuple[Path, dict[str, 
     with aside.open("wb") as file:
         file.writelines(serialize({name: value.contiguous() for name, value in int8.int8_tensors().items()}))
     aside.replace(out / DECODER_NAME)
-    return out / FIGURES_NAME, {"bfloat16": CellDecoder(model, "bfloat16"), "int8": int8}
+    decoders = {"bfloat16": CellDecoder(model, "bfloat16"), "int8": int8}
+    return out / FIGURES_NAME, decoders | {WEIGHTS_OF_8_BITS: FusedDecoder(model, None, int8=True)}
 
 
 def write_onnx_decoder(model: LSTMLanguageModel, out: Path) -> tuple[Path, dict[str, Decoder]]:

@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from textgen.config import SamplingConfig
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
+from textgen.decoding.fused import FusedDecoder
 from textgen.decoding.guides import (
     ChoiceGuide,
     Guide,
@@ -773,6 +775,8 @@ def advance(
     unk_id: int,
     eos_id: int,
     guides: Sequence[Guide | None] | None = None,
+    ended: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, DecoderState, tuple[Tensor, Tensor, Tensor] | None]:
     """Read one token per row and draw the next one. The host does not wait for the device, unless a row has a guide.
 
@@ -784,21 +788,33 @@ def advance(
         unk_id: the unknown token, which is never drawn: no text contains it, and it would show as U+FFFD.
         eos_id: the token that ends a text.
         guides: of the rows; None if no row has one.
+        ended: bool (batch,), rows that draw `eos_id` from now on, changed in place; None if no row is kept after its
+            end.
+        out: (batch,) int64, gets the drawn tokens; default a new tensor.
 
     Returns:
         Drawn tokens (batch,), the new state, and log-probabilities: of the drawn tokens (batch,), the n largest
         (batch, n) and their tokens (batch, n). None if no row asks for log-probabilities.
     """
+    scale = partial(_scale_label, decoder, sampling=sampling) if "unlabelled" in sampling.tensors else None
+    if isinstance(decoder, FusedDecoder) and guides is None:
+        return decoder.advance(
+            tokens, state, sampling, unk_id=unk_id, eos_id=eos_id, ended=ended, out=out, scale_label=scale
+        )
     logits, state = decoder.step(tokens, state)
     # of the model alone, so before anything changes the logits
     logprobs = logits.log_softmax(-1) if sampling.logprobs is not None else None
-    if "unlabelled" in sampling.tensors:
-        logits = _scale_label(decoder, logits, sampling)
+    if scale is not None:
+        logits = scale(logits)
     logits.select(1, unk_id).fill_(-math.inf)
     if guides is None:
         drawn = draw(process_logits(logits, sampling, eos_id=eos_id), sampling)
     else:
         drawn = _draw_guided(logits, sampling, guides, eos_id)
+    if ended is not None:
+        drawn = drawn.masked_fill(ended, eos_id)
+        ended.logical_or_(drawn == eos_id)
+    drawn = drawn if out is None else out.copy_(drawn)
     record_tokens(sampling, drawn)
     if logprobs is None or sampling.logprobs is None:
         return drawn, state, None

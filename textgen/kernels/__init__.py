@@ -6,5 +6,6 @@
 - `capture`: capture and replay of CUDA graphs
 - `fused`: whether a device has the kernels of `triton_training`
 - `triton_training`: dropout, masks of weights, and cross-entropy of a training step on a GPU
-- `triton_kernels`: fused gates and draw for GPUs; experimental, used by no decoder yet
+- `fused_decoding`: the parts of a decoding step that are one kernel each on a GPU, by torch's operators
+- `triton_decoding`: these kernels
 """
