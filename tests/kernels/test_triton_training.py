@@ -175,6 +175,16 @@ def test_hostile_logits_make_the_nats_of_the_twin(
         assert ours[1][[0, 1, 3]].isfinite().all()  # other rows do not suffer
 
 
+@pytest.mark.usefixtures("plain_loss")
+def test_columns_that_cannot_occur_leave_the_others_alone(kernels: ModuleType, triton_device: str) -> None:
+    """The first block of a program's columns holds -inf alone, or the later ones do."""
+    logits = torch.randn(3, 1100)
+    logits[1, :600], logits[2, 400:] = -INF, -INF
+    ours, twin = both(kernels, triton_device, logits, torch.zeros(1100), torch.tensor([5, 700, 9]))
+    assert ours[0].isfinite()
+    torch.testing.assert_close(ours, twin, rtol=1e-5, atol=1e-6)
+
+
 def test_a_target_beyond_the_vocabulary_is_no_number(kernels: ModuleType, triton_device: str) -> None:
     """A kernel can raise no error. The training ends with a loss that is not finite."""
     logits, targets = torch.randn(3, 20, device=triton_device), torch.tensor([0, 20, 19], device=triton_device)
