@@ -12,7 +12,9 @@
 - `tally`: the counts of reading, logged once
 - `corpus`: where documents come from, which are dropped, how they are split
 - `memory`: documents of a program as a corpus
+- `mixture`: several sources as one corpus
 - `store`: the encoded corpus on disk
 - `lanes`: epochs as lanes and windows; the loader
+- `mixed_lanes`: lanes of several sources
 - `texts`: texts to score
 """

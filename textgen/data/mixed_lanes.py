@@ -164,7 +164,7 @@ class _Passes:
         self._seq_len = seq_len if source.lanes else 1
         self._kept: dict[int, Epoch] = {}
 
-    def open(self, number: int) -> Epoch:
+    def epoch(self, number: int) -> Epoch:
         if number not in self._kept:
             if len(self._kept) == 2:  # free its order before the new one is computed
                 del self._kept[min(self._kept)]
@@ -200,7 +200,7 @@ class _SharedLane:
     def _documents(self, source: Dealt) -> Iterator[tuple[int, int, int, int]]:
         """Yield pass, document and place of a source's documents in this lane: of one pass after another."""
         for number in count():
-            epoch = self._passes[source.name].open(number)
+            epoch = self._passes[source.name].epoch(number)
             own = source.lanes * epoch.lane_length
             left = source.split.num_tokens - own  # at least one token
             start, stop = (own + left * i // self._mixture.num_shared for i in (self._place, self._place + 1))
@@ -247,7 +247,7 @@ class _MixedWindows(Dataset[dict[str, Tensor]]):
         for source in self._mixture.sources:
             if own := [lane - source.first for lane in lanes if 0 <= lane - source.first < source.lanes]:
                 number, window = divmod(step, self._mixture.windows_per_pass(source))
-                parts.append(self._passes[source.name].open(number).windows(own, window))
+                parts.append(self._passes[source.name].epoch(number).windows(own, window))
                 windows += [window] * len(own)
         for place in (lane - self._mixture.first_shared for lane in lanes):
             if place >= 0:
