@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.steer runs/quick
 
-Prints for each decoder and batch the tokens per second of processor time (median of the rounds, lowest, highest) and
-the median share of the plain speed in the same round.
+Prints for each decoder and batch the tokens per second of processor time (median of the rounds, lowest, highest), and
+the median shares of two plain speeds in the same round: of single steps, as steered samples take them, and of many
+tokens in one call.
 """
 
 from __future__ import annotations
@@ -13,14 +14,16 @@ import statistics
 import time
 from typing import Any
 
+from benchmarks.machine import save
 from textgen.commands.model_argument import open_decoder
 from textgen.config import SamplingConfig
 from textgen.decoding.decoders import Decoder
-from textgen.decoding.generation import Request, Sample, generate_stream
+from textgen.decoding.generation import Batch, Request, Sample, generate_stream
 from textgen.tokenizer import Tokenizer
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
+    "plain, single steps": {},
     r"--regex [\s\S]*": {"regex": r"[\s\S]*"},
     r"--regex ( \w+[,.!?]?)*": {"regex": r"( \w+[,.!?]?)*"},
     r"--regex ( [a-z]{1,12}){40,140}\.": {"regex": r"( [a-z]{1,12}){40,140}\."},
@@ -30,12 +33,13 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
-def tokens_per_second(decoder: Decoder, tokenizer: Tokenizer, way: dict[str, Any], *, batch: int, seed: int) -> float:
+def tokens_per_second(decoder: Decoder, tokenizer: Tokenizer, way: str, *, batch: int, seed: int) -> float:
     """Return the tokens of samples per second of processor time."""
-    config = SamplingConfig(max_new_tokens=100, seed=seed, **way)
+    config = SamplingConfig(max_new_tokens=100, seed=seed, **WAYS[way])
     requests = [Request("i thought", config, number) for number in range(max(batch, 2))]
     started = time.process_time()
-    events = generate_stream(decoder, tokenizer, requests, batch_size=batch)
+    run = Batch.run if way == "plain, single steps" else None
+    events = generate_stream(decoder, tokenizer, requests, batch_size=batch, run=run)
     count = sum(event.num_tokens for _, event in events if isinstance(event, Sample))
     return count / (time.process_time() - started)
 
@@ -46,20 +50,27 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    results: list[dict[str, Any]] = []
     for name in ("bfloat16", "int8"):
         opened, decoder = open_decoder(args.checkpoint, name, best=False)
         for batch in (1, 64):
             speeds: dict[str, list[float]] = {way: [] for way in WAYS}
             for seed in range(args.rounds + 1):
-                for way, settings in WAYS.items():
-                    speeds[way].append(tokens_per_second(decoder, opened.tokenizer, settings, batch=batch, seed=seed))
+                for way in WAYS:
+                    speeds[way].append(tokens_per_second(decoder, opened.tokenizer, way, batch=batch, seed=seed))
             for way, values in speeds.items():
-                shares = [value / plain for value, plain in zip(values[1:], speeds["plain"][1:], strict=True)]
-                low, middle, high = min(values[1:]), statistics.median(values[1:]), max(values[1:])
-                share = statistics.median(shares)
-                print(
-                    f"{name} batch {batch} `{way}`: {middle:,.0f} ({low:,.0f} to {high:,.0f}), {share:.2f}", flush=True
-                )
+                values = values[1:]  # the first round warms up
+                shares = [
+                    statistics.median(value / plain for value, plain in zip(values, speeds[to][1:], strict=True))
+                    for to in ("plain, single steps", "plain")
+                ]
+                results.append({
+                    "decoder": name, "batch": batch, "way": way, "tokens_per_second": [round(v) for v in values],
+                    "of_single_steps": round(shares[0], 2), "of_plain": round(shares[1], 2),
+                })  # fmt: skip
+                speed = f"{statistics.median(values):,.0f} ({min(values):,.0f} to {max(values):,.0f})"
+                print(f"{name} batch {batch} `{way}`: {speed}, {shares[0]:.2f}, {shares[1]:.2f}", flush=True)
+    save("steer", {"settings": {"rounds": args.rounds}, "results": results})
 
 
 if __name__ == "__main__":
