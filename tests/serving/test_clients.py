@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 import textgen
 from tests.serving.servers import Running, running
 from textgen.cli import main
+
+INSTALL_SECONDS = 600
 
 CLIENTS = Path(__file__).parents[1] / "clients"
 RECORDED: list[dict[str, Any]] = json.loads((CLIENTS / "requests.json").read_text())
@@ -63,9 +66,16 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     packages = ["openai", "lm-eval", "aiohttp", "requests", "tenacity"]
     environment = os.environ | {"PIP_RETRIES": "1", "PIP_DEFAULT_TIMEOUT": "10"}
     script = [str(CLIENTS / "make_environment.sh"), str(folder), *packages]
-    made = subprocess.run(script, env=environment, capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"the clients cannot be installed: {made.stderr[-500:]}")
+    log = folder.with_name("log")
+    with log.open("wb") as errors:
+        made = subprocess.Popen(script, env=environment, stderr=errors, start_new_session=True)
+    try:
+        code = made.wait(INSTALL_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(made.pid, signal.SIGKILL)  # pip has children
+        code = made.wait()
+    if code:
+        pytest.skip(f"the clients cannot be installed within {INSTALL_SECONDS} seconds: {log.read_text()[-500:]}")
     return folder / "bin" / "python"
 
 
