@@ -127,6 +127,15 @@ def sample_command(argv: Sequence[str]) -> None:
 
 
 def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
+    parser = _new_parser()
+    args = parser.parse_args(list(argv))
+    config = _config(args, parser)
+    args.label = [decode_text(os.fsencode(label), "`--label`") for label in args.label or ()]
+    _check(args, config, parser)
+    return args, config
+
+
+def _new_parser() -> Parser:
     parser = Parser(
         prog="textgen sample",
         description="Continue prompts with a trained model. A list is written `--stop A B` or `--stop A --stop B`.",
@@ -173,8 +182,11 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
     parser.add_argument("--regex", help="the whole sample matches this regex, unless it is cut at `max_new_tokens`")
     for name, text in LISTS.items():
         parser.add_argument(f"--{name}", nargs="+", action="extend", metavar="ITEM", help=text)
-    args = parser.parse_args(list(argv))
+    return parser
 
+
+def _config(args: Any, parser: Parser) -> SamplingConfig:
+    """Return the sampling settings of the command line."""
     values = {f.name: args[f.name] for f in dataclasses.fields(SamplingConfig)}
     if args.regex is not None:
         values["regex"] = decode_text(os.fsencode(args.regex), "`--regex`")
@@ -187,13 +199,16 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
     values["choices"] = [choice for item in choices for choice in item.split(",")]
     values["logit_bias"] = [_parse_bias(item, parser) for item in args.logit_bias or ()]
     try:
-        config = build_settings(SamplingConfig, values)
+        return build_settings(SamplingConfig, values)
     except ValueError as error:
         parser.error(str(error))
+
+
+def _check(args: Any, config: SamplingConfig, parser: Parser) -> None:
+    """End the command if flags do not go together."""
     for name, least in (("num_samples", args["save_state"] is None), ("batch_size", 1)):
         if args[name] < least:
             parser.error(f"`{name}` must be at least {least:d}: {args[name]}")
-    args.label = [decode_text(os.fsencode(label), "`--label`") for label in args.label or ()]
     if args.best_of is not None and args.best_of < args.num_samples:
         parser.error(f"`best_of` must be at least `num_samples` {args.num_samples}: {args.best_of}")
     if args.best_of is not None and args.num_samples == 0:
@@ -205,7 +220,6 @@ def _parse(argv: Sequence[str]) -> tuple[Any, SamplingConfig]:
         parser.error("`batch_file` cannot be combined with `prompt` or `prompt_file`")
     if config.logprobs is not None and not args.json and args.out is None:
         parser.error("`logprobs` needs `json` or `out`")
-    return args, config
 
 
 def _settings_record(config: SamplingConfig) -> dict[str, Any]:

@@ -116,6 +116,14 @@ def _prefix_table(mebibytes: float, decoder: Decoder) -> PrefixTable:
 
 
 def _parse(argv: Sequence[str]) -> Any:
+    parser = _new_parser()
+    args = parser.parse_args(list(argv))
+    _check(args, parser)
+    require_packages("`textgen serve`", "pydantic", "starlette", "uvicorn", extra="serve")
+    return args
+
+
+def _new_parser() -> Parser:
     parser = Parser(
         prog="textgen serve",
         description="Serve OpenAI's completions API, and a page to try the model, until SIGTERM or Ctrl-C.",
@@ -163,7 +171,11 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument(
         "--kept_state_seconds", type=float, default=3600.0, help="maximum age of such a text, in seconds"
     )
-    args = parser.parse_args(list(argv))
+    return parser
+
+
+def _check(args: Any, parser: Parser) -> None:
+    """End the command if a flag has a wrong value."""
     least = {
         "batch_size": 1,
         "max_waiting": 1,
@@ -190,8 +202,6 @@ def _parse(argv: Sequence[str]) -> Any:
         parser.error(f"`kept_state_seconds` must be above 0 and at most a year: {args.kept_state_seconds}")
     if args.token_file is None and not _is_loopback(args.host):
         parser.error(f"`host` {args.host} is not a loopback address: set `token_file`")
-    require_packages("`textgen serve`", "pydantic", "starlette", "uvicorn", extra="serve")
-    return args
 
 
 def _model_name(args: Any) -> str:
