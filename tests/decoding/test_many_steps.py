@@ -52,14 +52,17 @@ SETTINGS: list[dict[str, Any]] = [
     {"min_new_tokens": 9},
     {"banned_tokens": (5, 6, 40), "min_new_tokens": 40, "top_k": 3},
     {"logit_bias": (("7", -100.0), ("é", 3.0)), "presence_penalty": 1.0, "frequency_penalty": 0.3},
+    {"dry_multiplier": 0.8},
+    {"dry_multiplier": 20.0, "dry_allowed_length": 1, "dry_breakers": ("e",), "temperature": 0.3, "top_k": 4},
+    {"xtc_probability": 0.5, "xtc_threshold": 0.01},
+    {"xtc_probability": 1.0, "xtc_threshold": 0.0, "top_p": 0.6},
+    {"xtc_probability": 0.9, "xtc_threshold": 0.05, "temperature": 0.5, "top_k": 20, "min_p": 0.01},
 ]
 
 # settings that need the host, or torch
 HOSTED: list[dict[str, Any]] = [
     {"no_repeat_ngram": 2},
     {"typical_p": 0.9},
-    {"xtc_probability": 0.5, "top_k": 20},
-    {"dry_multiplier": 0.8},
     {"logprobs": 2, "temperature": 0.7},
     {"regex": "[a-z]{5}( [a-z]+)*"},
     {"choices": ("good", "it was")},
@@ -110,7 +113,7 @@ def compare(many: Batch, one: Batch, calls: int) -> tuple[int, int]:
         num_early += length < generation.MOST_STEPS
         # what later steps depend on; rows that have ended have none
         both = [(many.tokens, one.tokens), *zip(many.state, one.state, strict=True)]
-        names = ("step", "seen", "counts")
+        names = ("step", "seen", "counts", "history")
         both += [(many.sampling.tensors[n], one.sampling.tensors[n]) for n in names if n in many.sampling.tensors]
         for ours, theirs in both:
             assert torch.equal(ours[running], theirs[running])
@@ -219,7 +222,7 @@ def texts_of(
 @compiled
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
 def test_texts_of_all_kinds_are_those_of_single_steps(tokenizer: Tokenizer, batch_size: int) -> None:
-    decoder = build(tokenizer, ending=1.0)
+    decoder = build(tokenizer, ending=2.5)
     kinds = [
         *SETTINGS,
         *HOSTED,
@@ -288,5 +291,5 @@ def test_settings_that_need_the_host_are_known(tokenizer: Tokenizer) -> None:
     assert not is_compiled(SamplingConfig(label_scale=2.0))
     # a new setting has to be put into one of the lists
     known = {name for setting in SETTINGS for name in setting} | set(NOT_COMPILED)
-    other = {"stop", "forced_tokens", "max_new_tokens", "xtc_threshold"}  # parts of others, and what ends a text
-    assert {f.name for f in dataclasses.fields(SamplingConfig) if not f.name.startswith("dry_")} <= known | other
+    other = {"stop", "forced_tokens", "max_new_tokens", "dry_base"}  # a part of another, and what ends a text
+    assert {f.name for f in dataclasses.fields(SamplingConfig)} <= known | other

@@ -34,6 +34,8 @@ from textgen.decoding.guides import (
 )
 from textgen.decoding.reading import ReadState
 from textgen.decoding.sampling import (
+    REPEAT_LENGTH,
+    XTC_NOISE,
     SamplingState,
     draw,
     draw_item,
@@ -609,6 +611,8 @@ class Batch:
             items=item_bits(self.decoder.vocab_size, self.tokens.device),
             unk_id=self.tokenizer.unk_id,
             eos_id=eos_id,
+            repeat_length=REPEAT_LENGTH,
+            xtc_noise=XTC_NOISE,
             most_steps=MOST_STEPS,
             most_ended=most_ended,
             seconds=seconds,

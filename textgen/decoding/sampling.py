@@ -258,7 +258,7 @@ def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
 
 # Settings of `SamplingConfig` that compiled steps do not know: torch or the host takes each step of these texts.
 NOT_COMPILED = (
-    "typical_p", "no_repeat_ngram", "xtc_probability", "dry_multiplier", "label_scale", "regex", "choices", "logprobs",
+    "typical_p", "no_repeat_ngram", "label_scale", "regex", "choices", "logprobs",
 )  # fmt: skip
 
 

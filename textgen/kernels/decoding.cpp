@@ -164,6 +164,27 @@ extern "C" void textgen_keep_allowed(const float* logits, int64_t rows, int64_t 
     }
 }
 
+// Subtract penalties of a row from values (size), see textgen_penalize_repeats.
+static void subtract_repeats(float* values, int64_t size, const int64_t* history, int64_t length, const bool* breaks,
+                             float multiplier, float base, int64_t allowed, int64_t most) {
+    thread_local std::vector<int64_t> counted;
+    thread_local std::vector<float> powers, penalties;
+    counted.resize(length), powers.resize(most + 1), penalties.assign(size, 0);
+    double power = 1;  // torch's cumprod multiplies in double precision
+    for (int64_t n = 0; n <= most; n++, power *= base) powers[n] = static_cast<float>(power);
+    for (int64_t i = 0; i < length; i++) counted[i] = history[i] < 0 || breaks[history[i]] ? -1 : history[i];
+    const int64_t last = counted[length - 1];
+    for (int64_t place = most; place < length && last >= 0; place++) {
+        if (counted[place - 1] != last) continue;
+        int64_t n = 1;  // tokens before this place that are repeated at the end
+        while (n < most && counted[place - 1 - n] >= 0 && counted[place - 1 - n] == counted[length - 1 - n]) n++;
+        if (n < allowed) continue;
+        float& largest = penalties[history[place] < 0 ? 0 : history[place]];
+        largest = std::max(largest, multiplier * powers[n - allowed]);
+    }
+    for (int64_t i = 0; i < size; i++) values[i] -= penalties[i];
+}
+
 // sampling.penalize_repeats: write logits minus penalties to penalized (rows, size). history: (rows, length), -1 for an
 // empty place. breaks: (rows, size). multiplier, base, allowed: (rows). Repetitions count up to `most` tokens.
 extern "C" void textgen_penalize_repeats(const float* logits, int64_t rows, int64_t size, int64_t stride,
@@ -171,33 +192,12 @@ extern "C" void textgen_penalize_repeats(const float* logits, int64_t rows, int6
                                          const float* multiplier, const float* base, const int64_t* allowed,
                                          int64_t most, float* penalized, int threads) {
     if (rows * size < 1 << 16) threads = 1;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-    {
-        std::vector<int64_t> counted(length);
-        std::vector<float> powers(most + 1);
-#pragma omp for
-        for (int64_t row = 0; row < rows; row++) {
-            const float* from = logits + row * stride;
-            float* to = penalized + row * size;
-            double power = 1;  // torch's cumprod multiplies in double precision
-            for (int64_t n = 0; n <= most; n++, power *= base[row]) powers[n] = static_cast<float>(power);
-            const int64_t* tokens = history + row * length;
-            for (int64_t i = 0; i < length; i++)
-                counted[i] = tokens[i] < 0 || breaks[row * size + tokens[i]] ? -1 : tokens[i];
-            // `to` holds the largest penalty of each token first
-            std::memset(to, 0, size * sizeof(float));
-            const int64_t last = counted[length - 1];
-            for (int64_t place = most; place < length && last >= 0; place++) {
-                if (counted[place - 1] != last) continue;
-                int64_t n = 1;
-                while (n < most && counted[place - 1 - n] >= 0 && counted[place - 1 - n] == counted[length - 1 - n]) n++;
-                if (n < allowed[row]) continue;
-                const float penalty = multiplier[row] * powers[n - allowed[row]];
-                float& largest = to[tokens[place] < 0 ? 0 : tokens[place]];
-                largest = penalty > largest ? penalty : largest;
-            }
-            for (int64_t i = 0; i < size; i++) to[i] = from[i] - to[i];
-        }
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; row++) {
+        float* to = penalized + row * size;
+        std::memcpy(to, logits + row * stride, size * sizeof(float));
+        subtract_repeats(to, size, history + row * length, length, breaks + row * size, multiplier[row], base[row],
+                         allowed[row], most);
     }
 }
 
@@ -222,13 +222,16 @@ extern "C" void textgen_exclude(const float* logits, int64_t rows, int64_t size,
     }
 }
 
-// noise.uniform(key, step, coordinate) of each row, to values (rows).
+// noise.uniform(key, step, coordinate)
+static inline float chance(int64_t key, int64_t step, int64_t coordinate) {
+    const uint64_t bits = mix(mix(mix(key) ^ static_cast<uint64_t>(step)) ^ static_cast<uint64_t>(coordinate));
+    return (static_cast<float>(bits >> 41) + 0.5f) * 0x1p-23f;
+}
+
+// The same of each row, to values (rows).
 extern "C" void textgen_uniform(const int64_t* keys, const int64_t* steps, int64_t coordinate, int64_t rows,
                                 float* values) {
-    for (int64_t row = 0; row < rows; row++) {
-        const uint64_t bits = mix(mix(keys[row]) ^ static_cast<uint64_t>(steps[row]));
-        values[row] = (static_cast<float>(mix(bits ^ static_cast<uint64_t>(coordinate)) >> 41) + 0.5f) * 0x1p-23f;
-    }
+    for (int64_t row = 0; row < rows; row++) values[row] = chance(keys[row], steps[row], coordinate);
 }
 
 // --- the step --------------------------------------------------------------------------------------------------------
@@ -462,7 +465,12 @@ struct Rows {
     uint8_t* seen;
     int32_t* counts;
     const float *repetition_penalty, *presence_penalty, *frequency_penalty;
-    int64_t unk, eos;
+    const float *dry_multiplier, *dry_base;
+    const int64_t* dry_allowed_length;
+    const bool* breaks;
+    int64_t* history;  // (rows, history_length)
+    const float *xtc_probability, *xtc_threshold;
+    int64_t unk, eos, history_length, repeat_length, xtc_noise;
 };
 
 struct Scratch {  // memory of a thread
@@ -594,6 +602,33 @@ static Limits keep_top_p(const float* values, int64_t size, float kept, float mo
     return limits;
 }
 
+// Return the least value whose probability reaches the threshold of XTC, of values (size), a multiple of 16, from `kept`
+// on; +infinity if none does; nan if rounding may decide: torch adds the same powers in float32, in at least 8 sums.
+static float least_choice(const float* values, int64_t size, float kept, float most, float threshold, Exp exp,
+                          Scratch& scratch) {
+    scratch.powers.resize(size);
+    float *powers = scratch.powers.data(), least = std::numeric_limits<float>::infinity();
+    double sum = 0;
+    for (int64_t i = 0; i < size; i += 16) {
+        const __m512 x = _mm512_loadu_ps(values + i);
+        const __mmask16 reaches = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kept), _CMP_GE_OQ);
+        const __m512 power = _mm512_maskz_mov_ps(reaches, exp(_mm512_sub_ps(x, _mm512_set1_ps(most))));
+        _mm512_storeu_ps(powers + i, power);
+        sum += _mm512_reduce_add_ps(power);
+    }
+    const double error = 0x1p-15 + size * 0x1p-27;
+    const double sure = threshold * sum * (1 + error), possible = threshold * sum * (1 - error);
+    if (threshold > 0 && threshold < 1e-30f) return std::nanf("");
+    for (int64_t i = 0; i < size; i++) {
+        if (values[i] < kept || values[i] == -std::numeric_limits<float>::infinity()) continue;
+        if (powers[i] >= sure)
+            least = std::min(least, values[i]);
+        else if (powers[i] >= possible)
+            return std::nanf("");
+    }
+    return least;
+}
+
 // Draw a token of a row from the model's logits (size), as sampling.process_logits and sampling.draw do; -1 if rounding
 // may change the token.
 static int64_t draw_token(float* logits, int64_t size, const Rows& rows, int64_t row, Exp exp, Scratch& scratch) {
@@ -602,10 +637,12 @@ static int64_t draw_token(float* logits, int64_t size, const Rows& rows, int64_t
     const float temperature = rows.temperature == nullptr ? 1 : rows.temperature[row];
     const int64_t top_k = rows.top_k == nullptr || rows.top_k[row] >= size ? 0 : rows.top_k[row];  // 0: off
     const float top_p = rows.top_p == nullptr ? 1 : rows.top_p[row];
-    const bool filtered = top_k > 0 || top_p < 1 || rows.min_p != nullptr;
+    const bool excludes = rows.xtc_probability != nullptr &&
+                          chance(rows.keys[row], rows.steps[row], rows.xtc_noise) < rows.xtc_probability[row];
+    const bool filtered = top_k > 0 || top_p < 1 || rows.min_p != nullptr || excludes;
     logits[rows.unk] = none;
     if (!filtered && temperature == 1 && rows.bias == nullptr && rows.banned == nullptr && rows.seen == nullptr &&
-        rows.counts == nullptr && rows.min_new_tokens == nullptr)
+        rows.counts == nullptr && rows.dry_multiplier == nullptr && rows.min_new_tokens == nullptr)
         return draw_row(logits, size, rows.items, key, true, scratch.bounds);
 
     const int64_t whole = (size + 15) / 16 * 16;
@@ -634,6 +671,10 @@ static int64_t draw_token(float* logits, int64_t size, const Rows& rows, int64_t
             values[i] = once - frequency * static_cast<float>(counts[i]);
         }
     }
+    if (rows.dry_multiplier != nullptr && rows.dry_multiplier[row] > 0)
+        subtract_repeats(values, size, rows.history + row * rows.history_length, rows.history_length,
+                         rows.breaks + row * size, rows.dry_multiplier[row], rows.dry_base[row],
+                         rows.dry_allowed_length[row], rows.repeat_length);
     if (rows.banned != nullptr) {
         const uint8_t* banned = rows.banned + row * size;
         for (int64_t i = 0; i < size; i++) values[i] = banned[i] ? none : values[i];
@@ -665,9 +706,17 @@ static int64_t draw_token(float* logits, int64_t size, const Rows& rows, int64_t
         const float least = most + rows.min_p[row];
         limits = {std::max(limits.possible, least), std::max(limits.sure, least)};
     }
+    float least = std::numeric_limits<float>::infinity();
+    if (excludes) {
+        for (int64_t i = 0; i < size; i++)  // the probabilities depend on what is kept
+            if (values[i] >= limits.possible && values[i] < limits.sure) return -1;
+        least = least_choice(values, whole, limits.sure, most, rows.xtc_threshold[row], exp, scratch);
+        if (std::isnan(least)) return -1;
+    }
     // Draw from all tokens that may be kept. If the drawn one is surely kept, it is also drawn without the others.
     float* drawable = scratch.values.data();
-    for (int64_t i = 0; i < size; i++) drawable[i] = values[i] >= limits.possible ? values[i] : none;
+    for (int64_t i = 0; i < size; i++)
+        drawable[i] = values[i] >= limits.possible && values[i] <= least ? values[i] : none;
     const int64_t token = draw_row(drawable, size, rows.items, key, temperature > 0, scratch.bounds);
     return token >= 0 && drawable[token] >= limits.sure ? token : -1;
 }
@@ -712,6 +761,11 @@ extern "C" int64_t textgen_draw_many(const Model* model, const Rows* rows, int64
                 rows->steps[row]++;
                 if (rows->seen != nullptr) rows->seen[row * vocab_size + drawn[row]] = 1;
                 if (rows->counts != nullptr) rows->counts[row * vocab_size + drawn[row]]++;
+                if (rows->history != nullptr) {
+                    int64_t* history = rows->history + row * rows->history_length;
+                    std::memmove(history, history + 1, (rows->history_length - 1) * sizeof(int64_t));
+                    history[rows->history_length - 1] = drawn[row];
+                }
                 ended[row] = drawn[row] == rows->eos || step >= rows->lengths[row];
             }
             num_ended += ended[row];

@@ -276,9 +276,11 @@ _ROW_SETTINGS = (
     ("temperature", torch.float32), ("top_p", torch.float32), ("min_p", torch.float32), ("top_k", torch.int64),
     ("min_new_tokens", torch.int64), ("bias", torch.float32), ("banned", torch.bool), ("seen", torch.bool),
     ("counts", torch.int32), ("repetition_penalty", torch.float32), ("presence_penalty", torch.float32),
-    ("frequency_penalty", torch.float32),
+    ("frequency_penalty", torch.float32), ("dry_multiplier", torch.float32), ("dry_base", torch.float32),
+    ("dry_allowed_length", torch.int64), ("breaks", torch.bool), ("history", torch.int64),
+    ("xtc_probability", torch.float32), ("xtc_threshold", torch.float32),
 )  # fmt: skip
-_RECORDS = ("step", "seen", "counts")  # what a step changes
+_RECORDS = ("step", "seen", "counts", "history")  # what a step changes
 
 
 class _Rows(ctypes.Structure):
@@ -287,7 +289,7 @@ class _Rows(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("items", "keys", "steps", "lengths")),
         *((name, ctypes.c_void_p) for name, _ in _ROW_SETTINGS),
-        *((name, ctypes.c_int64) for name in ("unk", "eos")),
+        *((name, ctypes.c_int64) for name in ("unk", "eos", "history_length", "repeat_length", "xtc_noise")),
     )
 
 
@@ -409,6 +411,8 @@ class Int8Step:
         items: Tensor,
         unk_id: int,
         eos_id: int,
+        repeat_length: int,
+        xtc_noise: int,
         most_steps: int,
         most_ended: int,
         seconds: float,
@@ -429,6 +433,8 @@ class Int8Step:
             items: as in `draw`.
             unk_id: a token that is never drawn.
             eos_id: the token that ends a text.
+            repeat_length: tokens of a repetition that DRY counts.
+            xtc_noise: coordinate of XTC's noise.
             most_steps: largest number of steps.
             most_ended: the call ends when so many rows have ended.
             seconds: the call ends after the step in which they have passed.
@@ -452,7 +458,8 @@ class Int8Step:
                 assert tensor.is_contiguous() or name not in _RECORDS
                 kept.append(tensor.contiguous())
                 setattr(rows, name, kept[-1].data_ptr())
-        rows.unk, rows.eos = unk_id, eos_id
+        rows.unk, rows.eos, rows.repeat_length, rows.xtc_noise = unk_id, eos_id, repeat_length, xtc_noise
+        rows.history_length = sampling["history"].shape[1] if "history" in sampling else 0
         steps = self._draw_many(
             self._address,
             ctypes.byref(rows),
