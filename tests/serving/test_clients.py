@@ -17,7 +17,7 @@ import textgen
 from tests.serving.servers import Running, running
 from textgen.cli import main
 
-INSTALL_SECONDS = 900
+INSTALL_SECONDS = 600
 
 CLIENTS = Path(__file__).parents[1] / "clients"
 RECORDED: list[dict[str, Any]] = json.loads((CLIENTS / "requests.json").read_text())
