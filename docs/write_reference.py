@@ -70,7 +70,7 @@ def commands_page() -> str:
             if name in ("train", "prepare", "doctor"):
                 summary = line[:1].upper() + line[1:].split(";")[0]
                 text += f"{summary}. Its flags are the [settings](settings.md) of a training"
-                text += ", and `--json`.\n" if name == "doctor" else ".\n"
+                text += ", and `--json`; `--profile RUN` reads a profile instead.\n" if name == "doctor" else ".\n"
                 continue
             parser = parser_of(name)
             actions = [action for action in parser._actions if action.dest not in ("help", argparse.SUPPRESS)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 import re
 import shlex
@@ -83,6 +84,9 @@ def test_verbs_of_a_document_run(
     (tmp_path / "runs" / "sweep-1234").mkdir(parents=True)
     for run in ("quick", "books", "first", "python", "sweep-1234/1", "sweep-1234/2"):
         shutil.copytree(tiny_run, tmp_path / "runs" / run)  # an export leaves something in it
+    (tmp_path / "runs" / "quick" / "profile").mkdir()
+    trace = b'{"traceEvents": [], "textgen": {"first": 20, "last": 23}}'
+    (tmp_path / "runs" / "quick" / "profile" / "process-0-of-1.json.gz").write_bytes(gzip.compress(trace))
     shutil.copytree(labelled_run, tmp_path / "runs" / "reviews")
     monkeypatch.chdir(tmp_path)
     for command in (command for of_document, command in VERBS if of_document == document):

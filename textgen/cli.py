@@ -31,7 +31,7 @@ COMMAND_GROUPS = {
         "prepare": "encode the training text ahead of time; takes the flags of `train`",
         "tune": "find a learning rate by short trainings on this machine; takes the flags of `train`, too",
         "submit": "submit a training, or a sweep of trainings, to Slurm",
-        "doctor": "check this machine, or all machines of an allocation, before a training",
+        "doctor": "check this machine, or all machines of an allocation, before a training; read a profile",
     },
     "use a model": {
         "sample": "continue prompts",
@@ -46,7 +46,7 @@ COMMAND_GROUPS = {
         "tokenize": "print the tokens of a text, or the text of tokens",
         "evaluate": "print the bits per byte of a checkpoint on a file or a split",
         "measure": "compare generated texts with human ones: variety, repetition, copied text",
-        "compare": "print a table of runs: bits per byte, tokens per second, different settings",
+        "compare": "print a table of runs: bits per byte, speed, where time goes, different settings",
         "report": "write a page of one run or several: curves, samples, settings",
         "dashboard": "create a W&B workspace for the runs of a project",
         "verify": "check every byte of a checkpoint and print its content",

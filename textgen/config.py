@@ -282,6 +282,9 @@ class TrackingConfig:
     """upload checkpoints as W&B artifacts; otherwise artifacts refer to their paths"""
 
 
+MAX_PROFILED_STEPS = 10  # more would make traces that viewers cannot open
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """All settings of a training."""
@@ -366,6 +369,10 @@ class TrainConfig:
     cuda_graph: bool = False
     """on CUDA, with one process and without fp16: replay each step as one CUDA graph, which takes more memory; the
     speed is not measured yet"""
+    profile: str | None = None
+    """steps to profile, such as 20:23 for the three after step 20, at most 10: each process writes a trace of where
+    their time goes into `profile/` of `run_dir`. An evaluation ends the profile. `textgen doctor --profile RUN` reads
+    it"""
     dry_run: bool = False
     """build the training, take two steps, print its cost in time and memory, and write nothing"""
     data: DataConfig = field(default_factory=DataConfig)
@@ -394,6 +401,10 @@ class TrainConfig:
                 f"`init_from` starts a new training and `resume` continues one: give `init_from` {self.init_from} or "
                 f"`resume` {self.resume}"
             )
+        if self.profile is not None and not 1 <= len(self.profiled_steps) <= MAX_PROFILED_STEPS:
+            raise ValueError(
+                f"`profile` must be two steps such as 20:23, at most {MAX_PROFILED_STEPS} apart: {self.profile[:40]}"
+            )
         if not self.run_dir:
             raise ValueError("`run_dir` must name a folder: it is empty")
         if self.batch_size % self.gradient_accumulation_steps:
@@ -401,6 +412,12 @@ class TrainConfig:
                 f"batch_size {self.batch_size} is not divisible by "
                 f"{self.gradient_accumulation_steps} gradient_accumulation_steps"
             )
+
+    @property
+    def profiled_steps(self) -> range:
+        """Return for each step of `profile` the number of steps before it; empty without a profile."""
+        found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", self.profile or "")
+        return range(int(found[1]), int(found[2])) if found else range(0)
 
 
 MAX_BIAS_CHARACTERS = 256  # of a text of `logit_bias`

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 # Settings of the command, not of the training: two runs that differ in these alone have the same result.
-COMMAND_SETTINGS = {"run_dir", "resume", "resume_override", "dry_run"}
+COMMAND_SETTINGS = {"run_dir", "resume", "resume_override", "profile", "dry_run"}
 
 Settings = TypeVar("Settings")
 

@@ -124,6 +124,25 @@ def test_minutes_add_up_over_all_rows(copy: Callable[[str], Path], capsys: Captu
     assert compare(capsys, run)[0]["minutes"] == pytest.approx(1.0)
 
 
+def test_shares_of_time_are_of_all_rows(copy: Callable[[str], Path], capsys: Capture) -> None:
+    """100 s: steps of 60 s and 20 s, of which 4 s and 8 s waited; 15 s of evaluations, 5 s of saves."""
+    run = copy("run")
+    first = {"step": 1, "tokens": 600, "train/tokens_per_second": 10.0, "train/data_share": 0.05}
+    second = {"step": 2, "tokens": 800, "train/tokens_per_second": 10.0, "train/data_share": 0.2}
+    first |= {"train/evaluate_share": 0.2, "train/save_share": 0.05, "train/exchange_share": 0.25}
+    second |= {"train/evaluate_share": 0.45, "train/save_share": 0.05, "train/exchange_share": 0.1}
+    pauses = {"step": 2, "evaluate/pause_seconds": 15.0}, {"step": 2, "checkpoint/pause_seconds": 5.0}
+    write_rows(run, first, second, *pauses)
+    (told,) = compare(capsys, run)
+    assert told["data_share"] == pytest.approx((60 / 0.75 * 0.05 + 20 / 0.5 * 0.2) / 100)
+    assert told["exchange_share"] == pytest.approx((60 / 0.75 * 0.25 + 20 / 0.5 * 0.1) / 100)
+    assert (told["evaluate_share"], told["save_share"]) == pytest.approx((0.15, 0.05))
+    main(["compare", str(run)])
+    header, line = capsys.readouterr().out.splitlines()
+    assert header.split()[-4:] == ["data", "exchange", "evaluate", "save"]
+    assert line.split()[-4:] == ["12.0%", "24.0%", "15.0%", "5.0%"]
+
+
 def test_precision_that_hardware_decided_is_told(copy: Callable[[str], Path], capsys: Capture) -> None:
     """config.yaml has the same null in both."""
     for name in ("one", "other"):

@@ -121,7 +121,7 @@ def test_every_promised_metric_is_recorded(recorded: tuple[Path, Records, str]) 
         "train/gradient_norm", "train/tokens_per_second", "train/tokens_per_second_per_process",
         "train/flops_per_second", "train/data_share", "train/evaluate_share", "train/save_share",
         "checkpoint/pause_seconds", "memory/peak_gib", "machine/0/cpu_share", "machine/0/memory_share", "valid/loss",
-        "valid/bits_per_byte", "valid/perplexity", "samples",
+        "valid/bits_per_byte", "valid/perplexity", "evaluate/pause_seconds", "samples",
     }  # fmt: skip
     assert records["stats"], "wandb's own figures of the machine"
 

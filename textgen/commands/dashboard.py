@@ -50,8 +50,8 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
               ("train/tokens_per_second", "train/tokens_per_second_per_process")),
         Panel("Model FLOP per second", ("train/flops_per_second",)),
         Panel("Share of the device's peak", ("train/flops_share",)),
-        Panel("Share of time not spent on steps",
-              ("train/data_share", "train/evaluate_share", "train/save_share")),
+        Panel("Share of time not spent on computing steps",
+              ("train/data_share", "train/exchange_share", "train/evaluate_share", "train/save_share")),
     ),
     "Is it healthy?": (
         Panel("Gradient norm, before clipping", ("train/gradient_norm",)),

@@ -7,22 +7,29 @@ gathers the results and prints one report.
 from __future__ import annotations
 
 import os
+import re
 import socket
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 
 from textgen.commands.parsing import PEER_WAIT_SECONDS, parse_train_config, take_base
 from textgen.distributed.signals import StopSignals, end_with_launcher
+from textgen.errors import TextgenError
+from textgen.reporting.profile import explain_profile, find_traces, read_profile
 
 HELP = """usage: textgen doctor [--json] [--config FILE] [--SETTING VALUE] ...
+       textgen doctor --profile RUN
 
 Check this machine, or all machines of an allocation, before a training: versions, processes, GPUs, processors,
 precision, an all-reduce, the disk of `--run_dir`, free space, data and tokenizer without a network, W&B, clocks,
 limits.
 
   --json    print one JSON object and nothing else
+  --profile RUN
+            of a training with `--profile 20:23`: say where the time of these steps went, and what to try
   others    the flags of `textgen train`, for the training that you plan
 
 Runs alone, or under `accelerate launch -m textgen doctor`, torchrun and `srun`. If the processes have different values,
@@ -35,6 +42,9 @@ def doctor_command(argv: Sequence[str]) -> None:
     if {"--help", "-h"} & set(argv):
         print(HELP, end="")
         raise SystemExit(0)
+    if (profiled := re.fullmatch(r"--profile[= ]((?![0-9]+:[0-9]+$).+)", " ".join(argv), re.DOTALL)) is not None:
+        explain_profile_of(Path(profiled[1]))
+        return
     flags = [flag for flag in argv if flag != "--json"]
     config = parse_train_config(flags, prog="textgen doctor")
     # The hub's client reads this when it is imported, so set it before: the checks use no network.
@@ -65,3 +75,16 @@ def doctor_command(argv: Sequence[str]) -> None:
     # one process tears it down before another, that one aborts.
     if failed or several:
         raise SystemExit(int(failed))
+
+
+def explain_profile_of(run_dir: Path) -> None:
+    """Print where the time of a run's profiled steps went, and what to try.
+
+    Raises:
+        TextgenError: the run has no profile, or a damaged one.
+    """
+    if not run_dir.is_dir():
+        raise TextgenError(f"`{run_dir}` is not a run folder")
+    if not (traces := find_traces(run_dir)):
+        raise TextgenError(f"`{run_dir}` has no profile: train with `--profile 20:23`")
+    print("\n".join(explain_profile([read_profile(path) for path in traces])))

@@ -31,6 +31,7 @@ PRIVATE = {
     "resume",
     "resume_override",
     "init_from",
+    "profile",
     "dry_run",
     "data.files",
     "data.cache_dir",

@@ -45,6 +45,14 @@ class RunSummary:
     """median of all rows"""
     minutes: float | None
     """spent on steps, over all parts of a resumed run"""
+    data_share: float | None
+    """of the time of steps, evaluations and saves: waiting for data"""
+    exchange_share: float | None
+    """waiting for other processes and their gradients; None for one process"""
+    evaluate_share: float | None
+    """scoring and sampling"""
+    save_share: float | None
+    """pauses for checkpoints; a background thread writes them"""
     processes: int | None
     """number of processes of the training that wrote the newest checkpoint"""
     settings: dict[str, Any]
@@ -82,6 +90,7 @@ def summarize(path: Path, settings: dict[str, Any], rows: Sequence[MetricsRow]) 
         train_loss=_last(_values(rows, "train/loss")),
         tokens_per_second=median(speeds) if speeds else None,
         minutes=_minutes(rows),
+        **_shares_of_time(rows),
         processes=_if_type(trainer.get("processes"), int),
         settings=settings,
     )
@@ -133,11 +142,34 @@ def _if_type(value: Any, kind: type) -> Any:
 
 
 def _minutes(rows: Sequence[MetricsRow]) -> float | None:
-    """Return the minutes of the steps: the tokens between two rows over the tokens per second; None without figures."""
+    """Return the minutes of the steps; None without figures."""
+    return sum(seconds for seconds, _ in timed) / 60 if (timed := _timed_rows(rows)) else None
+
+
+def _timed_rows(rows: Sequence[MetricsRow]) -> list[tuple[float, MetricsRow]]:
+    """Return the seconds of the steps of each row with a speed: its tokens since the one before over its speed."""
     timed = [row for row in rows if all(_values([row], name) for name in ("tokens", "train/tokens_per_second"))]
     tokens, speeds = _values(timed, "tokens"), _values(timed, "train/tokens_per_second")
-    parts = zip(tokens, [0.0, *tokens[:-1]], speeds, strict=True)
-    return sum((end - start) / speed for end, start, speed in parts if speed > 0) / 60 if timed else None
+    parts = zip(tokens, [0.0, *tokens][:-1], speeds, timed, strict=True)
+    return [((end - start) / speed if speed > 0 else 0.0, row) for end, start, speed, row in parts]
+
+
+def _shares_of_time(rows: Sequence[MetricsRow]) -> dict[str, float | None]:
+    """Return the parts of a run's time as `RunSummary` names them; None for those without figures."""
+    timed = _timed_rows(rows)
+    seconds: dict[str, float | None] = {}
+    for name in ("data_share", "exchange_share"):
+        parts = []
+        for steps, row in timed:
+            for share in _values([row], f"train/{name}"):  # of all the time since the row before
+                elsewhere = sum(_values([row], "train/evaluate_share") + _values([row], "train/save_share"))
+                parts.append(share * steps / (1 - elsewhere) if elsewhere < 1 else 0.0)
+        seconds[name] = sum(parts) if parts else None
+    for name, pauses in (("evaluate_share", "evaluate"), ("save_share", "checkpoint")):
+        values = _values(rows, f"{pauses}/pause_seconds")
+        seconds[name] = sum(values) if values else None
+    total = sum(steps for steps, _ in timed) + (seconds["evaluate_share"] or 0) + (seconds["save_share"] or 0)
+    return {name: None if value is None or not total else value / total for name, value in seconds.items()}
 
 
 def keep_differences(runs: Sequence[RunSummary]) -> list[RunSummary]:
@@ -154,6 +186,7 @@ def keep_differences(runs: Sequence[RunSummary]) -> list[RunSummary]:
 def format_table(runs: Sequence[RunSummary], *, width: int) -> str:
     """Return a table with a line for each run, or with a column for each run if lines would be wider than `width`."""
     lines = [["run", "state", "step", "bits/byte", "best", "train loss", "tokens/s", "minutes", "processes"]]
+    lines[0] += ["data", "exchange", "evaluate", "save"]
     lines[0] += runs[0].settings
     lines += [_cells(run) for run in runs]
     table = align(lines)
@@ -175,6 +208,7 @@ def _cells(run: RunSummary) -> list[str]:
         number(run.tokens_per_second, ",.0f"),
         number(run.minutes, ".1f"),
         number(run.processes, "d"),
+        *(number(share, ".1%") for share in (run.data_share, run.exchange_share, run.evaluate_share, run.save_share)),
     ]
     return [run.run, run.state or "-", step, *figures, *map(_setting_cell, run.settings.values())]
 

@@ -11,6 +11,7 @@ import html
 import json
 import logging
 import math
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
@@ -18,12 +19,14 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from textgen.config import IMDB, TrainConfig
 from textgen.files import write_atomic
 from textgen.reporting.card import HUB
 from textgen.reporting.charts import Chart, Curve, Point, ReferenceLine, make_chart
 from textgen.reporting.compare import RunSummary, keep_differences, read_settings, summarize
+from textgen.reporting.profile import find_traces
 from textgen.runs.directory import DATA_NAME, SETTINGS_NAME, read_status
 from textgen.runs.environment import ENVIRONMENT_NAME
 from textgen.runs.metrics_file import METRICS_NAME, MetricsRow, is_number, read_metrics_lenient
@@ -57,6 +60,7 @@ SMALL_CHARTS = (
     ("train/gradient_norm", "Gradient norm", "before clipping"),
     ("train/flops_share", "Use of the device", "share of its peak"),
     ("train/data_share", "Waiting for data", "share of time"),
+    ("train/exchange_share", "Exchanging gradients", "share of time"),
 )
 
 # Measures of texts: title and unit.
@@ -93,6 +97,8 @@ class RunFiles:
     data: Mapping[str, Any]
     environment: Mapping[str, Any]
     measures: Mapping[str, Any]
+    traces: Sequence[Path]
+    """of `--profile`, by process"""
 
 
 def leave_report(run_dir: Path) -> None:
@@ -113,6 +119,7 @@ def write_report(run_dirs: Sequence[Path], path: Path) -> None:
 
     page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     page.filters["number"] = _number
+    page.filters["link"] = lambda file: quote(os.path.relpath(file, path.parent))
     template = Path(__file__).with_name("report_page.html").read_text(encoding="utf-8")
     names = [str(path) for path in run_dirs] if len(run_dirs) > 1 else [run_dirs[0].resolve().name]
     runs = [read_run_files(path, name) for path, name in zip(run_dirs, names, strict=True)]
@@ -162,6 +169,7 @@ def read_run_files(run_dir: Path, name: str) -> RunFiles:
         data=_read_object(run_dir / DATA_NAME),
         environment=_read_object(run_dir / ENVIRONMENT_NAME),
         measures=_read_measures(run_dir / MEASURES_NAME),
+        traces=find_traces(run_dir),
     )
 
 

@@ -6,6 +6,7 @@
 - `setup`: build a `Learner` and a `Training`: model, optimizer, DDP, CUDA graph
 - `validation`: score, sample, choose the best checkpoint
 - `metrics`: rows of metrics.jsonl: losses, speed, memory
+- `profile`: traces of some steps: `--profile`
 - `budget`: timed steps, `max_minutes`, the dry run
 - `tuning`: a search of learning rate and batch size by short trainings
 - `resume`: the training state as a checkpoint and back, on any number of processes

@@ -36,6 +36,7 @@ from textgen.tracking.tracker import RunEnd, Tracker
 from textgen.tracking.wandb import choose_wandb_id
 from textgen.training.budget import describe_cost, describe_request, describe_training, fit_steps
 from textgen.training.metrics import Meter, log_metrics, say_epoch
+from textgen.training.profile import Profile, check_profile
 from textgen.training.resume import (
     ResumePoint,
     checkpoint_bytes,
@@ -48,7 +49,7 @@ from textgen.training.resume import (
 )
 from textgen.training.setup import Training, build, refuse_graph
 from textgen.training.start import start_from_base
-from textgen.training.step import Learner, step_batches, train_step
+from textgen.training.step import Learner, span, step_batches, train_step
 from textgen.training.validation import draw_curve, log_validation, update_best, validate
 
 log = logging.getLogger("textgen")
@@ -165,6 +166,7 @@ def train_and_save(training: Training, run: RunDirectory) -> None:
         )
         return
     require_space(training, run)
+    check_profile(training.learner)
     if accelerator.is_main_process:
         write_run_files(training)
     tracker = start_tracking(training, run)
@@ -179,8 +181,9 @@ def train_and_save(training: Training, run: RunDirectory) -> None:
         with (
             _status_of_the_end(run, training.stop),  # inside the `try`: the status does not wait for W&B
             Progress("step", progress.total_steps, done=progress.step, per_epoch=training.loader.per_epoch) as bar,
+            Profile(training.learner, run) as profile,
         ):
-            run_steps(training, tracker, run, bar)
+            run_steps(training, tracker, run, bar, profile)
             finish_saving(training)
             run.write_status("finished", step=progress.step, total_steps=progress.total_steps)
     except Interrupted as interrupted:
@@ -201,7 +204,7 @@ def train_and_save(training: Training, run: RunDirectory) -> None:
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-def run_steps(training: Training, tracker: Tracker, run: RunDirectory, bar: Progress) -> None:
+def run_steps(training: Training, tracker: Tracker, run: RunDirectory, bar: Progress, profile: Profile) -> None:
     """Take all remaining steps; log, evaluate, sample and save at their intervals. Collective.
 
     Raises:
@@ -221,15 +224,21 @@ def run_steps(training: Training, tracker: Tracker, run: RunDirectory, bar: Prog
     if is_unscored_base or (evaluation_is_due() and progress.evaluated_step < progress.step):
         evaluate_and_save(training, tracker, run, bar, meter)
     remaining = step_batches(learner, training.loader, progress.total_steps) if not progress.finished else ()
+    profile.begin_or_end()
     for micro_batches, waiting in remaining:
         training.nats += train_step(learner, micro_batches)
         progress.step, progress.unlogged_steps = progress.step + 1, progress.unlogged_steps + 1
         meter.steps, meter.waited = meter.steps + 1, meter.waited + waiting
         epoch_end, evaluating = progress.step % per_epoch == 0, evaluation_is_due()
         saving = evaluating or (config.save_every is not None and progress.step % config.save_every == 0)
-        stopped = agree(training, agreement, now=saving)
+        agreeing = time.perf_counter()
+        with span("agree"):
+            stopped = agree(training, agreement, now=saving)
+        if accelerator.device.type == "cpu":  # a GPU would still be computing the step
+            meter.agreed += time.perf_counter() - agreeing
         if progress.step % config.log_every == 0 or evaluating or epoch_end:
-            bar.show(log_metrics(training, tracker, meter))
+            with span("log"):
+                bar.show(log_metrics(training, tracker, meter))
             meter = Meter()
         bar.update(progress.step)
         if epoch_end or progress.step == progress.total_steps:
@@ -239,9 +248,12 @@ def run_steps(training: Training, tracker: Tracker, run: RunDirectory, bar: Prog
         if stopped:
             launch.raise_if_stopped(accelerator, training.stop)
         if evaluating:
+            profile.end()
             evaluate_and_save(training, tracker, run, bar, meter)
         elif saving:
-            meter.paused += save(training)
+            with span("checkpoint"):
+                meter.paused += save(training)
+        profile.begin_or_end()
         if progress.finished:  # also by early stopping
             break
 
@@ -256,7 +268,7 @@ def evaluate_and_save(training: Training, tracker: Tracker, run: RunDirectory, b
     started = time.perf_counter()
     validation = validate(training, run)
     update_best(training.learner.progression, validation)
-    log_validation(training, validation, tracker, bar)
+    log_validation(training, validation, tracker, bar, seconds=time.perf_counter() - started)
     pause = save(training)
     if training.learner.accelerator.is_main_process and not training.is_trial:
         draw_curve(run)

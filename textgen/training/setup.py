@@ -101,6 +101,8 @@ def build_learner(
             # The hook of torch that Accelerate would register. DDP recognises it by its name and then requires NCCL;
             # gloo can add bfloat16 too, so a lambda hides the name.
             prepared_model.register_comm_hook(None, lambda group, bucket: bf16_compress_hook(group, bucket))
+        # Each row of metrics has a measured step: see `metrics.exchange_seconds`.
+        prepared_model._set_ddp_runtime_logging_sample_rate(config.log_every)  # type: ignore[no-untyped-call]
         settle_buckets(accelerator, model, prepared_model)
     return Learner(
         config=config,

@@ -90,12 +90,17 @@ def update_best(progress: Progression, validation: Validation) -> None:
     progress.finished = validation.stop_early or progress.step == progress.total_steps
 
 
-def log_validation(training: Training, validation: Validation, tracker: Tracker, bar: Progress) -> None:
-    """Print the score, and write a row of metrics with the samples."""
+def log_validation(
+    training: Training, validation: Validation, tracker: Tracker, bar: Progress, *, seconds: float
+) -> None:
+    """Print the score, and write a row of metrics with the samples and the seconds that both took."""
     learner, score, samples = training.learner, validation.score, validation.samples
     config, step = learner.config, learner.progression.step
     bar.sample(samples[0].prompt + samples[0].text if samples else "")
-    values: dict[str, float] = {"tokens": step * config.batch_size * config.seq_len}
+    values: dict[str, float] = {
+        "tokens": step * config.batch_size * config.seq_len,
+        "evaluate/pause_seconds": seconds,
+    }
     if score is not None:
         lossless = training.store.tokenizer.is_lossless
         values |= {"valid/loss": score.nats_per_token}
