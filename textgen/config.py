@@ -363,6 +363,9 @@ class TrainConfig:
     the losses"""
     distributed_timeout: float = 600.0
     """seconds that a process waits for another one before it ends the training"""
+    elastic: bool = False
+    """for `torchrun --nnodes MIN:MAX`: train also on fewer machines than Slurm or Accelerate promised. If the number of
+    processes does not divide the batch, wait `distributed_timeout` for another machine to come or go"""
     deterministic: bool = False
     """on CUDA: use deterministic kernels, which are slower; a resumed training then equals an uninterrupted one bit for
     bit"""

@@ -162,6 +162,37 @@ def test_promises_that_agree_are_kept(environment: dict[str, str], launch: Launc
     assert promised_world(environment, launch).processes == int(environment.get("WORLD_SIZE", "1"))
 
 
+ELASTIC = [
+    (SRUN | {"SLURM_STEP_NUM_TASKS": "2"} | torchrun(4, 4, 1), None),
+    (BATCH_SHELL | torchrun(4, 4, 1), None),
+    (torchrun(4, 4, 1), Launch(8, 2, "multi_node.yaml")),
+    (torchrun(4, 4, 1) | {"PMI_SIZE": "2"}, None),
+]
+
+
+@pytest.mark.parametrize(("environment", "launch"), ELASTIC)
+def test_elastic_world_may_be_smaller_than_promised(environment: dict[str, str], launch: Launch | None) -> None:
+    assert promised_world(environment, launch, elastic=True) == World(4, 4, 1)
+    with pytest.raises(TextgenError):
+        promised_world(environment, launch)
+
+
+@pytest.mark.parametrize(
+    ("environment", "launch"),
+    [
+        (SRUN | {"SLURM_STEP_NUM_TASKS": "2"} | torchrun(12, 4, 3), None),  # more than promised
+        (torchrun(12, 4, 3), Launch(8, 2, "multi_node.yaml")),
+        (torchrun(12, 4, 3) | {"PMI_SIZE": "2"}, None),
+        ({}, Launch(2, None, None)),  # no torchrun: each process would train alone
+        (SRUN, None),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, None),
+    ],
+)
+def test_elastic_world_is_of_torchrun_and_not_larger(environment: dict[str, str], launch: Launch | None) -> None:
+    with pytest.raises(TextgenError):
+        promised_world(environment, launch, elastic=True)
+
+
 def test_an_evaluation_may_use_a_part_of_a_job() -> None:
     assert promised_world(ONE_TASK, whole_job=False) == promised_world(BATCH_SHELL, whole_job=False) == World(1, 1, 1)
     with pytest.raises(TextgenError, match="srun started 4 tasks"):

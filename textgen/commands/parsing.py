@@ -64,7 +64,7 @@ HELP_GROUPS = {
     ),
     "processes and hardware": (
         "gradient_accumulation_steps", "mixed_precision", "gradient_compression", "distributed_timeout",
-        "deterministic", "cuda_graph", "profile",
+        "elastic", "deterministic", "cuda_graph", "profile",
     ),
 }  # fmt: skip
 METAVARS = {int: "N", float: "X", bool: "[true|false]", str: "TEXT"}

@@ -46,6 +46,7 @@ class ProcessGroup:
                 model=config.model,
                 seq_len=config.seq_len,
                 timeout=min(config.distributed_timeout, JOIN_SECONDS),
+                elastic=config.elastic,
             )
         except (ValueError, RuntimeError) as error:  # TextgenError, or some processes did not come in time
             return cls(None, problem=first_line(error))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import socket
+import time
 from datetime import timedelta
 from typing import Literal
 
@@ -12,12 +14,17 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.rendezvous import rendezvous
 
 from textgen.config import ModelConfig, Precision
 from textgen.distributed.signals import Interrupted, StopSignals
 from textgen.distributed.world import World, env_flag, promised_gpus, promised_world, read_launch
 from textgen.errors import TextgenError, first_line
 from textgen.hardware import has_bfloat16, has_float16, keep_freed_memory, prefers_float16, wants_mps
+
+log = logging.getLogger("textgen")
 
 LSTM_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of an LSTM's computation for each mixed_precision of accelerate."""
@@ -32,6 +39,7 @@ def start(
     seq_len: int = 1,
     timeout: float | None = None,
     deterministic: bool = False,
+    elastic: bool = False,
 ) -> Accelerator:
     """Join the other processes, then return the Accelerator for the chosen device and precision.
 
@@ -46,6 +54,7 @@ def start(
         timeout: seconds that a collective waits for the other processes; None for torch's: half an hour by gloo, ten
             minutes by NCCL.
         deterministic: use deterministic kernels of torch and CUDA.
+        elastic: accept fewer processes than promised, under torchrun.
 
     Raises:
         TextgenError: the batch cannot be divided, the environment contradicts the settings, this device does not
@@ -53,7 +62,7 @@ def start(
     """
     launch = read_launch(os.getppid())
     # The figures of an evaluation are the same on any number of machines, and an export needs one.
-    world = promised_world(os.environ, launch, whole_job=batch_size is not None)
+    world = promised_world(os.environ, launch, whole_job=batch_size is not None, elastic=elastic)
     if launch is not None and launch.use_cpu:  # accelerate passes this on to single processes only
         os.environ["ACCELERATE_USE_CPU"] = "true"
     _check_batch(world, batch_size, gradient_accumulation_steps)
@@ -70,6 +79,27 @@ def start(
     accelerator = _build_accelerator(precision, processes=world.processes, use_cpu=use_cpu, timeout=timeout)
     _assert_promised(accelerator, world.processes, device, precision)
     return accelerator
+
+
+def wait_for_divisor(batch_size: int, gradient_accumulation_steps: int, *, seconds: float) -> None:
+    """Under torchrun, wait while the number of processes does not divide the batch.
+
+    torchrun ends the processes and starts them again when a machine comes, which is none of its `--max_restarts`; an
+    error would use one up. Returns at once if the batch can be divided, and after `seconds` if no machine came.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if "TORCHELASTIC_RUN_ID" not in os.environ or not batch_size % (processes * gradient_accumulation_steps):
+        return
+    rows = batch_size // gradient_accumulation_steps
+    sizes = ", ".join(str(size) for size in range(1, rows + 1) if rows % size == 0)
+    log.warning(
+        "batch_size %d cannot be divided among %d processes, but among %s: waiting %.0f s for a machine to come or go",
+        batch_size,
+        processes,
+        sizes,
+        seconds,
+    )
+    time.sleep(seconds)
 
 
 def _check_batch(world: World, batch_size: int | None, gradient_accumulation_steps: int) -> None:
@@ -159,6 +189,8 @@ def _build_accelerator(precision: str, *, processes: int, use_cpu: bool, timeout
     if timeout is not None:
         handlers.append(InitProcessGroupKwargs(timeout=timedelta(seconds=timeout)))
     try:
+        if processes > 1:
+            _join_again(use_cpu=use_cpu, timeout=timeout)
         return Accelerator(
             cpu=use_cpu,
             mixed_precision=precision,
@@ -178,6 +210,23 @@ def _build_accelerator(precision: str, *, processes: int, use_cpu: bool, timeout
         raise TextgenError(
             f"the launcher promised {processes} processes, but they did not connect: {first_line(error)}"
         ) from error
+
+
+def _join_again(*, use_cpu: bool, timeout: float | None) -> None:
+    """Join the processes that one torchrun has started again after a failure, under names of this start. Collective.
+
+    torchrun's default rendezvous keeps its store, in which the processes would find the addresses of those that have
+    ended (torch 2.13, 2026-11-29). Several torchruns count their restarts separately; with `--rdzv_backend c10d` they
+    have a new store for each start.
+    """
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if restart == "0" or os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return
+    patience = default_pg_timeout if timeout is None else timedelta(seconds=timeout)
+    store, rank, size = next(rendezvous("env://", timeout=patience))
+    store = PrefixStore(f"restart-{restart}", store)
+    backend = "gloo" if use_cpu else "nccl"
+    torch.distributed.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=size)
 
 
 def _assert_promised(accelerator: Accelerator, processes: int, device: str, precision: str) -> None:

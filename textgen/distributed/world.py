@@ -57,13 +57,17 @@ class World:
     machines: int = 1
 
 
-def promised_world(environment: Mapping[str, str], launch: Launch | None = None, *, whole_job: bool = True) -> World:
+def promised_world(
+    environment: Mapping[str, str], launch: Launch | None = None, *, whole_job: bool = True, elastic: bool = False
+) -> World:
     """Return the world that the environment promises, after checking that all promises agree.
 
     Args:
         environment: environment of this process, with the result of `slurm_variables` added.
         launch: the settings of `accelerate launch`; None if it did not start this process.
         whole_job: whether the world must have all machines of a Slurm job.
+        elastic: whether the world may be smaller than promised, if torchrun made it: `--nnodes 1:2` does not tell the
+            processes how many machines it may have.
 
     Raises:
         TextgenError: two promises differ, or one asks for something that textgen does not support.
@@ -81,12 +85,14 @@ def promised_world(environment: Mapping[str, str], launch: Launch | None = None,
     processes = _positive_int(environment, "WORLD_SIZE") or 1
     local = _positive_int(environment, "LOCAL_WORLD_SIZE") or 1
     world = World(processes, local, _positive_int(environment, "GROUP_WORLD_SIZE") or -(-processes // local))
-    _compare_to_accelerate(world, launch)
-    _compare_to_step(world, environment)
-    if whole_job and not env_flag(environment, PART_OF_JOB):
+    elastic = elastic and "TORCHELASTIC_RUN_ID" in environment
+    _compare_to_accelerate(world, launch, elastic=elastic)
+    _compare_to_step(world, environment, elastic=elastic)
+    if whole_job and not elastic and not env_flag(environment, PART_OF_JOB):
         _compare_to_job(world, environment)
     for name in MPI_SIZES:
-        if (size := _positive_int(environment, name) or 1) not in (1, _tasks(world, environment)):
+        size, tasks = _positive_int(environment, name) or 1, _tasks(world, environment)
+        if size not in (1, tasks) and not (elastic and size > tasks):
             raise TextgenError(
                 f"MPI promised {size} processes ({name}), but each would train alone: start them with "
                 "`accelerate launch --multi_gpu`, torchrun or srun"
@@ -143,9 +149,9 @@ def read_launch(pid: int) -> Launch | None:
     )
 
 
-def _compare_to_accelerate(world: World, launch: Launch | None) -> None:
+def _compare_to_accelerate(world: World, launch: Launch | None, *, elastic: bool) -> None:
     """Raise TextgenError if accelerate started fewer or more processes or machines than its settings ask for."""
-    if launch is None:
+    if launch is None or (elastic and world.processes <= (launch.num_processes or world.processes)):
         return
     source = f"`{launch.config_file}`" if launch.config_file is not None else "its flags"
     if launch.num_processes is not None and launch.num_processes != world.processes:
@@ -211,10 +217,10 @@ def tasks_per_node(counts: str) -> list[int]:
     return [int(match[1]) for match in matches if match for _ in range(int(match[2] or 1))]
 
 
-def _compare_to_step(world: World, environment: Mapping[str, str]) -> None:
+def _compare_to_step(world: World, environment: Mapping[str, str], *, elastic: bool) -> None:
     """Raise TextgenError if srun's tasks are not all in this world."""
-    tasks = _positive_int(environment, "SLURM_STEP_NUM_TASKS") or 1
-    if "SLURM_STEP_ID" in environment and tasks > 1 and tasks != (joined := _tasks(world, environment)):
+    tasks, joined = _positive_int(environment, "SLURM_STEP_NUM_TASKS") or 1, _tasks(world, environment)
+    if "SLURM_STEP_ID" in environment and tasks > 1 and tasks != joined and not (elastic and tasks > joined):
         raise TextgenError(
             f"srun started {tasks} tasks, but the launcher in this task joined {joined}: add `--num_machines "
             f"{tasks} --machine_rank $SLURM_NODEID` and run one task per machine, or let srun start python "

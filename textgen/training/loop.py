@@ -113,6 +113,9 @@ def run_training(
 
 def start_processes(config: TrainConfig) -> Accelerator:
     """Start Accelerate, and check that all processes have the same settings. Collective."""
+    if config.elastic:
+        accumulation = config.gradient_accumulation_steps
+        launch.wait_for_divisor(config.batch_size, accumulation, seconds=config.distributed_timeout)
     accelerator = launch.start(
         config.mixed_precision,
         batch_size=config.batch_size,
@@ -121,6 +124,7 @@ def start_processes(config: TrainConfig) -> Accelerator:
         seq_len=config.seq_len,
         timeout=config.distributed_timeout,
         deterministic=config.deterministic,
+        elastic=config.elastic,
     )
     # Directories may have other names on other machines. `build_training` compares the text by content.
     settings = {n: v for n, v in asdict(config).items() if n not in ("run_dir", "data", "tokenizer", "tracking")}

@@ -51,7 +51,7 @@ SMALL_FILES_BYTES = 64 << 10
 HARMLESS = {
     "log_every", "keep_last", "save_every", "sample_prompts", "sample_temperatures", "sample_tokens", "tracking",
     "evaluate_every", "evaluate_documents", "gradient_accumulation_steps", "distributed_timeout", "stop_signal",
-    "deterministic", "cuda_graph",
+    "elastic", "deterministic", "cuda_graph",
 }  # fmt: skip
 # Dtypes of tensor files that may hold others than float32: an LSTM state has the dtype in which the LSTM computes.
 DTYPES_OF = {"lanes": ("F32", "F16", "BF16")}
