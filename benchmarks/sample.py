@@ -4,6 +4,7 @@ What a user waits for per token once the text runs: seconds of a long run of the
 one token, so start-up and reading of the model are not counted. A turn is a new process; turns are taken round by
 round. The plain loop is nn.LSTM in float32, softmax, torch.multinomial, and the text of each token, printed at batch 1;
 with oneDNN, as torch uses it by default, and without. `--before FOLDER` also measures the textgen of another checkout.
+On a machine with other work, `--cpu_time` counts the processor time of one thread instead of seconds.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ LENGTHS = {1: 6000, 32: 1000}  # tokens of a row
 PLAIN_LENGTHS = {1: 400, 32: 100}
 
 
+CLOCK = time.process_time if os.environ.get("OMP_NUM_THREADS") == "1" else time.perf_counter
+
+
 def seconds_per_token(kind: str, checkpoint: str, rows: int) -> float:
     """Return seconds per drawn token in this process: of `textgen`, `plain`, or `plain, oneDNN off`."""
     lengths = LENGTHS if kind == "textgen" else PLAIN_LENGTHS
@@ -37,10 +41,10 @@ def time_textgen(kind: str, checkpoint: str, rows: int, length: int) -> float:
 
     argv = [checkpoint, "--decoder", "int8", "--prompt", "The movie was", "--num_samples", str(rows)]
     argv += ["--min_new_tokens", str(length), "--max_new_tokens", str(length), "--batch_size", str(rows)]
-    started = time.perf_counter()
+    started = CLOCK()
     with open(os.devnull, "w") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         sample_command(argv)
-    return time.perf_counter() - started
+    return CLOCK() - started
 
 
 def time_plain(kind: str, checkpoint: str, rows: int, length: int) -> float:
@@ -49,7 +53,7 @@ def time_plain(kind: str, checkpoint: str, rows: int, length: int) -> float:
     from benchmarks.decode import Plain
     from textgen.model.files import load_model
 
-    started = time.perf_counter()
+    started = CLOCK()
     model, tokenizer = load_model(checkpoint)
     plain = Plain(model).eval()
     tokens, state = torch.full((rows,), tokenizer.bos_id), model.zero_state(rows)
@@ -63,7 +67,7 @@ def time_plain(kind: str, checkpoint: str, rows: int, length: int) -> float:
                 piece = text.push(token)
                 if rows == 1:
                     print(piece, end="", file=out, flush=True)
-    return time.perf_counter() - started
+    return CLOCK() - started
 
 
 def main() -> None:
@@ -72,6 +76,7 @@ def main() -> None:
     parser.add_argument("checkpoints", nargs="+")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=list(LENGTHS), choices=list(LENGTHS))
+    parser.add_argument("--cpu_time", action="store_true")
     parser.add_argument("--before", type=Path, help="folder of another checkout")
     parser.add_argument("--turn", nargs=3, help=argparse.SUPPRESS)  # kind, checkpoint, rows: what a turn's process does
     args = parser.parse_args()
@@ -79,7 +84,7 @@ def main() -> None:
         kind, checkpoint, rows = args.turn
         print(seconds_per_token(kind, checkpoint, int(rows)))
         return
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = {"clock": "processor time of one thread" if args.cpu_time else "seconds"}
     here = Path(__file__).parent.parent
     kinds = {"plain": here, "plain, oneDNN off": here, "textgen": here}
     kinds |= {} if args.before is None else {"before": args.before}
@@ -91,6 +96,7 @@ def main() -> None:
                     turn = ["textgen" if kind == "before" else kind, checkpoint, str(rows)]
                     command = [sys.executable, __file__, ".", "--turn", *turn]
                     env = os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{here}"}
+                    env |= {"OMP_NUM_THREADS": "1"} if args.cpu_time else {}
                     done = subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, text=True)
                     times[kind].append(float(done.stdout))
             figures[f"{Path(checkpoint).name}, batch {rows}"] = report(times, f"{checkpoint}, batch {rows}")
