@@ -1,4 +1,4 @@
-# make install | train | test | test-slow | check | docs | bench | quality | labels | adapt | auto-tokenizer | faults | scaling | gpu-pack: each sets up .venv first; a second call does not install again.
+# make install | train | test | test-slow | check | docs | bench | quality | labels | adapt | auto-tokenizer | faults | scaling | places | gpu-pack: each sets up .venv first; a second call does not install again.
 # make gpu runs on the packages of $(PYTHON) and installs nothing.
 PYTHON ?= python3
 BIN := .venv/bin
@@ -14,7 +14,7 @@ WORKERS ?= 2
 # Threads that wait must not spin: on a busy machine two-thread regions are many times slower otherwise.
 TEST_ENV := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
 
-.PHONY: install train test test-slow check docs bench quality labels adapt auto-tokenizer faults scaling gpu gpu-pack clean
+.PHONY: install train test test-slow check docs bench quality labels adapt auto-tokenizer faults scaling places gpu gpu-pack clean
 
 train: .venv/installed
 	$(BIN)/python train_distributed.py --config launch/presets/quick.yaml --run_dir $(RUN)
@@ -88,6 +88,12 @@ gpu:
 # What that machine lacks, to .gpu/: two packages and the encoded IMDB reviews, under 10 MB.
 gpu-pack: .venv/installed
 	$(BIN)/python -m benchmarks.first_gpu pack
+
+# Minutes, as root: schemas of Kubernetes, Kubeflow and SkyPilot, and the container's steps; results in docs/how-to/clusters.md.
+places: .venv/installed
+	tests/launch/places/make_environment.sh build/places
+	build/places/bin/python tests/launch/places/validate.py
+	$(BIN)/python -m tests.launch.places.container
 
 .venv/installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

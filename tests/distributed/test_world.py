@@ -123,6 +123,10 @@ def test_slurms_counts_of_tasks() -> None:
         ({}, Launch(1, 2, "my.yaml"), "asked for 2 machines .* joined 1"),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, None, "MPI promised 2 processes"),
         (torchrun(1, 1, 1) | {"OMPI_COMM_WORLD_SIZE": "2"}, None, "MPI promised 2 processes"),
+        # python in each of several pods or rented machines
+        ({"PET_NNODES": "2", "PET_NPROC_PER_NODE": "8"}, None, r"job has 2 machines \(PET_NNODES\), this training 1"),
+        (torchrun(8, 8, 1) | {"PET_NNODES": "2:4"}, None, r"the job has 2 machines \(PET_NNODES\), this training 1"),
+        ({"SKYPILOT_NUM_NODES": "4"}, None, r"the job has 4 machines \(SKYPILOT_NUM_NODES\), this training 1"),
         ({"ACCELERATE_USE_FSDP": "true"}, None, "configured to use FSDP"),
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, None, "configured to use DeepSpeed"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, None, "dynamo_backend INDUCTOR"),
@@ -153,6 +157,9 @@ def test_promises_that_do_not_agree_are_refused(
         (BATCH_SHELL | {"SLURM_JOB_NUM_NODES": "1"} | torchrun(4, 4, 1), Launch(4, None, None)),
         (SRUN | slurm_variables(SRUN) | {"PMI_SIZE": "4"}, None),
         (SRUN | {"SLURM_STEP_NUM_TASKS": "2"} | torchrun(8, 4, 2) | {"PMI_SIZE": "2"}, None),
+        (torchrun(16, 8, 2) | {"PET_NNODES": "2", "SKYPILOT_NUM_NODES": "2"}, None),
+        (torchrun(8, 8, 1) | {"PET_NNODES": "1:4"}, None),
+        ({"PET_NNODES": "2", "TEXTGEN_PART_OF_JOB": "1"}, None),
         ({}, Launch(1, 1, "accelerate_config.yaml")),
         ({}, Launch(None, None, None)),
         ({"ACCELERATE_DYNAMO_BACKEND": "NO", "ACCELERATE_USE_FSDP": "false"}, None),
@@ -167,6 +174,7 @@ ELASTIC = [
     (BATCH_SHELL | torchrun(4, 4, 1), None),
     (torchrun(4, 4, 1), Launch(8, 2, "multi_node.yaml")),
     (torchrun(4, 4, 1) | {"PMI_SIZE": "2"}, None),
+    (torchrun(4, 4, 1) | {"SKYPILOT_NUM_NODES": "2"}, None),
 ]
 
 

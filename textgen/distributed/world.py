@@ -17,6 +17,10 @@ from textgen.errors import TextgenError
 # MPI's launchers set one of these to the number of processes.
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 
+# Kubeflow's runtime and a Job of Kubernetes set the first for torchrun, SkyPilot sets the second for its commands: the
+# number of machines, of which torchrun may allow a range, 1:4.
+MACHINES = ("PET_NNODES", "SKYPILOT_NUM_NODES")
+
 # Wrappers of accelerate that textgen does not support (docs/decisions/0010-fsdp.md).
 UNSUPPORTED = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -90,6 +94,7 @@ def promised_world(
     _compare_to_step(world, environment, elastic=elastic)
     if whole_job and not elastic and not env_flag(environment, PART_OF_JOB):
         _compare_to_job(world, environment)
+        _compare_to_pods(world, environment)
     for name in MPI_SIZES:
         size, tasks = _positive_int(environment, name) or 1, _tasks(world, environment)
         if size not in (1, tasks) and not (elastic and size > tasks):
@@ -237,6 +242,17 @@ def _compare_to_job(world: World, environment: Mapping[str, str]) -> None:
             f"`srun {overlap}--nodes={nodes} --ntasks=N` with N processes in all, or as "
             f"`launch/slurm/train.sbatch` does; `{PART_OF_JOB}=1` allows a part of the job"
         )
+
+
+def _compare_to_pods(world: World, environment: Mapping[str, str]) -> None:
+    """Raise TextgenError if Kubernetes or SkyPilot started more machines than this world has."""
+    for name in MACHINES:
+        least = re.match("[0-9]+", environment.get(name, ""))
+        if least is not None and int(least[0]) > world.machines:
+            raise TextgenError(
+                f"the job has {least[0]} machines ({name}), this training {world.machines}: start it by torchrun on "
+                f"all of them, as launch/kubernetes/ and launch/sky.yaml do; `{PART_OF_JOB}=1` allows a part of the job"
+            )
 
 
 def promised_gpus(environment: Mapping[str, str]) -> str | None:
