@@ -75,7 +75,7 @@ def read_profile(path: Path) -> ProfiledSteps:
         TextgenError: the file is not a trace of `--profile`.
     """
     try:
-        with gzip.open(path) as file:
+        with gzip.open(path, "rb") as file:
             text = file.read(MAX_TRACE_BYTES + 1)
         if len(text) > MAX_TRACE_BYTES:
             raise ValueError("too large")
