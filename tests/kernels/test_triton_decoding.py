@@ -88,6 +88,16 @@ def test_later_layer_is_that_of_operators(
     assert all(torch.equal(part, old) for part, old in zip((x, hidden, cell), before, strict=True))
 
 
+@pytest.mark.parametrize(("rows", "size"), [(1, 40), (17, 72), (65, 32), (70, 96)])
+def test_a_layer_reads_no_further_than_its_rows(fused: ModuleType, rows: int, size: int) -> None:
+    weights = Weights.of([random_matrix(4 * size, size), random_matrix(4 * size, size)], torch.randn(4 * size))
+    x, hidden, cell = torch.full((3, rows + 4, size), math.nan)[:, :rows].normal_().unbind()
+    arguments = (x, hidden, cell, weights, None)
+    mine, wanted = fused.layer(*arguments, residual=False), plain.layer(*arguments, residual=False)
+    for part, other in zip(mine, wanted, strict=True):
+        assert_close(part, other)
+
+
 @pytest.mark.parametrize(("norm", "int8"), [(False, True), (True, False)])
 @pytest.mark.parametrize(("rows", "size"), SHAPES)
 def test_projection_is_that_of_operators(fused: ModuleType, rows: int, size: int, norm: bool, int8: bool) -> None:

@@ -248,7 +248,7 @@ def _product(  # type: ignore[no-untyped-def]
         if second is not None:
             source = tl.where(start < PADDED, x, second)
             k = k - tl.where(start < PADDED, 0, PADDED)
-        if SIZE % BLOCK == 0:
+        if SIZE == PADDED:
             part = tl.load(source + at + k[None, :], inside[:, None], 0.0)
         else:
             part = tl.load(source + at + k[None, :], inside[:, None] & (k < SIZE)[None, :], 0.0)
