@@ -228,6 +228,37 @@ def test_output_layer_draws_as_operators_do(
             assert torch.equal(getattr(results[0][4], name), value), name
 
 
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+@pytest.mark.parametrize("kind", ["one nan", "all nan"])
+@pytest.mark.parametrize("size", [64, 130])
+def test_a_row_of_nan_draws_a_token_of_the_vocabulary(fused: ModuleType, size: int, kind: str) -> None:
+    """Other rows draw as without it, and what a draw counts is written inside the arrays."""
+    rows, bad = 5, 2
+    others = torch.arange(rows) != bad
+    settings = rows_of(rows, size, everything=True)
+    logits = torch.randn(rows, size)
+    weights = Weights.of([torch.zeros(size, 8)], torch.randn(size))
+    wrong, bias = slice(5, 6) if kind == "one nan" else slice(None), torch.zeros(rows, size)
+    for changed in (settings, dataclasses.replace(settings, temperature=None)):
+        drawn = []
+        for value in (0.0, math.nan):
+            logits[bad, wrong] = bias[bad, wrong] = value
+            mine = copy(dataclasses.replace(changed, bias=bias))
+            _, of_output, _ = fused.output(
+                torch.zeros(rows, 8), weights, mine, unk_id=UNK, eos_id=EOS, keep=False, logprobs=False
+            )
+            for picks in (of_output, fused.pick(logits, mine)):
+                counts = torch.zeros(rows + 1, size, dtype=torch.int32)
+                out = torch.full((rows,), -1)
+                fused.draw(picks, dataclasses.replace(mine, counts=counts), eos_id=EOS, ended=None, out=out)
+                assert out.min() >= 0
+                assert out.max() < size
+                assert counts.sum(1).tolist() == [1] * rows + [0]
+                drawn.append(out[others])
+        assert torch.equal(drawn[0], drawn[2])
+        assert torch.equal(drawn[1], drawn[3])
+
+
 @pytest.mark.parametrize("rows", [1, 33])
 def test_output_layer_picks_the_same_tokens_of_a_product(fused: ModuleType, rows: int) -> None:
     weights = Weights.of([random_matrix(300, 40) * 3], torch.randn(300), norm=random_norm(40))

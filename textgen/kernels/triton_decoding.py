@@ -461,7 +461,8 @@ def _draw(  # type: ignore[no-untyped-def]
         below = tl.div_rn(below, tl.zeros_like(below) + tl.where(heat > 0, heat, 1.0))
         value = tl.where((heat == 1) | (heat == 0), value, value + below)
     # the first of equal values, as torch's argmax
-    drawn = tl.min(tl.where(valid & (value == tl.max(value, 0)), token, size), 0).to(tl.int64)
+    drawn = tl.min(tl.where(valid & (value == tl.max(value, 0)), token, size), 0)
+    drawn = tl.minimum(drawn, size - 1).to(tl.int64)  # NaN equals no value: any token, but none outside the arrays
     if ended is not None:
         drawn = tl.where(tl.load(ended + row) != 0, eos_id, drawn)
         tl.store(ended + row, (drawn == eos_id).to(tl.uint8))
