@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.decoding.test_cuda_graphs import MIXED, batch_of, requests_for, samples
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding import choose
+from textgen.decoding import choose, cuda_graphs
 from textgen.decoding.cuda_graphs import Buffers, GraphRunner, steps_in_place
 from textgen.decoding.decoders import Decoder, DecoderState
 from textgen.decoding.fused import FusedDecoder
@@ -141,6 +141,67 @@ def test_a_kernel_that_does_not_run_is_replaced_by_operators(
     with caplog.at_level(logging.WARNING, "textgen"):
         assert samples(Batch.run, decoder, tokenizer, requests) == wanted
     assert caplog.messages == ["kernel `layer` does not run here, torch's operators do: out of resource: shared memory"]
+
+
+def test_kernels_are_tried_with_few_and_many_rows(tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture) -> None:
+    """A kernel for many rows needs more shared memory; no text changes its decoder in the middle."""
+
+    def refusing_from(num_rows: int, name: str) -> Any:
+        operation = getattr(fused_decoding, name)
+        rows_of = {"layer": 1, "linear": 0}[name]
+        return lambda *given, **more: (refuse if len(given[rows_of]) >= num_rows else operation)(*given, **more)
+
+    kernels = kernels_but()
+    kernels.linear, kernels.layer = refusing_from(17, "linear"), refusing_from(65, "layer")  # type: ignore[attr-defined]
+    decoder = FusedDecoder(build(PLAIN, tokenizer), kernels)
+    with caplog.at_level(logging.WARNING, "textgen"):
+        decoder.try_kernels()
+    assert decoder.fused == ("output", "pick", "draw")
+    assert caplog.messages == []
+
+
+def test_an_error_that_is_not_the_kernels_replaces_none(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kernels = kernels_but("linear")
+    decoder = FusedDecoder(build(PLAIN, tokenizer), kernels)
+    tokens, state = torch.zeros(1, dtype=torch.int64), [torch.zeros(1, 40) for _ in range(6)]
+
+    def no_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    kernels.layer = no_memory  # type: ignore[attr-defined]
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        decoder.step(tokens, state)
+    kernels.layer = fused_decoding.layer  # type: ignore[attr-defined]
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "device", torch.device("cuda"))
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        with pytest.raises(RuntimeError, match=r"out of resource: shared memory$"):
+            decoder.step(tokens, state)
+    assert decoder.fused == ("layer", "linear", "output", "pick", "draw")
+    assert caplog.messages == []
+
+
+def test_graphs_are_captured_again_without_a_replaced_kernel(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "CAPTURE_AFTER", {8: 0})
+    kernels, captured = kernels_but(), []
+    decoder = FusedDecoder(build(PLAIN, tokenizer, ending=-1000.0), kernels)
+
+    def capture(buffers: Buffers, count: int) -> Any:
+        captured.append(decoder.fused)
+        return lambda: steps_in_place(buffers, count)
+
+    runner = GraphRunner(decoder, capture=capture)
+    few, many = (requests_for([SamplingConfig()], count, [8]) for count in (2, 4))
+    samples(runner, decoder, tokenizer, few)
+    kernels.layer = refuse  # type: ignore[attr-defined]
+    for requests in (many, few, few):
+        samples(runner, decoder, tokenizer, requests)
+    everything = ("layer", "linear", "output", "pick", "draw")
+    assert captured == [everything, everything, everything[1:]]
 
 
 def test_decoder_on_a_gpu_is_fused_where_kernels_run(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,7 +205,8 @@ class GraphRunner:
     def _slot(self, batch: Batch) -> _Slot:
         """Return the slot of a batch's kind; make it if it is missing, and drop the least recently used slots."""
         num_rows = 1 << (len(batch.samples) - 1).bit_length()
-        key = (num_rows, *batch.sampling.features)
+        # graphs captured before a kernel was replaced would still replay it
+        key = (num_rows, batch.decoder.fused, *batch.sampling.features)
         if key not in self._slots:
             self._slots[key] = _Slot(key, Buffers.like(batch, num_rows))
         self._slots.move_to_end(key)

@@ -56,6 +56,11 @@ class Decoder:
         self.device = model.embedding.weight.device
 
     @property
+    def fused(self) -> tuple[str, ...]:
+        """Names of the operations that fused kernels compute, see `fused.FusedDecoder`."""
+        return ()
+
+    @property
     def description(self) -> str:
         """Return name, device and reason of the choice as one line."""
         device = f"{self.device.type}, in graphs" if self.in_graphs else self.device.type

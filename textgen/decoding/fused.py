@@ -19,7 +19,7 @@ from torch import Tensor
 
 from textgen.config import SamplingConfig
 from textgen.decoding.decoders import Decoder, DecoderState, gates_last, table_parts
-from textgen.decoding.sampling import SamplingState, new_sampling_state, process_logits
+from textgen.decoding.sampling import SamplingState, new_sampling_state, process_logits, select_sampling_state
 from textgen.errors import first_line
 from textgen.kernels import fused_decoding
 from textgen.kernels.fused_decoding import Rows, Weights
@@ -82,10 +82,9 @@ class FusedDecoder(Decoder):
         self._residual = config.residual
 
     @property
-    def fused(self) -> list[str]:
-        """Names of the operations that kernels compute."""
-        operations = ["layer", "linear", "output", "pick", "draw"]
-        return [name for name in operations if self._kernels is not None and name not in self._refused]
+    def fused(self) -> tuple[str, ...]:
+        operations = ("layer", "linear", "output", "pick", "draw")
+        return tuple(name for name in operations if self._kernels is not None and name not in self._refused)
 
     @property
     def description(self) -> str:
@@ -100,23 +99,35 @@ class FusedDecoder(Decoder):
 
     @torch.inference_mode()
     def try_kernels(self) -> None:
-        """Run every kernel once, on one row. Those that do not run here are replaced, and `description` says so."""
-        tokens = torch.zeros(1, dtype=torch.int64, device=self.device)
-        state = [
-            torch.zeros(1, self.model.config.hidden_size, device=self.device) for _ in range(2 * len(self._layers))
-        ]
-        self.step(tokens, state)
-        for config in (SamplingConfig(), SamplingConfig(min_p=0.5)):  # `pick` comes after filters
-            row = new_sampling_state(config, (), 0, vocab_size=self.vocab_size, device=self.device)
-            self.advance(tokens, state, row, unk_id=0, eos_id=0)
+        """Run every kernel for few, some and many rows, which are compiled to different code.
+
+        Those that do not run here are replaced, and `description` says so.
+        """
+        for num_rows in (1, 17, 65):
+            tokens = torch.zeros(num_rows, dtype=torch.int64, device=self.device)
+            size, num_parts = self.model.config.hidden_size, 2 * len(self._layers)
+            state = [torch.zeros(num_rows, size, device=self.device) for _ in range(num_parts)]
+            self.step(tokens, state)
+            for config in (SamplingConfig(), SamplingConfig(min_p=0.5)):  # `pick` comes after filters
+                row = new_sampling_state(config, (), 0, vocab_size=self.vocab_size, device=self.device)
+                self.advance(tokens, state, select_sampling_state(row, tokens), unk_id=0, eos_id=0)
         self._tried = True
 
     def _run(self, name: str, *arguments: Any, **settings: Any) -> Any:
-        """Run an operation of `fused_decoding` by its kernel, or by torch's operators if the kernel does not run."""
+        """Run an operation of `fused_decoding` by its kernel, or by torch's operators if the kernel does not run.
+
+        Raises:
+            OutOfMemoryError: torch's allocator has no memory, which says nothing of the kernel.
+            RuntimeError: the kernel failed while a graph is captured; outside of one it may run.
+        """
         if self._kernels is not None and name not in self._refused:
             try:
                 return getattr(self._kernels, name)(*arguments, **settings)
+            except torch.OutOfMemoryError:
+                raise
             except Exception as error:  # Triton raises many kinds: no compiler, too little shared memory
+                if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(first_line(error)) from error
                 self._refused[name] = first_line(error)
                 if self._tried:  # else `description` says it
                     log.warning("kernel `%s` does not run here, torch's operators do: %s", name, first_line(error))
