@@ -57,6 +57,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"xtc_probability": 0.5, "xtc_threshold": 0.01},
     {"xtc_probability": 1.0, "xtc_threshold": 0.0, "top_p": 0.6},
     {"xtc_probability": 0.9, "xtc_threshold": 0.05, "temperature": 0.5, "top_k": 20, "min_p": 0.01},
+    {"xtc_probability": 0.8, "xtc_threshold": 0.02, "top_p": 0.9},
 ]
 
 # settings that need the host, or torch
@@ -197,6 +198,17 @@ def test_a_nucleus_that_ends_between_two_sums_is_cut_where_torch_cuts_it(tokeniz
     settings = [{"top_p": k / 16, "seed": seed, "min_new_tokens": 9999} for k in range(1, 17) for seed in range(2)]
     _, num_early = compare(*(batch_of(decoder, tokenizer, settings, 32) for _ in range(2)), calls=40)
     assert num_early > 0
+
+
+@compiled
+@pytest.mark.parametrize("threshold", [0.02, 0.1])
+def test_xtc_after_a_nucleus_leaves_few_steps_to_torch(
+    decoder: CellDecoder, tokenizer: Tokenizer, threshold: float
+) -> None:
+    """A token in doubt at the border of the nucleus is common in a batch; that XTC or the draw depends on it is not."""
+    setting = {"xtc_probability": 1.0, "xtc_threshold": threshold, "top_p": 0.97, "min_new_tokens": 9999}
+    num_steps, _ = compare(*(batch_of(decoder, tokenizer, [setting], 33) for _ in range(2)), calls=20)
+    assert num_steps > 100, "about 20 if each token in doubt ended a call"
 
 
 # --- whole texts -----------------------------------------------------------------------------------------------------

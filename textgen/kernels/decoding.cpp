@@ -602,29 +602,31 @@ static Limits keep_top_p(const float* values, int64_t size, float kept, float mo
     return limits;
 }
 
-// Return the least value whose probability reaches the threshold of XTC, of values (size), a multiple of 16, from `kept`
-// on; +infinity if none does; nan if rounding may decide: torch adds the same powers in float32, in at least 8 sums.
-static float least_choice(const float* values, int64_t size, float kept, float most, float threshold, Exp exp,
+// Return the least value whose probability reaches the threshold of XTC, of values (size), a multiple of 16, that
+// `kept` keeps; +infinity if none does; nan if rounding may decide. torch adds the same powers in float32, in at least 8
+// sums, with some of the values in doubt: its sum lies between that of the surely kept and that of all possible ones.
+static float least_choice(const float* values, int64_t size, Limits kept, float most, float threshold, Exp exp,
                           Scratch& scratch) {
     scratch.powers.resize(size);
     float *powers = scratch.powers.data(), least = std::numeric_limits<float>::infinity();
-    double sum = 0;
+    double sum = 0, doubtful = 0;
     for (int64_t i = 0; i < size; i += 16) {
         const __m512 x = _mm512_loadu_ps(values + i);
-        const __mmask16 reaches = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kept), _CMP_GE_OQ);
+        const __mmask16 reaches = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kept.possible), _CMP_GE_OQ);
+        const __mmask16 surely = _mm512_cmp_ps_mask(x, _mm512_set1_ps(kept.sure), _CMP_GE_OQ);
         const __m512 power = _mm512_maskz_mov_ps(reaches, exp(_mm512_sub_ps(x, _mm512_set1_ps(most))));
         _mm512_storeu_ps(powers + i, power);
-        sum += _mm512_reduce_add_ps(power);
+        sum += _mm512_mask_reduce_add_ps(surely, power);
+        if (reaches != surely) doubtful += _mm512_mask_reduce_add_ps(reaches & ~surely, power);
     }
     const double error = 0x1p-15 + size * 0x1p-27;
-    const double sure = threshold * sum * (1 + error), possible = threshold * sum * (1 - error);
+    const double sure = threshold * (sum + doubtful) * (1 + error), possible = threshold * sum * (1 - error);
     if (threshold > 0 && threshold < 1e-30f) return std::nanf("");
     for (int64_t i = 0; i < size; i++) {
-        if (values[i] < kept || values[i] == -std::numeric_limits<float>::infinity()) continue;
-        if (powers[i] >= sure)
-            least = std::min(least, values[i]);
-        else if (powers[i] >= possible)
-            return std::nanf("");
+        if (values[i] < kept.possible || values[i] == -std::numeric_limits<float>::infinity()) continue;
+        if (powers[i] < possible) continue;
+        if (powers[i] < sure || values[i] < kept.sure) return std::nanf("");
+        least = std::min(least, values[i]);
     }
     return least;
 }
@@ -708,9 +710,7 @@ static int64_t draw_token(float* logits, int64_t size, const Rows& rows, int64_t
     }
     float least = std::numeric_limits<float>::infinity();
     if (excludes) {
-        for (int64_t i = 0; i < size; i++)  // the probabilities depend on what is kept
-            if (values[i] >= limits.possible && values[i] < limits.sure) return -1;
-        least = least_choice(values, whole, limits.sure, most, rows.xtc_threshold[row], exp, scratch);
+        least = least_choice(values, whole, limits, most, rows.xtc_threshold[row], exp, scratch);
         if (std::isnan(least)) return -1;
     }
     // Draw from all tokens that may be kept. If the drawn one is surely kept, it is also drawn without the others.
