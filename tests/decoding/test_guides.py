@@ -16,12 +16,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding import generation, guides
+from textgen.decoding import generation, guides, sampling
 from textgen.decoding.cuda_graphs import GraphRunner, steps_in_place
 from textgen.decoding.decoders import CellDecoder, Decoder
 from textgen.decoding.generation import Request, Sample, generate_stream, require_drawable, sample_all
 from textgen.decoding.guides import compile_regex, count_positions, encode_choices, score_choices
-from textgen.decoding.sampling import draw_item
+from textgen.decoding.sampling import draw_item, draw_unmasked, new_sampling_state
+from textgen.kernels import decoding as decoding_kernels
 from textgen.kernels.decoding import compiled_code
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer
@@ -185,6 +186,24 @@ def test_texts_are_the_same_if_only_refused_tokens_are_masked(
     assert some_masked == samples()
     if compiled_code() is not None and "top_k" not in more:
         assert num_some < 0.8 * len(num_masks)
+
+
+def test_logits_are_processed_once_where_there_is_no_compiled_draw(monkeypatch: pytest.MonkeyPatch) -> None:
+    processed: list[int] = []
+    plain = sampling.process_logits
+    monkeypatch.setattr(sampling, "process_logits", lambda *rest, **more: processed.append(1) or plain(*rest, **more))
+    monkeypatch.setattr(decoding_kernels, "compiled_code", lambda: None)
+
+    def unmasked(temperature: float) -> torch.Tensor | None:
+        config = SamplingConfig(temperature=temperature)
+        state = new_sampling_state(config, (), 0, vocab_size=9, device=torch.device("cpu"))
+        return draw_unmasked(torch.arange(9.0)[None], state, eos_id=0)
+
+    assert unmasked(0.7) is None
+    assert not processed, "the draw with masks does it"
+    greedy = unmasked(0.0)
+    assert greedy is not None, "it needs no compiled code"
+    assert greedy.tolist() == [8]
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])

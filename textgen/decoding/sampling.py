@@ -548,6 +548,8 @@ def draw_unmasked(logits: Tensor, state: SamplingState, *, eos_id: int) -> Tenso
     """
     if any(name in state.tensors for name in FILTERS):
         return None
+    if not state.greedy and not decoding_kernels.can_read(logits, state.tensors.get("temperature")):
+        return None
     processed = process_logits(logits, state, eos_id=eos_id)
     if state.greedy:
         return processed.argmax(-1)

@@ -233,6 +233,11 @@ def uniform(keys: Tensor, steps: Tensor, coordinate: int) -> Tensor | None:
     return values
 
 
+def can_read(logits: Tensor, temperature: Tensor | None) -> bool:
+    """Return whether there is compiled code for logits (batch, vocab_size) and temperatures (batch, 1)."""
+    return _code_for(logits, temperature) is not None
+
+
 def _code_for(logits: Tensor, temperature: Tensor | None) -> ctypes.CDLL | None:
     """Return the compiled code if it can read these logits and temperatures; None otherwise."""
     if logits.device.type != "cpu" or logits.dtype != torch.float32 or logits.dim() != 2 or logits.stride(1) != 1:
