@@ -143,6 +143,22 @@ def test_the_order_is_a_function_of_the_step(micro_batches: int, first: int) -> 
     assert torch.equal(ahead[-1]["tokens"], again[-1]["tokens"])
 
 
+@pytest.mark.parametrize("labels", [None, [10 * SOURCE + i for i in range(9)]])
+def test_a_step_back_inside_one_long_document_reads_the_same(labels: list[int] | None) -> None:
+    """Timed steps are read again from the first one: here before a document ends that the last of them read."""
+    splits = {name: split_of(i, [200] * 9, labels) for i, name in enumerate("ab")}
+    mixture = Mixture(splits, {"a": 1, "b": 1}, batch_size=1, seq_len=16)
+    whole = read(mixture, range(40))
+    sampler = LaneSampler(batch_size=1, micro_batches=1, steps=range(40))
+    loader = build_mixed_loader(mixture, sampler, seed=SEED)
+    for timed in range(1, 40):
+        sampler.steps = range(timed)
+        list(loader)
+        sampler.steps = range(40)
+        for wanted, batch in zip(whole, loader, strict=True):
+            assert all(torch.equal(batch[name], wanted[name]) for name in wanted), timed
+
+
 def test_targets_follow_inputs_and_windows_follow_each_other() -> None:
     mixture, _ = mixture_of(
         {"a": 2.5, "b": 1.5}, [random_lengths(60, longest=40), random_lengths(30, longest=70)], batch_size=4, seq_len=6

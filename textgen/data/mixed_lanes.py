@@ -184,6 +184,7 @@ class _SharedLane:
     def _begin(self) -> None:
         self._turns = self._take_turns()
         self._held = deque([next(self._turns)])
+        self._window = 0  # the last one that was read
 
     def _take_turns(self) -> Iterator[_Turn]:
         sources = [source for source in self._mixture.sources if source.part]
@@ -215,8 +216,9 @@ class _SharedLane:
         """Return inputs and targets of a window, each (1, seq_len) int64."""
         seq_len = self._mixture.seq_len
         start, stop = window * seq_len, (window + 1) * seq_len + 1
-        if start < self._held[0].position:
+        if window < self._window:  # turns after this window may be held, and turns of it be gone
             self._begin()
+        self._window = window
         while self._held[-1].after < stop or self._held[0].after <= start:
             if self._held[0].after <= start and len(self._held) > 1:
                 self._held.popleft()
