@@ -62,7 +62,12 @@ def _parse(argv: Sequence[str]) -> Any:
     parser.add_argument("--text", action="append", help="text to classify; can be given several times")
     parser.add_argument("--data", default=None, help=f"texts to classify: {DATA}")
     add_reading_flags(parser, labels=True)
-    parser.add_argument("--limit", type=int | None, default=None, help="classify the first N documents of `data` only")
+    parser.add_argument(
+        "--limit",
+        type=int | None,
+        default=None,
+        help="classify the first N documents of `data` only; of a split, N of each source",
+    )
     parser.add_argument("--head", default=None, help="folder of a head, which judges in place of the bits")
     parser.add_argument("--train", default=None, help=f"train the head of `head` on texts with labels: {DATA}")
     parser.add_argument("--seed", type=int, default=0, help="with `train`: seed of weights, dropout and order")

@@ -42,7 +42,7 @@ def _parse(argv: Sequence[str]) -> Any:
         help="documents to score: a file, folder or glob, or a split of the training's data",
     )
     add_reading_flags(parser)
-    parser.add_argument("--limit", type=int, default=200, help="score the first N documents only")
+    parser.add_argument("--limit", type=int, default=200, help="score the first N documents only, of each source")
     parser.add_argument("--batch_size", type=int, default=128, help="documents that are read side by side")
     args = parser.parse_args(list(argv))
     args.reading = reading_settings(args)

@@ -30,7 +30,12 @@ def add_text_arguments(parser: Parser) -> None:
         help="documents: a file, folder or glob, or a split of the training's data: train, validation, test",
     )
     add_reading_flags(parser)
-    parser.add_argument("--limit", type=int | None, default=None, help="read the first N documents of `--data` only")
+    parser.add_argument(
+        "--limit",
+        type=int | None,
+        default=None,
+        help="read the first N documents of `--data` only; of a split, N of each source",
+    )
 
 
 def check_text_arguments(args: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from textgen.config import SPLITS, DataConfig, TrainConfig
@@ -29,13 +29,14 @@ def texts_by_source(
 ) -> tuple[dict[str, list[str]], dict[str, float]]:
     """Return the texts of `documents_to_score` by source, and the weights of the sources.
 
-    They are by source if `data` is a split of a training on several sources; `limit` is then of each. Else they are
-    under the name "".
+    They are by source if `data` is a split of a training on several sources. Else they are under the name "".
     """
-    if data not in SPLITS or checkpoint is None or not (store := store_of(checkpoint)).sources:
+    if data not in SPLITS or checkpoint is None:
         return {"": texts_to_score(checkpoint, data, settings, limit=limit, normalization=normalization)}, {"": 1.0}
-    texts = {name: list(islice(_read(store, split), limit)) for name, split in store.split_by_source(data).items()}
-    return texts, {source.name: source.weight for source in _settings_of(checkpoint).data.sources}
+    texts = {name: list(its) for name, its in _read_sources(store_of(checkpoint), data, limit).items()}
+    if not any(texts.values()):
+        raise TextgenError(f"`{data}` holds no documents")
+    return texts, {source.name: source.weight for source in _settings_of(checkpoint).data.sources} or {"": 1.0}
 
 
 def documents_to_score(
@@ -49,7 +50,7 @@ def documents_to_score(
         checkpoint: its directory; None for a model without a record of its training text.
         data: a file, folder or glob, or a split.
         settings: how files are read.
-        limit: the first ones only.
+        limit: the first ones only; of a split, those of each source.
         normalization: the one of the model's training text.
 
     Raises:
@@ -58,12 +59,12 @@ def documents_to_score(
     if data in SPLITS:
         if checkpoint is None:
             raise TextgenError(f"the model has no record of its training text: give `--data` a file, not `{data}`")
-        texts = read_split(store_of(checkpoint), data)
+        texts: Iterator[str] = chain.from_iterable(_read_sources(store_of(checkpoint), data, limit).values())
     else:
         documents = (text for text in read_documents([data], settings) if text.strip())
-        texts = (copy_label(normalize(text, normalization), text) for text in documents)
+        texts = islice((copy_label(normalize(text, normalization), text) for text in documents), limit)
     text = None
-    for text in islice(texts, limit):
+    for text in texts:
         yield text
     if text is None:
         raise TextgenError(f"`{data}` holds no documents")
@@ -72,6 +73,12 @@ def documents_to_score(
 def read_split(store: TokenStore, name: str) -> Iterator[str]:
     """Yield the texts of a split's documents, with their labels if the store has labels."""
     return _read(store, store.split(name))
+
+
+def _read_sources(store: TokenStore, split: str, limit: int | None) -> dict[str, Iterator[str]]:
+    """Return the first documents of a split by source; a single source has the name ""."""
+    parts = store.split_by_source(split) if store.sources else {"": store.split(split)}
+    return {name: islice(_read(store, part), limit) for name, part in parts.items()}
 
 
 def _read(store: TokenStore, split: Split) -> Iterator[str]:
