@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from textgen.config import DataConfig, SourceConfig, TokenizerConfig
+from textgen.config import DataConfig, SourceConfig, TokenizerConfig, TrainConfig
 from textgen.data import store as stores
 from textgen.data.labels import label_of
 from textgen.data.mixture import open_sources
 from textgen.data.store import TokenStore, find_prepared, prepare_store
 from textgen.data.texts import read_split
+from textgen.diagnosis.inputs import find_data
 from textgen.errors import TextgenError
 from textgen.settings import build_settings
 
@@ -153,8 +154,12 @@ def test_a_store_that_is_given_has_the_sources_that_are_given(tmp_path: Path) ->
         ([], "holds `a`, `b`, and `data.sources`, which gives the weights, has none"),
         (sources[:1], "holds `a`, `b`, and `data.sources`, which gives the weights, has `a`"),
     ):
+        data = build_settings(DataConfig, given | {"sources": wrong})
         with pytest.raises(TextgenError, match=message):
-            prepare_store(build_settings(DataConfig, given | {"sources": wrong}), TokenizerConfig())
+            prepare_store(data, TokenizerConfig())
+        check, found = find_data(TrainConfig(data=data))  # of `textgen doctor`
+        assert (check.status, found) == ("fail", None)
+        assert message in check.advice
 
 
 def test_the_tokenizer_is_trained_on_a_part_of_each_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

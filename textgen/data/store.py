@@ -241,7 +241,7 @@ def prepare_store(
                 "same texts makes it again"
             )
         store = TokenStore.open(data.store)
-        _check_sources(data, store)
+        check_sources(data, store)
         _name_unused(data, tokenizer)
         return store
     cache = _make_cache(data.cache_dir)
@@ -265,7 +265,7 @@ def prepare_store(
     return store
 
 
-def _check_sources(data: DataConfig, store: TokenStore) -> None:
+def check_sources(data: DataConfig, store: TokenStore) -> None:
     """Raise TextgenError unless a store that is given has the sources whose weights are given."""
     have, given = sorted(store.sources), sorted(source.name for source in data.sources)
     if have != given:

@@ -47,16 +47,18 @@ def find_store(config: TrainConfig) -> tuple[str, TokenStore | None]:
     """Return a description of the text, and its token store; None if `prepare_store` has not made the store.
 
     Raises:
-        TextgenError, TokenizerError: the text, the tokenizer or the named store does not exist.
+        TextgenError, TokenizerError: the text, the tokenizer or the named store does not exist, or the store has other
+            sources.
     """
     # Imported here, so that a missing package (sentencepiece, pyarrow) fails this check and not the whole command.
     from textgen.data.mixture import open_sources
-    from textgen.data.store import TokenStore, find_prepared
+    from textgen.data.store import TokenStore, check_sources, find_prepared
     from textgen.training.resume import keep_reading_rules
 
     config = keep_reading_rules(config)
     if config.data.store is not None:
         store = TokenStore.open(config.data.store)
+        check_sources(config.data, store)
         return str(store.record["source"]), store
     corpus = open_sources(config.data)
     return corpus.description, find_prepared(config.data, config.tokenizer, corpus)
