@@ -104,6 +104,28 @@ def test_what_one_source_holds_out_no_other_trains_on(tmp_path: Path, caplog: py
         )
 
 
+def test_no_source_trains_on_the_end_of_a_document_that_another_holds_out(tmp_path: Path) -> None:
+    """The end of a document that is long in one source is held out; in others it may be whole, or cut elsewhere."""
+    book = (" ".join(text for text, _ in rows_of("page", 60)), None)
+    a = {"weight": 1, "files": [write(tmp_path / "a.jsonl", [*rows_of("a", 5), book])]}
+    b = {"weight": 1, "files": [write(tmp_path / "b.jsonl", [*rows_of("b", 25), book])], "validation_fraction": 0}
+    write(tmp_path / "c" / "train.jsonl", rows_of("c", 9))
+    write(tmp_path / "c" / "validation.jsonl", [book])
+    c = {"weight": 1, "files": [str(tmp_path / "c")]}
+
+    def books(**sources: dict[str, Any]) -> dict[str, list[str]]:
+        store = prepare(tmp_path / "cache", *({"name": name} | source for name, source in sources.items()))
+        return {name: [t for t in texts(store, name, "train") if t.startswith("page")] for name in sources}
+
+    (start,) = books(a=a)["a"]
+    assert len(start) < 0.95 * len(book[0])
+    assert books(a=a, b=b) == {"a": [start], "b": []}
+    assert books(b=b, twice=b) == {"b": [book[0]], "twice": [book[0]]}
+    assert books(a=a, twice=a) == {"a": [start], "twice": [start]}
+    assert books(a=a, other=a | {"validation_fraction": 0.3}) == {"a": [], "other": []}
+    assert books(a=a, c=c) == {"a": [], "c": []}
+
+
 def test_labels_of_all_sources_are_one_list(tmp_path: Path) -> None:
     a = [(f"a text {i}", ["pos", None, "neg"][i % 3]) for i in range(30)]
     b = [(f"b text {i}", ["5", "pos"][i % 2]) for i in range(30)]

@@ -94,6 +94,8 @@ class CleanCorpus:
     """split -> for each document the place of its label in `label_names`, or -1; {} for a corpus without labels"""
     hashes: Mapping[str, Hashes] = field(default_factory=dict)
     """split -> of its documents; {} unless `clean_corpus` was asked to keep them"""
+    cuts: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    """hash of each document that was cut -> of its start in train, and of its end in validation"""
     sources: Mapping[str, CleanCorpus] = field(default_factory=dict)
     """the corpora that a corpus of several sources is made of, by name, in the order of its documents"""
 
@@ -359,6 +361,8 @@ def clean_corpus(corpus: Corpus, config: DataConfig, *, keep_hashes: bool = Fals
     labels = {split: of_split.labels for split, of_split in hashed.items()}
     test = np.append(_imdb_test_hashes(), hashes.get("test", hashes["train"][:0]))
     held_out = np.zeros(len(hashes["train"]), dtype=np.bool_)
+    whole = hashes["train"]
+    cut: list[int] = []
     if "validation" not in hashes:
         corpus, hashes, held_out, cut = _hold_out(corpus, config, hashes, sizes=hashed["train"].sizes, test=test)
         labels["ends"] = labels["train"][cut]
@@ -395,7 +399,10 @@ def clean_corpus(corpus: Corpus, config: DataConfig, *, keep_hashes: bool = Fals
     }
     digests = {split: _digest(its, config.normalization) for split, its in of_split.items()}
     clean = CleanCorpus(corpus.description, counts, digests, corpus, parts, config.normalization)
-    clean = replace(clean, hashes=of_split) if keep_hashes else clean
+    if keep_hashes:
+        starts_and_ends = zip(hashes["train"][cut].tolist(), hashes["ends"].tolist() if cut else (), strict=True)
+        cuts = dict(zip(whole[cut].tolist(), starts_and_ends, strict=True))
+        clean = replace(clean, hashes=of_split, cuts=cuts)
     return _add_labels(clean, labels, numbers) if config.label_column or config.label_folders else clean
 
 

@@ -6,14 +6,14 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 
 from textgen.config import DataConfig
-from textgen.data.corpus import CleanCorpus, Corpus, clean_corpus, leave_out, open_corpus
+from textgen.data.corpus import CleanCorpus, Corpus, Hashes, clean_corpus, leave_out, open_corpus
 from textgen.data.labels import NO_LABEL, Labels, natural_key
 from textgen.errors import TextgenError
 
@@ -45,7 +45,8 @@ def clean_sources(corpus: Corpus, config: DataConfig) -> CleanCorpus:
     """Decide which documents of several sources are kept.
 
     Each source is cleaned as if it were the only one. Training then drops the documents that another source holds out
-    for validation or test. A document that two sources train on is drawn from both.
+    for validation or test, and the long documents of which it holds out the end, unless their own source holds out the
+    same end. A document that two sources train on is drawn from both.
 
     Args:
         corpus: the opened sources.
@@ -59,16 +60,11 @@ def clean_sources(corpus: Corpus, config: DataConfig) -> CleanCorpus:
         with _named(source.name):
             its = config.of_source(source)
             cleaned[source.name] = clean_corpus(corpus.sources[source.name], its, keep_hashes=True)
-    none = np.empty(0, dtype=np.uint64)
-    held_out = {
-        name: np.concatenate([clean.hashes.get("validation", none), clean.hashes.get("test", none)])
-        for name, clean in cleaned.items()
-    }
     sources = {}
     for name, clean in cleaned.items():
         with _named(name):
-            others = np.concatenate([none, *(hashes for other, hashes in held_out.items() if other != name)])
-            sources[name] = replace(leave_out(clean, others), hashes={})
+            others = _held_out_by([its for other, its in cleaned.items() if other != name], clean)
+            sources[name] = replace(leave_out(clean, others), hashes={}, cuts={})
         logger.info("`%s`: %s", name, ", ".join(f"{k.replace('_', ' ')} {n}" for k, n in sources[name].counts.items()))
     splits = [s for s in ("train", "validation", "test") if any(s in clean.digests for clean in sources.values())]
     counts: Counter[str] = Counter()
@@ -90,6 +86,19 @@ def clean_sources(corpus: Corpus, config: DataConfig) -> CleanCorpus:
         labels=labels,
         sources=sources,
     )
+
+
+def _held_out_by(others: Sequence[CleanCorpus], clean: CleanCorpus) -> Hashes:
+    """Return hashes of the documents that `clean` may not train on, since others hold out them or a part of them."""
+    held_out = np.concatenate(
+        [np.empty(0, dtype=np.uint64)]
+        + [its.hashes[split] for its in others for split in ("validation", "test") if split in its.hashes]
+    )
+    # A document that is cut at the same place here and elsewhere stays: both hold out the same end.
+    same = {whole: end for whole, (_, end) in clean.cuts.items()}
+    cut = {whole for its in others for whole, (_, end) in its.cuts.items() if same.get(whole) != end}
+    starts = [start for whole, (start, _) in clean.cuts.items() if whole in cut or whole in held_out]
+    return np.concatenate([held_out, np.array([*cut, *starts], dtype=np.uint64)])
 
 
 def _join_labels(sources: Mapping[str, CleanCorpus], splits: list[str]) -> tuple[tuple[str, ...], dict[str, Labels]]:
