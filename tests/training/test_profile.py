@@ -7,17 +7,21 @@ import json
 import pickle
 import re
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+import torch
 
 from tests.forking import run_script, server
 from textgen.cli import main
 from textgen.config import TrainConfig
 from textgen.errors import TextgenError
 from textgen.reporting.profile import explain_profile, find_traces, read_profile
+from textgen.runs.directory import RunDirectory
 from textgen.runs.metrics_file import read_metrics
-from textgen.training.profile import memory_json
+from textgen.training.profile import Profile, memory_json
+from textgen.training.step import Learner
 
 PROFILED = ["--max_steps", "8", "--profile", "3:6", "--save_every", "5", "--log_every", "2"]
 
@@ -102,6 +106,40 @@ def test_evaluation_ends_a_profile(tiny_flags: list[str], tmp_path: Path) -> Non
     ended = run_script("train_distributed.py", *flags, "--max_steps", "8", "--resume_override", "--profile", "1:3")
     assert "no profile: the steps 1:3 were taken before" in ended.stderr
     assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("failing", ["add_metadata_json", "stop", "export_chrome_trace"])
+def test_profile_that_fails_ends_no_training_and_records_no_more_memory(
+    failing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The device is a GPU by name alone, so the recorder of its memory is a list here."""
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("out of order")
+
+    recorded: list[object] = []
+    monkeypatch.setattr(
+        torch.cuda.memory, "_record_memory_history", lambda enabled="all", **_: recorded.append(enabled)
+    )
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: profiler)
+    monkeypatch.setattr(profiler, failing, fail)
+    learner = SimpleNamespace(
+        config=TrainConfig(profile="0:2"), progression=SimpleNamespace(step=0),
+        accelerator=SimpleNamespace(
+            device=torch.device("cuda"), process_index=0, num_processes=1, is_main_process=True
+        ),
+    )  # fmt: skip
+    profile = Profile(cast(Learner, learner), cast(RunDirectory, SimpleNamespace(path=tmp_path)))
+    profile.begin_or_end()
+    learner.progression.step = 2
+    profile.begin_or_end()
+    profile.begin_or_end()  # of the next step: it begins none again
+    assert caplog.messages == ["no profile: out of order"]
+    assert recorded == ["all", None]
+    monkeypatch.undo()
+    if failing != "export_chrome_trace":
+        profiler.stop()
 
 
 def test_steps_that_will_not_come_are_refused(tiny_flags: list[str], tmp_path: Path) -> None:

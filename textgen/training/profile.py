@@ -73,17 +73,19 @@ class Profile:
         if self._profiler is None:
             return
         profiler, self._profiler = self._profiler, None
-        profiler.add_metadata_json("textgen", json.dumps({"first": self._first, "last": self._progress.step}))
-        profiler.stop()
         self._steps = range(0)
-        if self._progress.step == self._first:  # the training ended in its first step
-            return
         try:
-            path = self._write(profiler)
-            if self._accelerator.is_main_process and path is not None:
-                log.info("profile of this process in `%s`:\n%s", path, format_profile(read_profile(path)))
+            profiler.add_metadata_json("textgen", json.dumps({"first": self._first, "last": self._progress.step}))
+            profiler.stop()
+            if self._progress.step > self._first:  # else the training ended in its first step
+                path = self._write(profiler)
+                if self._accelerator.is_main_process and path is not None:
+                    log.info("profile of this process in `%s`:\n%s", path, format_profile(read_profile(path)))
         except Exception as error:
             log.warning("no profile: %s", error)
+        finally:
+            if self._accelerator.device.type == "cuda":
+                torch.cuda.memory._record_memory_history(enabled=None)
 
     def _write(self, profiler: torch.profiler.profile) -> Path | None:
         """Write trace and memory; return the path of the trace, None if it is too large."""
@@ -100,7 +102,6 @@ class Profile:
         write_atomic(path, [packed], require=self._run.require_lock)
         if self._accelerator.device.type == "cuda":
             snapshot = torch.cuda.memory._snapshot()
-            torch.cuda.memory._record_memory_history(enabled=None)
             memory = gzip.compress(memory_json(snapshot).encode(), 6)
             write_atomic(path.with_name(f"memory-{process}.json.gz"), [memory], require=self._run.require_lock)
         return path
