@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -67,8 +68,8 @@ class Provenance:
     """the run's `data.json`"""
     validation: Mapping[str, float] = field(default_factory=dict)
     """the row of `metrics.jsonl` with the validation at the checkpoint's step"""
-    documents: int | None = None
-    """number of documents that the validation scored"""
+    documents: Mapping[str, int] = field(default_factory=dict)
+    """number of documents that the validation scored, of each of several sources too; "" is all"""
     samples: Sequence[SavedSample] = ()
     """the samples of `samples.md` at the checkpoint's step"""
 
@@ -91,13 +92,26 @@ def read_provenance(directory: Path) -> Provenance:
     run_dir = checkpoints.parent
     data = read_json(run_dir / DATA_NAME) if (run_dir / DATA_NAME).exists() else {}
     rows = [row for row in read_metrics(run_dir) if row["step"] == progress["step"] and "valid/loss" in row]
-    documents = data.get("splits", {}).get("validation", {}).get("documents")
-    if documents is not None and not progress["finished"]:  # the last validation scores all
-        documents = min(documents, trainer["config"]["evaluate_documents"] or documents)
+    limit = None if progress["finished"] else trainer["config"]["evaluate_documents"]  # the last validation scores all
     samples = [sample for sample in read_samples(run_dir) if sample.step == progress["step"]]
     return Provenance(
-        trainer=trainer, data=data, validation=rows[-1] if rows else {}, documents=documents, samples=samples
+        trainer=trainer,
+        data=data,
+        validation=rows[-1] if rows else {},
+        documents=_scored_documents(data, limit),
+        samples=samples,
     )
+
+
+def _scored_documents(data: Mapping[str, Any], limit: int | None) -> dict[str, int]:
+    """Return the numbers of documents that a validation scores, of at most `limit` of each source."""
+    sources = data.get("sources") or {"": data.get("splits", {})}
+    scored = {
+        name: min(splits["validation"]["documents"], limit or sys.maxsize)
+        for name, splits in sources.items()
+        if "validation" in splits
+    }
+    return scored | {"": sum(scored.values())} if scored else {}
 
 
 def origin_of(directory: Path) -> dict[str, Any]:
@@ -246,16 +260,15 @@ def _hub_dataset(provenance: Provenance) -> str | None:
 
 def _figures(provenance: Provenance, int8_cost: float | None) -> str:
     rows, validation = [], provenance.validation
-    scored = "" if provenance.documents is None else f", {provenance.documents:,} held-out documents"
+    scored = {source: f", {count:,} held-out documents" for source, count in provenance.documents.items()}
     if "valid/bits_per_byte" in validation:
-        rows.append(("bits per byte", f"{validation['valid/bits_per_byte']:.4f}{scored}"))
-    rows += [
-        (f"bits per byte, {name.removeprefix('valid/bits_per_byte/')}", f"{value:.4f}{scored}")
-        for name, value in validation.items()
-        if name.startswith("valid/bits_per_byte/")
-    ]
+        rows.append(("bits per byte", f"{validation['valid/bits_per_byte']:.4f}{scored.get('', '')}"))
+    for name, value in validation.items():
+        if name.startswith("valid/bits_per_byte/"):
+            source = name.removeprefix("valid/bits_per_byte/")
+            rows.append((f"bits per byte, {source}", f"{value:.4f}{scored.get(source, '')}"))
     if "valid/loss" in validation:
-        rows.append(("nats per token", f"{validation['valid/loss']:.4f}{scored}"))
+        rows.append(("nats per token", f"{validation['valid/loss']:.4f}{scored.get('', '')}"))
     if int8_cost is not None:
         rows.append(("8-bit weights (`decoder.safetensors`)", f"{int8_cost:+.5f} bits per byte"))
     if provenance.trainer:
