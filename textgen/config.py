@@ -186,7 +186,8 @@ class DataConfig(TextConfig):
             raise ValueError(f"`sources` must have different names: {', '.join(names)}")
         for setting in fields(TextConfig):
             if (value := getattr(self, setting.name)) != setting.default:
-                raise ValueError(f"`{setting.name}` is a setting of each source if there are `sources`: {value}")
+                hint = " (if a preset set it, add `--data.train_on train`)" if setting.name == "train_on" else ""
+                raise ValueError(f"`{setting.name}` is a setting of each source if there are `sources`: {value}{hint}")
 
     def of_source(self, source: SourceConfig) -> DataConfig:
         """Return the settings of one of the sources, as if it were the only one."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from textgen.commands.parsing import PRESETS, parse_train_config
 from textgen.config import DataConfig, SourceConfig, TokenizerConfig, TrainConfig
 from textgen.data import store as stores
 from textgen.data.labels import label_of
@@ -240,3 +241,20 @@ def test_settings_of_one_source_beside_several_are_refused() -> None:
     for name, value in (("text_column", "body"), ("source", "package"), ("validation_fraction", 0.2)):
         with pytest.raises(ValueError, match=f"`{name}` is a setting of each source if there are `sources`: {value}"):
             DataConfig(sources=(source,), **{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("preset", sorted(path.stem for path in PRESETS.glob("*.yaml")))
+def test_every_preset_goes_with_sources(preset: str, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed.yaml"
+    mixed.write_text("data: {sources: [{name: a, weight: 1, files: [x]}]}")
+    config = parse_train_config(["--config", preset, "--config", str(mixed), "--data.train_on", "train"])
+    assert [source.train_on for source in config.data.sources] == ["train"]
+
+
+def test_error_about_the_splits_of_a_preset_says_which_flag_helps(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_train_config(["--config", "large", "--data.sources", "[{name: a, weight: 1, files: [x]}]"])
+    assert capsys.readouterr().err == (
+        "error: `data.train_on` is a setting of each source if there are `data.sources`: train+unsupervised "
+        "(if a preset set it, add `--data.train_on train`)\n"
+    )
