@@ -86,7 +86,7 @@ def build_settings(settings: type[Settings], values: Mapping[str, Any], prefix: 
         if name == "__path__" or (name == "config" and not prefix):  # jsonargparse adds the source of the values
             continue
         if name not in kinds:
-            raise ValueError(f"unknown setting `{prefix}{name}`")
+            raise ValueError(unknown_setting(str(name), kinds).replace(f"`{name}`", f"`{prefix}{name}`", 1))
         kind = kinds[name]
         if kind == PAIRS and isinstance(value, Mapping):
             value = [(str(key), number) for key, number in value.items()]
@@ -117,17 +117,16 @@ def _item_settings(kind: Any) -> type | None:
 
 
 def _as_mapping(value: Any) -> Mapping[str, Any]:
-    """Return an item of a list of settings as a mapping: the parser makes a namespace of it, Python a dataclass.
+    """Return an item of a list of settings as a mapping; Python may give a dataclass.
 
     Raises:
         ValueError: it is none of them.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
-    values = value if isinstance(value, Mapping) else getattr(value, "__dict__", None)
-    if values is None:
+    if not isinstance(value, Mapping):
         raise ValueError(f"`sources` must be mappings with a `name` and a `weight`: {str(value)[:40]}")
-    return values
+    return value
 
 
 def complete_record(settings: Mapping[str, Any]) -> dict[str, Any]:

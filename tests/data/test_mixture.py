@@ -258,3 +258,31 @@ def test_error_about_the_splits_of_a_preset_says_which_flag_helps(capsys: pytest
         "error: `data.train_on` is a setting of each source if there are `data.sources`: train+unsupervised "
         "(if a preset set it, add `--data.train_on train`)\n"
     )
+
+
+@pytest.mark.parametrize("given", ["flag", "file"])
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        ("weight: x", "`data.sources[1].weight` must be a number: x"),
+        ("files: [y]", "`data.sources[1].weight` is missing"),
+        ("weight: 1, text_colum: y", "unknown setting `data.sources[1].text_colum`; the nearest is `text_column`"),
+        (
+            "weight: 1, txt_documents: y",
+            "`data.sources[1].txt_documents` must be one of `file`, `line`, `paragraph`: y",
+        ),
+        ("weight: 1, class_path: imported_by_nobody.X", "unknown setting `data.sources[1].class_path`"),
+    ],
+)
+def test_error_of_the_parser_says_which_source_is_wrong(
+    given: str, second: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    (tmp_path / "imported_by_nobody.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    sources = f"[{{name: a, weight: 1e-1, files: [x]}}, {{name: b, {second}}}]"
+    (tmp_path / "mixed.yaml").write_text(f"data: {{sources: {sources}}}")
+    with pytest.raises(SystemExit, match=r"^2$"):
+        parse_train_config(
+            ["--data.sources", sources] if given == "flag" else ["--config", str(tmp_path / "mixed.yaml")]
+        )
+    assert capsys.readouterr().err == f"error: {message}\n"

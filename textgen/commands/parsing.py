@@ -27,7 +27,6 @@ from textgen.config import (
     REMOVED_VALUES,
     SPLITS,
     DataConfig,
-    SourceConfig,
     TrainConfig,
 )
 from textgen.errors import TextgenError
@@ -110,8 +109,7 @@ class Parser(ArgumentParser):
     """jsonargparse's parser, with errors of one line that name the flag, the wanted value and the given one."""
 
     def __init__(self, **kwargs: Any) -> None:
-        # An item of `data.sources` is settings alone: a `class_path` in it would import what it names.
-        set_parsing_settings(docstring_parse_attribute_docstrings=True, subclasses_disabled=[SourceConfig])
+        set_parsing_settings(docstring_parse_attribute_docstrings=True)
         super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -134,8 +132,6 @@ class Parser(ArgumentParser):
             return unknown_setting(found[1].split("=")[0].lstrip("-"), options)
         if found := re.match(r"the following arguments are required: (.+)", message):
             return f"an argument is missing: `{found[1]}`"
-        if found := re.match(r"Option '([^']*)' is not accepted", message):
-            return unknown_setting(found[1], settings_of(SourceConfig), " of a source in `data.sources`")
         if message.startswith('Parser key "data.sources":'):
             return f"`data.sources` must be {in_words(settings_of(TrainConfig)['data.sources'])}"
         if found := re.match(r'Parser key "([^"]+)":.*?(?:Got value|Given value): (.*)', message, re.DOTALL):
@@ -294,6 +290,10 @@ def _add_settings(parser: Parser) -> Parser:
     parser.add_class_arguments(TrainConfig, None, fail_untyped=True)
     kinds = settings_of(TrainConfig)
     for action in parser._actions:
+        if action.dest == "data.sources":
+            # `build_settings` checks the items, since its errors say which one is wrong. If an item were a dataclass,
+            # jsonargparse would import what a `class_path` in it names.
+            action._typehint = tuple[dict, ...]  # type: ignore[attr-defined, type-arg]
         if action.dest in kinds:
             action.metavar = _metavar(kinds[action.dest])
         elif action.dest in ("data", "tokenizer", "model", "tracking", "data.sources.help"):
