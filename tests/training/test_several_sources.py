@@ -75,6 +75,9 @@ def test_each_source_is_scored_and_the_whole_by_weights(
     for name in ("", "/reviews", "/others"):
         assert figures[f"bits_per_byte{name}"] == pytest.approx(scored[f"valid/bits_per_byte{name}"], rel=1e-4)
     assert figures["nats_per_token"] == pytest.approx(scored["valid/loss"], rel=1e-4)
+    held_out = [splits["validation"] for splits in tokens.values()]
+    for figure in ("documents", "tokens", "bytes"):  # as they are, not by weights
+        assert figures[figure] == sum(size[figure] for size in held_out)
     assert figures["documents"] == 70
 
 

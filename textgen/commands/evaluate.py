@@ -111,7 +111,7 @@ def _evaluate(accelerator: Accelerator, args: Any) -> dict[str, float | str]:
         "perplexity": result.perplexity,
         **({"word_perplexity": result.word_perplexity(words)} if "" in scores else {}),
         "tokens": result.tokens,
-        "bytes": result.bytes,
+        "bytes": sum(its.bytes for its in scores.values()),
         "documents": result.documents,
         "seconds": round(result.seconds, 3),
     }
