@@ -248,6 +248,14 @@ def test_doctor_refuses_a_run_without_a_profile(tiny_run: Path, tmp_path: Path, 
         assert line in err
 
 
+@pytest.mark.parametrize("json_first", [False, True])
+def test_doctor_has_no_json_of_a_profile(json_first: bool, tiny_run: Path, capsys: Any) -> None:
+    flags = ["--profile", str(tiny_run)]
+    with pytest.raises(SystemExit, match="2"):
+        main(["doctor", *(["--json", *flags] if json_first else [*flags, "--json"])])
+    assert capsys.readouterr().err == "error: `--profile RUN` is explained in words: leave out `--json`\n"
+
+
 def test_doctor_passes_steps_on_as_a_setting_of_a_training(capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["doctor", "--profile", "20:99"])

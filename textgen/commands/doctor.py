@@ -42,10 +42,12 @@ def doctor_command(argv: Sequence[str]) -> None:
     if {"--help", "-h"} & set(argv):
         print(HELP, end="")
         raise SystemExit(0)
-    if (profiled := re.fullmatch(r"--profile[= ]((?![0-9]+:[0-9]+$).+)", " ".join(argv), re.DOTALL)) is not None:
+    flags = [flag for flag in argv if flag != "--json"]
+    if (profiled := re.fullmatch(r"--profile[= ]((?![0-9]+:[0-9]+$).+)", " ".join(flags), re.DOTALL)) is not None:
+        if "--json" in argv:
+            raise TextgenError("`--profile RUN` is explained in words: leave out `--json`")
         explain_profile_of(Path(profiled[1]))
         return
-    flags = [flag for flag in argv if flag != "--json"]
     config = parse_train_config(flags, prog="textgen doctor")
     # The hub's client reads this when it is imported, so set it before: the checks use no network.
     os.environ["HF_HUB_OFFLINE"] = "1"
