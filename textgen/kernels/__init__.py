@@ -8,4 +8,5 @@
 - `triton_training`: dropout, masks of weights, and cross-entropy of a training step on a GPU
 - `fused_decoding`: the parts of a decoding step that are one kernel each on a GPU, by torch's operators
 - `triton_decoding`: these kernels
+- `triton_noise`: the hash of both kinds of kernels
 """

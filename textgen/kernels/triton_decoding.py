@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from textgen.kernels.fused_decoding import Logprobs, Picks, Rows, Weights
+from textgen.kernels.triton_noise import mix
 from textgen.noise import item_bits
 
 # Tokens of the vocabulary that a program computes.
@@ -406,7 +407,7 @@ def _pick(  # type: ignore[no-untyped-def]
             divided = tl.div_rn(distance, tl.where(heat > 0, heat, 1.0)[:, None] + tl.zeros_like(logits))
             logits = tl.where(((heat == 1) | (heat == 0))[:, None], logits, divided)
     if keys is not None:
-        key = _mix(_mix(tl.load(keys + row, inside, 0).to(tl.uint64)) ^ tl.load(steps + row, inside, 0).to(tl.uint64))
+        key = mix(mix(tl.load(keys + row, inside, 0).to(tl.uint64)) ^ tl.load(steps + row, inside, 0).to(tl.uint64))
         bits = (
             key.to(tl.uint32)[:, None] ^ tl.load(items + column, column < size, 0).to(tl.uint32, bitcast=True)[None, :]
         )
@@ -415,15 +416,6 @@ def _pick(  # type: ignore[no-untyped-def]
     tl.store(values, value, inside)
     tl.store(tokens, tl.min(column, 0) + index, inside)
     tl.store(shifts, shift, inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _mix(bits):  # type: ignore[no-untyped-def]
-    """Return `noise._mix`; bits are uint64."""
-    bits += 0x9E3779B97F4A7C15
-    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
-    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB
-    return bits ^ (bits >> 31)
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from textgen.kernels.triton_noise import mix
+
 # Rows of a program of `_cross_entropy`. With more, there are fewer sums to write, but eight take twice the registers.
 ROWS = 4
 # Time steps of a program of `_drop`: a mask is hashed once for them.
@@ -79,7 +81,7 @@ def _drop(  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)  # 64 bits: products with strides may pass 2^31
     unit = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     lane = tl.load(lanes + row)
-    bits = _mixed(_mixed(_site_bits(step, seed, site, STEP_IS_TENSOR) ^ _unsigned(lane)) ^ _unsigned(unit))
+    bits = mix(mix(_site_bits(step, seed, site, STEP_IS_TENSOR) ^ _unsigned(lane)) ^ _unsigned(unit))
     uniform = ((bits >> 41).to(tl.float32) + 0.5) * 2.0**-23  # that of noise.uniform
     mask = tl.where(uniform >= dropout, kept, 0.0).to(x.dtype.element_ty).to(tl.float32)
     first = tl.program_id(2) * TIME_STEPS
@@ -123,7 +125,7 @@ def _weight_mask(  # type: ignore[no-untyped-def]
     mask, step, seed, site, dropped, kept, count, STEP_IS_TENSOR: tl.constexpr, BLOCK: tl.constexpr  # noqa: N803
 ):  # fmt: skip
     number = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    bits = _mixed(_site_bits(step, seed, site, STEP_IS_TENSOR) ^ _unsigned(number))
+    bits = mix(_site_bits(step, seed, site, STEP_IS_TENSOR) ^ _unsigned(number))
     place = tl.arange(0, 8)[None, :]
     byte = ((bits[:, None] >> (8 * place).to(tl.uint64)) & 255).to(tl.int32)  # (BLOCK, 8), the lowest byte first
     weight = number[:, None] * 8 + place
@@ -139,18 +141,10 @@ def _unsigned(value):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator, unused-ignore]
-def _mixed(bits):  # type: ignore[no-untyped-def]
-    bits += 0x9E3779B97F4A7C15
-    bits = (bits ^ (bits >> 30)) * 0xBF58476D1CE4E5B9
-    bits = (bits ^ (bits >> 27)) * 0x94D049BB133111EB
-    return bits ^ (bits >> 31)
-
-
-@triton.jit  # type: ignore[untyped-decorator, unused-ignore]
 def _site_bits(step, seed, site, STEP_IS_TENSOR: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: N803
     if STEP_IS_TENSOR:
         step = tl.load(step)
-    return _mixed(_mixed(_mixed(_unsigned(seed)) ^ _unsigned(step)) ^ _unsigned(site))
+    return mix(mix(mix(_unsigned(seed)) ^ _unsigned(step)) ^ _unsigned(site))
 
 
 # --- cross-entropy ---------------------------------------------------------------------------------------------------
