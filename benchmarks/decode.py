@@ -29,10 +29,11 @@ from torch import Tensor, nn
 
 from benchmarks.machine import RESULTS, describe, joules, save
 from textgen.config import ModelConfig, SamplingConfig
+from textgen.decoding.batch import Batch, advance
 from textgen.decoding.choose import choose_decoder
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
-from textgen.decoding.generation import Batch, Request, RunningSample, advance
 from textgen.decoding.products import multiplies_int8
+from textgen.decoding.samples import Request, RunningSample
 from textgen.decoding.sampling import SamplingState, join_sampling_states, new_sampling_state, select_sampling_state
 from textgen.kernels.capture import reason_of
 from textgen.model.files import load_model, read_model, save_model

@@ -27,7 +27,8 @@ from benchmarks.machine import save
 from textgen.config import SamplingConfig
 from textgen.decoding.choose import choose_decoder
 from textgen.decoding.decoders import Decoder
-from textgen.decoding.generation import Request, Sample, generate_stream
+from textgen.decoding.generation import generate_stream
+from textgen.decoding.samples import Request, Sample
 from textgen.model.files import load_model
 from textgen.runs.checkpoint import find_checkpoint
 from textgen.tokenizer import Tokenizer

@@ -17,8 +17,10 @@ from typing import Any
 from benchmarks.machine import save
 from textgen.commands.model_argument import open_decoder
 from textgen.config import SamplingConfig
+from textgen.decoding.batch import Batch
 from textgen.decoding.decoders import Decoder
-from textgen.decoding.generation import Batch, Request, Sample, generate_stream
+from textgen.decoding.generation import generate_stream
+from textgen.decoding.samples import Request, Sample
 from textgen.tokenizer import Tokenizer
 
 WAYS: dict[str, dict[str, Any]] = {

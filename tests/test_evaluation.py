@@ -25,7 +25,7 @@ from textgen import evaluation
 from textgen.cli import main
 from textgen.config import ModelConfig
 from textgen.data.store import encode_documents
-from textgen.decoding.generation import begin_id
+from textgen.decoding.samples import begin_id
 from textgen.evaluation import SCORE_WINDOW, Score, score
 from textgen.model.files import save_model
 from textgen.model.lstm import LSTMLanguageModel, State

@@ -20,7 +20,8 @@ from tests.serving.servers import Running, running
 from textgen.cli import main
 from textgen.config import SamplingConfig
 from textgen.decoding.choose import choose_decoder
-from textgen.decoding.generation import Request, Sample, generate_stream
+from textgen.decoding.generation import generate_stream
+from textgen.decoding.samples import Request, Sample
 from textgen.model.files import load_model
 
 LABELS = ["negative", "positive"]

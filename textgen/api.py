@@ -28,18 +28,9 @@ from textgen.data.corpus import normalize
 from textgen.data.memory import corpus_of_dataset, corpus_of_texts
 from textgen.data.store import prepare_store
 from textgen.decoding.cuda_graphs import GraphRunner
-from textgen.decoding.generation import (
-    BATCH_SIZE,
-    Request,
-    Sample,
-    TokenLogprobs,
-    begin_id,
-    generate_stream,
-    number_requests,
-    require_drawable,
-    require_label,
-)
+from textgen.decoding.generation import BATCH_SIZE, generate_stream, number_requests
 from textgen.decoding.reading import ReadState, read_prompt
+from textgen.decoding.samples import Request, Sample, TokenLogprobs, begin_id, require_drawable, require_label
 from textgen.decoding.scoring import TextScore, score_stream
 from textgen.decoding.state_files import read_state
 from textgen.decoding.steering import normalize_settings

@@ -17,9 +17,11 @@ import torch
 
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import cuda_graphs as graphs
+from textgen.decoding.batch import Batch, Step
 from textgen.decoding.cuda_graphs import Buffers, GraphRunner, steps_in_place
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
-from textgen.decoding.generation import Batch, Request, RunningSample, Sample, Step, generate_stream
+from textgen.decoding.generation import generate_stream
+from textgen.decoding.samples import Request, RunningSample, Sample
 from textgen.kernels.capture import CudaCapture, Replay
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer

@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.decoding.test_cuda_graphs import MIXED, batch_of, requests_for, samples
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import choose, cuda_graphs
+from textgen.decoding.batch import Batch
 from textgen.decoding.cuda_graphs import Buffers, GraphRunner, steps_in_place
 from textgen.decoding.decoders import Decoder, DecoderState
 from textgen.decoding.fused import FusedDecoder
-from textgen.decoding.generation import Batch, Request
+from textgen.decoding.samples import Request
 from textgen.kernels import fused_decoding
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer

@@ -13,20 +13,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding import generation
+from textgen.decoding import batch, generation
+from textgen.decoding.batch import _prefill
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
-from textgen.decoding.generation import (
-    Request,
-    RunningSample,
-    Sample,
-    _prefill,
-    _sample_number,
-    generate,
-    generate_stream,
-    number_requests,
-    sample_all,
-)
+from textgen.decoding.generation import generate, generate_stream, number_requests, sample_all
 from textgen.decoding.reading import read_tokens
+from textgen.decoding.samples import Request, RunningSample, Sample, sample_number
 from textgen.decoding.sampling import draw, new_sampling_state, process_logits, record_tokens
 from textgen.errors import TextgenError
 from textgen.model.lstm import LSTMLanguageModel
@@ -110,7 +102,7 @@ def test_streamed_text_equals_decoded_ids(model: LSTMLanguageModel, tokenizer: T
     assert sorted(samples) == list(range(10))
     for row, sample in samples.items():
         prompt, j = PROMPTS[row // 2], row % 2
-        ids = draw_ids(model, tokenizer, prompt, config, _sample_number(prompt, j))
+        ids = draw_ids(model, tokenizer, prompt, config, sample_number(prompt, j))
         assert "".join(pieces[row]) == sample.text == tokenizer.decode(ids)
         assert (sample.prompt, sample.number, sample.num_tokens) == (prompt, j, len(ids))
         assert sample.finished == (len(ids) < 60)
@@ -232,7 +224,7 @@ def test_an_empty_prompt_starts_a_text(model: LSTMLanguageModel, tokenizer: Toke
     config = SamplingConfig(max_new_tokens=25, seed=2)
     forbid_end(model, tokenizer)
     (sample,) = sample_all(model, tokenizer, [""], config)
-    assert sample.text == tokenizer.decode(draw_ids(model, tokenizer, "", config, _sample_number("", 0)))
+    assert sample.text == tokenizer.decode(draw_ids(model, tokenizer, "", config, sample_number("", 0)))
     assert sample.num_tokens == 25
 
 
@@ -261,7 +253,8 @@ def all_of(events: Iterator[tuple[int, str | Sample]]) -> list[Sample]:
 def test_requests_of_all_kinds_are_what_they_are_alone(
     model: LSTMLanguageModel, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, batch_size: int, refill: int
 ) -> None:
-    monkeypatch.setattr(generation, "REFILL_DIVISOR", refill)
+    for module in (batch, generation):
+        monkeypatch.setattr(module, "REFILL_DIVISOR", refill)
     prefer(model, {tokenizer.eos_id: 1.5})
     kinds: list[dict[str, Any]] = [
         {}, {"temperature": 0.0}, {"top_k": 5, "seed": 3}, {"max_new_tokens": 3}, {"stop": ("a", "\u6f22")},
@@ -405,7 +398,7 @@ def test_forced_tokens_are_read_counted_and_told(model: LSTMLanguageModel, token
     for settings_ in ({}, {"repetition_penalty": 1.5, "frequency_penalty": 0.5}, {"no_repeat_ngram": 1}):
         config = SamplingConfig(forced_tokens=forced, max_new_tokens=20, seed=4, **settings_)
         (sample,) = sample_all(model, tokenizer, ["it"], config)
-        ids = draw_ids(model, tokenizer, "it", config, _sample_number("it", 0))
+        ids = draw_ids(model, tokenizer, "it", config, sample_number("it", 0))
         assert ids[: len(forced)] == list(forced)
         assert (sample.text, sample.num_tokens) == (tokenizer.decode(ids), len(ids))
     whole = SamplingConfig(forced_tokens=forced, max_new_tokens=len(forced), stop=("s",))
@@ -429,7 +422,7 @@ def test_logprobs_are_the_models_own_whatever_filters_do(
     )
     assert other.logprobs is None
     assert sample.logprobs is not None
-    ids = draw_ids(model, tokenizer, "it was", config, _sample_number("it was", 0))
+    ids = draw_ids(model, tokenizer, "it was", config, sample_number("it was", 0))
     assert len(sample.logprobs) == len(ids) + sample.finished
     read = [tokenizer.bos_id, *tokenizer.encode("it was")]
     exact = []
@@ -459,7 +452,7 @@ def test_a_prompt_may_be_longer_than_all_that_was_trained_on(model: LSTMLanguage
     prompt = "it was the best of times " * 60
     config = SamplingConfig(max_new_tokens=4, no_repeat_ngram=3, repetition_penalty=1.1)
     (sample,) = sample_all(model, tokenizer, [prompt], config)
-    ids = draw_ids(model, tokenizer, prompt, config, _sample_number(prompt, 0))
+    ids = draw_ids(model, tokenizer, prompt, config, sample_number(prompt, 0))
     assert len(tokenizer.encode(prompt)) > 1024
     assert (sample.text, sample.num_tokens) == (tokenizer.decode(ids), len(ids))
 

@@ -13,10 +13,10 @@ import torch
 from tests.decoding.test_cuda_graphs import MIXED, Captures, batch_of, build, requests_for, samples
 from textgen.config import SamplingConfig
 from textgen.decoding import cuda_graphs as graphs
+from textgen.decoding.batch import Batch
 from textgen.decoding.cuda_graphs import Buffers, GraphRunner, StepCapture
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
 from textgen.decoding.fused import FusedDecoder, triton_kernels
-from textgen.decoding.generation import Batch
 from textgen.kernels.capture import Replay
 from textgen.tokenizer import Tokenizer, train_tokenizer
 

@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding import generation, guides, sampling
+from textgen.decoding import batch, guides, sampling
 from textgen.decoding.cuda_graphs import GraphRunner, steps_in_place
 from textgen.decoding.decoders import CellDecoder, Decoder
-from textgen.decoding.generation import Request, Sample, generate_stream, require_drawable, sample_all
+from textgen.decoding.generation import generate_stream, sample_all
 from textgen.decoding.guides import compile_regex, count_positions, encode_choices, score_choices
+from textgen.decoding.samples import Request, Sample, require_drawable
 from textgen.decoding.sampling import draw_item, draw_unmasked, new_sampling_state
 from textgen.kernels import decoding as decoding_kernels
 from textgen.kernels.decoding import compiled_code
@@ -182,7 +183,7 @@ def test_texts_are_the_same_if_only_refused_tokens_are_masked(
         return sorted((event for _, event in events if isinstance(event, Sample)), key=repr)
 
     some_masked, num_some = samples(), len(num_masks)
-    monkeypatch.setattr(generation, "draw_unmasked", lambda *_, **__: None)
+    monkeypatch.setattr(batch, "draw_unmasked", lambda *_, **__: None)
     assert some_masked == samples()
     if compiled_code() is not None and "top_k" not in more:
         assert num_some < 0.8 * len(num_masks)

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding import generation
+from textgen.decoding.batch import MOST_STEPS, Batch, Step
 from textgen.decoding.decoders import CellDecoder
-from textgen.decoding.generation import Batch, Request, RunningSample, Sample, Step, generate_stream, sample_all
+from textgen.decoding.generation import generate_stream, sample_all
+from textgen.decoding.samples import Request, RunningSample, Sample
 from textgen.decoding.sampling import NOT_COMPILED, is_compiled
 from textgen.hardware import processor_flags
 from textgen.kernels.decoding import Halt
@@ -112,7 +113,7 @@ def compare(many: Batch, one: Batch, calls: int) -> tuple[int, int]:
             assert text == [*wanted_text[:end]] + [eos_id] * (length - end)
             running += [row] if end == length else []
         num_steps += length
-        num_early += length < generation.MOST_STEPS
+        num_early += length < MOST_STEPS
         # what later steps depend on; rows that have ended have none
         both = [(many.tokens, one.tokens), *zip(many.state, one.state, strict=True)]
         names = ("step", "seen", "counts", "history")
@@ -259,10 +260,10 @@ def test_rows_that_need_the_host_leave_many_steps_to_the_others(decoder: CellDec
     batch = batch_of(decoder, tokenizer, [{"no_repeat_ngram": 2}, {"min_new_tokens": 9999}], 4)
     times = iter([0.0, 10.0])  # the host's step takes long
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generation, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+        patch.setattr("textgen.decoding.batch.time", SimpleNamespace(perf_counter=lambda: next(times)))
         tokens, _ = batch.advance_many(seconds=10.0)
     assert [sample.request.config.no_repeat_ngram for sample in batch.samples] == [None, None, 2, 2]
-    assert list(map(len, tokens)) == [generation.MOST_STEPS, generation.MOST_STEPS, 1, 1]
+    assert list(map(len, tokens)) == [MOST_STEPS, MOST_STEPS, 1, 1]
 
 
 @compiled
@@ -273,7 +274,7 @@ def test_a_call_ends_at_its_halt_its_time_and_the_ends_of_rows(decoder: CellDeco
     endless, five = {"min_new_tokens": 9999}, {"max_new_tokens": 5, "min_new_tokens": 5}
     halt = Halt()
     batch = batch_of(decoder, tokenizer, [endless], 3)
-    assert lengths(batch) == {generation.MOST_STEPS}
+    assert lengths(batch) == {MOST_STEPS}
     halt.set(True)
     assert lengths(batch) == {1}
     halt.set(False)
@@ -282,7 +283,7 @@ def test_a_call_ends_at_its_halt_its_time_and_the_ends_of_rows(decoder: CellDeco
     # of many rows an eighth has to end
     many = batch_of(decoder, tokenizer, [endless] * 15 + [five], 16)
     tokens, _ = many.advance_many(seconds=10.0)
-    assert tokens[15][5:] == [tokenizer.eos_id] * (generation.MOST_STEPS - 5)
+    assert tokens[15][5:] == [tokenizer.eos_id] * (MOST_STEPS - 5)
 
 
 @compiled
@@ -293,7 +294,7 @@ def test_an_interrupt_cuts_texts_between_two_calls(decoder: CellDecoder, tokeniz
     events = generate_stream(decoder, tokenizer, [Request("it was", config)], interrupted=lambda: next(answers))
     sample = [event for _, event in events][-1]
     assert isinstance(sample, Sample)
-    assert 2 <= sample.num_tokens <= 2 * generation.MOST_STEPS
+    assert 2 <= sample.num_tokens <= 2 * MOST_STEPS
     assert sample.text
     assert whole.text.startswith(sample.text)
 

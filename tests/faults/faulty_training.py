@@ -31,7 +31,7 @@ PLACES = {
     "updating": ("textgen.training.step", "_update"),
     "scoring": ("textgen.training.validation", "score"),
     "evaluating": ("textgen.evaluation", "_score_batch"),
-    "sampling": ("textgen.decoding.generation", "advance"),
+    "sampling": ("textgen.decoding.batch", "advance"),
     "saving": ("textgen.runs.checkpoint", "_write"),
 }
 

@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding import generation
+from textgen.decoding import batch
+from textgen.decoding.batch import Batch
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
-from textgen.decoding.generation import Batch, Request, Sample, generate_stream
+from textgen.decoding.generation import generate_stream
 from textgen.decoding.guides import score_choices
+from textgen.decoding.samples import Request, Sample
 from textgen.model.files import load_model
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.serving import scheduler
@@ -131,7 +133,7 @@ def test_choices_are_scored_once_for_all_samples_of_a_prompt(tiny_run: Path, mon
         scored.append(token)
         return score_choices(decoder, token, state, choices)
 
-    monkeypatch.setattr(generation, "score_choices", score)
+    monkeypatch.setattr(batch, "score_choices", score)
     monkeypatch.setattr(scheduler, "PROMPT_TOKENS_PER_STEP", 1)  # the samples join one after the other
     with started(tiny_run) as watched:
         names = [str(number) for number in range(6)]

@@ -26,7 +26,8 @@ from textgen.commands.serve import _prefix_table
 from textgen.config import SamplingConfig
 from textgen.decoding.choose import choose_decoder
 from textgen.decoding.decoders import Decoder
-from textgen.decoding.generation import Sample, sample_all
+from textgen.decoding.generation import sample_all
+from textgen.decoding.samples import Sample
 from textgen.model.files import load_model
 from textgen.packages import HOME
 from textgen.serving import responses

@@ -124,7 +124,7 @@ def _first_inputs(model: LSTMLanguageModel, tokenizer: Tokenizer, texts: Sequenc
         TextgenError: `--label true`, and the model has no labels, or no text has one of them.
     """
     from textgen.data.labels import label_of
-    from textgen.decoding.generation import begin_id
+    from textgen.decoding.samples import begin_id
     from textgen.errors import TextgenError
 
     if args.label == "none":

@@ -200,7 +200,8 @@ def _draw(args: Any, decoder: Decoder, tokenizer: Tokenizer, temperature: float)
     Every text before the last one is yielded, also a short one. The order of completion would prefer short texts.
     """
     from textgen.decoding.cuda_graphs import GraphRunner
-    from textgen.decoding.generation import Request, Sample, generate_stream
+    from textgen.decoding.generation import generate_stream
+    from textgen.decoding.samples import Request, Sample
     from textgen.reporting.measures import words
 
     config, limit = _sampling(args, temperature), args.texts * MOST_DRAWS

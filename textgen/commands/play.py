@@ -26,7 +26,7 @@ from textgen.settings import build_settings
 
 if TYPE_CHECKING:
     from textgen.decoding.draft import Draft
-    from textgen.decoding.generation import Sample
+    from textgen.decoding.samples import Sample
 
 HELP = """\
 A line is appended to the text as it is typed, and the model continues from there. Begin it with a space if a new word

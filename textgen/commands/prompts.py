@@ -162,10 +162,10 @@ def with_labels(prompts: Sequence[Prompt], labels: Sequence[str], model: LSTMLan
 
 def require_drawable(config: SamplingConfig, tokenizer: Tokenizer, prefix: str = "") -> None:
     """Fail if settings leave no token to draw; `prefix` begins the message."""
-    from textgen.decoding import generation
+    from textgen.decoding import samples
 
     try:
-        generation.require_drawable(config, tokenizer)
+        samples.require_drawable(config, tokenizer)
     except ValueError as error:
         fail(f"{prefix}{error}")
 

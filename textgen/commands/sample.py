@@ -41,8 +41,8 @@ from textgen.settings import build_settings
 
 if TYPE_CHECKING:
     from textgen.decoding.decoders import Decoder
-    from textgen.decoding.generation import Request, Sample
     from textgen.decoding.reading import ReadState
+    from textgen.decoding.samples import Request, Sample
     from textgen.tokenizer import Tokenizer
 
 
@@ -82,7 +82,7 @@ def sample_command(argv: Sequence[str]) -> None:
         require_text(prompts)
     require_readable(args, prompts)
 
-    from textgen.decoding.generation import begin_id, require_label
+    from textgen.decoding.samples import begin_id, require_label
 
     setup_logging(main=True)
     opened, decoder = open_decoder(args.checkpoint, args.decoder, best=args.best)

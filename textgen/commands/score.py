@@ -29,7 +29,7 @@ def score_command(argv: Sequence[str]) -> None:
     args = _parse(argv)
     setup_logging(main=True)
     from textgen.decoding.decoders import Decoder
-    from textgen.decoding.generation import begin_id
+    from textgen.decoding.samples import begin_id
     from textgen.decoding.scoring import score_stream
 
     opened = open_model(args.checkpoint, best=args.best)

@@ -1,4 +1,4 @@
-"""Many steps of a batch with one launch: on a GPU, CUDA graphs of `generation.advance`.
+"""Many steps of a batch with one launch: on a GPU, CUDA graphs of `batch.advance`.
 
 A step of an LSTM is so short that launching its kernels one by one takes longer than running them. So `Buffers` keeps a
 batch at fixed addresses, whole steps on these buffers are captured once as a graph, and the host only replays graphs of
@@ -20,8 +20,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from textgen.decoding.batch import Batch, Step, advance
 from textgen.decoding.decoders import Decoder, DecoderState
-from textgen.decoding.generation import Batch, Step, advance
 from textgen.decoding.sampling import SamplingState, select_sampling_state
 from textgen.kernels.capture import CudaCapture, Replay, reason_of
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from textgen.config import SamplingConfig
 from textgen.decoding.cuda_graphs import GraphRunner
 from textgen.decoding.decoders import Decoder
-from textgen.decoding.generation import Request, Sample, begin_id, generate_stream, require_drawable
+from textgen.decoding.generation import generate_stream
 from textgen.decoding.reading import ReadState, read_tokens
+from textgen.decoding.samples import Request, Sample, begin_id, require_drawable
 from textgen.errors import TextgenError
 from textgen.tokenizer import Tokenizer
 
@@ -72,7 +73,7 @@ class Draft:
         self.label = label
 
     def require_drawable(self, config: SamplingConfig) -> None:
-        """Check settings; see `generation.require_drawable`, which raises ValueError."""
+        """Check settings; see `samples.require_drawable`, which raises ValueError."""
         require_drawable(config, self._tokenizer)
 
     def write(self, text: str) -> None:

@@ -160,7 +160,7 @@ class FusedDecoder(Decoder):
         out: Tensor | None = None,
         scale_label: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, DecoderState, tuple[Tensor, Tensor, Tensor] | None]:
-        """Read one token per row and draw the next one; arguments and results are those of `generation.advance`.
+        """Read one token per row and draw the next one; arguments and results are those of `batch.advance`.
 
         `scale_label` returns changed logits, for rows with a scale of their label.
         """

@@ -423,7 +423,7 @@ class Int8Step:
         seconds: float,
         halt: Halt,
     ) -> Drawn:
-        """Read a token per row, draw the next one, read that, and so on: what `generation.advance` does, many times.
+        """Read a token per row, draw the next one, read that, and so on: what `batch.advance` does, many times.
 
         The call ends early after a step in which torch has to draw a row, because rounding may decide about its token.
         These rows get -1, and `sampling` does not record the tokens of that step: the caller does both.

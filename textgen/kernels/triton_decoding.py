@@ -352,7 +352,7 @@ def _output(  # type: ignore[no-untyped-def]
         tl.store(maxima + block, largest, inside)
         tl.store(sums + block, share, inside)
     if values is not None:
-        # as `generation.advance` and `sampling.process_logits`, in their order
+        # as `batch.advance` and `sampling.process_logits`, in their order
         total = tl.where(valid & (column != unk_id)[None, :], total, float("-inf"))
         if bias is not None:
             total += tl.load(bias + at, valid, 0.0)

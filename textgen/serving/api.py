@@ -22,7 +22,8 @@ from starlette.routing import Route
 from textgen.config import SamplingConfig
 from textgen.data.corpus import normalize
 from textgen.decoding.decoders import PREFILL_WINDOW
-from textgen.decoding.generation import Sample, number_requests, require_drawable, require_label
+from textgen.decoding.generation import number_requests
+from textgen.decoding.samples import Sample, require_drawable, require_label
 from textgen.errors import TextgenError
 from textgen.serving.completion import EventStream, PendingChoice, PendingCompletion, cancel_on_disconnect, late
 from textgen.serving.description import describe_api

@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from textgen.decoding.generation import Sample, TokenLogprobs
+from textgen.decoding.samples import Sample, TokenLogprobs
 from textgen.serving.prompts import PromptReader, for_json
 from textgen.serving.responses import ApiError
 from textgen.serving.scheduler import BusyError, ClosedError, Delta, Scheduler, Stream

@@ -17,18 +17,9 @@ from typing import Any
 
 import torch
 
+from textgen.decoding.batch import Batch, Prefilled, Scored, reads_alone
 from textgen.decoding.decoders import PREFILL_WINDOW, Decoder
-from textgen.decoding.generation import (
-    Batch,
-    Prefilled,
-    Request,
-    RunningSample,
-    Sample,
-    Scored,
-    TokenLogprobs,
-    begin_id,
-    reads_alone,
-)
+from textgen.decoding.samples import Request, RunningSample, Sample, TokenLogprobs, begin_id
 from textgen.kernels.decoding import Halt
 from textgen.serving.prompts import PromptReader
 from textgen.serving.states import PrefixTable

@@ -11,7 +11,8 @@ from textgen.config import SamplingConfig
 from textgen.console import Progress, say
 from textgen.data.corpus import normalize
 from textgen.data.store import Split
-from textgen.decoding.generation import Sample, generate
+from textgen.decoding.generation import generate
+from textgen.decoding.samples import Sample
 from textgen.distributed import launch
 from textgen.errors import DivergedError
 from textgen.evaluation import Score, mix_scores, score, split_documents
