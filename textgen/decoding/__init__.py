@@ -1,6 +1,8 @@
 """From prompts to texts.
 
 - `generation`: the loop; samples in a batch whose rows are refilled
+- `batch`: the rows on the device, and one step of them
+- `samples`: a request, and its text while it grows and at its end
 - `sampling`: filters on logits and the draw, as pure functions
 - `steering`: settings that name texts
 - `guides`: texts that match a regex or are one of a list
