@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from tests.forking import run_script
+from tests.object_storage import Faults, ObjectStorage, start_object_storage
 from textgen.runs.lock import FileLock
 
 # Threads that wait must not spin, and wandb and the hub must not be asked, in the processes that tests start.
@@ -256,6 +257,24 @@ def labelled_run(tiny_flags: list[str], labelled_reviews: Path, share: Share) ->
         run_script("train_distributed.py", *tiny_flags, *flags, "--run_dir", str(directory / "labelled"))
 
     return share("labelled-runs", train) / "labelled"
+
+
+@pytest.fixture(scope="session")
+def object_server() -> Iterator[ObjectStorage]:
+    """An S3 server on this machine."""
+    with start_object_storage() as storage:
+        yield storage
+
+
+@pytest.fixture
+def object_storage(object_server: ObjectStorage, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStorage]:
+    """The S3 server, without faults, and the environment that leads to it."""
+    for name, value in object_server.environment.items():
+        monkeypatch.setenv(name, value)
+    object_server.faults = Faults()
+    object_server.requests.clear()
+    yield object_server
+    object_server.faults = Faults()
 
 
 @pytest.fixture

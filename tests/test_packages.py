@@ -72,8 +72,8 @@ def test_every_extra_that_a_message_names_has_its_packages() -> None:
     calls = []
     for source in (HOME / "textgen").rglob("*.py"):
         calls += re.findall(r'require_packages\("[^"]+", (.*), extra="(\w+)"\)', source.read_text(encoding="utf-8"))
-    # serve, export, dashboard, tune, guide; the trackers' extras have the names of their packages
-    assert len(calls) == 5
+    # serve, export, dashboard, tune, guide, remote; the trackers' extras have the names of their packages
+    assert len(calls) == 6
     calls += [(f'"{name}"', name) for name in ("tensorboard", "trackio")]
     for packages, extra in calls:
         listed = [re.split(r"[<>=]", requirement)[0] for requirement in extras[extra]]
