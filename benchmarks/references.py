@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.machine import save
-from textgen.data.store import Split, TokenStore
+from textgen.data.split import Split
+from textgen.data.store import TokenStore
 from textgen.data.texts import read_split
 
 BITS = 12  # of a token in a key; five tokens fit into 60 bits

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from numpy.typing import NDArray
 
 from textgen.console import Progress
-from textgen.data.store import Split
+from textgen.data.split import Split
 from textgen.hardware import sum_dtype
 from textgen.model.lstm import LSTMLanguageModel
 

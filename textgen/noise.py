@@ -97,17 +97,19 @@ def exponential(keys: Tensor, count: int) -> Tensor:
     return minus_u.clamp_(min=2.0**-24 - 1).log1p_().neg_()
 
 
-def permutation(seed: int, epoch: int, count: int) -> Tensor:
-    """Return the order of `count` items in an epoch: int64 (count,), a pure function of its arguments.
+def permutation(seed: int, epoch: int, count: int, *, shard: int | None = None) -> Tensor:
+    """Return the order of `count` items in an epoch, or in a shard of it: int64 (count,), a function of its arguments.
 
     Items are sorted by their hash, so that the order does not depend on a library's shuffle algorithm. The item's index
     replaces the low bits of its 64-bit hash. So all keys are different, any sort gives the same order, and keys are
     sorted in place. Peak memory is 8 bytes per item, which is the result, and a block's temporaries.
     """
+    coordinates = () if shard is None else (shard,)
     index_bits = max(count - 1, 0).bit_length()
     keys = torch.empty(count, dtype=torch.int64)
     for start in range(0, count, _BLOCK):
         items = torch.arange(start, min(start + _BLOCK, count), dtype=torch.int64)
-        keys[start : start + _BLOCK] = (hash_bits(seed, epoch, items) >> index_bits << index_bits) | items
+        bits = hash_bits(seed, epoch, *coordinates, items)
+        keys[start : start + _BLOCK] = (bits >> index_bits << index_bits) | items
     keys.numpy().sort()  # torch's sort makes a copy, and indices that are not needed
     return keys.bitwise_and_((1 << index_bits) - 1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.references import BITS, KneserNey, history_keys
-from textgen.data.store import Split
+from textgen.data.split import Split
 
 
 def split_of(*documents: list[int]) -> Split:

@@ -21,7 +21,8 @@ from textgen.data.documents import read_documents
 from textgen.data.labels import MAX_LABELS, label_of, take_label
 from textgen.data.lanes import Epoch, LaneSampler, build_loader
 from textgen.data.memory import corpus_of_dataset, corpus_of_texts
-from textgen.data.store import Split, TokenStore, prepare_store
+from textgen.data.split import Split
+from textgen.data.store import TokenStore, prepare_store
 from textgen.data.tally import RowError
 from textgen.data.texts import read_split
 from textgen.errors import TextgenError

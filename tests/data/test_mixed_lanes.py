@@ -12,7 +12,7 @@ import torch
 
 from textgen.data.lanes import LaneSampler, build_loader, keeps_label
 from textgen.data.mixed_lanes import Mixture, build_mixed_loader
-from textgen.data.store import Split
+from textgen.data.split import Split
 from textgen.errors import TextgenError
 from textgen.noise import permutation
 

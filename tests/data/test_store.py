@@ -23,11 +23,13 @@ import numpy as np
 import pytest
 import torch
 
+import textgen.data.split
 import textgen.data.store
 from textgen.config import DataConfig, TokenizerConfig
 from textgen.data.corpus import CleanCorpus, clean_corpus
 from textgen.data.lanes import STRIDE, Epoch, LaneSampler, build_loader, windows_per_epoch
-from textgen.data.store import Split, TokenStore, encode_batches, encode_documents, prepare_store
+from textgen.data.split import Split
+from textgen.data.store import TokenStore, encode_batches, encode_documents, prepare_store
 from textgen.errors import TextgenError
 from textgen.noise import permutation
 from textgen.runs import lock
@@ -290,7 +292,7 @@ def test_reading_ahead_changes_nothing_but_the_time(
 ) -> None:
     store = prepare(corpus, tmp_path / "cache")
     wanted = store.split("train").tokens.tolist()
-    monkeypatch.setattr(textgen.data.store, "READ_AHEAD_BELOW", 0)
+    monkeypatch.setattr(textgen.data.split, "READ_AHEAD_BELOW", 0)
     assert store.split("train").tokens.tolist() == wanted
 
 

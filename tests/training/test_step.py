@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from torch.utils.data import DataLoader
 
 from textgen.config import ModelConfig, TrainConfig
-from textgen.data.store import Split
+from textgen.data.split import Split
 from textgen.distributed import launch
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.training.optim import update_weights
@@ -84,7 +84,7 @@ def test_batches_for_a_gpu_are_pinned(device: str, learner: Learner) -> None:
 
     split = Split(np.arange(900, dtype=np.uint16), np.array([0, 900]), np.ones(1, dtype=np.uint32))
     accelerator = SimpleNamespace(device=torch.device(device), prepare=prepare)
-    store = SimpleNamespace(split=lambda _: split)
+    store = SimpleNamespace(train=split)
     StepLoader(TrainConfig(batch_size=4, seq_len=8), accelerator, store)  # type: ignore[arg-type]
     assert found[0].pin_memory == (device == "cuda")
     assert learner.accelerator.non_blocking

@@ -130,9 +130,10 @@ def training_shares(store: TokenStore) -> dict[str, float]:
     Raises:
         TextgenError: the store has no labels.
     """
-    begins = store.split("train").begin_ids
-    if begins is None:
+    if not store.labels:
         raise TextgenError(f"`{store.directory}` has no labels")
-    first = store.tokenizer.vocab_size
-    counts = np.bincount(begins[begins >= first] - first, minlength=len(store.labels))
+    first, counts = store.tokenizer.vocab_size, np.zeros(len(store.labels), dtype=np.int64)
+    for part in store.parts("train"):
+        assert part.begin_ids is not None
+        counts += np.bincount(part.begin_ids[part.begin_ids >= first] - first, minlength=len(store.labels))
     return dict(zip(store.labels, (counts / counts.sum()).tolist(), strict=True))

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from textgen.data.lanes import Epoch, LaneSampler, keeps_label
-from textgen.data.store import Split
+from textgen.data.split import Split
 from textgen.errors import TextgenError
 
 

@@ -9,7 +9,6 @@ import hashlib
 import importlib.metadata
 import json
 import logging
-import mmap
 import os
 import secrets
 import shutil
@@ -34,6 +33,8 @@ from textgen.console import Progress
 from textgen.data.corpus import CleanCorpus, Corpus, clean_corpus
 from textgen.data.labels import NO_LABEL
 from textgen.data.mixture import clean_sources, open_sources
+from textgen.data.shards import ORDER, Shard, Shards
+from textgen.data.split import Split, map_array
 from textgen.errors import TextgenError, in_backticks
 from textgen.runs.lock import FileLock
 from textgen.tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
@@ -42,54 +43,15 @@ from textgen.tokenizer.trainer import MAX_TRAINING_BYTES
 log = logging.getLogger("textgen")
 
 STORE_FORMAT = 2
+SHARDS_FORMAT = 3  # of a store in shards, which versions that know no shards refuse
 STORE_NAME = "store.json"
 UNIGRAM_NAME = "unigram.int64"
 # At a time in a thread, whose check takes some 60 bytes a token. Half was as fast, four times as much 5 % slower.
 ENCODE_BATCH, ENCODE_CHARACTERS = 512, 1 << 18
 MAX_ENCODE_THREADS = 16  # more would wait for the texts, which one thread reads
-READ_AHEAD_BELOW = 1 << 28  # bytes of a file
 
 
 # --- the store -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Split:
-    """One split of a token store.
-
-    Attributes:
-        tokens: uint16 or uint32, memory-mapped; every document ends with the end-of-text token. A part of a split has
-            the tokens of the whole split.
-        offsets: (num_documents + 1,) int64, memory-mapped: document i is tokens[offsets[i]:offsets[i + 1]].
-        num_bytes: (num_documents,) uint32, memory-mapped: UTF-8 bytes of each document's text.
-        begin_ids: (num_documents,) uint32, memory-mapped: the input that begins each document, `vocab_size` + the place
-            of its label in the store's `labels`, or the end-of-text token without one. None for a store without labels.
-    """
-
-    tokens: NDArray[np.unsignedinteger[Any]]
-    offsets: NDArray[np.int64]
-    num_bytes: NDArray[np.uint32]
-    begin_ids: NDArray[np.uint32] | None = None
-
-    def document(self, index: int) -> NDArray[np.unsignedinteger[Any]]:
-        """Return a document's tokens, its end-of-text token last."""
-        return self.tokens[self.offsets[index] : self.offsets[index + 1]]
-
-    @property
-    def num_documents(self) -> int:
-        """Number of documents."""
-        return len(self.num_bytes)
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of tokens, one end-of-text for each document included."""
-        return int(self.offsets[-1] - self.offsets[0])
-
-    def part(self, first: int, count: int) -> Split:
-        """Return some documents that follow each other, as a split."""
-        chosen = slice(first, first + count)
-        begin_ids = None if self.begin_ids is None else self.begin_ids[chosen]
-        return Split(self.tokens, self.offsets[first : first + count + 1], self.num_bytes[chosen], begin_ids)
 
 
 @dataclass(frozen=True)
@@ -117,8 +79,10 @@ class TokenStore:
         except (OSError, ValueError) as error:
             raise TextgenError(f"`{directory}` is not a token store: no readable `{STORE_NAME}`") from error
         seen = record.get("format") if isinstance(record, dict) else None
-        if seen != STORE_FORMAT:
-            raise TextgenError(f"`{directory}` is a token store of format {seen}, wanted {STORE_FORMAT}")
+        if seen not in (STORE_FORMAT, SHARDS_FORMAT):
+            raise TextgenError(
+                f"`{directory}` is a token store of format {seen}, wanted {STORE_FORMAT} or {SHARDS_FORMAT}"
+            )
         store = cls(directory, record)
         unigram = (directory / UNIGRAM_NAME, record["vocab_size"] * 8)
         for path, size in [unigram, *(file for name in record["splits"] for file in store._files(name))]:
@@ -140,7 +104,36 @@ class TokenStore:
         """Hash of what a training depends on: the tokens of train and validation, whatever source they came from."""
         digests, of_labels = self.record["digests"], self.record.get("label_digests", {})
         wanted = [of_labels[split] for split in ("train", "validation") if split in of_labels]
+        if self.shards is not None:
+            wanted += [self.order, *(shard.sha256 for shard in self.shards.records)]
         return _digest(self.record["tokenizer"], digests["train"], digests.get("validation", ""), *wanted)
+
+    @property
+    def order(self) -> str:
+        """Name of the order in which a training reads the documents: `documents`, or `shards`."""
+        return str(self.record.get("order", "documents"))
+
+    @cached_property
+    def shards(self) -> Shards | None:
+        """The shards of the train split; None if it is not in shards.
+
+        Raises:
+            TextgenError: their records are damaged.
+        """
+        if self.order == "documents":
+            return None
+        if self.order != ORDER:
+            raise TextgenError(f"`{self.directory}` has the order `{self.order}`, wanted `documents` or `{ORDER}`")
+        try:
+            records = [Shard.parse(record) for record in self.record["shards"]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise TextgenError(f"`{self.directory / STORE_NAME}` is damaged: {error}") from error
+        return Shards(self.directory, records, dtype=self.record["dtype"], has_labels=bool(self.labels))
+
+    @property
+    def train(self) -> Split | Shards:
+        """The train split, whole or in shards."""
+        return self.split("train") if self.shards is None else self.shards
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -163,7 +156,7 @@ class TokenStore:
         return torch.from_numpy(np.fromfile(self.directory / UNIGRAM_NAME, dtype=np.int64))
 
     def split(self, name: str) -> Split:
-        """Map a split into memory.
+        """Map a split that is not in shards into memory.
 
         Raises:
             TextgenError: the store has no such split.
@@ -171,7 +164,21 @@ class TokenStore:
         if name not in self.record["splits"]:
             have = ", ".join(f"`{s}`" for s in self.record["splits"])
             raise TextgenError(f"the data has no split `{name}`; it has {have}")
-        return Split(*(_map(path) for path, _ in self._files(name)))
+        assert name != "train" or self.shards is None
+        return Split(*(map_array(path) for path, _ in self._files(name)))
+
+    def parts(self, name: str) -> Iterator[Split]:
+        """Map the parts of a split into memory one after the other: its shards, or the split as the only one.
+
+        Raises:
+            TextgenError: as `split`, or a shard is missing or damaged.
+        """
+        if name == "train" and self.shards is not None:
+            for index in range(len(self.shards)):
+                self.shards.expect(range(index + 1, len(self.shards)))
+                yield self.shards.split(index)
+        else:
+            yield self.split(name)
 
     @property
     def sources(self) -> dict[str, dict[str, dict[str, int]]]:
@@ -189,6 +196,8 @@ class TokenStore:
 
     def _files(self, split: str) -> list[tuple[Path, int]]:
         """Return path and size of a split's files: tokens, offsets, bytes of each document, and its first input."""
+        if split == "train" and self.shards is not None:
+            return [(self.directory / shard.name, shard.size) for shard in self.shards.records]
         sizes = self.record["splits"][split]
         documents, dtype = sizes["documents"], np.dtype(self.record["dtype"])
         files = [
@@ -197,23 +206,6 @@ class TokenStore:
             (self.directory / f"{split}.bytes.uint32", documents * 4),
         ]
         return files + ([(self.directory / f"{split}.begins.uint32", documents * 4)] if self.labels else [])
-
-
-def _map(path: Path) -> NDArray[Any]:
-    """Map an array whose dtype is the file's ending, read-only; an empty file cannot be mapped.
-
-    A plain array, not `np.memmap`, which reads a window a third slower. An epoch touches a large file's documents in no
-    order: without the advice the kernel reads 128 KiB for each of 600 bytes (2e9 tokens, from disk, mean of the first
-    20 steps of 128 lanes: 75 ms for reading each, with it 3 ms; 2026-11-23). A small file is soon in memory whole.
-    """
-    dtype = path.suffix[1:]
-    if not path.stat().st_size:
-        return np.empty(0, dtype=dtype)
-    with open(path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if ".tokens." in path.name and len(mapped) > READ_AHEAD_BELOW and hasattr(mmap, "MADV_RANDOM"):
-        mapped.madvise(mmap.MADV_RANDOM)
-    return np.frombuffer(mapped, dtype=dtype)
 
 
 def prepare_store(
@@ -412,7 +404,10 @@ def _source_sizes(directory: Path, clean: CleanCorpus) -> dict[str, dict[str, di
     """Return documents, tokens and bytes of the splits of each source, whose documents follow each other in a split."""
     sizes: dict[str, dict[str, dict[str, int]]] = {name: {} for name in clean.sources}
     for split in clean.digests:
-        offsets, num_bytes = _map(directory / f"{split}.offsets.int64"), _map(directory / f"{split}.bytes.uint32")
+        offsets, num_bytes = (
+            map_array(directory / f"{split}.offsets.int64"),
+            map_array(directory / f"{split}.bytes.uint32"),
+        )
         first = 0
         for name, source in clean.sources.items():
             if count := source.counts.get(f"{split}_documents", 0):

@@ -11,7 +11,8 @@ from textgen.config import SPLITS, DataConfig, TrainConfig
 from textgen.data.corpus import normalize
 from textgen.data.documents import read_documents
 from textgen.data.labels import copy_label, labelled
-from textgen.data.store import Split, TokenStore, prepare_store
+from textgen.data.split import Split
+from textgen.data.store import TokenStore, prepare_store
 from textgen.errors import CheckpointError, TextgenError
 from textgen.runs.checkpoint import TRAINER_NAME, read_json
 from textgen.settings import build_settings, complete_record
@@ -72,13 +73,14 @@ def documents_to_score(
 
 def read_split(store: TokenStore, name: str) -> Iterator[str]:
     """Yield the texts of a split's documents, with their labels if the store has labels."""
-    return _read(store, store.split(name))
+    return chain.from_iterable(_read(store, part) for part in store.parts(name))
 
 
 def _read_sources(store: TokenStore, split: str, limit: int | None) -> dict[str, Iterator[str]]:
     """Return the first documents of a split by source; a single source has the name ""."""
-    parts = store.split_by_source(split) if store.sources else {"": store.split(split)}
-    return {name: islice(_read(store, part), limit) for name, part in parts.items()}
+    if not store.sources:
+        return {"": islice(read_split(store, split), limit)}
+    return {name: islice(_read(store, part), limit) for name, part in store.split_by_source(split).items()}
 
 
 def _read(store: TokenStore, split: Split) -> Iterator[str]:

@@ -30,8 +30,10 @@ DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.int64: "I64",
+    torch.uint32: "U32",
     torch.int32: "I32",
     torch.int16: "I16",
+    torch.uint16: "U16",
     torch.int8: "I8",
     torch.uint8: "U8",
     torch.bool: "BOOL",
@@ -51,20 +53,32 @@ def serialize(
         tensors: contiguous tensors on the CPU, by name.
         metadata: more texts for the header, by name.
     """
+    header, names = build_header({n: (DTYPES[t.dtype], tuple(t.shape)) for n, t in tensors.items()}, metadata=metadata)
+    yield header
+    for name in names:
+        assert tensors[name].is_contiguous(), name
+        yield tensors[name].detach().flatten().view(torch.uint8).numpy().data
+
+
+def build_header(
+    entries: Mapping[str, tuple[str, tuple[int, ...]]], *, metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[str]]:
+    """Return the header of a safetensors file, and the names of its tensors in the order of their data.
+
+    Args:
+        entries: dtype and shape of each tensor.
+        metadata: as in `serialize`.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
+    names = sorted(entries, key=lambda name: (-SIZES[entries[name][0]], name))  # large items first, so all are aligned
     end = 0
-    ordered = sorted(
-        tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])
-    )  # large items first, so all are aligned
-    for name, tensor in ordered:
-        assert tensor.is_contiguous(), name
-        start, end = end, end + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name in names:
+        dtype, shape = entries[name]
+        start, end = end, end + math.prod(shape) * SIZES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data begins at a multiple of 8 bytes
-    yield len(text).to_bytes(8, "little") + text
-    for _, tensor in ordered:
-        yield tensor.detach().flatten().view(torch.uint8).numpy().data
+    return len(text).to_bytes(8, "little") + text, names
 
 
 def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -72,6 +86,15 @@ def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
 
     Raises:
         TextgenError: the file is not a safetensors file, or is damaged.
+    """
+    return {name: (dtype, shape) for name, (_, dtype, shape) in find_tensors(path).items()}
+
+
+def find_tensors(path: Path) -> dict[str, tuple[int, str, tuple[int, ...]]]:
+    """Return the place of the first byte in the file, dtype and shape of a file's tensors by name.
+
+    Raises:
+        TextgenError: as `read_header`.
     """
     return _read_header(path)[0]
 
@@ -85,8 +108,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     return {name: value for name, value in _read_header(path)[1].items() if isinstance(value, str)}
 
 
-def _read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, Any]]:
-    """Return dtype and shape of a file's tensors by name, and its metadata."""
+def _read_header(path: Path) -> tuple[dict[str, tuple[int, str, tuple[int, ...]]], dict[str, Any]]:
+    """Return place, dtype and shape of a file's tensors by name, and its metadata."""
     try:
         size = path.stat().st_size
         if not path.is_file():
@@ -111,7 +134,7 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], di
         end = stop
     if end != size - 8 - length:
         raise TextgenError(f"`{path}` holds {size - 8 - length} bytes of data, its header says {end}")
-    return {name: (dtype, shape) for name, (_, _, dtype, shape) in header.items()}, metadata
+    return {name: (8 + length + start, dtype, shape) for name, (start, _, dtype, shape) in header.items()}, metadata
 
 
 def _entry(value: Mapping[str, Any]) -> tuple[int, int, str, tuple[int, ...]]:

@@ -90,7 +90,7 @@ def describe_training(learner: Learner, store: TokenStore) -> str:
     config, progress = learner.config, learner.progression
     return (
         f"{learner.unwrapped_model.num_parameters:,} parameters, "
-        f"{store.split('train').num_tokens:,} training tokens of {store.bytes_per_token('train'):.2f} bytes, "
+        f"{store.record['splits']['train']['tokens']:,} training tokens of {store.bytes_per_token('train'):.2f} bytes, "
         f"{config.batch_size} x {config.seq_len} tokens per step, "
         f"steps {progress.step} to {progress.total_steps}, {steps_per_epoch(config, store)} per epoch"
         + _describe_sources(config, store, progress.total_steps)

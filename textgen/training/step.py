@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.profiler import record_function
 
 from textgen.config import TrainConfig
-from textgen.data.lanes import LaneSampler, build_loader, windows_per_epoch
+from textgen.data.lanes import Course, LaneSampler, build_loader
 from textgen.data.mixed_lanes import Mixture, build_mixed_loader
 from textgen.data.store import TokenStore
 from textgen.model.lstm import DropoutMasks, LSTMLanguageModel, State
@@ -179,15 +179,19 @@ class StepLoader:
         if self.mixture is not None:
             loader = build_mixed_loader(self.mixture, self._sampler, seed=config.seed)
         else:
-            loader = build_loader(store.split("train"), self._sampler, seq_len=config.seq_len, seed=config.seed)
+            self._course = _course_of(config, store)
+            loader = build_loader(store.train, self._sampler, seq_len=config.seq_len, seed=config.seed)
         loader.pin_memory = accelerator.device.type == "cuda"  # a copy to a GPU then need not be waited for
         self._loader = accelerator.prepare(loader)
 
     def begun(self, step: int) -> NDArray[np.bool_]:
-        """Return for each lane of the global batch whether it begins another order of documents in a step."""
+        """Return for each lane of the global batch whether it begins another order of documents in a step.
+
+        Orders are those of an epoch, of a shard, or of a source's pass.
+        """
         if self.mixture is not None:
             return self.mixture.begun(step)
-        return np.full(self._sampler.num_lanes, step % self.per_epoch == 0)
+        return np.full(self._sampler.num_lanes, self._course.find(step).window == 0)
 
     def read(self, first_step: int, last_step: int) -> Iterator[tuple[list[dict[str, Tensor]], float]]:
         """Yield the micro-batches of each step from `first_step` up to `last_step`, and the seconds waited for them."""
@@ -220,7 +224,11 @@ def steps_per_epoch(config: TrainConfig, store: TokenStore) -> int:
     """
     if (mixture := mixture_of(config, store)) is not None:
         return mixture.steps_per_epoch
-    return windows_per_epoch(store.split("train"), batch_size=config.batch_size, seq_len=config.seq_len)
+    return _course_of(config, store).per_epoch
+
+
+def _course_of(config: TrainConfig, store: TokenStore) -> Course:
+    return Course(store.train, batch_size=config.batch_size, seq_len=config.seq_len, seed=config.seed)
 
 
 def step_batches(learner: Learner, loader: StepLoader, until: int) -> Iterator[tuple[list[dict[str, Tensor]], float]]:

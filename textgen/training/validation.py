@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from textgen.config import SamplingConfig
 from textgen.console import Progress, say
 from textgen.data.corpus import normalize
-from textgen.data.store import Split
+from textgen.data.split import Split
 from textgen.decoding.generation import generate
 from textgen.decoding.samples import Sample
 from textgen.distributed import launch
