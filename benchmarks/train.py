@@ -756,8 +756,8 @@ def peak_memory(title: str, shape: Shape) -> dict[str, Any]:
 
 # parts of a step by the names that torch's profiler gives them
 PARTS = {
-    "LSTM, forward": ("_LSTMFunction", "aten::lstm"),
-    "LSTM, backward": ("_LSTMFunctionBackward", "MkldnnRnnLayerBackward0", "CudnnRnnBackward0"),
+    "LSTM, forward": ("LSTMFunction", "aten::lstm"),
+    "LSTM, backward": ("LSTMFunctionBackward", "MkldnnRnnLayerBackward0", "CudnnRnnBackward0"),
     "output layer, softmax and loss": ("_SummedCrossEntropy", "_SummedCrossEntropyBackward"),
     "optimizer": ("Optimizer.step#Adam.step",),
     "embedding, backward": ("EmbeddingBackward0",),

@@ -2,6 +2,7 @@
 
 - `compile`: compiles C++ at first use, and keeps it
 - `training`: LSTM and cross-entropy of a training step (training.cpp)
+- `amx`: whether the LSTM is trained by AMX, which is measured
 - `decoding`: an int8 decoding step, and the draw (decoding.cpp)
 - `capture`: capture and replay of CUDA graphs
 - `fused`: whether a device has the kernels of `triton_training`

@@ -9,6 +9,7 @@
 #include <immintrin.h>
 #include <omp.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -71,6 +72,7 @@ struct WindowArguments {
     float* grad_cell;           // (lanes, hidden_size): of the cell after the window; updated to that before it
     float* grad_bias;           // (4 * hidden_size), zeros at first
     bf16* packed;               // scratch memory for the weights in the order that `multiply` reads
+    bf16* tiles;                // scratch memory for the inputs of a step, if AMX multiplies; null: registers do
     int64_t threads;
 };
 
@@ -114,36 +116,37 @@ struct Forward {
                 }
     }
 
-    // Compute one step of R lanes for the 16 units of block b:
+    // What a step multiplies by the weights: `size` values a lane, w.steps * size apart.
+    static long size(const WindowArguments& w) { return w.input_size + w.hidden_size; }
+    static long blocks(const WindowArguments& w) { return w.hidden_size / LANES; }
+    static const bf16* rows(const WindowArguments& w, long lane, long step) {
+        return w.inputs + (lane * w.steps + step) * size(w);
+    }
+
+    // Compute one step of a lane for the 16 units of block b. sums: (4 gates, 16 units).
     //   i, f, o = sigmoid, g = tanh of (weights @ inputs + bias);  c = f * c_before + i * g;  h = o * tanh(c)
     // (Hochreiter and Schmidhuber 1997; forget gate of Gers et al. 2000).
-    template <long R>
-    static void tile(const WindowArguments& w, long b, long lane, long step) {
-        const long size = w.input_size + w.hidden_size, unit = b * LANES;
-        __m512 sums[ROWS][BLOCK];  // (R lanes, 4 gates, 16 units)
-        for (long r = 0; r < R; r++)
-            for (long z = 0; z < BLOCK; z++) sums[r][z] = load(w.bias + z * w.hidden_size + unit);
-        const bf16* rows = w.inputs + (lane * w.steps + step) * size;
-        multiply<R>(sums, rows, w.steps * size, w.packed + b * size * BLOCK * LANES, size);
-        // Per lane: gates to cell and hidden state. The hidden state is also written beside the next step's input.
-        for (long r = 0; r < R; r++) {
-            const long row = (lane + r) * w.steps + step;
-            const __m512 i = sigmoid(sums[r][0]), f = sigmoid(sums[r][1]), o = sigmoid(sums[r][3]);
-            const __m512 g = hyperbolic_tangent(sums[r][2]);
-            float* cell = w.cell + (lane + r) * w.hidden_size + unit;
-            const __m512 c = _mm512_fmadd_ps(f, load(cell), _mm512_mul_ps(i, g));
-            const __m512 h = _mm512_mul_ps(o, hyperbolic_tangent(c));
-            store(cell, c);
-            store(w.outputs + row * w.hidden_size + unit, h);
-            if (step + 1 < w.steps) store(w.inputs + (row + 1) * size + w.input_size + unit, h);
-            if (w.gates == nullptr) continue;  // no backward pass
-            bf16* gates = w.gates + row * 4 * w.hidden_size + unit;
-            store(gates, i);
-            store(gates + w.hidden_size, f);
-            store(gates + 2 * w.hidden_size, g);
-            store(gates + 3 * w.hidden_size, o);
-            store(w.cells + row * w.hidden_size + unit, c);
-        }
+    static inline void start(const WindowArguments& w, long b, long, long, __m512 (&sums)[BLOCK]) {
+        for (long z = 0; z < BLOCK; z++) sums[z] = load(w.bias + z * w.hidden_size + b * LANES);
+    }
+    // Gates to cell and hidden state. The hidden state is also written beside the next step's input.
+    static inline void finish(const WindowArguments& w, long b, long lane, long step, const __m512 (&sums)[BLOCK]) {
+        const long row = lane * w.steps + step, unit = b * LANES;
+        const __m512 i = sigmoid(sums[0]), f = sigmoid(sums[1]), o = sigmoid(sums[3]);
+        const __m512 g = hyperbolic_tangent(sums[2]);
+        float* cell = w.cell + lane * w.hidden_size + unit;
+        const __m512 c = _mm512_fmadd_ps(f, load(cell), _mm512_mul_ps(i, g));
+        const __m512 h = _mm512_mul_ps(o, hyperbolic_tangent(c));
+        store(cell, c);
+        store(w.outputs + row * w.hidden_size + unit, h);
+        if (step + 1 < w.steps) store(w.inputs + (row + 1) * size(w) + w.input_size + unit, h);
+        if (w.gates == nullptr) return;  // no backward pass
+        bf16* gates = w.gates + row * 4 * w.hidden_size + unit;
+        store(gates, i);
+        store(gates + w.hidden_size, f);
+        store(gates + 2 * w.hidden_size, g);
+        store(gates + 3 * w.hidden_size, o);
+        store(w.cells + row * w.hidden_size + unit, c);
     }
 };
 
@@ -162,55 +165,65 @@ struct Backward {
             }
     }
 
-    // Go back one step of R lanes for the 64 units of block b. With dx for the gradient of the loss by x, and gradients
+    static long size(const WindowArguments& w) { return 4 * w.hidden_size; }
+    static long blocks(const WindowArguments& w) { return w.hidden_size / (BLOCK * LANES); }
+    static const bf16* rows(const WindowArguments& w, long lane, long step) {  // the next step's gates, gradients by now
+        return step + 1 == w.steps ? nullptr : w.gates + (lane * w.steps + step + 1) * size(w);
+    }
+
+    // Go back one step of a lane for the 64 units of block b. With dx for the gradient of the loss by x, and gradients
     // of gates taken before their sigmoid s (s' = s - s^2) or tanh t (t' = 1 - t^2):
     //   dh = d(output) + weight_hh^T @ d(gates of the next step)
     //   dc = dc(next step) * f(next step) + dh * o * tanh'(c)
     //   di = dc * g * i';  df = dc * c_before * f';  dg = dc * i * g';  do = dh * tanh(c) * o'
-    // This is the chain rule on the equations of Forward::tile (as in Graves 2012, "Supervised Sequence Labelling with
-    // Recurrent Neural Networks", section 4.6, without peepholes).
-    template <long R>
-    static void tile(const WindowArguments& w, long b, long lane, long step) {
-        __m512 sums[ROWS][BLOCK];  // dh (R lanes, 64 units)
-        const bool last = step + 1 == w.steps;
-        for (long r = 0; r < R; r++)
-            for (long z = 0; z < BLOCK; z++) {
-                const long unit = (b * BLOCK + z) * LANES;
-                sums[r][z] = load(w.grad_outputs + ((lane + r) * w.steps + step) * w.hidden_size + unit);
-                if (last)
-                    sums[r][z] = _mm512_add_ps(sums[r][z], load(w.grad_hidden + (lane + r) * w.hidden_size + unit));
+    // This is the chain rule on the equations of Forward::start (as in Graves 2012, "Supervised Sequence Labelling with
+    // Recurrent Neural Networks", section 4.6, without peepholes). sums: dh (64 units).
+    static inline void start(const WindowArguments& w, long b, long lane, long step, __m512 (&sums)[BLOCK]) {
+        for (long z = 0; z < BLOCK; z++) {
+            const long unit = (b * BLOCK + z) * LANES;
+            sums[z] = load(w.grad_outputs + (lane * w.steps + step) * w.hidden_size + unit);
+            if (step + 1 == w.steps) sums[z] = _mm512_add_ps(sums[z], load(w.grad_hidden + lane * w.hidden_size + unit));
+        }
+    }
+    // From dh and dc to the gradients of the four gates, which overwrite the gates.
+    static inline void finish(const WindowArguments& w, long b, long lane, long step, const __m512 (&sums)[BLOCK]) {
+        for (long z = 0; z < BLOCK; z++) {
+            const long row = lane * w.steps + step, unit = (b * BLOCK + z) * LANES;
+            bf16* gates = w.gates + row * size(w) + unit;
+            const __m512 i = load(gates), f = load(gates + w.hidden_size), g = load(gates + 2 * w.hidden_size);
+            const __m512 o = load(gates + 3 * w.hidden_size);
+            const __m512 c = hyperbolic_tangent(load(w.cells + row * w.hidden_size + unit));  // tanh of the cell
+            const __m512 before = step > 0 ? load(w.cells + (row - 1) * w.hidden_size + unit)
+                                           : load(w.cell + lane * w.hidden_size + unit);
+            const __m512 dh = sums[z], one = all(1);
+            float* carried = w.grad_cell + lane * w.hidden_size + unit;  // dc(next step) * f(next step)
+            const __m512 dc = _mm512_fmadd_ps(_mm512_mul_ps(dh, o), _mm512_fnmadd_ps(c, c, one), load(carried));
+            store(carried, _mm512_mul_ps(dc, f));
+            const __m512 grad_gates[] = {
+                _mm512_mul_ps(_mm512_mul_ps(dc, g), _mm512_fnmadd_ps(i, i, i)),
+                _mm512_mul_ps(_mm512_mul_ps(dc, before), _mm512_fnmadd_ps(f, f, f)),
+                _mm512_mul_ps(_mm512_mul_ps(dc, i), _mm512_fnmadd_ps(g, g, one)),
+                _mm512_mul_ps(_mm512_mul_ps(dh, c), _mm512_fnmadd_ps(o, o, o)),
+            };
+            for (long gate = 0; gate < 4; gate++) {
+                float* bias = w.grad_bias + gate * w.hidden_size + unit;
+                store(bias, _mm512_add_ps(load(bias), grad_gates[gate]));
+                store(gates + gate * w.hidden_size, grad_gates[gate]);
             }
-        const long size = 4 * w.hidden_size;
-        const bf16* rows = w.gates + (lane * w.steps + step + 1) * size;  // the next step's, gradients by now
-        if (!last) multiply<R>(sums, rows, w.steps * size, w.packed + b * size * BLOCK * LANES, size);
-        // Per lane and 16 units: from dh and dc to the gradients of the four gates, which overwrite the gates.
-        for (long r = 0; r < R; r++)
-            for (long z = 0; z < BLOCK; z++) {
-                const long row = (lane + r) * w.steps + step, unit = (b * BLOCK + z) * LANES;
-                bf16* gates = w.gates + row * size + unit;
-                const __m512 i = load(gates), f = load(gates + w.hidden_size), g = load(gates + 2 * w.hidden_size);
-                const __m512 o = load(gates + 3 * w.hidden_size);
-                const __m512 c = hyperbolic_tangent(load(w.cells + row * w.hidden_size + unit));  // tanh of the cell
-                const __m512 before = step > 0 ? load(w.cells + (row - 1) * w.hidden_size + unit)
-                                               : load(w.cell + (lane + r) * w.hidden_size + unit);
-                const __m512 dh = sums[r][z], one = all(1);
-                float* carried = w.grad_cell + (lane + r) * w.hidden_size + unit;  // dc(next step) * f(next step)
-                const __m512 dc = _mm512_fmadd_ps(_mm512_mul_ps(dh, o), _mm512_fnmadd_ps(c, c, one), load(carried));
-                store(carried, _mm512_mul_ps(dc, f));
-                const __m512 grad_gates[] = {
-                    _mm512_mul_ps(_mm512_mul_ps(dc, g), _mm512_fnmadd_ps(i, i, i)),
-                    _mm512_mul_ps(_mm512_mul_ps(dc, before), _mm512_fnmadd_ps(f, f, f)),
-                    _mm512_mul_ps(_mm512_mul_ps(dc, i), _mm512_fnmadd_ps(g, g, one)),
-                    _mm512_mul_ps(_mm512_mul_ps(dh, c), _mm512_fnmadd_ps(o, o, o)),
-                };
-                for (long gate = 0; gate < 4; gate++) {
-                    float* bias = w.grad_bias + gate * w.hidden_size + unit;
-                    store(bias, _mm512_add_ps(load(bias), grad_gates[gate]));
-                    store(gates + gate * w.hidden_size, grad_gates[gate]);
-                }
-            }
+        }
     }
 };
+
+// Compute one step of R lanes for block b, with sums in registers.
+template <typename Direction, long R>
+static void tile(const WindowArguments& w, long b, long lane, long step) {
+    const long size = Direction::size(w);
+    __m512 sums[ROWS][BLOCK];
+    for (long r = 0; r < R; r++) Direction::start(w, b, lane + r, step, sums[r]);
+    if (const bf16* rows = Direction::rows(w, lane, step))
+        multiply<R>(sums, rows, w.steps * size, w.packed + b * size * BLOCK * LANES, size);
+    for (long r = 0; r < R; r++) Direction::finish(w, b, lane + r, step, sums[r]);
+}
 
 // Compute one step of all lanes for block b, in tiles of at most ROWS lanes. The number of rows is a template argument,
 // so that the compiler keeps a tile's sums in registers.
@@ -219,43 +232,147 @@ static void all_lanes(const WindowArguments& w, long b, long step) {
     for (long lane = 0; lane < w.lanes;) {
         const long left = w.lanes - lane, rows = left == 8 || left == 7 ? 4 : left;  // 4 + 4 is faster than 6 + 2
         switch (rows) {
-            case 1: Direction::template tile<1>(w, b, lane, step), lane += 1; break;
-            case 2: Direction::template tile<2>(w, b, lane, step), lane += 2; break;
-            case 3: Direction::template tile<3>(w, b, lane, step), lane += 3; break;
-            case 4: Direction::template tile<4>(w, b, lane, step), lane += 4; break;
-            case 5: Direction::template tile<5>(w, b, lane, step), lane += 5; break;
-            default: Direction::template tile<6>(w, b, lane, step), lane += 6;
+            case 1: tile<Direction, 1>(w, b, lane, step), lane += 1; break;
+            case 2: tile<Direction, 2>(w, b, lane, step), lane += 2; break;
+            case 3: tile<Direction, 3>(w, b, lane, step), lane += 3; break;
+            case 4: tile<Direction, 4>(w, b, lane, step), lane += 4; break;
+            case 5: tile<Direction, 5>(w, b, lane, step), lane += 5; break;
+            default: tile<Direction, 6>(w, b, lane, step), lane += 6;
         }
     }
 }
 
-// Run a window forward. Steps come one after the other; the blocks of a step are independent of each other and shared
-// among threads. The barrier at the end of `omp for` is the point where a step's hidden states are complete.
-extern "C" void textgen_lstm_forward(const WindowArguments* w) {
-#pragma omp parallel num_threads(w->threads)
-    {
+#ifdef __AMX_BF16__
+// The same step by AMX, whose registers, called tiles too, hold 16 rows of 64 bytes. An instruction multiplies 16 lanes
+// with 32 values each by the same 32 rows of 16 units: `packed` has them in the order that it wants. It sums products of
+// even and of odd rows apart and adds both to the float32 sums; 32 rows come after the 32 before them.
+static const long TILE = 16, DEPTH = 32;
+
+// Let the compiler finish writes to memory before a tile is loaded from it: GCC's intrinsics do not say that they read.
+static inline void written(const void* p) { __asm__ volatile("" : : "r"(p) : "memory"); }
+
+// Tiles 0 to 3 hold sums (2 of lanes by 2 of units), 4 and 5 lanes, 6 and 7 weights. Each thread has a setting.
+static void configure_tiles(const WindowArguments& w) {
+    struct alignas(64) {
+        uint8_t palette, start_row, zeros[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } shapes = {1};
+    for (int t = 0; t < 8; t++) shapes.bytes[t] = 64, shapes.rows[t] = t < 6 ? std::min(w.lanes, TILE) : TILE;
+    written(&shapes);
+    _tile_loadconfig(&shapes);
+}
+
+// Copy what a step multiplies to w.tiles, (size / DEPTH, lanes, DEPTH). In its array 16 lanes are a power of two apart,
+// so that they push each other out of the caches.
+template <typename Direction>
+static void gather(const WindowArguments& w, long step) {
+    const long size = Direction::size(w);
+    const bf16* rows = Direction::rows(w, 0, step);
 #pragma omp for schedule(static)
-        for (long b = 0; b < w->hidden_size / LANES; b++) Forward::pack(*w, b);
-        for (long step = 0; step < w->steps; step++) {
-#pragma omp for schedule(static)
-            for (long b = 0; b < w->hidden_size / LANES; b++) all_lanes<Forward>(*w, b, step);
+    for (long k = 0; k < (rows == nullptr ? 0 : size); k += DEPTH)
+        for (long lane = 0; lane < w.lanes; lane++)
+            _mm512_storeu_si512(w.tiles + k * w.lanes + lane * DEPTH,
+                                _mm512_loadu_si512(rows + lane * w.steps * size + k));
+}
+
+// Add to sums (two times TILE lanes, BLOCK * LANES) the product of one or two times TILE gathered lanes with a block.
+template <bool two>
+static void multiply_tiles(float* sums, const bf16* first, const bf16* second, long stride, const bf16* packed, long size) {
+    const long row = BLOCK * LANES * sizeof(float), pair = 2 * BLOCK * LANES * sizeof(bf16);  // bytes
+    written(sums);
+    for (long z = 0; z < BLOCK; z += 2) {
+        float *left = sums + z * LANES, *right = left + LANES, *below = left + TILE * BLOCK * LANES;
+        _tile_loadd(0, left, row);
+        _tile_loadd(1, right, row);
+        if (two) _tile_loadd(2, below, row);
+        if (two) _tile_loadd(3, below + LANES, row);
+        for (long k = 0; k < size; k += DEPTH) {
+            const bf16* weights = packed + k * BLOCK * LANES + 2 * z * LANES;
+            _tile_loadd(6, weights, pair);
+            _tile_loadd(7, weights + 2 * LANES, pair);
+            _tile_loadd(4, first + k * stride, DEPTH * sizeof(bf16));
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (two) {
+                _tile_loadd(5, second + k * stride, DEPTH * sizeof(bf16));
+                _tile_dpbf16ps(2, 5, 6);
+                _tile_dpbf16ps(3, 5, 7);
+            }
         }
+        _tile_stored(0, left, row);
+        _tile_stored(1, right, row);
+        if (two) _tile_stored(2, below, row);
+        if (two) _tile_stored(3, below + LANES, row);
     }
 }
 
-// Run a window backward, from the last step to the first. Blocks are shared among threads as above. A block's units
-// belong to one thread in all steps, so that sums in grad_bias and grad_cell need no lock and have a fixed order.
-extern "C" void textgen_lstm_backward(const WindowArguments* w) {
-#pragma omp parallel num_threads(w->threads)
-    {
-#pragma omp for schedule(static)
-        for (long b = 0; b < w->hidden_size / (BLOCK * LANES); b++) Backward::pack(*w, b);
-        for (long step = w->steps - 1; step >= 0; step--) {
-#pragma omp for schedule(static)
-            for (long b = 0; b < w->hidden_size / (BLOCK * LANES); b++) all_lanes<Backward>(*w, b, step);
+// Compute one step of all lanes for block b from gathered lanes. The last 16 lanes may overlap those before them: their
+// products are then computed twice, and finished once.
+template <typename Direction>
+static void all_lanes_by_tiles(const WindowArguments& w, long b, long step) {
+    alignas(64) float sums[2 * TILE][BLOCK * LANES];
+    const long size = Direction::size(w), rows = std::min(w.lanes, TILE);
+    const bf16* packed = w.packed + b * size * BLOCK * LANES;
+    for (long lane = 0; lane < w.lanes; lane += 2 * TILE) {
+        const bool two = lane + TILE < w.lanes;
+        const long begins[] = {std::min(lane, w.lanes - rows), std::min(lane + TILE, w.lanes - rows)};
+        __m512 values[BLOCK];
+        for (long t = 0; t <= two; t++)
+            for (long r = 0; r < rows; r++) {
+                Direction::start(w, b, begins[t] + r, step, values);
+                for (long z = 0; z < BLOCK; z++) store(sums[t * TILE + r] + z * LANES, values[z]);
+            }
+        const bf16 *first = w.tiles + begins[0] * DEPTH, *second = w.tiles + begins[1] * DEPTH;
+        if (Direction::rows(w, lane, step) != nullptr) {
+            if (two) multiply_tiles<true>(sums[0], first, second, w.lanes, packed, size);
+            else multiply_tiles<false>(sums[0], first, second, w.lanes, packed, size);
         }
+        for (long t = 0; t <= two; t++)
+            for (long r = lane + t * TILE - begins[t]; r < rows; r++) {
+                for (long z = 0; z < BLOCK; z++) values[z] = load(sums[t * TILE + r] + z * LANES);
+                Direction::finish(w, b, begins[t] + r, step, values);
+            }
     }
 }
+#endif
+
+// Compute one step, by all threads. Its blocks are independent of each other. The barrier at the end of `omp for` is the
+// point where the step's results are complete. A block's units belong to one thread in all steps, so that sums in
+// grad_bias and grad_cell need no lock and have a fixed order.
+template <typename Direction>
+static void all_blocks(const WindowArguments& w, long step) {
+#ifdef __AMX_BF16__
+    if (w.tiles != nullptr) {
+        gather<Direction>(w, step);
+#pragma omp for schedule(static)
+        for (long b = 0; b < Direction::blocks(w); b++) all_lanes_by_tiles<Direction>(w, b, step);
+        return;
+    }
+#endif
+#pragma omp for schedule(static)
+    for (long b = 0; b < Direction::blocks(w); b++) all_lanes<Direction>(w, b, step);
+}
+
+// Run a window, forward or backward, one step after the other.
+template <typename Direction>
+static void window(const WindowArguments& w, bool forward) {
+#pragma omp parallel num_threads(w.threads)
+    {
+#ifdef __AMX_BF16__
+        if (w.tiles != nullptr) configure_tiles(w);
+#endif
+#pragma omp for schedule(static)
+        for (long b = 0; b < Direction::blocks(w); b++) Direction::pack(w, b);
+        for (long i = 0; i < w.steps; i++) all_blocks<Direction>(w, forward ? i : w.steps - 1 - i);
+#ifdef __AMX_BF16__
+        if (w.tiles != nullptr) _tile_release();
+#endif
+    }
+}
+
+extern "C" void textgen_lstm_forward(const WindowArguments* w) { window<Forward>(*w, true); }
+extern "C" void textgen_lstm_backward(const WindowArguments* w) { window<Backward>(*w, false); }
 
 // --- cross-entropy ---------------------------------------------------------------------------------------------------
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from textgen.hardware import processor_flags
+from textgen.kernels import amx
 from textgen.kernels.compile import library
 
 State = tuple[Tensor, Tensor]
@@ -22,10 +24,18 @@ State = tuple[Tensor, Tensor]
 
 @functools.cache
 def compiled_code() -> ctypes.CDLL | None:
-    """Return the compiled code; None on processors where it is not the fastest. With AMX torch's own code is faster."""
-    if "avx512_bf16" not in processor_flags() or "amx_bf16" in processor_flags():
+    """Return the compiled code; None on processors where it is not the fastest.
+
+    With AMX torch's own code is faster than this code without: it is used if a user asks for AMX here.
+    """
+    if "avx512_bf16" not in processor_flags() or (has_amx() and not amx.is_wanted()):
         return None
     return library("training.cpp")
+
+
+def has_amx() -> bool:
+    """Return whether this processor multiplies bfloat16 by AMX."""
+    return "amx_bf16" in processor_flags()
 
 
 def _address(tensor: Tensor | None) -> int | None:
@@ -48,12 +58,12 @@ class _WindowArguments(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("weight_ih", "weight_hh", "bias")),
         *((name, ctypes.c_void_p) for name in ("inputs", "outputs", "gates", "cells", "cell")),
         *((name, ctypes.c_void_p) for name in ("grad_outputs", "grad_hidden", "grad_cell", "grad_bias")),
-        ("packed", ctypes.c_void_p),
+        *((name, ctypes.c_void_p) for name in ("packed", "tiles")),
         ("threads", ctypes.c_int64),
     )
 
 
-class _LSTMFunction(torch.autograd.Function):
+class LSTMFunction(torch.autograd.Function):
     """One layer over a window, whose backward pass overwrites the kept gates by their gradients."""
 
     @staticmethod
@@ -66,6 +76,7 @@ class _LSTMFunction(torch.autograd.Function):
         weight_hh: Tensor,
         bias: Tensor,
         with_gradient: bool,
+        by_amx: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         (lanes, steps, input_size), hidden_size = x.shape, weight_hh.shape[1]
         empty = functools.partial(torch.empty, dtype=torch.bfloat16, device="cpu")
@@ -89,10 +100,11 @@ class _LSTMFunction(torch.autograd.Function):
             cells=cells,
             cell=last_cell,
             packed=packed,
+            tiles=empty(lanes, input_size + hidden_size) if by_amx else None,
         )
         if gates is not None and cells is not None:
             ctx.save_for_backward(inputs, gates, cells, cell, weight_ih, weight_hh)
-            ctx.x_dtype, ctx.used = x.dtype, False  # type: ignore[attr-defined]
+            ctx.x_dtype, ctx.by_amx, ctx.used = x.dtype, by_amx, False  # type: ignore[attr-defined]
         return y, y[None, :, -1].clone(), last_cell[None].to(torch.bfloat16)
 
     @staticmethod
@@ -119,6 +131,7 @@ class _LSTMFunction(torch.autograd.Function):
             grad_cell=grad_first_cell,
             grad_bias=grad_bias,
             packed=torch.empty_like(weight_hh, dtype=torch.bfloat16),
+            tiles=torch.empty_like(gates[:, 0]) if ctx.by_amx else None,  # type: ignore[attr-defined]
         )
         grad_gates = gates.flatten(0, 1)  # overwritten by the call; (lanes * steps, 4 * hidden_size)
         grad_weight = grad_gates.T @ inputs.flatten(0, 1)  # (4 * hidden_size, input_size + hidden_size)
@@ -128,7 +141,7 @@ class _LSTMFunction(torch.autograd.Function):
             grad_first_hidden = gates[:, 0] @ weight_hh.to(torch.bfloat16)  # (lanes, hidden_size)
             grad_state = grad_first_hidden[None].to(cell.dtype), grad_first_cell[None].to(cell.dtype)
         grad_weights = grad_weight[:, :input_size].float(), grad_weight[:, input_size:].float()
-        return grad_x.to(ctx.x_dtype), *grad_state, *grad_weights, grad_bias, None  # type: ignore[attr-defined]
+        return grad_x.to(ctx.x_dtype), *grad_state, *grad_weights, grad_bias, None, None  # type: ignore[attr-defined]
 
 
 def _call(name: str, shape: tuple[int, ...] | torch.Size, **tensors: Tensor | None) -> None:
@@ -162,14 +175,20 @@ def lstm(x: Tensor, state: State, weight_ih: Tensor, weight_hh: Tensor, bias: Te
 
     Returns:
         bfloat16 (batch, time, hidden_size) and the new state. None if there is no compiled code, if sizes do not fill
-        registers, and for single steps, where packing the weights would take longer than it saves.
+        registers, and for single steps, where packing the weights would take longer than it saves. On processors with
+        AMX also None without a gradient, and where AMX is not measured as faster.
     """
     weights, (lanes, steps, input_size), hidden_size = (weight_ih, weight_hh, bias), x.shape, weight_hh.shape[1]
     if lanes == 0 or steps < 2 or input_size % 16 or hidden_size % 64 or not all(map(_is_float32_array, weights)):
         return None
-    if compiled_code() is None:
+    code, with_gradient = compiled_code(), torch.is_grad_enabled()
+    if code is None:
         return None
-    y, hidden, cell = _LSTMFunction.apply(x, *state, *weights, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    if by_amx := has_amx():
+        shape = amx.LayerShape(lanes, steps, input_size, hidden_size, torch.get_num_threads())
+        if not with_gradient or input_size % 32 or not amx.is_faster(shape, Path(code._name)):
+            return None
+    y, hidden, cell = LSTMFunction.apply(x, *state, *weights, with_gradient, by_amx)  # type: ignore[no-untyped-call]
     return y, (hidden, cell)
 
 

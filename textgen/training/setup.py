@@ -20,6 +20,7 @@ from textgen.distributed.launch import LSTM_DTYPES
 from textgen.distributed.signals import StopSignals
 from textgen.errors import TextgenError
 from textgen.hardware import sum_dtype
+from textgen.kernels import amx
 from textgen.kernels.capture import CudaCapture, Replay
 from textgen.model.lstm import LSTMLanguageModel, State
 from textgen.runs.checkpoint import Saver
@@ -87,7 +88,11 @@ def build_learner(
         accelerator: of this process.
         model: with its initial weights, on any device.
         total_steps: the learning rate may decay until then.
+
+    Raises:
+        TextgenError: `TEXTGEN_AMX` asks for what this machine lacks.
     """
+    amx.is_wanted()
     optimizer = build_optimizer(model, config)
     assert_precision(model, accelerator)
     prepared_model, prepared_optimizer = accelerator.prepare(model, optimizer)

@@ -1,0 +1,150 @@
+"""Whether an LSTM layer is trained by Intel's AMX: only if a user asks for it, and then where it is measured as faster.
+
+`TEXTGEN_AMX=1` asks. The code has not run on a processor with AMX yet: its tests emulate the instructions. So a child
+process compares it with torch's LSTM once for each machine and shape, where a wrong result or an illegal instruction
+costs nothing. What it found is kept beside the compiled code, for all processes and later runs. Training alone takes
+it: scores and texts come from torch's operators on these processors.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from textgen.errors import TextgenError
+from textgen.hardware import processor_flags
+
+log = logging.getLogger("textgen")
+
+# Of Linux's arch_prctl (asm/prctl.h): a process has to ask before its threads may use the 8 KiB of tile registers.
+_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
+MAX_ERROR = 0.01
+"""of outputs and gradients beside float32's, relative; torch's bfloat16 LSTM has up to 0.007"""
+
+
+class LayerShape(NamedTuple):
+    """What a measurement is for."""
+
+    lanes: int
+    steps: int
+    input_size: int
+    hidden_size: int
+    threads: int
+
+
+@functools.cache
+def is_wanted() -> bool:
+    """Return whether the user asks for AMX by `TEXTGEN_AMX=1`.
+
+    Raises:
+        TextgenError: the variable has another value, or this machine has no AMX.
+    """
+    if (value := os.environ.get("TEXTGEN_AMX", "")) not in ("", "1"):
+        raise TextgenError(f"`TEXTGEN_AMX` must be 1 or not set: {value}")
+    if value and not ("amx_bf16" in processor_flags() and is_permitted()):
+        raise TextgenError("`TEXTGEN_AMX` is 1, and this processor has no AMX for bfloat16, or the system refuses it")
+    return bool(value)
+
+
+def is_permitted() -> bool:
+    """Ask Linux to let this process use tile registers; return whether it does."""
+    number = ctypes.c_long
+    arguments = map(number, (_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA))
+    return sys.platform == "linux" and int(ctypes.CDLL(None).syscall(*arguments)) == 0
+
+
+def is_faster(shape: LayerShape, library: Path) -> bool:
+    """Return whether AMX trains a layer of this shape faster than torch does, and right; measured at the first call.
+
+    Args:
+        shape: of the layer and its window.
+        library: the compiled code. Its name depends on source, compiler and processor.
+    """
+    return bool(_measured(shape, library)["faster"])
+
+
+@functools.cache
+def _measured(shape: LayerShape, library: Path) -> dict[str, Any]:
+    """Return the kept measurement; make it if there is none. All processes of a machine get the same one."""
+    key = hashlib.sha256(repr((library.name, torch.__version__, shape)).encode()).hexdigest()[:16]
+    path = library.with_name(f"amx-{key}.json")
+    if not path.exists():
+        own = path.with_name(f"{path.name}.{os.getpid()}")
+        own.write_text(json.dumps(measure_in_child(shape), indent=2))
+        with contextlib.suppress(FileExistsError):  # another process was first: its measurement counts
+            os.link(own, path)
+        own.unlink()
+    found: dict[str, Any] = json.loads(path.read_text())
+    log.info("AMX for %s: %s", shape, found)
+    return found
+
+
+def measure_in_child(shape: LayerShape, command: tuple[str, ...] = ("-m", "textgen.kernels.amx")) -> dict[str, Any]:
+    """Return what `measure` returns in a process of its own; if that fails, AMX is not faster, with the reason."""
+    argv = [sys.executable, *command, *map(str, shape)]
+    try:
+        ended = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=True)
+        found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+        return {**shape._asdict(), "faster": bool(found["faster"]), **found}
+    except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError) as error:
+        return {**shape._asdict(), "faster": False, "failed": f"{type(error).__name__}: {error}"[:300]}
+
+
+def measure(shape: LayerShape, turns: int = 7) -> dict[str, Any]:
+    """Compare forward and backward pass of a layer by AMX with torch's.
+
+    Returns:
+        `error`: of the AMX code beside float32, the largest of outputs and gradients, relative. `amx_ms` and
+        `torch_ms`: the best of the turns; absent if the error is too large. `faster`: whether to take AMX.
+    """
+    from textgen.kernels import training
+
+    torch.set_num_threads(shape.threads)
+    torch.manual_seed(0)
+    size = shape.hidden_size
+    weights = [torch.randn(4 * size, n) * n**-0.5 for n in (shape.input_size, size)] + [torch.randn(4 * size) * 0.1]
+    inputs = [torch.randn(shape.lanes, shape.steps, shape.input_size), *torch.randn(2, 1, shape.lanes, size).unbind()]
+    grad = torch.randn(shape.lanes, shape.steps, size)
+
+    def by_torch(dtype: torch.dtype, x: Tensor, hidden: Tensor, cell: Tensor, *weights: Tensor) -> Tensor:
+        low = [w.to(dtype) for w in (*weights, torch.zeros_like(weights[2]))]
+        state = [hidden.to(dtype), cell.to(dtype)]
+        return torch.lstm(x.to(dtype), state, low, True, 1, 0.0, True, False, True)[0]
+
+    def by_amx(*tensors: Tensor) -> Tensor:
+        return training.LSTMFunction.apply(*tensors, True, True)[0]  # type: ignore[no-any-return, no-untyped-call]
+
+    def run(layer: Callable[..., Tensor]) -> tuple[float, list[Tensor]]:
+        tensors = [tensor.clone().requires_grad_() for tensor in (*inputs, *weights)]
+        started = time.perf_counter()
+        y = layer(*tensors)
+        gradients = torch.autograd.grad(y, tensors, grad.to(y.dtype))
+        return time.perf_counter() - started, [y.detach(), *gradients]
+
+    exact = run(functools.partial(by_torch, torch.float32))[1]
+    pairs = zip(run(by_amx)[1], exact, strict=True)
+    error = max(float((seen.float() - right).norm() / right.norm()) for seen, right in pairs)
+    if not error < MAX_ERROR:  # also if it is no number
+        return {"faster": False, "error": error}
+    ways = by_amx, functools.partial(by_torch, torch.bfloat16)
+    seconds = [[run(way)[0] for way in ways] for _ in range(turns)]
+    amx, torchs = map(min, zip(*seconds, strict=True))
+    return {"faster": amx < torchs, "error": error, "amx_ms": amx * 1e3, "torch_ms": torchs * 1e3}
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(LayerShape(*map(int, sys.argv[1:])))))
