@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from textgen.data.lanes import LaneSampler, build_loader, keeps_label
-from textgen.data.mixed_lanes import Mixture, build_mixed_loader
+from textgen.data.mixed_lanes import Mixture, _Passes, _SharedLane, build_mixed_loader
 from textgen.data.split import Split
 from textgen.errors import TextgenError
 from textgen.noise import permutation
@@ -141,6 +141,29 @@ def test_the_order_is_a_function_of_the_step(micro_batches: int, first: int) -> 
     again = list(loader)
     assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(again, whole[10:60], strict=True))
     assert torch.equal(ahead[-1]["tokens"], again[-1]["tokens"])
+
+
+@pytest.mark.parametrize("longest", [3, 30, 400])
+@pytest.mark.parametrize("weights", [{"a": 1, "b": 1}, {"a": 0.37, "b": 1, "c": 0.1}, {"a": 1, "b": 0.001, "c": 2.2}])
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_turns_from_any_place_are_those_from_the_start(
+    weights: dict[str, float], longest: int, batch_size: int
+) -> None:
+    """And few turns before the place are taken, however far it is."""
+    lengths = [[*random_lengths(200 // (1 + 9 * i), longest=longest, seed=i), 300] for i in range(len(weights))]
+    mixture, _ = mixture_of(weights, lengths, batch_size=batch_size, seq_len=4)
+    draw = random.Random(longest)
+    for place in range(mixture.num_shared):
+        passes = {source.name: _Passes(source, seq_len=4, seed=SEED) for source in mixture.sources}
+        lane = _SharedLane(mixture, place, passes, seed=SEED)
+        turns = list(islice(lane.turns(), 3000))
+        assert max(turn.number for turn in turns) >= 3
+        for i in (0, 1, *draw.sample(range(2950), 60)):
+            start = draw.randrange(turns[i].position, turns[i].after)
+            again = list(islice(lane.turns(start), 20))
+            first = turns.index(again[0])
+            assert again == turns[first : first + 20]
+            assert start - len(weights) * 2 * 400 < again[0].position <= start
 
 
 @pytest.mark.parametrize("labels", [None, [10 * SOURCE + i for i in range(9)]])

@@ -175,49 +175,68 @@ class _Passes:
 
 
 class _SharedLane:
-    """A lane without end in which sources take turns. It is read forward; a step back begins at its start again."""
+    """A lane without end in which sources take turns. It is read forward, from any window on."""
 
     def __init__(self, mixture: Mixture, place: int, passes: Mapping[str, _Passes], *, seed: int) -> None:
         self._mixture, self._place, self._passes, self._seed = mixture, place, passes, seed
-        self._begin()
+        self._sources = [source for source in mixture.sources if source.part]
+        self._window: int | None = None  # the last one that was read
 
-    def _begin(self) -> None:
-        self._turns = self._take_turns()
-        self._held = deque([next(self._turns)])
-        self._window = 0  # the last one that was read
+    def turns(self, start: int = 0) -> Iterator[_Turn]:
+        """Yield the turns of the lane, beginning with one that begins at or before position `start`.
 
-    def _take_turns(self) -> Iterator[_Turn]:
-        sources = [source for source in self._mixture.sources if source.part]
-        streams = [self._documents(source) for source in sources]
-        parts = [float(source.part) for source in sources]
-        read, position = [0] * len(sources), 0
+        The source with the fewest tokens for its part is next. So turns are in the order of that number, and those
+        whose number is below a bound come first: they are counted source by source, and skipped.
+        """
+        parts = [float(source.part) for source in self._sources]
+        # The parts add up to 1, so the turns below a bound have as many tokens, and those of a few documents more.
+        bound, back = start, self._mixture.seq_len
+        while sum(read := [self._read_below(source, bound) for source in self._sources]) > start:
+            bound, back = start - back, 2 * back
+        position = sum(read)
+        streams = [self._documents(source, its) for source, its in zip(self._sources, read, strict=True)]
         while True:
-            i = min(range(len(sources)), key=lambda i: read[i] / parts[i])
-            turn = _Turn(position, sources[i], *next(streams[i]))
+            i = min(range(len(read)), key=lambda i: read[i] / parts[i])
+            turn = _Turn(position, self._sources[i], *next(streams[i]))
             yield turn
             position = turn.after
             read[i] += turn.end - turn.first
 
-    def _documents(self, source: Dealt) -> Iterator[tuple[int, int, int, int]]:
-        """Yield pass, document and place of a source's documents in this lane: of one pass after another."""
-        for number in count():
-            epoch = self._passes[source.name].epoch(number)
-            own = source.lanes * epoch.lane_length
-            left = source.split.num_tokens - own  # at least one token
-            start, stop = (own + left * i // self._mixture.num_shared for i in (self._place, self._place + 1))
-            stop = max(stop, start + 1)
-            for document, first, end in epoch.documents(start):
-                yield number, document, first, min(end, first + stop - start)
-                start += end - first
-                if start >= stop:
+    def _read_below(self, source: Dealt, bound: int) -> int:
+        """Return the number of tokens in those turns of a source before which it has fewer than `bound` x its part."""
+        if bound <= 0:
+            return 0
+        part = float(source.part)
+        read = max(int(bound * part) - 1, 0)  # a token of one of these turns, near the last one's end
+        for _, _, first, end in self._documents(source, read):
+            read += end - first
+            if read / part >= bound:
+                break
+        return read
+
+    def _documents(self, source: Dealt, read: int) -> Iterator[tuple[int, int, int, int]]:
+        """Yield pass, document and place of a source's documents in this lane, from its token `read` in the lane on."""
+        own = source.lanes * int((source.split.num_tokens - 1) // source.width)
+        left = source.split.num_tokens - own  # at least one token
+        start, stop = (own + left * i // self._mixture.num_shared for i in (self._place, self._place + 1))
+        length = max(stop - start, 1)  # the same in each pass
+        first_pass, done = divmod(read, length)
+        for number in count(first_pass):
+            for document, first, end in self._passes[source.name].epoch(number).documents(start + done):
+                end = min(end, first + length - done)
+                yield number, document, first, end
+                done += end - first
+                if done == length:
                     break
+            done = 0
 
     def window(self, window: int) -> tuple[Tensor, Tensor]:
         """Return inputs and targets of a window, each (1, seq_len) int64."""
         seq_len = self._mixture.seq_len
         start, stop = window * seq_len, (window + 1) * seq_len + 1
-        if window < self._window:  # turns after this window may be held, and turns of it be gone
-            self._begin()
+        if self._window is None or not 0 <= window - self._window <= 1:
+            self._turns = self.turns(start)
+            self._held = deque([next(self._turns)])
         self._window = window
         while self._held[-1].after < stop or self._held[0].after <= start:
             if self._held[0].after <= start and len(self._held) > 1:
