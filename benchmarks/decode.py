@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from benchmarks.machine import RESULTS, describe, joules, save
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding.batch import Batch, advance
+from textgen.decoding.batch import advance
 from textgen.decoding.choose import choose_decoder
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
 from textgen.decoding.products import multiplies_int8
@@ -187,10 +187,10 @@ def runner_steps(
     def steps(count: int) -> None:
         request = Request("", SamplingConfig(max_new_tokens=count))
         samples = [RunningSample.of(i, request, tokenizer) for i in range(rows)]
-        batch = Batch.of(decoder, tokenizer, samples, beside=None)
-        for tokens, _ in runner(batch):
-            for token, sample in zip(tokens, samples, strict=True):
-                list(sample.push(token, None))
+        batch = runner.batch_of(decoder, tokenizer, samples)
+        while not any(sample.ended for sample in samples):
+            for tokens, sample in zip(batch.advance_many()[0], samples, strict=True):
+                list(sample.push_all(tokens, None))
         assert all(sample.num_tokens == count for sample in samples)
         if refusals:
             raise RuntimeError(f"steps could not be captured in CUDA graphs: {reason_of(refusals[0])}")

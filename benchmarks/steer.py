@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.machine import save
 from textgen.commands.model_argument import open_decoder
 from textgen.config import SamplingConfig
-from textgen.decoding.batch import Batch
+from textgen.decoding.batch import SingleSteps
 from textgen.decoding.decoders import Decoder
 from textgen.decoding.generation import generate_stream
 from textgen.decoding.samples import Request, Sample
@@ -40,8 +40,8 @@ def tokens_per_second(decoder: Decoder, tokenizer: Tokenizer, way: str, *, batch
     config = SamplingConfig(max_new_tokens=100, seed=seed, **WAYS[way])
     requests = [Request("i thought", config, number) for number in range(max(batch, 2))]
     started = time.process_time()
-    run = Batch.run if way == "plain, single steps" else None
-    events = generate_stream(decoder, tokenizer, requests, batch_size=batch, run=run)
+    batch_of = SingleSteps.of if way == "plain, single steps" else None
+    events = generate_stream(decoder, tokenizer, requests, batch_size=batch, batch_of=batch_of)
     count = sum(event.num_tokens for _, event in events if isinstance(event, Sample))
     return count / (time.process_time() - started)
 

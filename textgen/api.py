@@ -27,7 +27,6 @@ from textgen.console import as_library
 from textgen.data.corpus import normalize
 from textgen.data.memory import corpus_of_dataset, corpus_of_texts
 from textgen.data.store import prepare_store
-from textgen.decoding.cuda_graphs import GraphRunner
 from textgen.decoding.generation import BATCH_SIZE, generate_stream, number_requests
 from textgen.decoding.reading import ReadState, read_prompt
 from textgen.decoding.samples import Request, Sample, TokenLogprobs, begin_id, require_drawable, require_label
@@ -615,8 +614,7 @@ class LanguageModel:
         return found[0] if isinstance(text, str) else found
 
     def _events(self, requests: Sequence[Request]) -> Iterator[tuple[int, str | Sample]]:
-        run = GraphRunner(self._decoder) if self._decoder.in_graphs else None
-        return generate_stream(self._decoder, self._tokenizer, requests, batch_size=BATCH_SIZE, run=run)
+        return generate_stream(self._decoder, self._tokenizer, requests, batch_size=BATCH_SIZE)
 
     def _requests(
         self,

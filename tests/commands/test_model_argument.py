@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from textgen.commands.model_argument import open_decoder, open_model
-from textgen.commands.serve import serve_command
 from textgen.decoding import choose as choose_module
 from textgen.decoding.decoders import Decoder
 from textgen.errors import CheckpointError, TextgenError
@@ -48,9 +47,8 @@ def test_opening_a_model_hashes_its_weights_once(run: Path, monkeypatch: pytest.
     assert hashed[str(wanted / TRAINER_NAME)] == 1
 
 
-@pytest.mark.parametrize("in_graphs", [True, False])
 def test_decoder_is_said_to_run_in_graphs_where_it_does(
-    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, in_graphs: bool
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def choose(model: LSTMLanguageModel, *_: Any, **__: Any) -> Decoder:
         decoder = Decoder(model)
@@ -59,16 +57,8 @@ def test_decoder_is_said_to_run_in_graphs_where_it_does(
 
     monkeypatch.setattr(choose_module, "choose_decoder", choose)
     with caplog.at_level(logging.INFO, "textgen"):
-        _, decoder = open_decoder(run, "auto", best=False, in_graphs=in_graphs)
-    assert decoder.in_graphs == in_graphs
-    assert caplog.messages == ["plain decoder on cpu, in graphs" if in_graphs else "plain decoder on cpu"]
-
-
-def test_server_refuses_the_decoder_of_graphs(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as stop:
-        serve_command([str(run), "--decoder", "graph"])
-    assert stop.value.code == 2
-    assert "`decoder` graph is not for `textgen serve`" in capsys.readouterr().err
+        open_decoder(run, "auto", best=False)
+    assert caplog.messages == ["plain decoder on cpu, in graphs"]
 
 
 def test_a_damaged_best_checkpoint_is_refused(run: Path) -> None:

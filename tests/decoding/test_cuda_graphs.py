@@ -7,17 +7,17 @@ import dataclasses
 import logging
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import cuda_graphs as graphs
-from textgen.decoding.batch import Batch, Step
+from textgen.decoding.batch import Batch, RunningBatch, SingleSteps, token_logprobs
 from textgen.decoding.cuda_graphs import Buffers, GraphRunner, steps_in_place
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
 from textgen.decoding.generation import generate_stream
@@ -75,20 +75,18 @@ def requests_for(configs: list[SamplingConfig], count: int, lengths: list[int]) 
 
 
 def batch_of(decoder: Decoder, tokenizer: Tokenizer, requests: list[Request]) -> Batch:
-    return Batch.of(
-        decoder, tokenizer, [RunningSample.of(i, r, tokenizer) for i, r in enumerate(requests)], beside=None
-    )
+    return Batch.of(decoder, tokenizer, [RunningSample.of(i, r, tokenizer) for i, r in enumerate(requests)])
 
 
 def samples(
-    run: Callable[[Batch], Iterator[Step]],
+    batch_of: Callable[..., RunningBatch],
     decoder: Decoder,
     tokenizer: Tokenizer,
     requests: list[Request],
     *,
     batch_size: int = 64,
 ) -> dict[int, Sample]:
-    events = generate_stream(decoder, tokenizer, requests, batch_size=batch_size, run=run)
+    events = generate_stream(decoder, tokenizer, requests, batch_size=batch_size, batch_of=batch_of)
     return {index: event for index, event in events if isinstance(event, Sample)}
 
 
@@ -98,11 +96,14 @@ class Captures:
     def __init__(self) -> None:
         self.made: list[tuple[int, int]] = []
         """rows and steps of each"""
+        self.kinds: list[tuple[int, tuple[object, ...]]] = []
+        """rows and settings of each"""
         self.replays: list[int] = []
         """steps of each replay"""
 
     def __call__(self, buffers: Buffers, count: int) -> Replay:
         self.made.append((len(buffers.tokens), count))
+        self.kinds.append((len(buffers.tokens), buffers.sampling.features))
         run = partial(steps_in_place, buffers, count)
 
         def replay() -> None:
@@ -121,26 +122,24 @@ def captures() -> Captures:
 
 
 @pytest.mark.parametrize("count", [1, 8, 32])
-@pytest.mark.parametrize("num_rows", [1, 3, 4, 7])
+@pytest.mark.parametrize("slots", [[0], [2, 0, 3], [0, 1, 2, 3], [6, 1, 3, 0, 7, 5, 4]])
 @torch.inference_mode()
 def test_steps_in_place_are_those_of_a_batch(
-    decoder: CellDecoder, tokenizer: Tokenizer, num_rows: int, count: int
+    decoder: CellDecoder, tokenizer: Tokenizer, slots: list[int], count: int
 ) -> None:
-    """Tokens, log-probabilities and what is left afterwards, with rows added up to a power of two."""
-    requests = requests_for(MIXED, 7, [200])[-num_rows:]
+    """Tokens, log-probabilities and what is left afterwards, of rows in any slots, beside slots that nobody uses."""
+    requests = requests_for(MIXED, 7, [200])[-len(slots) :]
     plain, batch = batch_of(decoder, tokenizer, requests), batch_of(decoder, tokenizer, requests)
-    buffers = Buffers.like(batch, 1 << (num_rows - 1).bit_length())
-    buffers.load(batch)
+    buffers = Buffers.like(batch, 1 << (len(slots) - 1).bit_length())
+    buffers.load(batch, slots)
     before = [part.data_ptr() for part in (buffers.tokens, *buffers.state, *buffers.sampling.tensors.values())]
     steps_in_place(buffers, count)
-    running = [True] * num_rows
+    running = [True] * len(slots)
     for i in range(count):
         tokens, told = plain.advance()
-        drawn = buffers.drawn[i].tolist()
-        seen = (
-            batch.token_logprobs(drawn[:num_rows], *(part[i, :num_rows] for part in buffers.logprobs)) if told else None
-        )
-        for place in range(num_rows):
+        drawn = buffers.drawn[i][slots].tolist()
+        seen = token_logprobs(tokenizer, drawn, *(part[i, slots] for part in buffers.logprobs)) if told else None
+        for place in range(len(slots)):
             if running[place]:
                 assert drawn[place] == tokens[place]
                 if told is not None and seen is not None:
@@ -150,15 +149,13 @@ def test_steps_in_place_are_those_of_a_batch(
             else:
                 assert drawn[place] == tokenizer.eos_id  # nothing but the end once a text has ended
             running[place] &= tokens[place] != tokenizer.eos_id
-        assert set(drawn[num_rows:]) <= {tokenizer.eos_id}
     assert before == [part.data_ptr() for part in (buffers.tokens, *buffers.state, *buffers.sampling.tensors.values())]
-    buffers.unload(batch)
     going = torch.tensor(running)
-    assert torch.equal(batch.tokens[going], plain.tokens[going])
-    for mine, theirs in zip(batch.state, plain.state, strict=True):
-        torch.testing.assert_close(mine[going], theirs[going])
+    assert torch.equal(buffers.tokens[slots][going], plain.tokens[going])
+    for mine, theirs in zip(buffers.state, plain.state, strict=True):
+        torch.testing.assert_close(mine[slots][going], theirs[going])
     for name, value in plain.sampling.tensors.items():
-        assert torch.equal(batch.sampling.tensors[name][going], value[going]), name
+        assert torch.equal(buffers.sampling.tensors[name][slots][going], value[going]), name
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -172,13 +169,27 @@ def test_steps_on_a_gpu_decide_nothing_by_data(
     batch.tokens, batch.state = batch.tokens.to("meta"), [part.to("meta") for part in batch.state]
     batch.sampling.tensors = {name: value.to("meta") for name, value in batch.sampling.tensors.items()}
     buffers = Buffers.like(batch, 8)
-    buffers.load(batch)
+    buffers.load(batch, range(7))
     steps_in_place(buffers, 2)
     with pytest.raises(RuntimeError):
         bool(buffers.drawn.any())
 
 
 # --- the host's side -------------------------------------------------------------------------------------------------
+
+
+def without_logprobs(samples: dict[int, Sample]) -> dict[int, Sample]:
+    """Return samples to compare; a matrix product of other rows may round the log-probabilities otherwise."""
+    return {i: dataclasses.replace(sample, logprobs=None) for i, sample in samples.items()}
+
+
+def assert_same(seen: dict[int, Sample], wanted: dict[int, Sample]) -> None:
+    assert without_logprobs(seen) == without_logprobs(wanted)
+    for i, sample in wanted.items():
+        for mine, theirs in zip(seen[i].logprobs or (), sample.logprobs or (), strict=True):
+            assert mine.token == theirs.token
+            assert mine.logprob == pytest.approx(theirs.logprob, abs=1e-5)
+            assert [token for token, _ in mine.top] == [token for token, _ in theirs.top]
 
 
 @pytest.mark.parametrize("patience", [{1: 0}, {8: 0, 1: 0}, {32: 0, 8: 0, 1: 0}, {32: 64, 8: 16, 1: 16}, {32: 10**9}])
@@ -191,12 +202,12 @@ def test_samples_are_those_of_single_steps(
     patience: dict[int, int],
     batch_size: int,
 ) -> None:
-    """Rows that end by themselves, by length or by a stop string in the midst of a replay, and rows that come."""
+    """Rows of all kinds, that end by themselves, by length or by a stop string in a replay, and rows that come."""
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", patience)
     requests = requests_for(MIXED, 24, [1, 7, 30, 100, 64])
-    wanted = samples(Batch.run, decoder, tokenizer, requests, batch_size=batch_size)
+    wanted = samples(SingleSteps.of, decoder, tokenizer, requests, batch_size=batch_size)
     runner = GraphRunner(decoder, capture=captures)
-    assert samples(runner, decoder, tokenizer, requests, batch_size=batch_size) == wanted
+    assert_same(samples(runner.batch_of, decoder, tokenizer, requests, batch_size=batch_size), wanted)
     assert len(wanted) == 24
     assert {sample.finished for sample in wanted.values()} == {True, False}
     assert {steps for _, steps in captures.made} <= set(patience)
@@ -205,25 +216,144 @@ def test_samples_are_those_of_single_steps(
         assert set(captures.replays) == set(patience)
 
 
-def test_many_rows_may_end_in_the_middle_of_eight_steps(
+def started(
+    runner: GraphRunner, tokenizer: Tokenizer, requests: list[Request], beside: RunningBatch | None = None
+) -> RunningBatch:
+    """Return the batch of a runner with further samples."""
+    joining = [RunningSample.of(0, request, tokenizer) for request in requests]
+    return runner.batch_of(runner.decoder, tokenizer, joining, beside=beside)
+
+
+def draw_once(batch: RunningBatch, **settings: Any) -> list[int]:
+    """Push what a call draws, and return the number of tokens of each sample."""
+    tokens, logprobs = batch.advance_many(**settings)
+    for row, sample in enumerate(batch.samples):
+        list(sample.push_all(tokens[row], None if logprobs is None else logprobs[row]))
+    return list(map(len, tokens))
+
+
+def draw_all(batch: RunningBatch) -> None:
+    running: RunningBatch | None = batch
+    while running is not None:
+        draw_once(running)
+        running = running.without_ended()
+
+
+def texts_alone(decoder: Decoder, tokenizer: Tokenizer, requests: list[Request]) -> list[str]:
+    """Return the text of each request, drawn alone in single steps."""
+    return [samples(SingleSteps.of, decoder, tokenizer, [request])[0].text for request in requests]
+
+
+def test_rows_join_and_leave_without_a_capture(
+    endless: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a launch is not read yet; a row that joins has no token of it, nor has the one that left the slot."""
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0})
+    requests = [Request(f"it was {i}", SamplingConfig(max_new_tokens=96, seed=i)) for i in range(10)]
+    wanted = texts_alone(endless, tokenizer, requests)
+    runner = GraphRunner(endless, capture=captures)
+    batch = started(runner, tokenizer, requests[:4])
+    all_samples = list(batch.samples)
+    assert draw_once(batch) == [8] * 4
+    for request in requests[4:]:
+        batch.samples[0].ended = True  # as of a client that is gone
+        going = batch.without_ended()
+        assert going is not None
+        batch = started(runner, tokenizer, [request], going)
+        all_samples.append(batch.samples[-1])
+        assert draw_once(batch) == [8, 8, 8, 0]
+        assert draw_once(batch) == [8, 8, 8, 8]
+    assert captures.made == [(4, 8)]
+    draw_all(batch)
+    lengths = [sample.num_tokens for sample in all_samples]
+    assert lengths == [8, 24, 40, 56, 56, 56, *[96] * 4]
+    for sample, text in zip(all_samples, wanted, strict=True):
+        assert text.startswith(sample.text)
+    assert [sample.text for sample in all_samples[-4:]] == wanted[-4:]
+
+
+def test_more_rows_than_slots_move_to_more_once(
+    endless: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0})
+    requests = [Request(f"it was {i}", SamplingConfig(max_new_tokens=64, seed=i)) for i in range(9)]
+    wanted = texts_alone(endless, tokenizer, requests)
+    runner = GraphRunner(endless, capture=captures)
+    batch = started(runner, tokenizer, requests[:1])
+    for request in requests[1:]:
+        draw_once(batch)
+        batch = started(runner, tokenizer, [request], batch)
+    all_samples = list(batch.samples)
+    draw_all(batch)
+    assert [sample.text for sample in all_samples] == wanted
+    assert captures.made[:5] == [(1, 8), (2, 8), (4, 8), (8, 8), (16, 8)]
+    assert len(captures.made) == len(set(captures.made)) == 5  # those of fewer slots are there already
+
+
+def test_settings_of_all_kinds_need_few_graphs(
+    endless: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One kind for temperatures, one for all that kernels know, one for each set of the others."""
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {1: 0})
+    groups: list[list[dict[str, Any]]] = [
+        [{}, {"temperature": 0.0}, {"temperature": 0.3}],
+        [{"repetition_penalty": 1.1}, {"banned_tokens": (40,)}, {"logit_bias": (("e", 1.0),), "temperature": 0.5}],
+        [{"presence_penalty": 0.3, "min_new_tokens": 4}, {"frequency_penalty": 0.1, "temperature": 0.0}],
+        [{"top_k": 3}, {"top_k": 50}],
+        [{"top_p": 0.5, "temperature": 0.7}, {"top_p": 0.9, "temperature": 1.2}],
+        [{"logprobs": 1}, {"logprobs": 5, "temperature": 0.7}],
+    ]
+    settings = [each for group in groups for each in group]
+    requests = [Request(f"it {i}", SamplingConfig(max_new_tokens=12, **each)) for i, each in enumerate(settings)]
+    wanted = texts_alone(endless, tokenizer, requests)
+    runner = GraphRunner(endless, capture=captures)
+    batch = started(runner, tokenizer, requests[::2])
+    draw_once(batch)
+    batch = started(runner, tokenizer, requests[1::2], batch)
+    all_samples = list(batch.samples)
+    draw_all(batch)
+    assert [sample.text for sample in all_samples] == [*wanted[::2], *wanted[1::2]]
+    kinds = {features for _, features in captures.kinds}
+    assert len(kinds) == len(groups) - 1  # the second and the third are one
+
+
+def test_rows_that_fit_no_group_run_step_by_step(
     decoder: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Rows beyond the slots, kinds beyond the groups, and rows that a regex guides, beside rows in graphs."""
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0, 1: 0})
-    monkeypatch.setattr(graphs, "MANY_ROWS", 8)
-    requests = requests_for(MIXED, 20, list(range(1, 21)))
-    wanted = samples(Batch.run, decoder, tokenizer, requests)
-    assert samples(GraphRunner(decoder, capture=captures), decoder, tokenizer, requests) == wanted
-    assert captures.replays[0] == 8  # though one text lacks a single token
+    monkeypatch.setattr(graphs, "MAX_ROWS", 4)
+    monkeypatch.setattr(graphs, "MAX_KINDS", 2)
+    guided = SamplingConfig(regex="[a-z ]{1,30}", top_k=5)
+    requests = requests_for([SamplingConfig(), *MIXED, guided], 30, [20, 40, 33])
+    wanted = samples(SingleSteps.of, decoder, tokenizer, requests)
+    runner = GraphRunner(decoder, capture=captures)
+    assert_same(samples(runner.batch_of, decoder, tokenizer, requests), wanted)
+    assert max(rows for rows, _ in captures.made) == 4
+
+
+def test_a_step_is_launched_alone_where_text_is_due(
+    endless: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {32: 0, 8: 0, 1: 0})
+    runner = GraphRunner(endless, capture=captures)
+    batch = started(runner, tokenizer, [Request("it", SamplingConfig(max_new_tokens=500))])
+    assert draw_once(batch, seconds=0.0) == [1]
+    assert captures.replays == [1, 1]
+    assert draw_once(batch, seconds=0.01) == [1]
+    assert captures.replays == [1, 1, 32]
+    assert draw_once(batch, seconds=0.0) == [32]
+    assert captures.replays == [1, 1, 32, 1]
 
 
 def test_short_texts_wait_for_no_capture(endless: CellDecoder, tokenizer: Tokenizer, captures: Captures) -> None:
     runner = GraphRunner(endless, capture=captures)
     for _ in range(2):
-        samples(runner, endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=8))])
+        samples(runner.batch_of, endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=8))])
     assert captures.made == []
-    samples(runner, endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=31))])
+    samples(runner.batch_of, endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=31))])
     assert captures.made == [(1, 8), (1, 1)]  # 16 steps were drawn before: 24 and 7 are left
-    samples(runner, endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=200))])
+    samples(runner.batch_of, endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=200))])
     assert captures.made == [(1, 8), (1, 1), (1, 32)]
     assert captures.replays[-1] == 8
 
@@ -232,26 +362,30 @@ def test_texts_that_end_by_length_are_not_overrun(
     endless: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", {32: 0, 8: 0, 1: 0})
-    samples(
-        GraphRunner(endless, capture=captures), endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=75))]
-    )
+    runner = GraphRunner(endless, capture=captures)
+    samples(runner.batch_of, endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=75))])
     assert captures.replays == [32, 32, 8, 1, 1, 1]
+    # of many rows an eighth may be
+    captures.replays.clear()
+    requests = [Request(f"it {i}", SamplingConfig(max_new_tokens=40 if i else 9)) for i in range(8)]
+    samples(runner.batch_of, endless, tokenizer, requests)
+    assert captures.replays == [32, 8]
 
 
-@torch.inference_mode()
 def test_a_replay_is_read_while_the_next_one_runs(
     endless: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0})
-    batch = batch_of(endless, tokenizer, [Request("it", SamplingConfig(max_new_tokens=80))])
+    batch = started(
+        GraphRunner(endless, capture=captures), tokenizer, [Request("it", SamplingConfig(max_new_tokens=80))]
+    )
     launched = []
-    for tokens, _ in GraphRunner(endless, capture=captures)(batch):
+    while not batch.samples[0].ended:
+        assert draw_once(batch) == [8]
         launched.append(len(captures.replays))
-        list(batch.samples[0].push(tokens[0], None))
-    assert launched == [min(i // 8 + 2, 10) for i in range(80)]
+    assert launched == [min(i + 2, 10) for i in range(10)]
 
 
-@torch.inference_mode()
 def test_a_token_is_told_before_the_next_one_is_drawn_without_a_graph(
     endless: CellDecoder, tokenizer: Tokenizer, captures: Captures
 ) -> None:
@@ -263,23 +397,22 @@ def test_a_token_is_told_before_the_next_one_is_drawn_without_a_graph(
             read += 1
             return super().step(tokens, state)
 
-    decoder = Counting(endless.model)
-    batch = batch_of(decoder, tokenizer, [Request("it", SamplingConfig(max_new_tokens=10))])
+    runner = GraphRunner(Counting(endless.model), capture=captures)
+    batch = started(runner, tokenizer, [Request("it", SamplingConfig(max_new_tokens=10))])
     read = 0
-    for told, (tokens, _) in enumerate(GraphRunner(decoder, capture=captures)(batch), 1):
+    for told in range(1, 11):
+        assert draw_once(batch) == [1]
         assert read == told
-        list(batch.samples[0].push(tokens[0], None))
-    assert read == 10
 
 
-def test_the_kinds_of_batches_used_longest_ago_are_dropped(
+def test_buffers_used_longest_ago_are_dropped(
     endless: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0})
-    runner = GraphRunner(endless, capture=captures, max_slots=2)
+    runner = GraphRunner(endless, capture=captures, max_kept=2)
 
     def run(count: int) -> None:
-        samples(runner, endless, tokenizer, requests_for([SamplingConfig()], count, [8]))
+        samples(runner.batch_of, endless, tokenizer, requests_for([SamplingConfig()], count, [8]))
 
     for count in (1, 2, 1, 4, 1):
         run(count)
@@ -300,42 +433,33 @@ def test_what_cannot_be_captured_runs_step_by_step(
         raise RuntimeError("called a synchronizing operation\nand more lines")
 
     requests = requests_for(MIXED, 24, [1, 7, 30, 100, 64])
-    wanted = samples(Batch.run, decoder, tokenizer, requests, batch_size=3)
-    runner = GraphRunner(decoder, capture=capture, max_slots=1)
+    wanted = samples(SingleSteps.of, decoder, tokenizer, requests, batch_size=3)
+    runner = GraphRunner(decoder, capture=capture, max_kept=1)
     with caplog.at_level(logging.WARNING, "textgen"):
         for _ in range(2):
-            assert samples(runner, decoder, tokenizer, requests, batch_size=3) == wanted
+            assert_same(samples(runner.batch_of, decoder, tokenizer, requests, batch_size=3), wanted)
     assert len(tried) == len(set(tried)) > 1
     assert caplog.messages == [
         "steps that cannot be captured in a CUDA graph run one by one: called a synchronizing operation"
     ]
 
 
-def test_batches_too_large_run_without_graphs(
-    decoder: CellDecoder, tokenizer: Tokenizer, captures: Captures, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0, 1: 0})
-    monkeypatch.setattr(graphs, "MAX_ROWS", 4)
-    requests = requests_for(MIXED, 6, [20, 40])
-    wanted = samples(Batch.run, decoder, tokenizer, requests)
-    assert samples(GraphRunner(decoder, capture=captures), decoder, tokenizer, requests) == wanted
-    assert {rows for rows, _ in captures.made} == {1, 2, 4}
-
-
-@torch.inference_mode()
-def test_a_runner_runs_one_batch_at_a_time_and_is_free_when_one_is_given_up(
+def test_a_runner_runs_one_batch_at_a_time(
     endless: CellDecoder, decoder: CellDecoder, tokenizer: Tokenizer, captures: Captures
 ) -> None:
+    """The latest one; an earlier one, which was given up, must not change its buffers."""
     runner = GraphRunner(endless, capture=captures)
-    request = Request("it", SamplingConfig(max_new_tokens=40))
+    requests = [Request("it", SamplingConfig(max_new_tokens=40))]
     with pytest.raises(RuntimeError, match="with its own decoder"):
-        next(runner(batch_of(decoder, tokenizer, [request])))
-    steps = runner(batch_of(endless, tokenizer, [request]))
-    first = next(steps)
+        runner.batch_of(decoder, tokenizer, [])
+    first = started(runner, tokenizer, requests)
+    draw_once(first)
+    draw_once(second := started(runner, tokenizer, requests))
+    assert second.samples[0].text == first.samples[0].text
     with pytest.raises(RuntimeError, match="one batch at a time"):
-        next(runner(batch_of(endless, tokenizer, [request])))
-    del steps
-    assert next(runner(batch_of(endless, tokenizer, [request]))) == first
+        first.advance_many()
+    with pytest.raises(RuntimeError, match="one batch at a time"):
+        started(runner, tokenizer, requests, first)
 
 
 # --- capturing -------------------------------------------------------------------------------------------------------

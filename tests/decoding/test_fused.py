@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.decoding.test_cuda_graphs import MIXED, batch_of, requests_for, samples
 from textgen.config import ModelConfig, SamplingConfig
 from textgen.decoding import choose, cuda_graphs
-from textgen.decoding.batch import Batch
+from textgen.decoding.batch import SingleSteps
 from textgen.decoding.cuda_graphs import Buffers, GraphRunner, steps_in_place
 from textgen.decoding.decoders import Decoder, DecoderState
 from textgen.decoding.fused import FusedDecoder
@@ -88,8 +88,8 @@ def test_a_step_is_that_of_the_model(config: ModelConfig, tokenizer: Tokenizer) 
 def test_each_setting_draws_as_torch_operators_do(config: SamplingConfig, tokenizer: Tokenizer) -> None:
     fused = FusedDecoder(build(PLAIN, tokenizer), None)
     requests = requests_for([config], 3, [40])
-    drawn = samples(Batch.run, fused, tokenizer, requests)
-    wanted = samples(Batch.run, ByOperators(fused), tokenizer, requests)
+    drawn = samples(SingleSteps.of, fused, tokenizer, requests)
+    wanted = samples(SingleSteps.of, ByOperators(fused), tokenizer, requests)
     assert {i: s.text for i, s in drawn.items()} == {i: s.text for i, s in wanted.items()}
     for i in wanted:
         for mine, theirs in zip(drawn[i].logprobs or (), wanted[i].logprobs or (), strict=True):
@@ -102,9 +102,9 @@ def test_a_batch_draws_the_texts_of_its_rows_alone(tokenizer: Tokenizer, batch_s
     """Rows of all settings side by side, in buffers as a graph has them, with rows that end and rows that come."""
     fused = FusedDecoder(build(PLAIN, tokenizer), None)
     requests = requests_for(SETTINGS, 20, [1, 7, 30, 64])
-    wanted = samples(Batch.run, ByOperators(fused), tokenizer, requests, batch_size=1)
+    wanted = samples(SingleSteps.of, ByOperators(fused), tokenizer, requests, batch_size=1)
     runner = GraphRunner(fused, capture=lambda buffers, count: lambda: steps_in_place(buffers, count))
-    drawn = samples(runner, fused, tokenizer, requests, batch_size=batch_size)
+    drawn = samples(runner.batch_of, fused, tokenizer, requests, batch_size=batch_size)
     assert {i: s.text for i, s in drawn.items()} == {i: s.text for i, s in wanted.items()}
 
 
@@ -124,11 +124,11 @@ def test_a_kernel_that_does_not_run_is_replaced_by_operators(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, requests = build(PLAIN, tokenizer), requests_for(MIXED, 7, [20])
-    wanted = samples(Batch.run, FusedDecoder(model, None), tokenizer, requests)
+    wanted = samples(SingleSteps.of, FusedDecoder(model, None), tokenizer, requests)
     monkeypatch.setattr(choose, "triton_kernels", lambda: kernels_but("output"))
     decoder = choose.fused_or_cells(model, "as asked")
     with caplog.at_level(logging.WARNING, "textgen"):
-        assert samples(Batch.run, decoder, tokenizer, requests) == wanted
+        assert samples(SingleSteps.of, decoder, tokenizer, requests) == wanted
     assert caplog.messages == []
     assert decoder.description == (
         "bfloat16 decoder on cpu: as asked; fused kernels: layer, linear, pick, draw; "
@@ -140,7 +140,7 @@ def test_a_kernel_that_does_not_run_is_replaced_by_operators(
     decoder.try_kernels()
     late.layer = refuse  # type: ignore[attr-defined]
     with caplog.at_level(logging.WARNING, "textgen"):
-        assert samples(Batch.run, decoder, tokenizer, requests) == wanted
+        assert samples(SingleSteps.of, decoder, tokenizer, requests) == wanted
     assert caplog.messages == ["kernel `layer` does not run here, torch's operators do: out of resource: shared memory"]
 
 
@@ -197,10 +197,10 @@ def test_graphs_are_captured_again_without_a_replaced_kernel(
 
     runner = GraphRunner(decoder, capture=capture)
     few, many = (requests_for([SamplingConfig()], count, [8]) for count in (2, 4))
-    samples(runner, decoder, tokenizer, few)
+    samples(runner.batch_of, decoder, tokenizer, few)
     kernels.layer = refuse  # type: ignore[attr-defined]
     for requests in (many, few, few):
-        samples(runner, decoder, tokenizer, requests)
+        samples(runner.batch_of, decoder, tokenizer, requests)
     everything = ("layer", "linear", "output", "pick", "draw")
     assert captured == [everything, everything, everything[1:]]
 
@@ -228,8 +228,8 @@ def test_label_is_scaled_as_by_torch_operators() -> None:
         Request("it was", SamplingConfig(label_scale=scale, max_new_tokens=30), number=i, label=label)
         for i, (scale, label) in enumerate([(2.0, "good"), (1.0, None), (1.0, "bad"), (0.5, "bad")])
     ]
-    wanted = samples(Batch.run, ByOperators(fused), tokenizer, requests)
-    assert samples(Batch.run, fused, tokenizer, requests) == wanted
+    wanted = samples(SingleSteps.of, ByOperators(fused), tokenizer, requests)
+    assert samples(SingleSteps.of, fused, tokenizer, requests) == wanted
 
 
 # --- kernels of a step -----------------------------------------------------------------------------------------------

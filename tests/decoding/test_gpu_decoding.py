@@ -10,10 +10,19 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from tests.decoding.test_cuda_graphs import MIXED, Captures, batch_of, build, requests_for, samples
+from tests.decoding.test_cuda_graphs import (
+    MIXED,
+    Captures,
+    batch_of,
+    build,
+    draw_once,
+    requests_for,
+    samples,
+    started,
+)
 from textgen.config import SamplingConfig
 from textgen.decoding import cuda_graphs as graphs
-from textgen.decoding.batch import Batch
+from textgen.decoding.batch import RunningBatch, SingleSteps
 from textgen.decoding.cuda_graphs import Buffers, GraphRunner, StepCapture
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
 from textgen.decoding.fused import FusedDecoder, triton_kernels
@@ -79,9 +88,9 @@ def waiting_is_an_error() -> Iterator[None]:
 def test_ten_thousand_tokens_from_graphs_are_those_of_single_steps(endless: CellDecoder, tokenizer: Tokenizer) -> None:
     config, capture = SamplingConfig(temperature=0.9, top_p=0.98), Counted()
     requests = requests_for([config], 8, [1250])
-    wanted = samples(Batch.run, endless, tokenizer, requests)
+    wanted = samples(SingleSteps.of, endless, tokenizer, requests)
     assert sum(sample.num_tokens for sample in wanted.values()) == 10_000
-    assert samples(GraphRunner(endless, capture=capture), endless, tokenizer, requests) == wanted
+    assert samples(GraphRunner(endless, capture=capture).batch_of, endless, tokenizer, requests) == wanted
     assert capture.num_steps > 1000
 
 
@@ -102,9 +111,9 @@ def test_graphs_and_the_same_steps_without_them_draw_the_same(
     requests = requests_for(MIXED, 24, [9, 30, 100, 64])
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", {32: 0, 8: 0, 1: 0})
     plain = GraphRunner(decoder, capture=Captures())
-    wanted = samples(plain, decoder, tokenizer, requests, batch_size=5)
+    wanted = samples(plain.batch_of, decoder, tokenizer, requests, batch_size=5)
     capture = Counted()
-    assert samples(GraphRunner(decoder, capture=capture), decoder, tokenizer, requests, batch_size=5) == wanted
+    assert samples(GraphRunner(decoder, capture=capture).batch_of, decoder, tokenizer, requests, batch_size=5) == wanted
     assert {steps for _, steps in capture.made} == {32, 8, 1}
 
 
@@ -114,17 +123,43 @@ def test_nothing_waits_for_the_device_but_the_reading_of_what_was_drawn(
 ) -> None:
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", {32: 0, 8: 0, 1: 0})
     capture = Counted()
-    runner = GraphRunner(endless, capture=capture)
+    runner, made = GraphRunner(endless, capture=capture), 0
     for attempt in range(2):  # the second one replays alone
-        batch = batch_of(endless, tokenizer, requests_for(MIXED[:-1], 6, [75]))
+        batch: RunningBatch | None = started(runner, tokenizer, requests_for(MIXED[:-1], 6, [75]))
         with waiting_is_an_error():
-            for tokens, told in runner(batch):
-                for place, row in enumerate(batch.samples):
-                    list(row.push(tokens[place], None if told is None else told[place]))
-        assert len(capture.made) == 3, attempt
-    batch = batch_of(endless, tokenizer, requests_for(MIXED[:-1], 6, [75]))
+            while batch is not None:
+                draw_once(batch)
+                batch = batch.without_ended()
+        made = made if attempt else len(capture.made)
+        assert len(capture.made) == made > 0
+    plain = batch_of(endless, tokenizer, requests_for(MIXED[:-1], 6, [75]))
     with waiting_is_an_error(), pytest.raises(RuntimeError, match="synchronizing"):
-        batch.advance()
+        plain.advance()
+
+
+def test_rows_that_join_between_replays_draw_their_texts_alone(
+    endless: CellDecoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As clients of a server come and go: nothing is captured for them."""
+    monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0, 1: 0})
+    requests = requests_for([SamplingConfig(), SamplingConfig(temperature=0.0)], 12, [64])
+    wanted = samples(SingleSteps.of, endless, tokenizer, requests)
+    runner = GraphRunner(endless, capture=Counted())
+    batch = started(runner, tokenizer, requests[:4])
+    every = [*batch.samples]
+    for request in requests[4:]:
+        draw_once(batch)
+        batch.samples[0].ended = True
+        going = batch.without_ended()
+        assert going is not None
+        batch = started(runner, tokenizer, [request], going)
+        every.append(batch.samples[-1])
+    captured = runner.num_captured
+    while going := batch.without_ended():
+        draw_once(going)
+    assert captured == 1
+    for i, sample in enumerate(every):
+        assert wanted[i].text.startswith(sample.text)
 
 
 def test_memory_does_not_grow_with_the_kinds_of_batches(
@@ -132,11 +167,11 @@ def test_memory_does_not_grow_with_the_kinds_of_batches(
 ) -> None:
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0})
     capture = Counted()
-    runner = GraphRunner(endless, capture=capture, max_slots=3)
+    runner = GraphRunner(endless, capture=capture, max_kept=3)
     reserved = []
-    for top_k in range(1, 41):  # each one is a kind of its own
-        config = SamplingConfig(top_k=top_k, no_repeat_ngram=2)
-        samples(runner, endless, tokenizer, requests_for([config], 16, [8]))
+    for length in range(1, 41):  # each one is a kind of its own
+        config = SamplingConfig(no_repeat_ngram=length)
+        samples(runner.batch_of, endless, tokenizer, requests_for([config], 16, [8]))
         reserved.append(torch.cuda.memory_reserved())
     assert len(capture.made) == 40
     assert reserved[-1] <= reserved[9] + (4 << 20)
@@ -168,18 +203,18 @@ def test_a_decoder_that_waits_runs_step_by_step_and_harms_no_other(
 ) -> None:
     requests = requests_for(MIXED[:-1], 8, [30])  # none has a stop string: every step has as many rows
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 10**9})
-    wanted = samples(GraphRunner(endless), endless, tokenizer, requests)
+    wanted = samples(GraphRunner(endless).batch_of, endless, tokenizer, requests)
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0, 1: 0})
     decoder, capture = Waiting(endless.model), kind()
     with caplog.at_level(logging.WARNING, "textgen"):
-        assert samples(GraphRunner(decoder, capture=capture), decoder, tokenizer, requests) == wanted
+        assert samples(GraphRunner(decoder, capture=capture).batch_of, decoder, tokenizer, requests) == wanted
     assert len(caplog.messages) == 1
     assert capture.made == []
     torch.cuda.empty_cache()  # the allocator does not think that a capture goes on
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
     assert torch.rand(1, device="cuda") < 1  # nor does the generator
     capture = Counted()
-    assert samples(GraphRunner(endless, capture=capture), endless, tokenizer, requests) == wanted
+    assert samples(GraphRunner(endless, capture=capture).batch_of, endless, tokenizer, requests) == wanted
     assert capture.made != []
 
 
@@ -189,7 +224,7 @@ def test_a_seed_draws_the_same_text_in_every_batch_size_and_on_a_cpu(
     monkeypatch.setattr(graphs, "CAPTURE_AFTER", {8: 0, 1: 0})
     requests = requests_for(MIXED[:3], 9, [60])
     on_cpu = build(tokenizer, ending=2.5)
-    wanted = {i: sample.text for i, sample in samples(Batch.run, on_cpu, tokenizer, requests).items()}
+    wanted = {i: sample.text for i, sample in samples(SingleSteps.of, on_cpu, tokenizer, requests).items()}
     for batch_size in (1, 2, 3, 9):
-        drawn = samples(GraphRunner(decoder), decoder, tokenizer, requests, batch_size=batch_size)
+        drawn = samples(GraphRunner(decoder).batch_of, decoder, tokenizer, requests, batch_size=batch_size)
         assert {i: sample.text for i, sample in drawn.items()} == wanted

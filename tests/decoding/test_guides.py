@@ -158,8 +158,8 @@ def test_a_sample_is_the_same_alone_and_beside_others_that_are_steered(
     alone = [sample for request in requests for sample in samples([request])]
     assert {sample.reason for sample in alone} >= {"end", "length", "choice"}
     assert samples(requests, batch_size=batch_size) == alone
-    run = GraphRunner(decoder, capture=lambda buffers, count: partial(steps_in_place, buffers, count))
-    assert samples(requests, batch_size=batch_size, run=run) == alone
+    runner = GraphRunner(decoder, capture=lambda buffers, count: partial(steps_in_place, buffers, count))
+    assert samples(requests, batch_size=batch_size, batch_of=runner.batch_of) == alone
 
 
 @pytest.mark.parametrize("more", [{}, {"temperature": 0.6, "min_new_tokens": 5}, {"temperature": 0.0}, {"top_k": 40}])

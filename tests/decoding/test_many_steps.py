@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding.batch import MOST_STEPS, Batch, Step
+from textgen.decoding.batch import MOST_STEPS, Batch, SingleSteps
 from textgen.decoding.decoders import CellDecoder
 from textgen.decoding.generation import generate_stream, sample_all
 from textgen.decoding.samples import Request, RunningSample, Sample
@@ -217,7 +217,7 @@ def test_xtc_after_a_nucleus_leaves_few_steps_to_torch(
 
 
 def texts_of(
-    run: Callable[[Batch], Iterator[Step]] | None,
+    batch_of: Callable[..., Batch] | None,
     decoder: CellDecoder,
     tokenizer: Tokenizer,
     requests: list[Request],
@@ -225,7 +225,7 @@ def texts_of(
 ) -> tuple[dict[int, Sample], dict[int, str]]:
     """Return the samples, and the joined pieces of their texts."""
     samples, texts = {}, dict.fromkeys(range(len(requests)), "")
-    for index, event in generate_stream(decoder, tokenizer, requests, batch_size=batch_size, run=run):
+    for index, event in generate_stream(decoder, tokenizer, requests, batch_size=batch_size, batch_of=batch_of):
         if isinstance(event, str):
             texts[index] += event
         else:
@@ -250,7 +250,7 @@ def test_texts_of_all_kinds_are_those_of_single_steps(tokenizer: Tokenizer, batc
         length = max(lengths[i % len(lengths)], least)
         requests.append(Request(f"it was {i}", SamplingConfig(**setting, max_new_tokens=length), i))
     samples, texts = texts_of(None, decoder, tokenizer, requests, batch_size)
-    assert samples == texts_of(Batch.run, decoder, tokenizer, requests, batch_size)[0]
+    assert samples == texts_of(SingleSteps.of, decoder, tokenizer, requests, batch_size)[0]
     assert {index: sample.text for index, sample in samples.items()} == texts
     assert {sample.reason for sample in samples.values()} >= {"end", "length", "stop", "choice"}
 

@@ -284,7 +284,7 @@ def test_texts_by_kernels_are_those_by_operators(fused: ModuleType) -> None:
     requests = decoder_tests.requests_for(decoder_tests.SETTINGS, 10, [1, 5, 12])
     by_kernels, by_operators = decoder_tests.FusedDecoder(model, fused), decoder_tests.FusedDecoder(model, None)
     drawn, wanted = (
-        decoder_tests.samples(decoder_tests.Batch.run, decoder, tokenizer, requests, batch_size=5)
+        decoder_tests.samples(decoder_tests.SingleSteps.of, decoder, tokenizer, requests, batch_size=5)
         for decoder in (by_kernels, by_operators)
     )
     assert {i: sample.text for i, sample in drawn.items()} == {i: sample.text for i, sample in wanted.items()}

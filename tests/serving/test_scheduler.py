@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.decoding.test_cuda_graphs import Captures
 from textgen.config import ModelConfig, SamplingConfig
-from textgen.decoding import batch
-from textgen.decoding.batch import Batch
+from textgen.decoding import batch, cuda_graphs
+from textgen.decoding.batch import RunningBatch, SingleSteps
 from textgen.decoding.decoders import CellDecoder, Decoder, DecoderState
 from textgen.decoding.generation import generate_stream
 from textgen.decoding.guides import score_choices
@@ -180,27 +181,29 @@ def int8() -> tuple[CellDecoder, Tokenizer]:
     return CellDecoder(model, "int8"), tokenizer
 
 
-def test_many_tokens_in_one_call_are_the_texts_and_counts_of_single_steps(int8: tuple[CellDecoder, Tokenizer]) -> None:
-    decoder, tokenizer = int8
-    kinds: list[dict[str, Any]] = [
-        {}, {"temperature": 0.5, "top_p": 0.9}, {"stop": ("e",)}, {"logprobs": 1}, {"choices": ("it", "was")},
-        {"repetition_penalty": 1.2, "top_k": 20},
-    ]  # fmt: skip
-    configs = [SamplingConfig(**kinds[i % 6], max_new_tokens=(1, 40, 90, 200)[i % 4]) for i in range(24)]
-    requests = [Request(f"it was {i}", config, i) for i, config in enumerate(configs)]
-    events = generate_stream(decoder, tokenizer, requests, run=Batch.run)
-    wanted = {index: event for index, event in events if isinstance(event, Sample)}
-    texts, ended, all_ended = dict.fromkeys(wanted, ""), dict[int, Sample](), threading.Event()
+KINDS: list[dict[str, Any]] = [
+    {}, {"temperature": 0.5, "top_p": 0.9}, {"stop": ("e",)}, {"logprobs": 1}, {"choices": ("it", "was")},
+    {"repetition_penalty": 1.2, "top_k": 20},
+]  # fmt: skip
+
+
+def served(
+    decoder: Decoder, tokenizer: Tokenizer, requests: Sequence[Request], batch_of: Callable[..., RunningBatch] | None
+) -> tuple[dict[int, Sample], dict[int, str], dict[int, list[int]], int]:
+    """Return samples, texts, places of log-probabilities, and the counted tokens, of 5 rows at a time."""
+    texts, ended, all_ended = dict.fromkeys(range(len(requests)), ""), dict[int, Sample](), threading.Event()
+    places: dict[int, list[int]] = {i: [] for i in texts}
 
     def note(deltas: list[tuple[Stream, Delta]]) -> None:
         for stream, delta in deltas:
             texts[stream.owner] += delta.text
+            places[stream.owner] += [place for place, _ in delta.logprobs]
             if delta.sample is not None:
                 ended[stream.owner] = delta.sample
         if len(ended) == len(requests):
             all_ended.set()
 
-    running = Scheduler(decoder, tokenizer, batch_size=5, max_waiting=99, prefixes=PrefixTable(0))
+    running = Scheduler(decoder, tokenizer, batch_size=5, max_waiting=99, prefixes=PrefixTable(0), batch_of=batch_of)
     running.start(note)
     for index, request in enumerate(requests):
         ids = [tokenizer.bos_id, *tokenizer.encode(request.prompt)]
@@ -208,9 +211,32 @@ def test_many_tokens_in_one_call_are_the_texts_and_counts_of_single_steps(int8: 
     assert all_ended.wait(60)
     running.stop(0)
     running.join(10)
+    return ended, texts, places, running.num_tokens
+
+
+@pytest.mark.parametrize("way", ["one call", "graphs"])
+def test_many_tokens_in_one_call_are_the_texts_and_counts_of_single_steps(
+    int8: tuple[CellDecoder, Tokenizer], monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    """In a compiled call, and in replays as on a GPU; a text has the log-probabilities at their places."""
+    decoder, tokenizer = int8
+    configs = [SamplingConfig(**KINDS[i % 6], max_new_tokens=(1, 40, 90, 200)[i % 4]) for i in range(24)]
+    requests = [Request(f"it was {i}", config, i) for i, config in enumerate(configs)]
+    events = generate_stream(decoder, tokenizer, requests, batch_of=SingleSteps.of)
+    wanted = {index: event for index, event in events if isinstance(event, Sample)}
+    batch_of, captures = None, Captures()
+    if way == "graphs":
+        monkeypatch.setattr(cuda_graphs, "CAPTURE_AFTER", {32: 0, 8: 0, 1: 0})
+        batch_of = cuda_graphs.GraphRunner(decoder, capture=captures).batch_of
+    ended, texts, places, num_tokens = served(decoder, tokenizer, requests, batch_of)
     assert ended == wanted
     assert texts == {index: sample.text for index, sample in wanted.items()}
-    assert running.num_tokens == sum(sample.num_tokens for sample in wanted.values())
+    assert num_tokens == sum(sample.num_tokens for sample in wanted.values())
+    assert places == served(decoder, tokenizer, requests, SingleSteps.of)[2]
+    if way == "graphs":
+        assert set(captures.replays) == {32, 8, 1}
+        made = [(*kind, count) for kind, (_, count) in zip(captures.kinds, captures.made, strict=True)]
+        assert len(made) == len(set(made))  # nothing is captured twice, for whatever rows join
 
 
 def test_what_changes_ends_the_call_that_draws(int8: tuple[CellDecoder, Tokenizer]) -> None:

@@ -199,18 +199,16 @@ def _draw(args: Any, decoder: Decoder, tokenizer: Tokenizer, temperature: float)
 
     Every text before the last one is yielded, also a short one. The order of completion would prefer short texts.
     """
-    from textgen.decoding.cuda_graphs import GraphRunner
     from textgen.decoding.generation import generate_stream
     from textgen.decoding.samples import Request, Sample
     from textgen.reporting.measures import words
 
     config, limit = _sampling(args, temperature), args.texts * MOST_DRAWS
     requests = (Request("", config, number) for number in range(limit))
-    run = GraphRunner(decoder) if decoder.in_graphs else None
     ended: dict[int, Sample] = {}
     number_next = num_long = 0
     with Progress(f"temperature {temperature:g}: text", args.texts) as bar:
-        for number, event in generate_stream(decoder, tokenizer, requests, batch_size=args.batch_size, run=run):
+        for number, event in generate_stream(decoder, tokenizer, requests, batch_size=args.batch_size):
             if isinstance(event, Sample):
                 ended[number] = event
             while number_next in ended:

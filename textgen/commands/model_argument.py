@@ -86,14 +86,13 @@ def open_model(name: str | Path, *, best: bool, accelerator: Accelerator | None 
     return OpenModel(model, tokenizer, directory, checkpoint)
 
 
-def open_decoder(name: str | Path, decoder: str, *, best: bool, in_graphs: bool = True) -> tuple[OpenModel, Decoder]:
+def open_decoder(name: str | Path, decoder: str, *, best: bool) -> tuple[OpenModel, Decoder]:
     """Open a model as `open_model` does and choose its decoder; log the choice.
 
     Args:
         name: a checkpoint, a run folder or a hub repository.
         decoder: one of `DecoderName`.
         best: of a run, the best checkpoint instead of the newest.
-        in_graphs: whether the caller runs batches in CUDA graphs if the decoder should.
 
     Raises:
         CheckpointError, TextgenError, TokenizerError: the model cannot be read, or the decoder does not run here.
@@ -102,6 +101,5 @@ def open_decoder(name: str | Path, decoder: str, *, best: bool, in_graphs: bool 
 
     opened = open_model(name, best=best)
     chosen = choose_decoder(opened.model, decoder, directory=opened.directory)
-    chosen.in_graphs &= in_graphs
     log.info("%s", chosen.description)
     return opened, chosen

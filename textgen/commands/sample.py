@@ -266,7 +266,6 @@ class _Sampler:
 
     def events(self, skip: int = 0) -> Events:
         """Yield the events of all samples but the first `skip`; an interrupt ends the samples as they are."""
-        from textgen.decoding.cuda_graphs import GraphRunner
         from textgen.decoding.generation import generate_stream
 
         return generate_stream(
@@ -275,7 +274,6 @@ class _Sampler:
             itertools.islice(self._requests(), skip, None),
             batch_size=self._batch_size,
             interrupted=self._interrupted,
-            run=GraphRunner(self._decoder) if self._decoder.in_graphs else None,
         )
 
     def _requests(self) -> Iterator[Request]:

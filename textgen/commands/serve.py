@@ -46,7 +46,7 @@ def serve_command(argv: Sequence[str]) -> None:
     import torch
 
     torch.set_num_threads(args.threads or max(torch.get_num_threads() - 1, 1))  # by default one core is left to HTTP
-    opened, decoder = open_decoder(args.checkpoint, args.decoder, best=args.best, in_graphs=False)
+    opened, decoder = open_decoder(args.checkpoint, args.decoder, best=args.best)
     server = _build(args, opened, decoder, token)
     log.info("serving on http://%s:%d", _in_url(args.host), listener.getsockname()[1])
     server.run(sockets=[listener])
@@ -188,8 +188,6 @@ def _check(args: Any, parser: Parser) -> None:
     for name, value in least.items():
         if args[name] < value:
             parser.error(f"`{name}` must be at least {value}: {args[name]}")
-    if args.decoder == "graph":
-        parser.error("`decoder` graph is not for `textgen serve`, which takes single steps: leave it out")
     if args.threads is not None and args.threads < 1:
         parser.error(f"`threads` must be at least 1: {args.threads}")
     if args.port > 65535:

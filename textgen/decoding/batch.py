@@ -1,16 +1,17 @@
 """Samples that are decoded side by side: the rows of a `Batch`, with their tokens and states on the device.
 
-`Batch.of` reads the prompts of new samples and appends them to a running batch. `Batch.run` draws a token of each row
-per step; `Batch.run_many` draws many in one call where compiled code can. `advance` is one step on tensors alone.
+`Batch.of` reads the prompts of new samples and appends them to a running batch. `Batch.advance_many` draws tokens of
+each row, many in one call where compiled code can. `advance` is one step on tensors alone.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -56,15 +57,31 @@ SHORT_PROMPT = 128
 # The tokens of a step, one per row, and their log-probabilities; None if no row asks for them.
 Step = tuple[list[int], list[TokenLogprobs] | None]
 
-# The tokens of some steps, one or more of each row, and the log-probabilities of a row's only token; None if no row
-# asks for them.
-Steps = tuple[Sequence[Sequence[int]], Sequence[TokenLogprobs | None] | None]
+# The tokens of some steps, any number of each row, and the log-probabilities of each row's tokens; None for a row, or
+# for all, where nobody asks for them.
+Steps = tuple[Sequence[Sequence[int]], Sequence[Sequence[TokenLogprobs] | None] | None]
 
 # Decoder states after prompts, by the prompts' tokens.
 Prefilled = dict[tuple[int, ...], DecoderState]
 
 # Scores of `choices` after prompts, by the prompts' tokens and the choices.
 Scored = dict[tuple[tuple[int, ...], tuple[str, ...]], list[float]]
+
+
+class RunningBatch(Protocol):
+    """What draws the tokens of samples side by side: a `Batch`, or `cuda_graphs.GraphBatch`."""
+
+    @property
+    def samples(self) -> Sequence[RunningSample]:
+        """The samples, one per row."""
+
+    def advance_many(
+        self, *, seconds: float = MOST_SECONDS, most_ended: int | None = None, halt: Halt | None = None
+    ) -> Steps:
+        """Draw tokens of every row, see `Batch.advance_many`."""
+
+    def without_ended(self) -> RunningBatch | None:
+        """Return the batch of the samples that have not ended; None if all have."""
 
 
 @dataclass
@@ -92,13 +109,27 @@ class Batch:
         prefilled: Prefilled | None = None,
         scored: Scored | None = None,
     ) -> Batch:
-        """Read the prompts of new samples and append them to a running batch.
+        """Read the prompts of new samples and append them to a running batch; arguments are those of `each_of`."""
+        new = cls.each_of(decoder, tokenizer, samples, prefilled=prefilled, scored=scored)
+        return cls.joined(new if beside is None else [beside, *new])
+
+    @classmethod
+    @torch.inference_mode()
+    def each_of(
+        cls,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        samples: list[RunningSample],
+        *,
+        prefilled: Prefilled | None = None,
+        scored: Scored | None = None,
+    ) -> list[Batch]:
+        """Read the prompts of new samples and return a batch of one row for each.
 
         Args:
             decoder: reads the prompts.
             tokenizer: the model's.
             samples: the new ones.
-            beside: the running batch, if there is one.
             prefilled: states of prompts that were read before. Changed in place: only the last prompt's state is kept,
                 as the next samples often continue the same prompt.
             scored: scores of choices that were computed before. Changed in place, as `prefilled` is.
@@ -117,8 +148,7 @@ class Batch:
         ]
         wanted = dict.fromkeys([*prompts, *(ids for ids in unlabelled if ids is not None)])
         states |= _prefill(decoder, [ids for ids in wanted if ids not in states], read)
-        # a batch of one row for each new sample, then one batch of all
-        parts = [] if beside is None else [beside]
+        parts = []
         _draw_choices(decoder, samples, [(ids, states[ids]) for ids in prompts], {} if scored is None else scored)
         for sample, ids, plain in zip(samples, prompts, unlabelled, strict=True):
             one = cls._of_one(decoder, tokenizer, sample, ids[-1], states[ids])
@@ -128,9 +158,16 @@ class Batch:
             parts.append(one)
         for ids in states.keys() - prompts[-1:]:
             del states[ids]
+        return parts
+
+    @classmethod
+    @torch.inference_mode()
+    def joined(cls, parts: Sequence[Batch]) -> Batch:
+        """Return one batch with the rows of several."""
+        decoder = parts[0].decoder
         return cls(
             decoder,
-            tokenizer,
+            parts[0].tokenizer,
             [sample for part in parts for sample in part.samples],
             torch.cat([part.tokens for part in parts]),
             [torch.cat(tensors) for tensors in zip(*(part.state for part in parts), strict=True)],
@@ -155,19 +192,6 @@ class Batch:
         for forced in request.config.forced_tokens:  # they count as drawn
             record_tokens(sampling, torch.tensor([forced], device=device))
         return cls(decoder, tokenizer, [sample], torch.tensor([token], device=device), state, sampling)
-
-    def run(self) -> Iterator[Step]:
-        """Draw tokens, step by step, until a sample has ended.
-
-        The caller pushes each step's tokens to the samples before it takes the next step.
-        """
-        while not any(sample.ended for sample in self.samples):
-            yield self.advance()
-
-    def run_many(self) -> Iterator[Steps]:
-        """Draw what `run` draws, many tokens of a row at a time where compiled code can."""
-        while not any(sample.ended for sample in self.samples):
-            yield self.advance_many()
 
     @torch.inference_mode()
     def advance_many(
@@ -259,31 +283,12 @@ class Batch:
             guides=guides if any(guides) else None,
         )
         tokens: list[int] = self.tokens.tolist()
-        return tokens, None if logprobs is None else self.token_logprobs(tokens, *logprobs)
+        return tokens, None if logprobs is None else token_logprobs(self.tokenizer, tokens, *logprobs)
 
     @property
     def is_guided(self) -> bool:
         """Whether the host has to choose the tokens that some row may draw, before each step."""
         return any(sample.guide is not None for sample in self.samples)
-
-    def token_logprobs(self, tokens: list[int], drawn: Tensor, values: Tensor, ids: Tensor) -> list[TokenLogprobs]:
-        """Return the log-probabilities of a step as values on the host, with the texts of tokens for their ids.
-
-        Args:
-            tokens: the drawn tokens, one per row.
-            drawn: their log-probabilities (rows,).
-            values: the largest log-probabilities (rows, n), in falling order.
-            ids: the tokens of `values`.
-        """
-        text_of = self.tokenizer.token_text
-        tops = [
-            tuple((text_of(i), v) for i, v in zip(row_ids, row_values, strict=True))
-            for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)
-        ]
-        return [
-            TokenLogprobs(text_of(token), value, top)
-            for token, value, top in zip(tokens, drawn.tolist(), tops, strict=True)
-        ]
 
     @torch.inference_mode()
     def without_ended(self) -> Batch | None:
@@ -295,9 +300,40 @@ class Batch:
         return self
 
 
+def token_logprobs(
+    tokenizer: Tokenizer, tokens: list[int], drawn: Tensor, values: Tensor, ids: Tensor
+) -> list[TokenLogprobs]:
+    """Return the log-probabilities of a step as values on the host, with the texts of tokens for their ids.
+
+    Args:
+        tokenizer: the model's.
+        tokens: the drawn tokens, one per row.
+        drawn: their log-probabilities (rows,).
+        values: the largest log-probabilities (rows, n), in falling order.
+        ids: the tokens of `values`.
+    """
+    text_of = tokenizer.token_text
+    tops = [
+        tuple((text_of(i), v) for i, v in zip(row_ids, row_values, strict=True))
+        for row_ids, row_values in zip(ids.tolist(), values.tolist(), strict=True)
+    ]
+    return [
+        TokenLogprobs(text_of(token), value, top)
+        for token, value, top in zip(tokens, drawn.tolist(), tops, strict=True)
+    ]
+
+
 def as_steps(step: Step) -> Steps:
     tokens, logprobs = step
-    return [[token] for token in tokens], logprobs
+    return [[token] for token in tokens], None if logprobs is None else [[each] for each in logprobs]
+
+
+class SingleSteps(Batch):
+    """A batch that draws one token of each row at a time: it says what other batches have to draw."""
+
+    def advance_many(self, *, seconds: float = 0.0, most_ended: int | None = None, halt: Halt | None = None) -> Steps:
+        """Draw the next token of every row."""
+        return as_steps(self.advance())
 
 
 def _draw_choices(

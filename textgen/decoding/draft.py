@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from textgen.config import SamplingConfig
-from textgen.decoding.cuda_graphs import GraphRunner
 from textgen.decoding.decoders import Decoder
 from textgen.decoding.generation import generate_stream
 from textgen.decoding.reading import ReadState, read_tokens
@@ -116,9 +115,8 @@ class Draft:
         label, ids = (self.label, None) if read is None else (None, read.ids)  # the first id is the label's
         requests = [Request(beginning.text, config, first + i, ids=ids, read=read, label=label) for i in range(n)]
         texts = [""] * n
-        run = GraphRunner(self._decoder) if self._decoder.in_graphs else None
         for index, event in generate_stream(
-            self._decoder, self._tokenizer, requests, batch_size=n, interrupted=interrupted, run=run
+            self._decoder, self._tokenizer, requests, batch_size=n, interrupted=interrupted
         ):
             if isinstance(event, str):
                 texts[index] += event

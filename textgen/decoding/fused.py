@@ -33,7 +33,7 @@ WEIGHTS_OF_8_BITS = "bfloat16 x int8"
 _FIELDS = {field.name for field in fields(Rows)}
 
 # Settings that the output layer's kernel knows, and what only the draw changes.
-_BY_KERNELS = _FIELDS - {"history", "unlabelled"}
+BY_KERNELS = _FIELDS - {"history", "unlabelled"}
 
 
 def triton_kernels() -> ModuleType | None:
@@ -171,7 +171,7 @@ class FusedDecoder(Decoder):
             **{name: value for name, value in tensors.items() if name in _FIELDS - {"key"}},
         )
         x, state = self._run_layers(tokens, state)
-        by_kernels = not sampling.ngrams and tensors.keys() <= _BY_KERNELS
+        by_kernels = not sampling.ngrams and tensors.keys() <= BY_KERNELS
         logits, picks, sums = self._run(
             "output",
             x,

@@ -1,7 +1,7 @@
 """From prompts to texts: samples run side by side in a batch, and a new sample takes the place of a finished one.
 
 `generate_stream` is the loop. It turns each request into a `RunningSample`, which holds a text on the host, and puts
-running samples into the rows of a `Batch`, which holds tokens and states on the device. `Batch.run_many` draws tokens
+running samples into the rows of a `Batch`, which holds tokens and states on the device. `advance_many` draws tokens
 of each row, many in one call where compiled code can; they are pushed to their samples, which return the new pieces of
 text, and at the end a `Sample`.
 """
@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 from textgen.config import SamplingConfig
-from textgen.decoding.batch import REFILL_DIVISOR, Batch, Prefilled, Scored, Step, as_steps
+from textgen.decoding import cuda_graphs
+from textgen.decoding.batch import REFILL_DIVISOR, Prefilled, RunningBatch, Scored
 from textgen.decoding.decoders import Decoder
 from textgen.decoding.reading import ReadState
 from textgen.decoding.samples import Request, RunningSample, Sample, begin_id
@@ -96,7 +97,7 @@ def generate_stream(
     *,
     batch_size: int = BATCH_SIZE,
     interrupted: Callable[[], bool] = lambda: False,
-    run: Callable[[Batch], Iterator[Step]] | None = None,
+    batch_of: Callable[..., RunningBatch] | None = None,
 ) -> Iterator[tuple[int, str | Sample]]:
     """Continue requests, `batch_size` of them at a time; the next requests start when rows are free.
 
@@ -107,8 +108,7 @@ def generate_stream(
         batch_size: number of rows.
         interrupted: called before tokens are drawn. Once it returns true, running samples end as they are and no
             request starts.
-        run: draws the tokens of a batch, as `Batch.run` does. `cuda_graphs.GraphRunner` does the same with CUDA graphs.
-            Default: `Batch.run_many`.
+        batch_of: reads prompts and makes a batch, as `Batch.of` does. Default: that of `cuda_graphs.batch_of`.
 
     Yields:
         (index of the request, piece of text) as it is drawn, and once per request (index, Sample) when it ends.
@@ -118,7 +118,8 @@ def generate_stream(
     """
     decoder = model if isinstance(model, Decoder) else Decoder(model)
     waiting, num_started, prefilled, scored = iter(requests), 0, Prefilled(), Scored()
-    batch: Batch | None = None
+    make_batch = cuda_graphs.batch_of(decoder) if batch_of is None else batch_of
+    batch: RunningBatch | None = None
     stopped = interrupted()
     while not stopped:
         # take requests for the free rows, unless few are free or the oldest sample is too far behind
@@ -142,7 +143,7 @@ def generate_stream(
             for event in sample.begin():
                 yield sample.index, event
         if joining := [sample for sample in arrived if not sample.ended]:
-            batch = Batch.of(decoder, tokenizer, joining, beside=batch, prefilled=prefilled, scored=scored)
+            batch = make_batch(decoder, tokenizer, joining, beside=batch, prefilled=prefilled, scored=scored)
         if batch is None:
             if not arrived:  # no request is left
                 return
@@ -150,13 +151,12 @@ def generate_stream(
             continue
 
         # draw until some sample has ended, then drop the ended samples
-        for tokens, logprobs in batch.run_many() if run is None else map(as_steps, run(batch)):
+        while not (stopped or any(sample.ended for sample in batch.samples)):
+            tokens, logprobs = batch.advance_many()
             for row, sample in enumerate(batch.samples):
-                if not sample.ended:  # a CUDA graph may draw tokens after the end
-                    for event in sample.push_all(tokens[row], logprobs[row] if logprobs is not None else None):
-                        yield sample.index, event
-            if stopped := interrupted():
-                break
+                for event in sample.push_all(tokens[row], None if logprobs is None else logprobs[row]):
+                    yield sample.index, event
+            stopped = interrupted()
         batch = batch.without_ended()
     for sample in batch.samples if batch is not None else []:
         for event in sample.cut():

@@ -169,24 +169,24 @@ class RunningSample:
             if not self.ended:
                 yield from self.push(token, None)
 
-    def push_all(self, tokens: Sequence[int], logprobs: TokenLogprobs | None) -> Iterator[str | Sample]:
+    def push_all(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> Iterator[str | Sample]:
         """Push drawn tokens until the sample ends; those after its end are dropped.
 
         Args:
-            tokens: one or more.
-            logprobs: of the token, if it is the only one and has any.
+            tokens: any number.
+            logprobs: of each token, if they have any.
         """
         config, eos_id = self.request.config, self.tokenizer.eos_id
-        if self.guide is None and not config.stop and config.logprobs is None:
+        if tokens and self.guide is None and not config.stop and config.logprobs is None:
             # Only the last of these tokens can end the text, so the others are decoded at once.
-            tokens = tokens[: config.max_new_tokens - self.num_tokens]
+            tokens, logprobs = tokens[: config.max_new_tokens - self.num_tokens], None
             length = tokens.index(eos_id) + 1 if eos_id in tokens else len(tokens)
             self.held += "".join(map(self._stream.push, tokens[: length - 1]))
             self.num_tokens += length - 1
             tokens = tokens[length - 1 : length]
-        for token in tokens:
+        for i, token in enumerate(tokens):
             if not self.ended:
-                yield from self.push(token, logprobs)
+                yield from self.push(token, None if logprobs is None else logprobs[i])
 
     def push(self, token: int, logprobs: TokenLogprobs | None) -> Iterator[str | Sample]:
         """Append a drawn token; yield the text that cannot change any more, and the `Sample` if it has ended."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -388,6 +388,14 @@ def join_sampling_states(parts: Sequence[SamplingState], vocab_size: int) -> Sam
 def select_sampling_state(state: SamplingState, places: Tensor) -> SamplingState:
     """Return the state of some rows; `places` (rows,) int64 are their indices."""
     return dataclasses.replace(state, tensors={name: value[places] for name, value in state.tensors.items()})
+
+
+def widen_sampling_state(state: SamplingState, names: Iterable[str], vocab_size: int) -> SamplingState:
+    """Return the state with further tensors, whose values change nothing."""
+    keys = state.tensors["key"]
+    neutral = _neutral_tensors(vocab_size, keys.device)
+    added = {name: neutral[name].repeat_interleave(len(keys), 0) for name in names if name not in state.tensors}
+    return dataclasses.replace(state, tensors=state.tensors | added)
 
 
 @functools.lru_cache(maxsize=4)

@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 
-from textgen.decoding.batch import Batch, Prefilled, Scored, reads_alone
+from textgen.decoding import cuda_graphs
+from textgen.decoding.batch import Prefilled, RunningBatch, Scored, reads_alone
 from textgen.decoding.decoders import PREFILL_WINDOW, Decoder
 from textgen.decoding.samples import Request, RunningSample, Sample, TokenLogprobs, begin_id
 from textgen.kernels.decoding import Halt
@@ -84,8 +85,16 @@ class Stream:
         """The first reader that is not done; None if all are."""
         return next((reader for reader in self.readers if not reader.is_done), None)
 
-    def push(self, tokens: Sequence[int], logprobs: TokenLogprobs | None) -> None:
+    def push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> None:
         """Add tokens that were drawn, see `RunningSample.push_all`."""
+        running = self.running
+        if logprobs is not None and running.request.config.logprobs is not None:
+            for i in range(len(tokens)):  # each with its own place in the text
+                self._push(tokens[i : i + 1], logprobs[i : i + 1])
+        else:
+            self._push(tokens, None)
+
+    def _push(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs] | None) -> None:
         running = self.running
         offset, num_logprobs = len(running.text) + len(running.held), len(running.logprobs)
         for event in running.push_all(tokens, logprobs):
@@ -119,10 +128,18 @@ class Scheduler:
         batch_size: maximum number of running samples.
         max_waiting: maximum number of samples in the queue.
         prefixes: states of the beginnings of prompts; the decoding thread alone reads and changes it.
+        batch_of: reads prompts and makes a batch, as `Batch.of` does; default: that of `cuda_graphs.batch_of`.
     """
 
     def __init__(
-        self, decoder: Decoder, tokenizer: Tokenizer, *, batch_size: int, max_waiting: int, prefixes: PrefixTable
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        max_waiting: int,
+        prefixes: PrefixTable,
+        batch_of: Callable[..., RunningBatch] | None = None,
     ) -> None:
         self.tokenizer, self.max_waiting, self.prefixes = tokenizer, max_waiting, prefixes
         self.num_tokens = self.num_read_tokens = self.num_reused_tokens = 0
@@ -135,7 +152,8 @@ class Scheduler:
         # Set when something has to be done before the next token is drawn.
         self._halt = Halt()
         # Only the decoding thread uses these.
-        self._batch: Batch | None = None
+        self._batch_of = cuda_graphs.batch_of(decoder) if batch_of is None else batch_of
+        self._batch: RunningBatch | None = None
         self._running: dict[int, Stream] = {}
         self._reading: deque[Stream] = deque()  # each reads a window in its turn
         self._read: list[Stream] = []  # join as soon as they may
@@ -275,7 +293,7 @@ class Scheduler:
             # Of these prompts the decoder would read the same windows.
             readers = [reader for stream in joining for reader in stream.readers]
             self._prefilled |= {r.ids: r.state for r in readers if r.state and reads_alone(self.decoder, r.ids)}
-            self._batch = Batch.of(
+            self._batch = self._batch_of(
                 self.decoder,
                 self.tokenizer,
                 [stream.running for stream in joining],
@@ -297,9 +315,9 @@ class Scheduler:
                 before = stream.running.num_tokens
                 stream.push(tokens[place], None if logprobs is None else logprobs[place])
                 self.num_tokens += stream.running.num_tokens - before
-                if stream.running.ended or not stream.started:
+                if tokens[place] and (stream.running.ended or not stream.started):
                     urgent.append(stream)
-                stream.started = True
+                stream.started |= len(tokens[place]) > 0
             if stream.running.ended:
                 del self._running[stream.running.index]
         self._batch = batch.without_ended()
