@@ -104,11 +104,13 @@ def stages(folder: Path, work: Path, *, dry: bool) -> list[Stage]:
     }
     decode: tuple[str, ...] = ("--rounds", "5", "--batch_sizes", "1", "8", "64")
     compiled = ("-m", "benchmarks.decode", "--rounds", "3", "--batch_sizes", "1", "--compile")
+    serve: tuple[str, ...] = ("--rounds", "2")
     train: tuple[str, ...] = ("--shapes", "default", "--rounds", "3", "--minutes", "1.4", "--ways")
     train += ("textgen", "textgen, graph", "accelerate loop")  # streams may hang
     imdb: tuple[str, ...] = ("--config", "default", "--cuda_graph", "--mixed_precision", "bf16", "--max_minutes", "0.4")
     if dry:
         decode = ("--rounds", "1", "--batch_sizes", "2", "--shape", "300", "16", "32", "2")
+        serve = ("--rounds", "1", "--clients", "1", "3", "--tokens", "90", "--shape", "300", "16", "32", "2")
         train = ("--shapes", "quick", "--rounds", "1", "--steps", "1", "--ways", "textgen")
         imdb = ("--model.embedding_dim", "16", "--model.hidden_size", "32", "--batch_size", "8", "--seq_len", "16")
         imdb += ("--max_steps", "5", "--tokenizer.vocab_size", "300")
@@ -123,6 +125,7 @@ def stages(folder: Path, work: Path, *, dry: bool) -> list[Stage]:
         training["resume"],
         Stage("kernels", "Triton's kernels are their twins", 90, tests(*kernels) if kernels and not dry else ()),
         Stage("decode", "speed of decoding", 60, ("-m", "benchmarks.decode", *decode)),
+        Stage("serve", "the server's rows in graphs", 40, ("-m", "benchmarks.serve_graphs", *serve)),
         Stage("train", "speed of training", 100, ("-m", "benchmarks.train", *train)),
         Stage("imdb", "a training on IMDB", 60, ("train_distributed.py", *imdb) if data else ()),
         training["devices"],
@@ -310,6 +313,10 @@ def report(folder: Path) -> str:
             chosen = read(folder / name)["figures"].get("chosen")
             parts.append(f"Microseconds of a decoding step, median of rounds{f' ({chosen})' if chosen else ''}:")
             parts.append(table(["rows", *variants], cells))
+    if clients := read(folder / "serve_graphs.json").get("figures", {}).get("clients"):
+        ways = {f"{count} clients, {way}": values for count, its in clients.items() for way, values in its.items()}
+        parts.append("The server's decoding thread, without HTTP:")
+        parts.append(speed_table(ways))
     for name in ("train_cuda.json", "train.json"):
         for title, entry in read(folder / name).get("figures", {}).items():
             if isinstance(entry, dict) and "speed" in entry:

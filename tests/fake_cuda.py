@@ -33,7 +33,8 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from textgen.config import ModelConfig, SamplingConfig, TrainConfig
 from textgen.decoding.cuda_graphs import Buffers, steps_in_place
-from textgen.decoding.decoders import CellDecoder
+from textgen.decoding.decoders import CellDecoder, Decoder
+from textgen.decoding.fused import FusedDecoder
 from textgen.decoding.sampling import join_sampling_states, new_sampling_state
 from textgen.kernels import fused
 from textgen.kernels import training as training_kernels
@@ -156,11 +157,36 @@ SHAPES = {
 }
 
 
+def check_launch(kernel: Any, grid: tuple[int, ...], *arguments: object, **constants: object) -> None:
+    """Stand in for `triton_decoding._launch`: all tensors are of the device, and nothing is computed."""
+    assert {value.device for value in arguments if isinstance(value, Tensor)} == {CUDA}
+    LAUNCHES.append(kernel.__name__)
+
+
+LAUNCHES: list[str] = []
+
+
+def decoders() -> dict[str, Callable[[LSTMLanguageModel], Decoder]]:
+    """Return what makes each decoder of a GPU; the one of Triton's kernels only where Triton is."""
+    made: dict[str, Callable[[LSTMLanguageModel], Decoder]] = {
+        "float32": lambda model: CellDecoder(model, "float32"),
+        "bfloat16": lambda model: CellDecoder(model, "bfloat16"),
+        "fused, by operators": lambda model: FusedDecoder(model, None),
+    }
+    if find_spec("triton") is not None:
+        from textgen.kernels import triton_decoding
+
+        triton_decoding._launch = check_launch
+        made["fused"] = lambda model: FusedDecoder(model, triton_decoding)
+        made["fused, 8 bits"] = lambda model: FusedDecoder(model, triton_decoding, int8=True)
+    return made
+
+
 def decoding() -> Iterator[tuple[str, Operators]]:
     """Yield the operators of a captured step for each decoder, shape and set of sampling settings."""
     rows, vocab_size = 4, 300
-    for dtype, shape, name in itertools.product(("float32", "bfloat16"), SHAPES, SETTINGS):
-        decoder: Any = CellDecoder(on_cuda(LSTMLanguageModel(SHAPES[shape], vocab_size)).eval(), dtype)
+    for (kind, make), shape, name in itertools.product(decoders().items(), SHAPES, SETTINGS):
+        decoder = make(on_cuda(LSTMLanguageModel(SHAPES[shape], vocab_size)).eval())
         states = [
             new_sampling_state(SETTINGS[name], [1, 2, 3], i, vocab_size=vocab_size, device=CUDA) for i in range(rows)
         ]
@@ -175,9 +201,12 @@ def decoding() -> Iterator[tuple[str, Operators]]:
         buffers = Buffers(decoder, 0, 2, tokens, state, sampling, tokens.bool(), drawn, logprobs)
         item_bits.cache_clear()
         steps_in_place(buffers, 1)  # as before a capture: tables are made
+        LAUNCHES.clear()
         with Operators() as operators:
             steps_in_place(buffers, 2)
-        yield f"{dtype}, {shape}, {name}", operators
+        if isinstance(decoder, FusedDecoder):
+            assert LAUNCHES.count("_layer") == 2 * 3 * (kind != "fused, by operators"), decoder.refusals
+        yield f"{kind}, {shape}, {name}", operators
 
 
 # --- training --------------------------------------------------------------------------------------------------------

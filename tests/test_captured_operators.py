@@ -15,6 +15,8 @@ import pytest
 from tests.fake_cuda import SETTINGS, SHAPES, TRAININGS
 from tests.forking import ROOT
 
+HAS_TRITON = find_spec("triton") is not None
+
 
 @pytest.fixture(scope="module")
 def cases() -> list[dict[str, Any]]:
@@ -31,14 +33,14 @@ def cases() -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("of", "count"),
     [
-        ("decoding", 2 * len(SHAPES) * len(SETTINGS)),
-        ("training", 2 * len(TRAININGS) + (find_spec("triton") is not None)),
+        ("decoding", (5 if HAS_TRITON else 3) * len(SHAPES) * len(SETTINGS)),
+        ("training", 2 * len(TRAININGS) + HAS_TRITON),
     ],
 )
 def test_captured_operators_stay_on_the_device(cases: list[dict[str, Any]], of: str, count: int) -> None:
     found = [case for case in cases if case["of"] == of]
     assert len(found) == count
-    assert all(case["operators"] > 50 for case in found)
+    assert all(case["operators"] > (10 if case["name"].startswith("fused") else 50) for case in found)
     assert {case["name"]: case["wrong"] for case in found if case["wrong"]} == {}
 
 

@@ -143,6 +143,7 @@ def test_a_dry_run_takes_every_stage_on_a_machine_that_lacks_packages(tmp_path: 
     assert text.startswith("A dry run, which says nothing of a GPU: no GPU")
     assert "| streams | 0 | 0 | 6 | 0 |  |" in text
     assert "Microseconds of a decoding step" in text
+    assert "| 3 clients, graphs |" in text
     assert "Training at `quick`" in text
     assert "IMDB: step 5, train/loss" in text
     assert not list(out.rglob("*.safetensors")), "checkpoints are too large for results"

@@ -13,7 +13,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,9 +22,11 @@ from textgen.decoding.batch import Prefilled, RunningBatch, Scored, reads_alone
 from textgen.decoding.decoders import PREFILL_WINDOW, Decoder
 from textgen.decoding.samples import Request, RunningSample, Sample, TokenLogprobs, begin_id
 from textgen.kernels.decoding import Halt
-from textgen.serving.prompts import PromptReader
 from textgen.serving.states import PrefixTable
 from textgen.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from textgen.serving.prompts import PromptReader
 
 log = logging.getLogger("textgen")
 
