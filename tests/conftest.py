@@ -16,13 +16,16 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.forking import run_script
 from tests.object_storage import Faults, ObjectStorage, start_object_storage
 from textgen.runs.lock import FileLock
+
+if TYPE_CHECKING:
+    from textgen.data.store import TokenStore
 
 # Threads that wait must not spin, and wandb and the hub must not be asked, in the processes that tests start.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -257,6 +260,20 @@ def labelled_run(tiny_flags: list[str], labelled_reviews: Path, share: Share) ->
         run_script("train_distributed.py", *tiny_flags, *flags, "--run_dir", str(directory / "labelled"))
 
     return share("labelled-runs", train) / "labelled"
+
+
+@pytest.fixture(scope="session")
+def sharded(tiny_flags: list[str], share: Share) -> TokenStore:
+    """A store of made-up reviews in shards of some 6 KB; do not change it."""
+    from tests.data.shard_files import SHARDS, write_in_shards  # imports torch
+    from textgen.commands.parsing import parse_train_config
+    from textgen.data.store import TokenStore, prepare_store
+
+    def write(directory: Path) -> None:
+        config = parse_train_config(tiny_flags, prog="textgen prepare")
+        write_in_shards(prepare_store(config.data, config.tokenizer, progress=False), directory / "store", SHARDS)
+
+    return TokenStore.open(share("sharded-store", write) / "store")
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
+from textgen.storage.address import check_address, is_address
+
 Precision = Literal["no", "bf16", "fp16", "auto"]
 DecoderName = Literal["auto", "plain", "float32", "bfloat16", "int8", "graph"]
 
@@ -171,7 +173,10 @@ class DataConfig(TextConfig):
     cache_dir: str = "~/.cache/textgen"
     """folder of encoded token stores, which are named by a hash of their content"""
     store: str | None = None
-    """token store made by `textgen prepare`; the source is not opened then"""
+    """token store made by `textgen prepare`; the source is not opened then. A folder, or the address of a store in
+    shards, such as `s3://bucket/store`, also of gs, az, hf and https (docs/how-to/remote.md)"""
+    store_cache_gib: float = 20.0
+    """GiB of `cache_dir` for the shards of a store at an address; two shards at least"""
     sources: tuple[SourceConfig, ...] = ()
     """several sources: a list of mappings with a `name`, a `weight`, which is the source's share of the tokens that are
     read, and settings of data of its own, such as `files`, `text_column` or `validation_fraction`. The weights may have
@@ -179,6 +184,9 @@ class DataConfig(TextConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require_positive(self, "store_cache_gib")
+        if self.store is not None and is_address(self.store):
+            check_address(self.store)
         if not self.sources:
             return
         names = [source.name for source in self.sources]

@@ -19,4 +19,4 @@ def prepare_command(argv: Sequence[str]) -> None:
     config = take_base(config, argv)
     from textgen.data.store import prepare_store
 
-    print(prepare_store(config.data, config.tokenizer).directory)
+    print(prepare_store(config.data, config.tokenizer).location)

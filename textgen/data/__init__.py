@@ -14,6 +14,7 @@
 - `memory`: documents of a program as a corpus
 - `mixture`: several sources as one corpus
 - `store`: the encoded corpus on disk
+- `remote`: the shards of a store at an address, in a cache on the local disk
 - `lanes`: epochs as lanes and windows; the loader
 - `mixed_lanes`: lanes of several sources
 - `texts`: texts to score

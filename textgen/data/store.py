@@ -33,10 +33,14 @@ from textgen.console import Progress
 from textgen.data.corpus import CleanCorpus, Corpus, clean_corpus
 from textgen.data.labels import NO_LABEL
 from textgen.data.mixture import clean_sources, open_sources
+from textgen.data.remote import RemoteShards
 from textgen.data.shards import ORDER, Shard, Shards
 from textgen.data.split import Split, map_array
-from textgen.errors import TextgenError, in_backticks
+from textgen.errors import TextgenError, first_line, in_backticks
+from textgen.files import write_atomic
 from textgen.runs.lock import FileLock
+from textgen.storage.address import is_address, protocol_of
+from textgen.storage.remote_folder import RemoteFolder
 from textgen.tokenizer import MODEL_NAME, Tokenizer, train_tokenizer
 from textgen.tokenizer.trainer import MAX_TRAINING_BYTES
 
@@ -45,6 +49,7 @@ log = logging.getLogger("textgen")
 STORE_FORMAT = 2
 SHARDS_FORMAT = 3  # of a store in shards, which versions that know no shards refuse
 STORE_NAME = "store.json"
+MAX_RECORD_BYTES = 1 << 28  # of a store.json at an address: a million shards
 UNIGRAM_NAME = "unigram.int64"
 # At a time in a thread, whose check takes some 60 bytes a token. Half was as fast, four times as much 5 % slower.
 ENCODE_BATCH, ENCODE_CHARACTERS = 512, 1 << 18
@@ -59,40 +64,85 @@ class TokenStore:
     """An encoded corpus in a directory.
 
     Attributes:
-        directory: the folder of the store.
+        directory: the folder of the store, or the cache of a store at an address.
         record: what `store.json` holds: source, counts, digests, sizes of the splits.
+        folder: where the shards are, of a store at an address.
+        cache_bytes: how many bytes of them the cache may hold.
     """
 
     directory: Path
     record: dict[str, Any]
+    folder: RemoteFolder | None = None
+    cache_bytes: int = 0
 
     @classmethod
     def open(cls, directory: str | Path) -> TokenStore:
-        """Open a store, without reading its tokens.
+        """Open a store in a folder, without reading its tokens.
 
         Raises:
             TextgenError: the store is missing, damaged or incomplete.
         """
         directory = Path(directory).expanduser()
         try:
-            record = json.loads((directory / STORE_NAME).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            record = _parse_record((directory / STORE_NAME).read_bytes(), str(directory))
+        except OSError as error:
             raise TextgenError(f"`{directory}` is not a token store: no readable `{STORE_NAME}`") from error
-        seen = record.get("format") if isinstance(record, dict) else None
-        if seen not in (STORE_FORMAT, SHARDS_FORMAT):
-            raise TextgenError(
-                f"`{directory}` is a token store of format {seen}, wanted {STORE_FORMAT} or {SHARDS_FORMAT}"
-            )
         store = cls(directory, record)
-        unigram = (directory / UNIGRAM_NAME, record["vocab_size"] * 8)
-        for path, size in [unigram, *(file for name in record["splits"] for file in store._files(name))]:
+        store._check_files()
+        return store
+
+    @classmethod
+    def open_remote(cls, address: str, cache: Path, *, cache_bytes: int) -> TokenStore:
+        """Open a store in shards at an address: fetch all but its shards. Every process may call this at once.
+
+        Args:
+            address: of the store.
+            cache: folder of the stores' caches. The one of this store has the name of its `store.json`'s hash.
+            cache_bytes: how many bytes of shards the cache may hold.
+
+        Raises:
+            TextgenError: the store is missing, damaged or not in shards, or cannot be fetched.
+        """
+        folder = RemoteFolder(address)
+        content = folder.read(STORE_NAME, limit=MAX_RECORD_BYTES)
+        record = _parse_record(content, str(folder))
+        directory = cache / hashlib.sha256(content).hexdigest()[:16]
+        directory.mkdir(parents=True, exist_ok=True)
+        store = cls(directory, record, folder, cache_bytes)
+        try:
+            if store.shards is None:
+                raise TextgenError(f"`{folder}` is not in shards: make a store with `textgen prepare --shards N`")
+            files = {path.name: size for path, size in store._whole_files()}
+            hashes = {MODEL_NAME: record["tokenizer"]} | record.get("files", {})
+        except (KeyError, TypeError, AttributeError) as error:
+            raise TextgenError(f"`{folder}/{STORE_NAME}` is damaged: {first_line(error)}") from error
+        lock = FileLock(directory / "open.lock")
+        lock.acquire(seconds=None)
+        with lock.hold():
+            for name in [MODEL_NAME, *files]:
+                path, size = directory / name, files.get(name)
+                if not path.exists() or size not in (None, path.stat().st_size):
+                    folder.fetch(name, path, size=size, sha256=hashes.get(name))
+            write_atomic(directory / STORE_NAME, [content])
+        store._check_files()
+        return store
+
+    def _check_files(self) -> None:
+        """Raise TextgenError unless the files have their sizes and the tokenizer is the right one."""
+        shards = self.shards.records if self.shards is not None and self.folder is None else ()
+        in_shards = [(self.directory / shard.name, shard.size) for shard in shards]
+        for path, size in [*self._whole_files(), *in_shards]:
             seen = path.stat().st_size if path.exists() else 0
             if seen != size or not path.exists():
                 raise TextgenError(f"`{path}` is damaged: {seen} bytes, wanted {size}")
-        path = directory / MODEL_NAME
-        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != record["tokenizer"]:
+        path = self.directory / MODEL_NAME
+        if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != self.record["tokenizer"]:
             raise TextgenError(f"`{path}` is damaged: not the tokenizer that the store was made with")
-        return store
+
+    @property
+    def location(self) -> str:
+        """The address of the store, or its folder, as `data.store` takes it."""
+        return str(self.folder or self.directory)
 
     @property
     def key(self) -> str:
@@ -128,7 +178,10 @@ class TokenStore:
             records = [Shard.parse(record) for record in self.record["shards"]]
         except (ValueError, KeyError, TypeError) as error:
             raise TextgenError(f"`{self.directory / STORE_NAME}` is damaged: {error}") from error
-        return Shards(self.directory, records, dtype=self.record["dtype"], has_labels=bool(self.labels))
+        kind = {"dtype": self.record["dtype"], "has_labels": bool(self.labels)}
+        if self.folder is not None:
+            return RemoteShards(self.folder, self.directory, records, **kind, cache_bytes=self.cache_bytes)
+        return Shards(self.directory, records, **kind)
 
     @property
     def train(self) -> Split | Shards:
@@ -194,10 +247,14 @@ class TokenStore:
                 first += sizes[name]["documents"]
         return parts
 
+    def _whole_files(self) -> list[tuple[Path, int]]:
+        """Return path and size of all files but the tokenizer and the shards."""
+        splits = [name for name in self.record["splits"] if name != "train" or self.shards is None]
+        unigram = (self.directory / UNIGRAM_NAME, self.record["vocab_size"] * 8)
+        return [unigram, *(file for name in splits for file in self._files(name))]
+
     def _files(self, split: str) -> list[tuple[Path, int]]:
         """Return path and size of a split's files: tokens, offsets, bytes of each document, and its first input."""
-        if split == "train" and self.shards is not None:
-            return [(self.directory / shard.name, shard.size) for shard in self.shards.records]
         sizes = self.record["splits"][split]
         documents, dtype = sizes["documents"], np.dtype(self.record["dtype"])
         files = [
@@ -206,6 +263,38 @@ class TokenStore:
             (self.directory / f"{split}.bytes.uint32", documents * 4),
         ]
         return files + ([(self.directory / f"{split}.begins.uint32", documents * 4)] if self.labels else [])
+
+
+def _parse_record(content: bytes, where: str) -> dict[str, Any]:
+    """Return what a `store.json` holds.
+
+    Raises:
+        TextgenError: it is not one, or of another format.
+    """
+    try:
+        record = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise TextgenError(f"`{where}` is not a token store: no readable `{STORE_NAME}`") from error
+    seen = record.get("format") if isinstance(record, dict) else None
+    if seen not in (STORE_FORMAT, SHARDS_FORMAT):
+        raise TextgenError(f"`{where}` is a token store of format {seen}, wanted {STORE_FORMAT} or {SHARDS_FORMAT}")
+    return dict(record)
+
+
+def open_store(data: DataConfig) -> TokenStore:
+    """Open the store that `data.store` names, in a folder or at an address.
+
+    Raises:
+        TextgenError: it cannot be used, or has other sources than `data.sources`.
+    """
+    assert data.store is not None
+    if is_address(data.store) and protocol_of(data.store) != "file":
+        cache = _make_cache(data.cache_dir) / "remote"
+        store = TokenStore.open_remote(data.store, cache, cache_bytes=int(data.store_cache_gib * 2**30))
+    else:
+        store = TokenStore.open(data.store.removeprefix("file://"))
+    check_sources(data, store)
+    return store
 
 
 def prepare_store(
@@ -232,8 +321,7 @@ def prepare_store(
                 f"the texts were given in Python, and their encoding `{data.store}` is gone: `textgen.train` with the "
                 "same texts makes it again"
             )
-        store = TokenStore.open(data.store)
-        check_sources(data, store)
+        store = open_store(data)
         _name_unused(data, tokenizer)
         return store
     cache = _make_cache(data.cache_dir)
@@ -269,7 +357,7 @@ def check_sources(data: DataConfig, store: TokenStore) -> None:
 
 def _name_unused(data: DataConfig, tokenizer: TokenizerConfig) -> None:
     """Log the settings of source and tokenizer that were given beside a store, which is encoded already."""
-    used = ("store", "source", "sources", "cache_dir", "reading_rules")
+    used = ("store", "store_cache_gib", "source", "sources", "cache_dir", "reading_rules")
     names = [
         f"{group}.{name}"
         for group, settings, usual in (("data", data, DataConfig()), ("tokenizer", tokenizer, TokenizerConfig()))

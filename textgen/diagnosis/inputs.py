@@ -35,7 +35,7 @@ def find_data(config: TrainConfig) -> tuple[Check, TokenStore | None]:
     train = store.record["splits"]["train"]
     value = {
         "source": description,
-        "store": str(store.directory),
+        "store": store.location,
         "vocab_size": store.record["vocab_size"],
         "train_tokens": train["tokens"],
         "key": store.training_key[:8],
@@ -52,13 +52,12 @@ def find_store(config: TrainConfig) -> tuple[str, TokenStore | None]:
     """
     # Imported here, so that a missing package (sentencepiece, pyarrow) fails this check and not the whole command.
     from textgen.data.mixture import open_sources
-    from textgen.data.store import TokenStore, check_sources, find_prepared
+    from textgen.data.store import find_prepared, open_store
     from textgen.training.resume import keep_reading_rules
 
     config = keep_reading_rules(config)
     if config.data.store is not None:
-        store = TokenStore.open(config.data.store)
-        check_sources(config.data, store)
+        store = open_store(config.data)
         return str(store.record["source"]), store
     corpus = open_sources(config.data)
     return corpus.description, find_prepared(config.data, config.tokenizer, corpus)

@@ -52,16 +52,16 @@ class RemoteFolder:
 
     Args:
         address: of the folder.
-        patience: seconds for which a failing operation is tried again.
+        patience: seconds for which a failing operation is tried again; None for `PATIENCE_SECONDS`.
 
     Raises:
         TextgenError: the address cannot be used, or its package is missing.
     """
 
-    def __init__(self, address: str, *, patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(self, address: str, *, patience: float | None = None) -> None:
         self.address = check_address(address)
         self.protocol = protocol_of(self.address)
-        self.patience = patience
+        self.patience = PATIENCE_SECONDS if patience is None else patience
         if self.protocol in ("s3", "https"):  # s3fs brings aiohttp, by which fsspec reads https
             require_packages("storage at an address", "s3fs", extra="remote")
         elif (package := PACKAGES.get(self.protocol)) and find_spec(package) is None:
@@ -96,6 +96,8 @@ class RemoteFolder:
 
         try:
             self._try("fetched", name, attempt)
+            with aside.open("rb") as file:
+                os.fsync(file.fileno())  # after a power cut the file could have its size and other bytes
             aside.replace(path)
         finally:
             with suppress(OSError):
@@ -171,7 +173,7 @@ class RemoteFolder:
         """The file system of fsspec. It retries nothing itself and caches nothing."""
         import fsspec
 
-        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        options: dict[str, Any] = {"use_listings_cache": False}
         if self.protocol == "s3":
             timeouts = {"connect_timeout": CONNECT_SECONDS, "read_timeout": SILENT_SECONDS}
             options["config_kwargs"] = timeouts | {"retries": {"max_attempts": 0}}

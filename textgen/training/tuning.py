@@ -364,7 +364,7 @@ def _settings(config: TrainConfig, store: TokenStore, directory: Path, steps: in
     return replace(
         config,
         run_dir=str(directory),
-        data=replace(config.data, store=str(store.directory)),
+        data=replace(config.data, store=store.location),
         tracking=TrackingConfig(mode="disabled"),
         max_steps=steps,
         max_epochs=steps,  # an epoch has one step or more
