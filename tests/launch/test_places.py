@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -9,13 +10,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.forking import free_port
+from tests.forking import Forked, free_port, server
 from textgen.cli import COMMANDS
 from textgen.runs.metrics_file import read_metrics
 
@@ -31,13 +33,21 @@ def container_of_job() -> dict[str, Any]:
     return dict(container)
 
 
-def on_this_machine(argv: list[str], flags: list[str]) -> list[str]:
-    """Return the command of a container with the flags of a tiny training in place of its own."""
-    assert argv[:4] == ["torchrun", "-m", "textgen", "train"], argv
-    return [sys.executable, "-m", "torch.distributed.run", "-m", "textgen", "train", *flags]
+# In place of textgen: says what it was started with and as which process, and ends at SIGTERM, as a training does.
+STUB = """
+import json, os, signal, sys, time
+
+def main():
+    if sys.argv[1] == "train":
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(print("SIGTERM", flush=True)))
+    names = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"]
+    print(json.dumps([sys.argv[1:], [os.environ.get(name) for name in names]]), flush=True)
+    while sys.argv[1] == "train":
+        time.sleep(0.05)
+"""
 
 
-def pod_of_job(index: int, port: int, flags: list[str]) -> tuple[list[str], dict[str, str]]:
+def pod_of_job(index: int, port: int) -> tuple[list[str], dict[str, str]]:
     """Return command and environment of a pod of job.yaml, on the CPU, with one process and this machine's address."""
     container = container_of_job()
     environment = {}
@@ -47,64 +57,109 @@ def pod_of_job(index: int, port: int, flags: list[str]) -> tuple[list[str], dict
         environment[one["name"]] = one.get("value", str(index))
     assert environment["PET_MASTER_ADDR"] == "textgen-0.textgen"  # pod 0 by its name in the headless service
     here = {"PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port), "PET_NPROC_PER_NODE": "1"}
-    return on_this_machine([*container["command"], *container["args"]], flags), environment | here
+    return [*container["command"], *container["args"]], environment | here
 
 
-def pod_of_train_job(index: int, port: int, flags: list[str]) -> tuple[list[str], dict[str, str]]:
+def pod_of_train_job(index: int, port: int) -> tuple[list[str], dict[str, str]]:
     """Return the same for a pod of trainjob.yaml; Kubeflow's runtime sets the variables."""
     trainer = TRAIN_JOB["spec"]["trainer"]
     environment = {one["name"]: one["value"] for one in trainer["env"]} | {
         "PET_NNODES": str(trainer["numNodes"]), "PET_NPROC_PER_NODE": "1", "PET_NODE_RANK": str(index),
         "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": str(port),
     }  # fmt: skip
-    return on_this_machine([*trainer["command"], *trainer["args"]], flags), environment
+    return [*trainer["command"], *trainer["args"]], environment
 
 
-def machine_of_sky(index: int, port: int, flags: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Return the same for one of two machines of sky.yaml, whose script runs as it is but for the flags."""
-    script = SKY["run"].replace(".venv/bin/", f"{Path(sys.executable).parent}/")
-    words = " ".join(f"'{flag}'" for flag in flags)
-    script, count = re.subn(r"--config large --run_dir /runs/large( --save_every 500)?", words, script)
-    assert count == 2
+def machine_of_sky(index: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """Return the same for one of two machines of sky.yaml."""
     environment = {
         "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": str(index), "SKYPILOT_NUM_GPUS_PER_NODE": "1",
         "SKYPILOT_NODE_IPS": "127.0.0.1\n127.0.0.1", "PORT": str(port),
     }  # fmt: skip
-    return ["bash", "-c", script], environment
+    return ["bash", "-c", SKY["run"].replace(".venv/bin/", "")], environment
+
+
+Process = subprocess.Popen[bytes] | Forked
+
+
+@contextlib.contextmanager
+def started(
+    argvs: Sequence[Sequence[str]], owns: Sequence[dict[str, str]], *, cwd: Path, logs: Sequence[Path]
+) -> Iterator[list[Process]]:
+    """Start commands with `torchrun` and `textgen` of this environment; kill those that still run at the end."""
+    processes: list[Process] = []
+    for argv, own, log in zip(argvs, owns, logs, strict=True):
+        environment = os.environ | own | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "PYTHONPATH": str(cwd),
+            "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "",
+        }  # fmt: skip
+        log.touch()
+        if argv[0] == "torchrun":
+            run = ["-m", "torch.distributed.run", *argv[1:]]
+            processes.append(server().start(run, output=log, error=log, env=environment, cwd=cwd))
+            continue
+        with log.open("a") as file:
+            processes.append(subprocess.Popen(argv, cwd=cwd, env=environment, stdout=file, stderr=file))
+    try:
+        yield processes
+    finally:
+        for one in processes:
+            one.kill()
+            one.wait()
+
+
+def wait_for(condition: Callable[[], object], processes: Sequence[Process], logs: Sequence[Path]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < deadline, [log.read_text() for log in logs]
+        assert {one.poll() for one in processes} == {None}, [log.read_text() for log in logs]
+        time.sleep(0.05)
+
+
+def end(processes: Sequence[Process]) -> None:
+    """Send SIGTERM to the first process of each machine, as a preemption does, and wait for their ends."""
+    for one in processes:
+        one.send_signal(signal.SIGTERM)
+    for one in processes:
+        one.wait(timeout=110)  # of 120 s of grace
 
 
 @pytest.mark.parametrize("place", [pod_of_job, pod_of_train_job, machine_of_sky])
-def test_two_machines_train_as_one_and_save_at_the_end_of_their_time(
-    place: Any, tiny_flags: list[str], tmp_path: Path
+def test_two_machines_start_the_command_as_one_training_and_pass_on_sigterm(
+    place: Callable[[int, int], tuple[list[str], dict[str, str]]], tmp_path: Path
 ) -> None:
-    """SIGTERM to the first process of each, as a preemption sends it, ends the training with a checkpoint."""
+    """With another `textgen`, which starts in no time; the commands are those of the files."""
+    package, port = tmp_path / "textgen", free_port()
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "cli.py").write_text(STUB)
+    (package / "__main__.py").write_text("from textgen.cli import main\nmain()\n")
+    logs = [tmp_path / f"{index}.log" for index in range(2)]
+    argvs, owns = zip(*(place(index, port) for index in range(2)), strict=True)
+    with started(argvs, owns, cwd=tmp_path, logs=logs) as processes:
+        wait_for(lambda: all('["train"' in log.read_text() for log in logs), processes, logs)
+        end(processes)
+    flags = ["--config", "large", "--run_dir", "/runs/large"]
+    for index, log in enumerate(logs):
+        said = [line for line in log.read_text().splitlines() if line[0] in "[S"]
+        assert said[-1] == "SIGTERM"
+        world = [str(index), "2", "0", "127.0.0.1", str(port)]
+        assert json.loads(said[-2]) == [["train", *flags, "--save_every", "500"], world]
+        doctors = [[["doctor", *flags], [None] * 5]] if place is machine_of_sky else []
+        assert list(map(json.loads, said[:-2])) == doctors
+
+
+def test_two_pods_train_as_one_and_save_at_the_end_of_their_time(tiny_flags: list[str], tmp_path: Path) -> None:
     run, port = tmp_path / "run", free_port()
     flags = [*tiny_flags, "--run_dir", str(run), "--max_steps", "100000", "--log_every", "1", "--sample_prompts=[]"]
     flags += ["--max_epochs", "1000", "--evaluate_every", "100000"]
     logs = [tmp_path / f"{index}.log" for index in range(2)]
-    started = []
-    for index, log in enumerate(logs):
-        argv, own = place(index, port, flags)
-        environment = os.environ | own | {
-            "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
-        }  # fmt: skip
-        with log.open("w") as file:
-            started.append(subprocess.Popen(argv, cwd=ROOT, env=environment, stdout=file, stderr=file))
-    try:
-        deadline = time.monotonic() + 300
-        while not read_metrics(run):
-            assert time.monotonic() < deadline, [log.read_text() for log in logs]
-            assert {one.poll() for one in started} == {None}, [log.read_text() for log in logs]
-            time.sleep(0.05)
+    argvs, owns = zip(*(pod_of_job(index, port) for index in range(2)), strict=True)
+    assert {tuple(argv[:4]) for argv in argvs} == {("torchrun", "-m", "textgen", "train")}
+    with started([[*argv[:4], *flags] for argv in argvs], owns, cwd=ROOT, logs=logs) as processes:
+        wait_for(lambda: read_metrics(run), processes, logs)
         assert "2 processes on 1 machine by gloo" in logs[0].read_text()
-        for one in started:
-            one.send_signal(signal.SIGTERM)
-        for one in started:
-            one.wait(timeout=110)  # of 120 s of grace
-    finally:
-        for one in started:
-            one.kill()
-            one.wait()
+        end(processes)
     status = json.loads((run / "status.json").read_text())
     assert (status["state"], status["reason"]) == ("preempted", "SIGTERM"), logs[0].read_text()
     assert len(list(run.glob("checkpoints/step-*/manifest.json"))) == 1
