@@ -350,7 +350,8 @@ def load(name: str | os.PathLike[str], *, best: bool = False, decoder: str = "au
     Args:
         name: a run folder or a `Run`, a checkpoint, a published model, or `hub:OWNER/NAME`.
         best: of a run, the best checkpoint instead of the newest.
-        decoder: computes the steps, as the command line's `--decoder`; `plain` is the model itself in float32.
+        decoder: computes the steps, as the command line's `--decoder`: `auto` is the fastest that loses little, `plain`
+            is the model itself in float32.
 
     Raises:
         TextgenError: the model is not found, is damaged, or the decoder does not run here.

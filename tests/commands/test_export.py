@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -15,22 +16,24 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tokenizers import Tokenizer as FastTokenizer
 
-from textgen.cli import main
+from textgen.cli import main, train_main
 from textgen.commands.export import export_command
 from textgen.config import ModelConfig
-from textgen.decoding import choose
+from textgen.data.texts import store_of
+from textgen.decoding import choose, export
 from textgen.decoding.choose import choose_decoder
 from textgen.decoding.decoders import CellDecoder, Decoder
-from textgen.decoding.export import decoded_nats
+from textgen.decoding.export import PART_LENGTH, PARTS, decoded_nats, measure_int8
 from textgen.decoding.onnx import OnnxDecoder, write_onnx
 from textgen.evaluation import score
 from textgen.kernels import fused_decoding
-from textgen.model.files import load_model
+from textgen.model.files import load_model, save_model
 from textgen.model.lstm import LSTMLanguageModel, LSTMLayer
 from textgen.packages import HOME
-from textgen.runs.checkpoint import newest_valid, verify
+from textgen.runs.checkpoint import find_checkpoint, newest_valid, verify
 from textgen.runs.tensors import read_header
 from textgen.tokenizer import Tokenizer
+from textgen.training import validation
 
 needs_onnx = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("onnx", "onnxscript", "onnxruntime")),
@@ -95,6 +98,86 @@ def test_export_keeps_what_int8_costs_and_the_choice_goes_by_it(
     for limit, name in ((cost, "bfloat16 x int8"), (cost - 1e-9, "bfloat16")):
         monkeypatch.setattr(choose, "MOST_BITS_PER_BYTE", limit)
         assert choose.fused_or_cells(model, "the GPU has it", directory=checkpoint).name == name
+
+
+# --- at the end of a training ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def has_vnni(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let int8 be measured and chosen here; without VNNI its sums are computed in float64, bit for bit the same."""
+    monkeypatch.setattr(export, "multiplies_int8", lambda: True)
+    monkeypatch.setattr(choose, "multiplies_int8", lambda: True)
+
+
+LONG_ENOUGH = ["--data.validation_fraction", "0.49", "--evaluate_every", "2", "--learning_rate", "0.5"]
+
+
+@pytest.mark.usefixtures("has_vnni")
+def test_a_finished_training_has_measured_int8_and_auto_takes_it(tiny_flags: list[str], tmp_path: Path) -> None:
+    train_main([*tiny_flags, *LONG_ENOUGH, "--run_dir", str(tmp_path / "run")])
+    best = find_checkpoint(tmp_path / "run", best=True)
+    newest = find_checkpoint(tmp_path / "run")
+    assert best is not None
+    assert newest is not None
+    assert best != newest, "such a learning rate makes the model worse"
+    for directory in (best, newest):
+        figures = json.loads((directory / "decoder.json").read_text())
+        assert figures["data"] == "validation"
+        assert figures["tokens"] == PARTS * PART_LENGTH
+        verify(directory)  # the manifest is as before
+        model, _ = load_model(directory)
+        chosen = choose_decoder(model, directory=directory)
+        cost = figures["bits_per_byte"]["int8"] - figures["bits_per_byte"]["plain"]
+        assert chosen.name == ("int8" if cost <= choose.MOST_BITS_PER_BYTE else "bfloat16")
+
+
+@pytest.mark.usefixtures("has_vnni")
+def test_the_end_of_a_training_measures_what_the_model_costs(checkpoint: Path, tmp_path: Path) -> None:
+    store = store_of(checkpoint)
+    model, tokenizer = load_model(checkpoint)
+    with torch.no_grad():
+        model.output.weight.mul_(40)  # a model that rounding costs something
+    save_model(model, checkpoint)
+    cost = measure_int8(checkpoint, store)
+    figures = json.loads((checkpoint / "decoder.json").read_text())
+    split = store.split(figures["data"])
+    places = [i * split.num_tokens // PARTS for i in range(PARTS)]
+    parts = [split.tokens[place : place + PART_LENGTH] for place in places]
+    num_bytes = figures["tokens"] * store.bytes_per_token(figures["data"])
+    plain = score(Accelerator(cpu=True), model, parts, 1, bos_id=tokenizer.bos_id).nats
+    int8 = decoded_nats(CellDecoder(model, "int8"), parts, bos_id=tokenizer.bos_id, batch_size=7)
+    assert figures["bits_per_byte"]["plain"] == pytest.approx(plain / math.log(2) / num_bytes, rel=1e-5)
+    assert cost == pytest.approx((int8 - plain) / math.log(2) / num_bytes, rel=0.01)
+    assert cost == figures["bits_per_byte"]["int8"] - figures["bits_per_byte"]["plain"]
+
+
+def test_int8_is_not_measured_where_it_is_slow_or_the_text_is_short(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = store_of(checkpoint)
+    monkeypatch.setattr(export, "multiplies_int8", lambda: False)
+    assert measure_int8(checkpoint, store) is None
+    monkeypatch.setattr(export, "multiplies_int8", lambda: True)
+    monkeypatch.setattr(export, "LEAST_PARTS", 10**6)
+    assert measure_int8(checkpoint, store) is None
+    assert not (checkpoint / "decoder.json").exists()
+
+
+@pytest.mark.usefixtures("has_vnni")
+def test_an_error_of_the_measurement_ends_no_training(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(validation, "measure_int8", fail)
+    train_main([*tiny_flags, "--run_dir", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["state"] == "finished"
+    assert "what int8 costs step 4 is not measured: no space left" in caplog.text
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
 
 
 def test_decoder_file_holds_what_the_int8_decoder_computes_with(checkpoint: Path, tmp_path: Path) -> None:

@@ -52,7 +52,13 @@ def add_model_arguments(
     parser.add_argument(name, help=help)
     parser.add_argument("--best", action="store_true", help="of a run, the best checkpoint instead of the newest")
     if decoder:
-        parser.add_argument("--decoder", type=DecoderName, default="auto", help="how the model's steps are computed")
+        parser.add_argument(
+            "--decoder",
+            type=DecoderName,
+            default="auto",
+            help="how the model's steps are computed; auto: the fastest way; on a CPU int8 if the end of the training, "
+            "or `textgen export`, measured that it costs at most 0.002 bits per byte",
+        )
 
 
 def open_model(name: str | Path, *, best: bool, accelerator: Accelerator | None = None) -> OpenModel:

@@ -189,7 +189,7 @@ def build_card(
         provenance: how it was trained.
         name: the model's name.
         where: the name by which `textgen sample` opens the model.
-        int8_cost: bits per byte that the 8-bit weights lose; None without 8-bit weights.
+        int8_cost: bits per byte that the int8 decoder loses; None if that is not measured.
         license: the hub's name of a license.
         languages: the hub's names of languages.
     """
@@ -270,7 +270,7 @@ def _figures(provenance: Provenance, int8_cost: float | None) -> str:
     if "valid/loss" in validation:
         rows.append(("nats per token", f"{validation['valid/loss']:.4f}{scored.get('', '')}"))
     if int8_cost is not None:
-        rows.append(("8-bit weights (`decoder.safetensors`)", f"{int8_cost:+.5f} bits per byte"))
+        rows.append(("int8 decoder", f"{int8_cost:+.5f} bits per byte"))
     if provenance.trainer:
         step, total = (provenance.trainer["progression"][key] for key in ("step", "total_steps"))
         steps = f"{step:,} steps" if step == total else f"{step:,} of {total:,} steps"

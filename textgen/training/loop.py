@@ -50,7 +50,7 @@ from textgen.training.resume import (
 from textgen.training.setup import Training, build, refuse_graph
 from textgen.training.start import start_from_base
 from textgen.training.step import Learner, span, step_batches, train_step
-from textgen.training.validation import draw_curve, log_validation, update_best, validate
+from textgen.training.validation import draw_curve, log_validation, measure_decoder, update_best, validate
 
 log = logging.getLogger("textgen")
 
@@ -190,6 +190,8 @@ def train_and_save(training: Training, run: RunDirectory) -> None:
             run_steps(training, tracker, run, bar, profile)
             finish_saving(training)
             run.write_status("finished", step=progress.step, total_steps=progress.total_steps)
+        if accelerator.is_main_process and not training.is_trial:
+            measure_decoder(training, run)
     except Interrupted as interrupted:
         save(training)
         finish_saving(training)

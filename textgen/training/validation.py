@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,12 +12,14 @@ from textgen.config import SamplingConfig
 from textgen.console import Progress, say
 from textgen.data.corpus import normalize
 from textgen.data.split import Split
+from textgen.decoding.export import measure_int8
 from textgen.decoding.generation import generate
 from textgen.decoding.samples import Sample
 from textgen.distributed import launch
 from textgen.errors import DivergedError
 from textgen.evaluation import Score, mix_scores, score, split_documents
 from textgen.reporting.report import CURVE_NAME, draw_loss_curve
+from textgen.runs.checkpoint import checkpoint_path
 from textgen.runs.directory import RunDirectory
 from textgen.runs.samples import SampledText, save_samples
 from textgen.tracking.tracker import Tracker
@@ -133,6 +136,21 @@ def draw_curve(run: RunDirectory) -> None:
         draw_loss_curve({"": run.path}, run.path / CURVE_NAME)
     except Exception as error:
         log.warning("no loss.png: %s", error)
+
+
+def measure_decoder(training: Training, run: RunDirectory) -> None:
+    """Measure what int8 costs the newest and the best checkpoint, for `--decoder auto`; an error ends no training."""
+    last, best = training.learner.progression.step, training.learner.progression.best_step
+    for step in {last, last if best is None else best}:
+        started = time.perf_counter()
+        try:
+            cost = measure_int8(checkpoint_path(run.path, step), training.store)
+        except Exception as error:
+            log.warning("what int8 costs step %d is not measured: %s", step, error)
+            continue
+        if cost is not None:
+            seconds = time.perf_counter() - started
+            log.info("step %d: int8 costs %+.5f bits per byte, measured in %.1f s", step, cost, seconds)
 
 
 def _describe_sources(scores: Mapping[str, Score], *, lossless: bool) -> str:
