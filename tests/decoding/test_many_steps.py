@@ -18,6 +18,7 @@ from textgen.decoding.generation import generate_stream, sample_all
 from textgen.decoding.samples import Request, RunningSample, Sample
 from textgen.decoding.sampling import NOT_COMPILED, is_compiled
 from textgen.hardware import processor_flags
+from textgen.kernels import decoding as kernels
 from textgen.kernels.decoding import Halt
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.tokenizer import Tokenizer, train_tokenizer
@@ -60,13 +61,14 @@ SETTINGS: list[dict[str, Any]] = [
     {"xtc_probability": 1.0, "xtc_threshold": 0.0, "top_p": 0.6},
     {"xtc_probability": 0.9, "xtc_threshold": 0.05, "temperature": 0.5, "top_k": 20, "min_p": 0.01},
     {"xtc_probability": 0.8, "xtc_threshold": 0.02, "top_p": 0.9},
+    {"logprobs": 0},
+    {"logprobs": 3, "temperature": 0.7, "top_p": 0.9, "presence_penalty": 0.5},
 ]
 
 # settings that need the host, or torch
 HOSTED: list[dict[str, Any]] = [
     {"no_repeat_ngram": 2},
     {"typical_p": 0.9},
-    {"logprobs": 2, "temperature": 0.7},
     {"regex": "[a-z]{5}( [a-z]+)*"},
     {"choices": ("good", "it was")},
 ]
@@ -77,11 +79,13 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(train_tokenizer(TEXTS, vocab_size=341, model_type="char"))
 
 
-def build(tokenizer: Tokenizer, *, ending: float = -4.0, scale: float = 0.3, **shape: Any) -> CellDecoder:
+def build(
+    tokenizer: Tokenizer, *, ending: float = -4.0, scale: float = 0.3, labels: tuple[str, ...] = (), **shape: Any
+) -> CellDecoder:
     """Return an int8 decoder; the larger `ending`, the sooner its texts end."""
     torch.manual_seed(4)
     config = ModelConfig(**{"embedding_dim": 32, "hidden_size": 64, "num_layers": 2} | shape)
-    model = LSTMLanguageModel(config, tokenizer.vocab_size)
+    model = LSTMLanguageModel(config, tokenizer.vocab_size, labels=labels)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * scale)
@@ -96,8 +100,10 @@ def decoder(tokenizer: Tokenizer) -> CellDecoder:
 
 def batch_of(decoder: CellDecoder, tokenizer: Tokenizer, settings: list[dict[str, Any]], rows: int) -> Batch:
     configs = [SamplingConfig(**LONG | settings[row % len(settings)]) for row in range(rows)]
+    begins = [None if config.label_scale == 1 else decoder.model.label_id("bad") for config in configs]
     requests = [Request(f"it was {row}", config, row) for row, config in enumerate(configs)]
-    return Batch.of(decoder, tokenizer, [RunningSample.of(i, r, tokenizer) for i, r in enumerate(requests)])
+    samples = [RunningSample.of(i, r, tokenizer, begin=begins[i]) for i, r in enumerate(requests)]
+    return Batch.of(decoder, tokenizer, samples)
 
 
 @torch.inference_mode()
@@ -105,12 +111,17 @@ def compare(many: Batch, one: Batch, calls: int) -> tuple[int, int]:
     """Assert that calls of many steps draw what single steps draw; return the number of steps, and of early ends."""
     num_steps = num_early = 0
     for _ in range(calls):
-        texts, eos_id = many._draw_many(10.0, max(len(many.samples) // 8, 1), Halt()), many.tokenizer.eos_id
-        length, running = len(texts[0]), []
-        wanted = zip(*(one.advance()[0] for _ in texts[0]), strict=True)
+        texts, logprobs = many._draw_many(10.0, max(len(many.samples) // 8, 1), Halt())
+        eos_id, length, running = many.tokenizer.eos_id, len(texts[0]), []
+        steps = [one.advance() for _ in texts[0]]
+        wanted = zip(*(tokens for tokens, _ in steps), strict=True)
         for row, (text, wanted_text) in enumerate(zip(texts, wanted, strict=True)):
             end = wanted_text.index(eos_id) + 1 if eos_id in wanted_text else length
             assert text == [*wanted_text[:end]] + [eos_id] * (length - end)
+            asked = many.samples[row].request.config.logprobs is not None
+            ours = None if logprobs is None else logprobs[row]
+            assert asked == (ours is not None)
+            assert ours is None or ours[:end] == [of_all[row] for _, of_all in steps[:end] if of_all is not None]
             running += [row] if end == length else []
         num_steps += length
         num_early += length < MOST_STEPS
@@ -122,6 +133,10 @@ def compare(many: Batch, one: Batch, calls: int) -> tuple[int, int]:
             assert torch.equal(ours[running], theirs[running])
         for row in set(range(len(many.samples))) - set(running):
             many.samples[row].ended = one.samples[row].ended = True
+        scaled = [row for row in running if many.samples[row].request.config.label_scale != 1]
+        for name in many.sampling.tensors if scaled else ():
+            if name.startswith("unlabelled"):
+                assert torch.equal(many.sampling.tensors[name][scaled], one.sampling.tensors[name][scaled])
         still, other = many.without_ended(), one.without_ended()
         if still is None or other is None:
             break
@@ -153,6 +168,34 @@ def test_a_setting_draws_what_single_steps_draw(
     decoder: CellDecoder, tokenizer: Tokenizer, setting: dict[str, Any]
 ) -> None:
     compare(*(batch_of(decoder, tokenizer, [setting], 5) for _ in range(2)), calls=8)
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 7])
+def test_scaled_labels_draw_what_single_steps_draw(tokenizer: Tokenizer, rows: int) -> None:
+    """A row with a scaled label has a twin without it; rows beside it have none."""
+    decoder = build(tokenizer, labels=("good", "bad"))
+    for first in range(0, len(SETTINGS), rows):
+        settings = [
+            setting | ({} if i % 3 else {"label_scale": (2.5, 9.0, 0.0)[i // 3 % 3]})
+            for i, setting in enumerate(SETTINGS[first:] + SETTINGS[:first])
+        ]
+        steps, _ = compare(*(batch_of(decoder, tokenizer, settings, rows) for _ in range(2)), calls=4)
+        assert steps > 0
+
+
+@compiled
+def test_logprobs_that_take_much_memory_shorten_a_call(
+    decoder: CellDecoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "KEPT_LOGITS", 5 * 3 * decoder.vocab_size)
+    endless = {"logprobs": 1, "min_new_tokens": 9999}
+    batches = [batch_of(decoder, tokenizer, [endless], 3) for _ in range(2)]
+    tokens, _ = batches[0].advance_many(seconds=10.0)
+    assert list(map(len, tokens)) == [5, 5, 5]
+    monkeypatch.setattr(kernels, "KEPT_LOGITS", 1)
+    tokens, _ = batches[1].advance_many(seconds=10.0)
+    assert list(map(len, tokens)) == [1, 1, 1]
 
 
 def hostile(batch: Batch, seed: int) -> None:
@@ -302,8 +345,9 @@ def test_an_interrupt_cuts_texts_between_two_calls(decoder: CellDecoder, tokeniz
 def test_settings_that_need_the_host_are_known(tokenizer: Tokenizer) -> None:
     assert all(is_compiled(SamplingConfig(**setting | LONG)) for setting in SETTINGS)
     assert not any(is_compiled(SamplingConfig(**setting)) for setting in HOSTED)
-    assert not is_compiled(SamplingConfig(label_scale=2.0))
+    assert is_compiled(SamplingConfig(label_scale=2.0))
     # a new setting has to be put into one of the lists
     known = {name for setting in SETTINGS for name in setting} | set(NOT_COMPILED)
-    other = {"stop", "forced_tokens", "max_new_tokens", "dry_base"}  # a part of another, and what ends a text
+    # a part of another, what ends a text, and what needs a label
+    other = {"stop", "forced_tokens", "max_new_tokens", "dry_base", "label_scale"}
     assert {f.name for f in dataclasses.fields(SamplingConfig)} <= known | other

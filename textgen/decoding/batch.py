@@ -37,7 +37,7 @@ from textgen.decoding.sampling import (
     select_sampling_state,
 )
 from textgen.decoding.steering import bias_of, breaks_of
-from textgen.kernels.decoding import Halt
+from textgen.kernels.decoding import Drawn, Halt
 from textgen.noise import item_bits
 from textgen.tokenizer import Tokenizer
 
@@ -213,19 +213,19 @@ class Batch:
         if num_many == 0:
             return as_steps(self.advance())
         if num_many == len(many):
-            return self._draw_many(seconds, most_ended, halt), None
+            return self._draw_many(seconds, most_ended, halt)
         # Rows that need the host draw one token; the others have as much time for theirs. So neither wait long.
         self._select(sorted(range(len(many)), key=lambda row: not many[row]))
         compiled, others = self._part(0, num_many), self._part(num_many, len(many))
         started = time.perf_counter()
-        one, logprobs = as_steps(others.advance())
-        tokens = compiled._draw_many(min(seconds, time.perf_counter() - started), most_ended, halt)
+        one, of_one = as_steps(others.advance())
+        tokens, of_many = compiled._draw_many(min(seconds, time.perf_counter() - started), most_ended, halt)
         self.tokens = torch.cat([compiled.tokens, others.tokens])
         self.state = [torch.cat(parts) for parts in zip(compiled.state, others.state, strict=True)]
-        return [*tokens, *one], None if logprobs is None else [*[None] * num_many, *logprobs]
+        return [*tokens, *one], [*(of_many or [None] * num_many), *(of_one or [None] * len(one))]
 
-    def _draw_many(self, seconds: float, most_ended: int, halt: Halt) -> list[list[int]]:
-        """Draw tokens of every row in one compiled call, and return them, (rows, steps)."""
+    def _draw_many(self, seconds: float, most_ended: int, halt: Halt) -> Steps:
+        """Draw tokens of every row in one compiled call."""
         kernel, sampling, eos_id = self.decoder.kernel, self.sampling, self.tokenizer.eos_id
         assert kernel is not None
         drawn = kernel.draw_many(
@@ -233,6 +233,7 @@ class Batch:
             self.state,
             sampling.tensors,
             [sample.request.config.max_new_tokens - sample.num_tokens for sample in self.samples],
+            [row for row, sample in enumerate(self.samples) if sample.request.config.logprobs is not None],
             items=item_bits(self.decoder.vocab_size, self.tokens.device),
             unk_id=self.tokenizer.unk_id,
             eos_id=eos_id,
@@ -250,7 +251,17 @@ class Batch:
             self.tokens[rows] = draw(process_logits(drawn.doubtful[rows], doubtful, eos_id=eos_id), doubtful)
             record_tokens(sampling, self.tokens)
         tokens: list[list[int]] = drawn.tokens.T.tolist()
-        return tokens
+        return tokens, self._logprobs_of(drawn) if sampling.logprobs is not None else None
+
+    def _logprobs_of(self, drawn: Drawn) -> list[list[TokenLogprobs] | None]:
+        """Return the log-probabilities of each row's tokens; None for a row that does not ask for them."""
+        assert self.sampling.logprobs is not None
+        logprobs: list[list[TokenLogprobs] | None] = [None] * len(self.samples)
+        for place, row in enumerate(drawn.kept_rows):
+            tokens = drawn.tokens[:, row]
+            values = likeliest(drawn.kept[:, place].log_softmax(-1), tokens, self.sampling.logprobs)
+            logprobs[row] = token_logprobs(self.tokenizer, tokens.tolist(), *values)
+        return logprobs
 
     def _part(self, first: int, end: int) -> Batch:
         """Return the batch of some rows, whose settings and history are views of this batch's."""
@@ -459,8 +470,19 @@ def advance(
     record_tokens(sampling, drawn)
     if logprobs is None or sampling.logprobs is None:
         return drawn, state, None
-    values, ids = logprobs.topk(min(sampling.logprobs, logprobs.shape[-1]))
-    return drawn, state, (logprobs.gather(1, drawn[:, None])[:, 0], values, ids)
+    return drawn, state, likeliest(logprobs, drawn, sampling.logprobs)
+
+
+def likeliest(logprobs: Tensor, tokens: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the log-probabilities of tokens (rows,), the largest ones, and their tokens, both (rows, count).
+
+    Args:
+        logprobs: of all tokens, (rows, vocab_size).
+        tokens: int64 (rows,).
+        count: at most the size of the vocabulary is returned.
+    """
+    values, ids = logprobs.topk(min(count, logprobs.shape[-1]))
+    return logprobs.gather(1, tokens[:, None])[:, 0], values, ids
 
 
 def _draw_guided(logits: Tensor, sampling: SamplingState, guides: Sequence[Guide | None], eos_id: int) -> Tensor:

@@ -258,7 +258,7 @@ def divide_by_temperature(logits: Tensor, temperature: Tensor) -> Tensor:
 
 # Settings of `SamplingConfig` that compiled steps do not know: torch or the host takes each step of these texts.
 NOT_COMPILED = (
-    "typical_p", "no_repeat_ngram", "label_scale", "regex", "choices", "logprobs",
+    "typical_p", "no_repeat_ngram", "regex", "choices",
 )  # fmt: skip
 
 
@@ -439,15 +439,15 @@ def _neutral_tensors(vocab_size: int, device: torch.device) -> Mapping[str, Tens
 def scale_label(logits: Tensor, unlabelled: Tensor, scale: Tensor) -> Tensor:
     """Return logits whose difference from those without the label is multiplied (classifier-free guidance).
 
-    Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance", equation 7. Rows of scale 1 stay bit for bit.
+    Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance", equation 7, whose log-probabilities differ from
+    logits by a constant of each row, which no probability depends on. Rows of scale 1 stay bit for bit.
 
     Args:
         logits: (batch, vocab_size), after the label.
         unlabelled: (batch, vocab_size), without it.
         scale: (batch, 1).
     """
-    labelled, plain = logits.log_softmax(-1), unlabelled.log_softmax(-1)
-    return torch.where(scale == 1, logits, plain + scale * (labelled - plain))
+    return torch.where(scale == 1, logits, unlabelled + scale * (logits - unlabelled))
 
 
 def process_logits(logits: Tensor, state: SamplingState, *, eos_id: int, masks: Tensor | None = None) -> Tensor:

@@ -458,6 +458,8 @@ struct Rows {
     const int64_t* keys;
     int64_t* steps;          // number of drawn tokens
     const int64_t* lengths;  // number of tokens until a row ends
+    const int64_t* scaled_rows;  // (num_scaled): rows that have a twin without their label, whose logits scale theirs
+    const int64_t* kept_rows;    // (num_kept): rows whose logits of each step are kept
     const float *temperature, *top_p, *min_p;  // min_p: its logarithm
     const int64_t *top_k, *min_new_tokens;
     const float* bias;
@@ -469,8 +471,8 @@ struct Rows {
     const int64_t* dry_allowed_length;
     const bool* breaks;
     int64_t* history;  // (rows, history_length)
-    const float *xtc_probability, *xtc_threshold;
-    int64_t unk, eos, history_length, repeat_length, xtc_noise;
+    const float *xtc_probability, *xtc_threshold, *label_scale;
+    int64_t unk, eos, history_length, repeat_length, xtc_noise, num_scaled, num_kept;
 };
 
 struct Scratch {  // memory of a thread
@@ -723,26 +725,37 @@ static int64_t draw_token(float* logits, int64_t size, const Rows& rows, int64_t
 
 // Draw up to `most_steps` tokens of each row. Stop early after a step in which some row has to be drawn by torch, or
 // `most_ended` rows or more have ended, or after `seconds`, or if *halt is not 0.
-// tokens: (most_steps + 1, rows): first the tokens that the first step reads, then the drawn ones: -1 for a row that has
-// to be drawn by torch, the end-of-text token for a row that has ended in an earlier step. before: as textgen_step's.
-// state: the new state (num_layers, 2, rows, hidden_size). logits: of the last step (rows, vocab_size).
+// After the rows come the twins of `scaled_rows`, which read the tokens of their rows.
+// tokens: (most_steps + 1, rows and twins): first the tokens that the first step reads, then the drawn ones: -1 for a row
+// that has to be drawn by torch, the end-of-text token for a row that has ended in an earlier step. before: as
+// textgen_step's. state: the new state (num_layers, 2, rows and twins, hidden_size). logits: of the last step (rows and
+// twins, vocab_size). kept: the model's logits of each step (most_steps, num_kept, vocab_size).
 // Return the number of steps; negative if torch has to draw, and tokens of the last step are then not recorded in
 // `rows`; 0 if a token is not in the vocabulary.
 extern "C" int64_t textgen_draw_many(const Model* model, const Rows* rows, int64_t num_rows, int64_t most_steps,
                                      int64_t most_ended, double seconds, const volatile int32_t* halt,
                                      int64_t* tokens, const float* const* before, float* state, float* logits,
-                                     int threads) {
-    const int64_t vocab_size = model->vocab_size, part = num_rows * model->hidden_size;
+                                     float* kept, int threads) {
+    const int64_t vocab_size = model->vocab_size, width = num_rows + rows->num_scaled;
+    const int64_t part = width * model->hidden_size;
     const Exp exp = reinterpret_cast<Exp>(model->exp);
     const auto started = std::chrono::steady_clock::now();
     std::vector<const float*> parts(2 * model->num_layers);
     for (int64_t i = 0; i < 2 * model->num_layers; i++) parts[i] = state + i * part;
     std::vector<uint8_t> ended(num_rows, 0);
     const int drawing = num_rows * vocab_size < 1 << 16 ? 1 : threads;
-    for (int64_t step = 1; step <= most_steps; step++, tokens += num_rows) {
+    for (int64_t step = 1; step <= most_steps; step++, tokens += width) {
         // a step may write its state over the one that it reads
-        if (!textgen_step(model, num_rows, tokens, step == 1 ? before : parts.data(), state, logits, threads)) return 0;
-        int64_t* drawn = tokens + num_rows;
+        if (!textgen_step(model, width, tokens, step == 1 ? before : parts.data(), state, logits, threads)) return 0;
+        for (int64_t i = 0; i < rows->num_kept; i++, kept += vocab_size)
+            std::memcpy(kept, logits + rows->kept_rows[i] * vocab_size, vocab_size * sizeof(float));
+        for (int64_t i = 0; i < rows->num_scaled; i++) {  // sampling.scale_label
+            const int64_t row = rows->scaled_rows[i];
+            float* with = logits + row * vocab_size;
+            const float *without = logits + (num_rows + i) * vocab_size, scale = rows->label_scale[row];
+            for (int64_t j = 0; j < vocab_size; j++) with[j] = without[j] + scale * (with[j] - without[j]);
+        }
+        int64_t* drawn = tokens + width;
         int64_t left = 0;
 #pragma omp parallel num_threads(drawing) if (drawing > 1) reduction(+ : left)
         {
@@ -754,6 +767,7 @@ extern "C" int64_t textgen_draw_many(const Model* model, const Rows* rows, int64
                 left += drawn[row] < 0;
             }
         }
+        for (int64_t i = 0; i < rows->num_scaled; i++) drawn[num_rows + i] = drawn[rows->scaled_rows[i]];
         if (left) return -step;
         int64_t num_ended = 0;
         for (int64_t row = 0; row < num_rows; row++) {

@@ -43,7 +43,7 @@ _ARGUMENTS = {
     "textgen_exclude": "pnnnppppi",
     "textgen_uniform": "ppnnp",
     "textgen_step": "pnppppi",
-    "textgen_draw_many": "ppnnndpppppi",
+    "textgen_draw_many": "ppnnndppppppi",
 }
 
 
@@ -276,14 +276,14 @@ class _Model(ctypes.Structure):
 
 
 # Settings of rows that compiled steps know, by the names of `sampling.SamplingState`, in the order of the C++ structure
-# `Rows` after `lengths`.
+# `Rows` after `kept_rows`.
 _ROW_SETTINGS = (
     ("temperature", torch.float32), ("top_p", torch.float32), ("min_p", torch.float32), ("top_k", torch.int64),
     ("min_new_tokens", torch.int64), ("bias", torch.float32), ("banned", torch.bool), ("seen", torch.bool),
     ("counts", torch.int32), ("repetition_penalty", torch.float32), ("presence_penalty", torch.float32),
     ("frequency_penalty", torch.float32), ("dry_multiplier", torch.float32), ("dry_base", torch.float32),
     ("dry_allowed_length", torch.int64), ("breaks", torch.bool), ("history", torch.int64),
-    ("xtc_probability", torch.float32), ("xtc_threshold", torch.float32),
+    ("xtc_probability", torch.float32), ("xtc_threshold", torch.float32), ("label_scale", torch.float32),
 )  # fmt: skip
 _RECORDS = ("step", "seen", "counts", "history")  # what a step changes
 
@@ -292,10 +292,17 @@ class _Rows(ctypes.Structure):
     """The C++ structure `Rows`; fields must be in the same order."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("items", "keys", "steps", "lengths")),
+        *((name, ctypes.c_void_p) for name in ("items", "keys", "steps", "lengths", "scaled_rows", "kept_rows")),
         *((name, ctypes.c_void_p) for name, _ in _ROW_SETTINGS),
         *((name, ctypes.c_int64) for name in ("unk", "eos", "history_length", "repeat_length", "xtc_noise")),
+        *((name, ctypes.c_int64) for name in ("num_scaled", "num_kept")),
     )
+
+
+_NO_ROWS = torch.empty(0, dtype=torch.int64)
+
+# Most logits that `Int8Step.draw_many` keeps: 64 MiB. A call takes fewer steps rather than more memory.
+KEPT_LOGITS = 1 << 24
 
 
 class Halt:
@@ -319,6 +326,10 @@ class Drawn:
     """after all steps but the reading of the last tokens, as `Decoder.step` returns it"""
     doubtful: Tensor | None
     """logits of the last step, float32 (batch, vocab_size), if some of its tokens are -1; else None"""
+    kept_rows: Sequence[int]
+    """the rows whose logits were kept"""
+    kept: Tensor
+    """their logits by the model alone, float32 (steps, kept rows, vocab_size)"""
 
 
 class Int8Step:
@@ -412,6 +423,7 @@ class Int8Step:
         state: Sequence[Tensor],
         sampling: Mapping[str, Tensor],
         lengths: Sequence[int],
+        kept_rows: Sequence[int],
         *,
         items: Tensor,
         unk_id: int,
@@ -435,6 +447,7 @@ class Int8Step:
                 looked at. What is drawn is recorded in place.
             lengths: number of tokens after which each row ends. A row also ends with the end-of-text token, and gets
                 that token from then on.
+            kept_rows: rows whose logits by the model alone are returned for each step.
             items: as in `draw`.
             unk_id: a token that is never drawn.
             eos_id: the token that ends a text.
@@ -449,22 +462,33 @@ class Int8Step:
             IndexError: a token is not in the vocabulary.
         """
         count, empty = len(tokens), functools.partial(torch.empty, dtype=torch.float32)
-        drawn = torch.empty(most_steps + 1, count, dtype=torch.int64)
+        if kept_rows:
+            most_steps = max(min(most_steps, KEPT_LOGITS // (len(kept_rows) * self._vocab_size)), 1)
+        # Rows whose label is scaled have a twin without the label, which reads the same tokens.
+        scaled = (sampling["label_scale"][:, 0] != 1).nonzero()[:, 0] if "unlabelled" in sampling else _NO_ROWS
+        if len(scaled):
+            tokens = torch.cat([tokens, sampling["unlabelled"][scaled]])
+            twins = [sampling[f"unlabelled.{i}"] for i in range(2 * self._num_layers)]
+            state = [torch.cat([part, twin[scaled]]) for part, twin in zip(state, twins, strict=True)]
+        drawn = torch.empty(most_steps + 1, len(tokens), dtype=torch.int64)
         drawn[0] = tokens
-        logits, after = empty(count, self._vocab_size), empty(2 * self._num_layers, count, self._size)
+        logits, after = empty(len(tokens), self._vocab_size), empty(2 * self._num_layers, len(tokens), self._size)
+        kept = empty(most_steps, len(kept_rows), self._vocab_size)
         state = [part.contiguous() for part in state]
         before = self._pointers(*[part.data_ptr() for part in state])
-        kept = [items, sampling["key"].contiguous(), sampling["step"], torch.tensor(lengths)]
-        rows = _Rows(*(tensor.data_ptr() for tensor in kept))
+        read = [items, sampling["key"].contiguous(), sampling["step"], torch.tensor(lengths)]
+        read += [scaled, torch.tensor(kept_rows, dtype=torch.int64)]
+        rows = _Rows(*(tensor.data_ptr() for tensor in read))
         for name, dtype in _ROW_SETTINGS:
             if (tensor := sampling.get(name)) is not None:
                 tensor = tensor.log() if name == "min_p" else tensor
                 assert tensor.dtype == dtype
                 assert tensor.is_contiguous() or name not in _RECORDS
-                kept.append(tensor.contiguous())
-                setattr(rows, name, kept[-1].data_ptr())
+                read.append(tensor.contiguous())
+                setattr(rows, name, read[-1].data_ptr())
         rows.unk, rows.eos, rows.repeat_length, rows.xtc_noise = unk_id, eos_id, repeat_length, xtc_noise
         rows.history_length = sampling["history"].shape[1] if "history" in sampling else 0
+        rows.num_scaled, rows.num_kept = len(scaled), len(kept_rows)
         steps = self._draw_many(
             self._address,
             ctypes.byref(rows),
@@ -477,11 +501,19 @@ class Int8Step:
             before,
             after.data_ptr(),
             logits.data_ptr(),
+            kept.data_ptr(),
             torch.get_num_threads(),
         )
         if steps == 0:
             raise IndexError(f"tokens must be below the number of inputs {self._num_inputs}: {tokens.tolist()[:10]}")
-        return Drawn(drawn[1 : abs(steps) + 1], list(after.unbind(0)), logits if steps < 0 else None)
+        drawn = drawn[1 : abs(steps) + 1]
+        if len(scaled):
+            sampling["unlabelled"][scaled] = drawn[-1, count:]
+            for twin, part in zip(twins, after, strict=True):
+                twin[scaled] = part[count:]
+        new_state = list(after[:, :count].unbind(0))
+        doubtful = logits[:count] if steps < 0 else None
+        return Drawn(drawn[:, :count], new_state, doubtful, kept_rows, kept[: abs(steps)])
 
 
 def _in_panels(x: Tensor, *, gates: bool) -> Tensor:
