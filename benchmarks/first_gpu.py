@@ -317,6 +317,9 @@ def report(folder: Path) -> str:
         ways = {f"{count} clients, {way}": values for count, its in clients.items() for way, values in its.items()}
         parts.append("The server's decoding thread, without HTTP:")
         parts.append(speed_table(ways))
+        prompts = read(folder / "serve_graphs.json")["figures"]["prompts_ms"]
+        told = "; ".join(f"{count}: {short(its)}" for count, its in prompts.items())
+        parts.append(f"Milliseconds in which prompts of 100 tokens are read, by their number: {told}.")
     for name in ("train_cuda.json", "train.json"):
         for title, entry in read(folder / name).get("figures", {}).items():
             if isinstance(entry, dict) and "speed" in entry:

@@ -3,7 +3,8 @@
 So many clients at a time send a prompt each and, when its text has ended, the next one. A model of random weights that
 never ends a text decodes: on a GPU the shape of `benchmarks.decode`, in bfloat16. Counted are tokens per second, the
 wait for a first token and between two pieces, and the graphs that were captured while rows joined and left; the turns
-before, which capture, are not measured. On a CPU, plain functions stand for graphs: a check of this script.
+before, which capture, are not measured. Prompts are also read alone, by the model and side by side. On a CPU, plain
+functions stand for graphs: a check of this script.
 """
 
 from __future__ import annotations
@@ -99,6 +100,23 @@ def measure(
         scheduler.join(10)
 
 
+def reading(decoder: Decoder, count: int, length: int = 100) -> dict[str, float]:
+    """Return milliseconds in which prompts are read: each by the model, and side by side if the decoder does so."""
+    prompts = [tuple((row + i) % 200 + 10 for i in range(length)) for row in range(count)]
+    ways: dict[str, Callable[[], object]] = {"by the model": lambda: [decoder.prefill(ids) for ids in prompts]}
+    if (pieces := decoder.pieces) is not None:
+        ways["side by side"] = lambda: pieces.read(prompts)
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(7):
+        for way, read in ways.items():
+            started = time.perf_counter()
+            read()
+            if decoder.device.type == "cuda":
+                torch.cuda.synchronize()
+            found[way].append(time.perf_counter() - started)
+    return {way: round(1e3 * statistics.median(times[2:]), 3) for way, times in found.items()}  # the first ones warm up
+
+
 def main() -> None:
     """Measure graphs and single steps in turns, print and save."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -119,6 +137,8 @@ def main() -> None:
     capture = None if device.type == "cuda" else lambda buffers, count: partial(steps_in_place, buffers, count)
     runner, figures = GraphRunner(decoder, capture=capture), dict[str, Any]()
     ways: dict[str, Callable[..., RunningBatch]] = {"graphs": runner.batch_of, "single steps": Batch.of}
+    prompts = {count: reading(decoder, count) for count in (1, 16)}
+    print(f"milliseconds for prompts of 100 tokens: {prompts}", flush=True)
     for count in args.clients:
         seen: dict[str, list[tuple[float, Clients]]] = {way: [] for way in ways}
         measure(decoder, tokenizer, runner.batch_of, count, args)
@@ -138,7 +158,10 @@ def main() -> None:
                 entry |= {"joins": args.rounds * count * args.requests, "captures": runner.num_captured - before}
             figures.setdefault(str(count), {})[way] = entry
             print(f"{count:3} clients, {way}: {entry}", flush=True)
-        save("serve_graphs", {"decoder": decoder.description, "shape": args.shape, "clients": figures})
+        save(
+            "serve_graphs",
+            {"decoder": decoder.description, "shape": args.shape, "clients": figures, "prompts_ms": prompts},
+        )
         if not runner.num_captured:
             raise SystemExit("error: no step was captured in a CUDA graph")
 

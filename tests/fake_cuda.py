@@ -209,6 +209,16 @@ def decoding() -> Iterator[tuple[str, Operators]]:
         yield f"{kind}, {shape}, {name}", operators
 
 
+def reading() -> Iterator[tuple[str, Operators]]:
+    """Yield the operators of a captured piece of prompts for each decoder that reads them."""
+    for (kind, make), shape in itertools.product(decoders().items(), SHAPES):
+        decoder = make(on_cuda(LSTMLanguageModel(SHAPES[shape], 300)).eval())
+        if decoder.pieces is not None:
+            with Operators() as operators:
+                decoder.pieces._read_piece()
+            yield f"{kind}, {shape}", operators
+
+
 # --- training --------------------------------------------------------------------------------------------------------
 
 
@@ -375,8 +385,8 @@ def planted() -> Iterator[tuple[str, Operators]]:
 def main() -> None:
     """Print a line of JSON for each case: what it is of, its name, the number of operators, and what is wrong."""
     pretend()
-    for walk in (decoding, training, planted):
-        with torch.inference_mode(walk is decoding), FakeTensorMode(allow_non_fake_inputs=False):
+    for walk in (decoding, reading, training, planted):
+        with torch.inference_mode(walk in (decoding, reading)), FakeTensorMode(allow_non_fake_inputs=False):
             for name, operators in walk():
                 case = {"of": walk.__name__, "name": name, "operators": operators.count, "wrong": operators.wrong}
                 print(json.dumps(case), flush=True)

@@ -34,6 +34,7 @@ def cases() -> list[dict[str, Any]]:
     ("of", "count"),
     [
         ("decoding", (5 if HAS_TRITON else 3) * len(SHAPES) * len(SETTINGS)),
+        ("reading", (3 if HAS_TRITON else 1) * len(SHAPES)),
         ("training", 2 * len(TRAININGS) + HAS_TRITON),
     ],
 )

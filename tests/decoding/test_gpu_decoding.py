@@ -20,6 +20,7 @@ from tests.decoding.test_cuda_graphs import (
     samples,
     started,
 )
+from tests.decoding.test_fused import prompts_of
 from textgen.config import SamplingConfig
 from textgen.decoding import cuda_graphs as graphs
 from textgen.decoding.batch import RunningBatch, SingleSteps
@@ -160,6 +161,20 @@ def test_rows_that_join_between_replays_draw_their_texts_alone(
     assert captured == 1
     for i, sample in enumerate(every):
         assert wanted[i].text.startswith(sample.text)
+
+
+@torch.inference_mode()
+def test_prompts_read_side_by_side_have_the_bits_of_each_alone(decoder: CellDecoder, tokenizer: Tokenizer) -> None:
+    """By single steps, then by a graph."""
+    fused = FusedDecoder(decoder.model, triton_kernels())
+    fused.try_kernels()
+    prompts = prompts_of([1, 2, 33, 128, *range(3, 30)], tokenizer.vocab_size)
+    alone = {ids: fused.pieces.read([ids])[ids] for ids in prompts}
+    for in_graphs in (False, True):
+        fused.in_graphs = in_graphs
+        for ids, state in fused.pieces.read(prompts).items():
+            assert all(torch.equal(*pair) for pair in zip(state, alone[ids], strict=True))
+    assert fused.pieces._replay is not None
 
 
 def test_memory_does_not_grow_with_the_kinds_of_batches(

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from textgen.config import ModelConfig
+from textgen.decoding import pieces
 from textgen.kernels import fused_decoding as plain
 from textgen.kernels.fused_decoding import Rows, Weights
 from textgen.noise import hash_bits
@@ -273,15 +275,18 @@ def test_output_layer_picks_the_same_tokens_of_a_product(fused: ModuleType, rows
     assert torch.equal(*drawn)
 
 
-def test_texts_by_kernels_are_those_by_operators(fused: ModuleType) -> None:
-    """A whole decoder, with rows of all settings side by side that end and come."""
+def test_texts_by_kernels_are_those_by_operators(fused: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole decoder, with prompts side by side, and rows of all settings that end and come."""
     from tests.decoding import test_fused as decoder_tests
 
     tokenizer = decoder_tests.Tokenizer(
         decoder_tests.train_tokenizer(decoder_tests.TEXTS, vocab_size=400, model_type="char")
     )
-    model = decoder_tests.build(decoder_tests.SHAPES[1], tokenizer).to(torch.get_default_device())
-    requests = decoder_tests.requests_for(decoder_tests.SETTINGS, 10, [1, 5, 12])
+    # of few programs, as the interpreter takes 10 ms for each; sizes fill no block
+    shape = ModelConfig(embedding_dim=12, hidden_size=12, num_layers=2, layer_norm=True, residual=True)
+    model = decoder_tests.build(shape, tokenizer).to(torch.get_default_device())
+    requests = decoder_tests.requests_for(decoder_tests.SETTINGS, 10, [1, 3, 6])
+    monkeypatch.setattr(pieces, "TOKENS", 8)
     by_kernels, by_operators = decoder_tests.FusedDecoder(model, fused), decoder_tests.FusedDecoder(model, None)
     drawn, wanted = (
         decoder_tests.samples(decoder_tests.SingleSteps.of, decoder, tokenizer, requests, batch_size=5)

@@ -8,6 +8,7 @@
 - `guides`: texts that match a regex or are one of a list
 - `decoders`: one step of a model
 - `fused`: one step on a GPU in a few kernels, with its draw
+- `pieces`: short prompts read side by side on a GPU
 - `reading`: a text that was read, so that others can begin with it
 - `state_files`: such a text in a file, bound to its model
 - `draft`: a text that a user and a model write in turns, with its earlier states

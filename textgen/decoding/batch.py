@@ -49,9 +49,10 @@ REFILL_DIVISOR = 8
 MOST_STEPS = 32
 MOST_SECONDS = 0.05
 
-# On a CPU, decoder steps read prompts of up to this many tokens, several prompts at a time. The model reads 3 to 4
-# times as many tokens in the same time, but only one prompt at a time, and packs its weights before each prompt, which
-# takes as long as 60 tokens (2 x 512 and 2 x 1024, two cores, 2026-11-23).
+# Decoder steps read prompts of up to this many tokens, several prompts at a time: on a CPU, and by fused kernels on a
+# GPU, where the number is a guess. On a CPU the model reads 3 to 4 times as many tokens in the same time, but only one
+# prompt at a time, and packs its weights before each prompt, which takes as long as 60 tokens (2 x 512 and 2 x 1024,
+# two cores, 2026-11-23).
 SHORT_PROMPT = 128
 
 # The tokens of a step, one per row, and their log-probabilities; None if no row asks for them.
@@ -394,13 +395,16 @@ def _prefill(
     num_alone = sum(reads_alone(decoder, ids) for ids in prompts)
     first, read = longest_first[:num_alone], read or {}
     alone = {ids: decoder.prefill(ids, read=read[ids]) if ids in read else decoder.prefill(ids) for ids in first}
-    return alone | _prefill_together(decoder, longest_first[num_alone:])
+    together = longest_first[num_alone:]
+    if decoder.pieces is not None:
+        return alone | decoder.pieces.read(together)
+    return alone | _prefill_together(decoder, together)
 
 
 def reads_alone(decoder: Decoder, ids: Sequence[int]) -> bool:
     """Return whether the model reads a prompt, in windows; False if decoder steps read it, beside other prompts."""
     by_steps = isinstance(decoder, CellDecoder) and decoder.device.type == "cpu"
-    return len(ids) > SHORT_PROMPT or not by_steps
+    return len(ids) > SHORT_PROMPT or not (by_steps or decoder.pieces is not None)
 
 
 def _prefill_together(decoder: Decoder, prompts: Sequence[tuple[int, ...]]) -> Prefilled:

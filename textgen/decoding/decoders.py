@@ -21,6 +21,7 @@ from textgen.kernels import decoding as decoding_kernels
 from textgen.model.lstm import LSTMLanguageModel, LSTMLayer, State
 
 if TYPE_CHECKING:
+    from textgen.decoding.pieces import PieceReader
     from textgen.decoding.reading import ReadState
 
 CellDtype = Literal["float32", "bfloat16", "int8"]
@@ -49,6 +50,8 @@ class Decoder:
     """whether batches should run in CUDA graphs, see `cuda_graphs.GraphRunner`"""
     kernel: decoding_kernels.Int8Step | None = None
     """the same step in compiled code; None if there is none for this model, device or processor"""
+    pieces: PieceReader | None = None
+    """reads short prompts side by side on a GPU; None if the model or single steps read them"""
 
     def __init__(self, model: LSTMLanguageModel, *, why: str = "") -> None:
         self.model, self._why = model, why
@@ -95,6 +98,10 @@ class Decoder:
         """
         logits, new_state = self.model(tokens[:, None], model_state(self.model, state))
         return logits[:, 0], decoder_state(new_state)
+
+    def read(self, tokens: Tensor, state: DecoderState) -> DecoderState:
+        """Return the new state of `step` alone."""
+        return self.step(tokens, state)[1]
 
 
 def model_state(model: LSTMLanguageModel, state: DecoderState) -> State:

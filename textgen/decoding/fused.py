@@ -19,6 +19,7 @@ from torch import Tensor
 
 from textgen.config import SamplingConfig
 from textgen.decoding.decoders import Decoder, DecoderState, gates_last, table_parts
+from textgen.decoding.pieces import PieceReader
 from textgen.decoding.sampling import SamplingState, new_sampling_state, process_logits, select_sampling_state
 from textgen.errors import first_line
 from textgen.kernels import fused_decoding
@@ -133,19 +134,33 @@ class FusedDecoder(Decoder):
                     log.warning("kernel `%s` does not run here, torch's operators do: %s", name, first_line(error))
         return getattr(fused_decoding, name)(*arguments, **settings)
 
+    @functools.cached_property
+    def pieces(self) -> PieceReader:  # type: ignore[override]
+        """Return what reads short prompts."""
+        return PieceReader(self)
+
+    def read(self, tokens: Tensor, state: DecoderState) -> DecoderState:
+        """Read one token per row; arguments and result are those of `Decoder.read`."""
+        return self._run_layers(tokens, state)[1]
+
     def _run_layers(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
-        """Return the input of the output layer, float32 (batch, size), and the new state."""
+        """Return the output of the last layer, float32 (batch, hidden_size), and the new state."""
         x: Any = None
         new_state: DecoderState = []
         for i, weights in enumerate(self._layers):
             rows, residual = (tokens, False) if i == 0 else (None, self._residual)
             hidden, cell, x = self._run("layer", x, *state[2 * i : 2 * i + 2], weights, rows, residual=residual)
             new_state += [hidden, cell]
-        return x if self._projection is None else self._run("linear", x, self._projection), new_state
+        return x, new_state
+
+    def _run_projection(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
+        """Return the input of the output layer, float32 (batch, size), and the new state."""
+        x, state = self._run_layers(tokens, state)
+        return x if self._projection is None else self._run("linear", x, self._projection), state
 
     def step(self, tokens: Tensor, state: DecoderState) -> tuple[Tensor, DecoderState]:
         """Read one token per row; arguments and results are those of `Decoder.step`."""
-        x, state = self._run_layers(tokens, state)
+        x, state = self._run_projection(tokens, state)
         return self._run("linear", x, self._output), state
 
     def advance(
@@ -170,7 +185,7 @@ class FusedDecoder(Decoder):
             key=None if sampling.greedy else tensors["key"],
             **{name: value for name, value in tensors.items() if name in _FIELDS - {"key"}},
         )
-        x, state = self._run_layers(tokens, state)
+        x, state = self._run_projection(tokens, state)
         by_kernels = not sampling.ngrams and tensors.keys() <= BY_KERNELS
         logits, picks, sums = self._run(
             "output",
