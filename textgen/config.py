@@ -18,6 +18,7 @@ Precision = Literal["no", "bf16", "fp16", "auto"]
 DecoderName = Literal["auto", "plain", "float32", "bfloat16", "int8", "graph"]
 
 MAX_DOCUMENT_BYTES = 16 << 20  # of UTF-8
+MAX_SHARDS = 10_000
 
 IMDB = "stanfordnlp/imdb"  # the data set's name on the Hugging Face hub
 
@@ -177,6 +178,9 @@ class DataConfig(TextConfig):
     shards, such as `s3://bucket/store`, also of gs, az, hf and https (docs/how-to/remote.md)"""
     store_cache_gib: float = 20.0
     """GiB of `cache_dir` for the shards of a store at an address; two shards at least"""
+    shards: int | None = None
+    """number of files of the train split. Any number of processes can then share the encoding, and a training reads one
+    shard after the other, in an order of its own: the losses differ from those of a store that is not in shards"""
     sources: tuple[SourceConfig, ...] = ()
     """several sources: a list of mappings with a `name`, a `weight`, which is the source's share of the tokens that are
     read, and settings of data of its own, such as `files`, `text_column` or `validation_fraction`. The weights may have
@@ -187,8 +191,12 @@ class DataConfig(TextConfig):
         _require_positive(self, "store_cache_gib")
         if self.store is not None and is_address(self.store):
             check_address(self.store)
+        if self.shards is not None and not 1 <= self.shards <= MAX_SHARDS:
+            raise ValueError(f"`shards` must be from 1 to {MAX_SHARDS}: {self.shards}")
         if not self.sources:
             return
+        if self.shards is not None:
+            raise ValueError(f"`shards` is for one source, and there are {len(self.sources)} `sources`: leave one out")
         names = [source.name for source in self.sources]
         if len(set(names)) < len(names):
             raise ValueError(f"`sources` must have different names: {', '.join(names)}")

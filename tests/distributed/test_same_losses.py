@@ -130,3 +130,24 @@ def test_bfloat16_on_two_processes_stays_within_its_band(launch_training: Launch
     alone = launch_training(f"bf16-1x1-{hidden_size}", *flags)
     rows = launch_training(f"bf16-2x2-{hidden_size}", *flags, "--gradient_accumulation_steps", "2", processes=2)
     assert largest_difference(losses(rows), losses(alone)) <= 5e-4
+
+
+SHARDS = (*DROPOUT, "--data.shards", "5", "--max_steps", "20", "--batch_size", "32", "--evaluate_documents", "20")
+
+
+@pytest.fixture(scope="session")
+def in_shards(launch_training: Launch) -> list[dict[str, Any]]:
+    return launch_training("shards", *SHARDS)
+
+
+@pytest.mark.parametrize(("processes", "micro_batches"), [(2, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
+def test_a_store_in_shards_has_the_same_losses_in_any_layout(
+    launch_training: Launch, in_shards: list[dict[str, Any]], processes: int, micro_batches: int
+) -> None:
+    """Stopped after 12 steps, and gone on with on one process."""
+    name, accumulated = f"shards-{processes}", ("--gradient_accumulation_steps", str(micro_batches))
+    launch_training(name, *SHARDS, *accumulated, "--max_steps", "12", processes=processes)
+    rows = launch_training(name, *SHARDS)
+    assert len(losses(rows)) == 20
+    assert largest_difference(losses(rows), losses(in_shards)) <= 1e-5
+    assert largest_difference(norms(rows), norms(in_shards)) <= 1e-4

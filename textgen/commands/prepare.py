@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,7 +12,11 @@ from textgen.console import start_log
 
 
 def prepare_command(argv: Sequence[str]) -> None:
-    """Encode the text of a training ahead of time and print the path of the token store."""
+    """Encode the text of a training ahead of time and print the path of the token store.
+
+    `--shards` is short for `--data.shards`.
+    """
+    argv = [re.sub(r"^--shards(?=$|=)", "--data.shards", word) for word in argv]
     config = parse_train_config(argv, prog="textgen prepare")
     start_log()
     if given_run_dir(argv) is None:  # the default folder may hold another run

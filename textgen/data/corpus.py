@@ -98,6 +98,8 @@ class CleanCorpus:
     """hash of each document that was cut -> of its start in train, and of its end in validation"""
     sources: Mapping[str, CleanCorpus] = field(default_factory=dict)
     """the corpora that a corpus of several sources is made of, by name, in the order of its documents"""
+    cut_places: Mapping[int, int] = field(default_factory=dict)
+    """number in train of each document that was cut -> where its end begins"""
 
     @property
     def label_digests(self) -> dict[str, str]:
@@ -116,10 +118,12 @@ class CleanCorpus:
         if split not in self.digests:
             raise TextgenError(f"{self.description} has no split `{split}`; it has {in_backticks(self.digests)}")
         if self.sources:
-            return chain.from_iterable(its._read(split) for its in self.sources.values() if split in its.digests)
-        return self._read(split)
+            parts = (its.hashed_documents(split) for its in self.sources.values() if split in its.digests)
+            return (text for _, text in chain.from_iterable(parts))
+        return (text for _, text in self.hashed_documents(split))
 
-    def _read(self, split: str) -> Iterator[str]:
+    def hashed_documents(self, split: str) -> Iterator[tuple[bytes, str]]:
+        """Read the documents as `documents` does, of one source: each after the 8 bytes of its hash."""
         digest = hashlib.sha256(self._normalization.encode())
         for source, kept in self._parts[split]:
             for text, keep in zip_longest(self._corpus.splits[source](), kept):
@@ -128,8 +132,9 @@ class CleanCorpus:
                         f"{self.description} changed while it was read: it no longer has {len(kept)} documents"
                     )
                 if keep:
-                    digest.update(hashlib.sha256(text.encode()).digest()[:8])
-                    yield normalize(text, self._normalization)
+                    hashed = hashlib.sha256(text.encode()).digest()[:8]
+                    digest.update(hashed)
+                    yield hashed, normalize(text, self._normalization)
         if digest.hexdigest() != self.digests[split]:
             raise TextgenError(f"{self.description} changed while it was read: other texts in its split `{split}`")
 
@@ -179,6 +184,7 @@ def require_splits(config: DataConfig, splits: Iterable[str], description: str, 
 def fingerprint(config: DataConfig, *source: object) -> str:
     """Return a hash of a source, and of the settings that decide what is read of it."""
     settings = asdict(config) | {"cache_dir": None, "store": None}
+    del settings["shards"]  # which documents are kept does not depend on it
     for name in (*LABEL_SETTINGS, "sources"):  # a corpus without them has the fingerprint of older versions
         if not settings[name]:
             del settings[name]
@@ -362,10 +368,10 @@ def clean_corpus(corpus: Corpus, config: DataConfig, *, keep_hashes: bool = Fals
     test = np.append(_imdb_test_hashes(), hashes.get("test", hashes["train"][:0]))
     held_out = np.zeros(len(hashes["train"]), dtype=np.bool_)
     whole = hashes["train"]
-    cut: list[int] = []
+    cuts: dict[int, int] = {}
     if "validation" not in hashes:
-        corpus, hashes, held_out, cut = _hold_out(corpus, config, hashes, sizes=hashed["train"].sizes, test=test)
-        labels["ends"] = labels["train"][cut]
+        corpus, hashes, held_out, cuts = _hold_out(corpus, config, hashes, sizes=hashed["train"].sizes, test=test)
+        labels["ends"] = labels["train"][list(cuts)]
     from_train = np.append(hashes["train"][held_out], hashes.get("ends", test[:0]))
     pool = np.concatenate([hashes[split] for split in sources])
     stays = np.append(~held_out, np.ones(len(pool) - len(held_out), dtype=np.bool_))
@@ -398,11 +404,12 @@ def clean_corpus(corpus: Corpus, config: DataConfig, *, keep_hashes: bool = Fals
         split: np.concatenate([hashes[source][mask] for source, mask in masks]) for split, masks in parts.items()
     }
     digests = {split: _digest(its, config.normalization) for split, its in of_split.items()}
-    clean = CleanCorpus(corpus.description, counts, digests, corpus, parts, config.normalization)
+    clean = CleanCorpus(corpus.description, counts, digests, corpus, parts, config.normalization, cut_places=cuts)
     if keep_hashes:
+        cut = list(cuts)
         starts_and_ends = zip(hashes["train"][cut].tolist(), hashes["ends"].tolist() if cut else (), strict=True)
-        cuts = dict(zip(whole[cut].tolist(), starts_and_ends, strict=True))
-        clean = replace(clean, hashes=of_split, cuts=cuts)
+        of_whole = dict(zip(whole[cut].tolist(), starts_and_ends, strict=True))
+        clean = replace(clean, hashes=of_split, cuts=of_whole)
     return _add_labels(clean, labels, numbers) if config.label_column or config.label_folders else clean
 
 
@@ -477,7 +484,7 @@ def normalize(text: str, normalization: str) -> str:
 
 def _hold_out(
     corpus: Corpus, config: DataConfig, hashes: dict[str, Hashes], *, sizes: Sizes, test: Hashes
-) -> tuple[Corpus, dict[str, Hashes], Mask, list[int]]:
+) -> tuple[Corpus, dict[str, Hashes], Mask, dict[int, int]]:
     """Hold documents of train out for validation; say so in the log if they are not simply `validation_fraction` of it.
 
     Documents are held out in blocks. A document that is long beside the others would make validation too large, or
@@ -491,7 +498,8 @@ def _hold_out(
         test: hashes that training drops.
 
     Returns:
-        The corpus with long documents cut, its hashes, which documents of train are held out, and which ones are cut.
+        The corpus with long documents cut, its hashes, which documents of train are held out, and where some
+        are cut, in their order.
     """
     train, fraction = hashes["train"], config.validation_fraction
     held_out = np.zeros(len(train), dtype=np.bool_)
@@ -501,7 +509,7 @@ def _hold_out(
         long = np.flatnonzero(sizes > max(fraction, LONG_SHARE) * total)
         long = long[~np.isin(train[long], test)]  # training drops those in test whole
         if cuts := _find_cuts(corpus, set(long.tolist()), fraction):
-            corpus = _cut(corpus, cuts)
+            corpus = cut_documents(corpus, cuts)
             ends, end_sizes, _ = _hash_documents(corpus.splits["ends"]())
             hashes = hashes | {"train": _hash_documents(corpus.splits["train"]()).hashes, "ends": ends}
             logger.info(
@@ -525,7 +533,7 @@ def _hold_out(
             else "`reading_rules` 1 holds nothing out of a single document"
         )
         logger.warning("NO VALIDATION: %s", reason)
-    return corpus, hashes, held_out, sorted(cuts)
+    return corpus, hashes, held_out, dict(sorted(cuts.items()))
 
 
 def _find_cuts(corpus: Corpus, long: set[int], fraction: float) -> dict[int, int]:
@@ -539,7 +547,7 @@ def _find_cuts(corpus: Corpus, long: set[int], fraction: float) -> dict[int, int
     return cuts
 
 
-def _cut(corpus: Corpus, cuts: Mapping[int, int]) -> Corpus:
+def cut_documents(corpus: Corpus, cuts: Mapping[int, int]) -> Corpus:
     """Return the corpus with the ends of some documents of train in a split `ends`."""
 
     def starts() -> Iterator[str]:

@@ -31,7 +31,7 @@ from torch import Tensor
 from textgen.config import DataConfig, TokenizerConfig
 from textgen.console import Progress
 from textgen.data.corpus import CleanCorpus, Corpus, clean_corpus
-from textgen.data.labels import NO_LABEL
+from textgen.data.labels import NO_LABEL, Labels
 from textgen.data.mixture import clean_sources, open_sources
 from textgen.data.remote import RemoteShards
 from textgen.data.shards import ORDER, Shard, Shards
@@ -302,7 +302,8 @@ def prepare_store(
 ) -> TokenStore:
     """Return the token store of a corpus, encoding it first if there is none.
 
-    Every process may call this at once: one prepares while the others wait at a file lock, outside any collective.
+    Every process may call this at once: one prepares while the others wait at a file lock, outside any collective. With
+    `data.shards` they share the encoding (see `sharding`).
     Stores are keyed by content. A small index from the source's fingerprint (file sizes and times, package version)
     to that key spares later calls reading the text at all.
 
@@ -328,13 +329,16 @@ def prepare_store(
     corpus = corpus or open_sources(data)
     own, wanted = _wanted(tokenizer)
     index = _index_path(data, corpus, wanted)
-    with _exclusive(cache / "prepare.lock") as require:
-        if (found := _open_prepared(cache, index)) is not None:
+    if data.shards is not None:
+        from textgen.data.sharding import prepare_shards  # which imports this module
+
+        return prepare_shards(data, tokenizer, corpus, index=index, wanted=wanted, own=own, progress=progress)
+    with exclusive(cache / "prepare.lock") as require:
+        if (found := open_prepared(cache, index)) is not None:
             log.info("%s: encoded earlier, in `%s`", corpus.description, found.directory)
             return found
         clean = clean_sources(corpus, data) if corpus.sources else clean_corpus(corpus, data)
-        digests = sorted(clean.digests.items()) + sorted(clean.label_digests.items())
-        key = _digest(str(STORE_FORMAT), wanted, *(f"{k} {v}" for k, v in digests))
+        key = store_key(clean, wanted)
         directory = cache / key[:16]
         try:
             store = TokenStore.open(directory)
@@ -385,10 +389,10 @@ def _make_cache(directory: str) -> Path:
 def find_prepared(data: DataConfig, tokenizer: TokenizerConfig, corpus: Corpus) -> TokenStore | None:
     """Return the token store that `prepare_store` has made of a corpus; None if it is missing or damaged."""
     index = _index_path(data, corpus, _wanted(tokenizer)[1])
-    return _open_prepared(Path(data.cache_dir).expanduser(), index)
+    return open_prepared(Path(data.cache_dir).expanduser(), index)
 
 
-def _open_prepared(cache: Path, index: Path) -> TokenStore | None:
+def open_prepared(cache: Path, index: Path) -> TokenStore | None:
     if not index.exists():
         return None
     try:
@@ -405,12 +409,22 @@ def _wanted(tokenizer: TokenizerConfig) -> tuple[Tokenizer | None, str]:
     return own, own.sha256 if own else f"{tokenizer.model_type} {tokenizer.vocab_size} {trainer}"
 
 
+def store_key(clean: CleanCorpus, wanted: str, *, shards: int | None = None) -> str:
+    """Return the key of the store of a corpus; `wanted` tells its tokenizer from others."""
+    digests = sorted(clean.digests.items()) + sorted(clean.label_digests.items())
+    parts = [f"{k} {v}" for k, v in digests]
+    if shards is None:
+        return _digest(str(STORE_FORMAT), wanted, *parts)
+    return _digest(str(SHARDS_FORMAT), wanted, *parts, f"shards {shards}")
+
+
 def _index_path(data: DataConfig, corpus: Corpus, wanted: str) -> Path:
-    return Path(data.cache_dir).expanduser() / "index" / _digest(corpus.fingerprint, wanted)
+    shards = [] if data.shards is None else [f"shards {data.shards}"]
+    return Path(data.cache_dir).expanduser() / "index" / _digest(corpus.fingerprint, wanted, *shards)
 
 
 @contextmanager
-def _exclusive(path: Path) -> Iterator[Callable[[], None]]:
+def exclusive(path: Path) -> Iterator[Callable[[], None]]:
     """Hold a file lock; say so where another process holds it. Yields a function that raises if the lock was lost."""
     lock = FileLock(path)
     if not lock.try_acquire():
@@ -442,26 +456,18 @@ def _write_store(
     try:
         aside.mkdir()
         started = time.perf_counter()
-        if own is None:
-            log.info("training a %s tokenizer of %d pieces", config.model_type, config.vocab_size)
-            texts = _tokenizer_texts(clean)
-            own = Tokenizer(train_tokenizer(texts, vocab_size=config.vocab_size, model_type=config.model_type))
-            log.info("trained it in %.0f s", time.perf_counter() - started)
+        own = own or tokenizer_of(clean, config)
         own.save(aside / MODEL_NAME)
-        dtype = np.dtype(np.uint16 if own.vocab_size <= 1 << 16 else np.uint32)
-        splits = {name: _write_split(aside, name, clean, own, dtype, progress=progress) for name in clean.digests}
-        record = {
-            "format": STORE_FORMAT, "key": key, "source": clean.description,
-            "normalization": data.normalization, "counts": dict(clean.counts), "digests": dict(clean.digests),
-            "tokenizer": own.sha256, "vocab_size": own.vocab_size, "dtype": str(dtype), "splits": splits,
+        splits = {
+            name: write_split(
+                aside, name, clean.documents(name), own, num_documents=clean.counts.get(f"{name}_documents"),
+                labels=clean.labels.get(name), progress=progress,
+            )
+            for name in clean.digests
         }  # fmt: skip
+        record = store_record(key, data, clean, own, splits)
         if clean.sources:
             record["sources"] = _source_sizes(aside, clean)
-        if clean.label_names:
-            record |= {"labels": list(clean.label_names), "label_digests": clean.label_digests}
-            for name, labels in clean.labels.items():
-                begin_ids = np.where(labels == NO_LABEL, own.eos_id, labels + own.vocab_size).astype(np.uint32)
-                (aside / f"{name}.begins.uint32").write_bytes(begin_ids.data)
         (aside / STORE_NAME).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         require()
         shutil.rmtree(directory, ignore_errors=True)  # a damaged one
@@ -470,6 +476,36 @@ def _write_store(
         shutil.rmtree(aside, ignore_errors=True)
     log.info("encoded in %.0f s into `%s`", time.perf_counter() - started, directory)
     return TokenStore.open(directory)
+
+
+def tokenizer_of(clean: CleanCorpus, config: TokenizerConfig) -> Tokenizer:
+    """Train the tokenizer of a corpus."""
+    started = time.perf_counter()
+    log.info("training a %s tokenizer of %d pieces", config.model_type, config.vocab_size)
+    texts = _tokenizer_texts(clean)
+    tokenizer = Tokenizer(train_tokenizer(texts, vocab_size=config.vocab_size, model_type=config.model_type))
+    log.info("trained it in %.0f s", time.perf_counter() - started)
+    return tokenizer
+
+
+def token_dtype(tokenizer: Tokenizer) -> np.dtype[Any]:
+    """Return the dtype of the tokens in a store."""
+    return np.dtype(np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32)
+
+
+def store_record(
+    key: str, data: DataConfig, clean: CleanCorpus, tokenizer: Tokenizer, splits: dict[str, dict[str, int]]
+) -> dict[str, Any]:
+    """Return what `store.json` says of every store."""
+    record = {
+        "format": STORE_FORMAT, "key": key, "source": clean.description,
+        "normalization": data.normalization, "counts": dict(clean.counts), "digests": dict(clean.digests),
+        "tokenizer": tokenizer.sha256, "vocab_size": tokenizer.vocab_size, "dtype": str(token_dtype(tokenizer)),
+        "splits": splits,
+    }  # fmt: skip
+    if clean.label_names:
+        record |= {"labels": list(clean.label_names), "label_digests": clean.label_digests}
+    return record
 
 
 def _tokenizer_texts(clean: CleanCorpus) -> Iterator[str]:
@@ -506,32 +542,51 @@ def _source_sizes(directory: Path, clean: CleanCorpus) -> dict[str, dict[str, di
     return sizes
 
 
-def _write_split(
-    directory: Path, name: str, clean: CleanCorpus, tokenizer: Tokenizer, dtype: np.dtype[Any], *, progress: bool
+def write_split(
+    directory: Path,
+    name: str,
+    texts: Iterable[str],
+    tokenizer: Tokenizer,
+    *,
+    num_documents: int | None = None,
+    labels: Labels | None = None,
+    progress: bool = False,
 ) -> dict[str, int]:
-    """Encode a split document by document; return its sizes."""
-    total, num_bytes, num_documents = 0, 0, 0
+    """Encode documents into the files of a split; return its sizes.
+
+    Args:
+        directory: gets the files.
+        name: of the split; for `train` the unigram counts are written too.
+        texts: the documents.
+        tokenizer: encodes them.
+        num_documents: for the progress bar.
+        labels: of the documents; None for a corpus without labels.
+        progress: show how far the encoding is.
+    """
+    total, num_bytes, num_done, dtype = 0, 0, 0, token_dtype(tokenizer)
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
-    total_documents = clean.counts.get(f"{name}_documents")
     with (
         open(directory / f"{name}.tokens.{dtype}", "wb") as tokens,
         open(directory / f"{name}.offsets.int64", "wb") as offsets,
         open(directory / f"{name}.bytes.uint32", "wb") as sizes,
-        Progress(f"encoded {name} document", total_documents, show=progress) as bar,
+        Progress(f"encoded {name} document", num_documents, show=progress) as bar,
     ):
         offsets.write(np.int64(0).tobytes())
-        for texts, encoded in encode_batches(tokenizer, clean.documents(name)):
+        for batch, encoded in encode_batches(tokenizer, texts):
             flat = np.concatenate(encoded).astype(dtype)
             ends = total + np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
-            lengths = np.array([len(text.encode()) for text in texts], dtype=np.uint32)
+            lengths = np.array([len(text.encode()) for text in batch], dtype=np.uint32)
             for file, values in ((tokens, flat), (offsets, ends), (sizes, lengths)):
                 file.write(values.data)  # numpy's `tofile` on a full disk raises an OSError that does not say so
             counts += np.bincount(flat, minlength=tokenizer.vocab_size)
-            total, num_bytes, num_documents = int(ends[-1]), num_bytes + int(lengths.sum()), num_documents + len(texts)
-            bar.update(num_documents)
+            total, num_bytes, num_done = int(ends[-1]), num_bytes + int(lengths.sum()), num_done + len(batch)
+            bar.update(num_done)
+    if labels is not None:
+        begin_ids = np.where(labels == NO_LABEL, tokenizer.eos_id, labels + tokenizer.vocab_size).astype(np.uint32)
+        (directory / f"{name}.begins.uint32").write_bytes(begin_ids.data)
     if name == "train":
         (directory / UNIGRAM_NAME).write_bytes(counts.data)
-    return {"documents": num_documents, "tokens": total, "bytes": num_bytes}
+    return {"documents": num_done, "tokens": total, "bytes": num_bytes}
 
 
 def encode_batches(tokenizer: Tokenizer, texts: Iterable[str]) -> Iterator[tuple[list[str], list[NDArray[np.int64]]]]:

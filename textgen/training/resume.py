@@ -139,6 +139,7 @@ def _describe(training: Training) -> dict[str, Any]:
         "config": asdict(learner.config),
         "mixed_precision": learner.accelerator.mixed_precision,
         "data": training.store.training_key,
+        "order": training.store.order,
         "tokenizer": training.store.tokenizer.sha256,
         "processes": learner.accelerator.num_processes,
         "scaler": scaler.state_dict() if scaler else None,
@@ -366,6 +367,9 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
         harmless = harmless | {"data", "tokenizer"}  # the tokens are the same
     elif all(current[name] == saved[name] for name in current if name.startswith(("data.", "tokenizer."))):
         saved["training text"], current["training text"] = trainer["data"], training.store.training_key
+    # a checkpoint of a version that knew no shards has no `order`
+    saved["order of documents"] = trainer.get("order", "documents")
+    current["order of documents"] = training.store.order
     saved["weights of data.sources"], current["weights of data.sources"] = _weights(saved), _weights(current)
     overridden = False
     for name in current:
