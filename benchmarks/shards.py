@@ -68,7 +68,7 @@ def make_store(directory: Path, num_tokens: int, tokenizer: Tokenizer) -> int:
         "dtype": "uint16", "splits": {"train": sizes}, "order": ORDER, "shards": [asdict(record) for record in records],
     }  # fmt: skip
     (directory / "store.json").write_text(json.dumps(record))
-    return sizes["documents"]
+    return int(sizes["documents"])
 
 
 def train(store: Path, run_dir: Path) -> dict[str, float]:
@@ -190,14 +190,14 @@ def main() -> None:
     args = parser.parse_args()
     path = RESULTS / "shards.json"
     figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
+    note = {"note": args.note} if args.note else {}
     with tempfile.TemporaryDirectory() as folder:
-        for part in args.parts:
-            its = {
-                "training": lambda: training(Path(folder)),
-                "order": order,
-                "preparing": lambda: preparing(Path(folder), args.megabytes),
-            }[part]()
-            figures[part] = its | ({"note": args.note} if args.note else {})
+        if "training" in args.parts:
+            figures["training"] = training(Path(folder)) | note
+        if "order" in args.parts:
+            figures["order"] = order() | note
+        if "preparing" in args.parts:
+            figures["preparing"] = preparing(Path(folder), args.megabytes) | note
     print(json.dumps(figures, indent=2))
     save("shards", figures)
 

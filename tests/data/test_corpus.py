@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tests.data.files import write_jsonl, write_parquet
 from textgen.config import DataConfig
-from textgen.data.corpus import CleanCorpus, clean_corpus, end_of, held_out_blocks, open_corpus
+from textgen.data.corpus import CleanCorpus, clean_corpus, end_of, fingerprint, held_out_blocks, open_corpus
 from textgen.errors import TextgenError
 
 
@@ -462,3 +462,10 @@ def test_a_cached_configuration_is_read_without_asking_the_hub_and_another_is_no
     assert output == f"refused: {wanted}\n"
     with pytest.raises(ValueError, match="`dataset_config` needs a `dataset`: tall"):
         DataConfig(dataset_config="tall")
+
+
+def test_settings_that_are_no_part_of_the_text_keep_the_fingerprint_of_older_versions() -> None:
+    """Else every store of an older version would be encoded again."""
+    known = "2612c263ac1faf2aee343ed10082610eaf00654833b39d065516fd51f0b6c875"
+    for more in ({}, {"shards": 7}, {"store_cache_gib": 1.0}, {"cache_dir": "elsewhere"}):
+        assert fingerprint(DataConfig(source="files", files=("a",), **more), "x") == known

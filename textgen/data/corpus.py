@@ -184,7 +184,8 @@ def require_splits(config: DataConfig, splits: Iterable[str], description: str, 
 def fingerprint(config: DataConfig, *source: object) -> str:
     """Return a hash of a source, and of the settings that decide what is read of it."""
     settings = asdict(config) | {"cache_dir": None, "store": None}
-    del settings["shards"]  # which documents are kept does not depend on it
+    for name in ("shards", "store_cache_gib"):  # no part of the text
+        del settings[name]
     for name in (*LABEL_SETTINGS, "sources"):  # a corpus without them has the fingerprint of older versions
         if not settings[name]:
             del settings[name]
