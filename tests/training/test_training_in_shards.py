@@ -56,8 +56,8 @@ def test_commands_read_a_store_in_shards(
     store = capsys.readouterr().out.strip()
     assert json.loads((Path(store) / "store.json").read_text())["order"] == "shards"
     main(["evaluate", str(run), "--data", "train", "--limit", "7"])
-    assert "7" in capsys.readouterr().out
-    main(["measure", str(run), "--texts", "4", "--max_new_tokens", "20"])
+    assert ["documents", "7"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+    main(["measure", str(run), "--texts", "4", "--words", "8", "--max_new_tokens", "60", "--temperatures", "1"])
     assert "copied" in capsys.readouterr().out
     main(["doctor", *in_shards])
     assert store in capsys.readouterr().out
