@@ -6,19 +6,16 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from numpy.typing import NDArray
 
 from textgen.console import Progress
+from textgen.data.side_by_side import Tokens, batch_by_length, document_windows
 from textgen.data.split import Split
 from textgen.hardware import sum_dtype
 from textgen.model.lstm import LSTMLanguageModel
-
-Tokens = NDArray[np.integer[Any]]
 
 # Tokens of each document read in one call; longer ones carry the state over. Bounds the memory of a batch.
 SCORE_WINDOW = 256
@@ -118,8 +115,7 @@ def score(
     first = [bos_id] * len(documents) if isinstance(bos_id, int) else bos_id
     was_training = model.training
     model.eval()
-    order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    batches = batch_by_length(documents, batch_size)
     nats = torch.zeros((), dtype=sum_dtype(accelerator.device), device=accelerator.device)
     own = batches[accelerator.process_index :: accelerator.num_processes]
     rounds = math.ceil(len(batches) / accelerator.num_processes)
@@ -144,20 +140,10 @@ def _score_batch(
 ) -> torch.Tensor:
     """Return the summed nats of documents sorted by falling length: a scalar of `sum_dtype`."""
     device = accelerator.device
-    longest = len(documents[0])
     state = model.zero_state(len(documents))
     nats = torch.zeros((), dtype=sum_dtype(device), device=device)
-    for start in range(0, longest, SCORE_WINDOW):
-        rows = sum(len(d) > start for d in documents)  # the shorter ones have ended
-        state = (state[0][:, :rows], state[1][:, :rows])
-        width = min(SCORE_WINDOW, longest - start)
-        tokens = np.full((rows, width + 1), -1, dtype=np.int64)  # the token before the window, then the window's
-        tokens[:, 0] = first[:rows] if start == 0 else [document[start - 1] for document in documents[:rows]]
-        for row, document in enumerate(documents[:rows]):
-            part = document[start : start + width]
-            tokens[row, 1 : 1 + len(part)] = part
-        x = torch.from_numpy(tokens[:, :-1]).clamp(min=0).to(device)  # what follows a document's end is not scored
-        y = torch.from_numpy(tokens[:, 1:]).to(device)
+    for x, y, _ in document_windows(documents, first, window=SCORE_WINDOW, device=device):
+        state = (state[0][:, : len(x)], state[1][:, : len(x)])
         with accelerator.autocast():
             scored, state = model(x, state, y)
         nats += scored

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from textgen.classification import reading
-from textgen.classification.reading import Tokens, label_scores, pooled_states
+from textgen.classification.reading import label_scores, pooled_states
 from textgen.config import ModelConfig
+from textgen.data.side_by_side import Tokens
 from textgen.model.lstm import LSTMLanguageModel
 
 END = 0

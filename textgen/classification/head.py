@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from textgen.classification.decision import fit_temperature
-from textgen.classification.reading import Tokens, pooled_states
+from textgen.classification.reading import pooled_states
+from textgen.data.side_by_side import Tokens
 from textgen.errors import TextgenError, first_line
 from textgen.files import JSON_BYTES, make_directory, parse_json, write_atomic
 from textgen.model.files import check_labels

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,10 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from textgen.console import Progress
+from textgen.data.side_by_side import Tokens, batch_by_length, document_windows
 from textgen.hardware import sum_dtype
 from textgen.model.lstm import LSTMLanguageModel, State
-
-Tokens = NDArray[np.integer[Any]]
 
 # Tokens of each text read in one call; fewer for a large vocabulary, since the logits of a call are LOGITS at most.
 WINDOW = 256
@@ -44,12 +42,12 @@ def label_scores(
     device = model.embedding.weight.device
     with Progress("scored text", len(documents) * len(begin_ids), show=progress) as bar:
         done = 0
-        for rows in _batches(documents, batch_size):
+        for rows in batch_by_length(documents, batch_size):
             batch = [documents[row] for row in rows]
             for label, begin in enumerate(begin_ids):
                 total = torch.zeros(len(rows), dtype=sum_dtype(device), device=device)
                 state = model.zero_state(len(rows))
-                for x, y, _ in _windows(batch, begin, window, device):
+                for x, y, _ in document_windows(batch, [begin] * len(batch), window=window, device=device):
                     state = _first(state, len(x))
                     logits, state = model(x, state)  # (rows, time, vocab_size)
                     nats = logits.logsumexp(-1) - logits.gather(2, y.clamp(min=0)[..., None])[..., 0]
@@ -84,7 +82,7 @@ def pooled_states(
     pooled = np.zeros((len(documents), 3 * size), dtype=np.float32)
     with Progress("read text", len(documents), show=progress) as bar:
         done = 0
-        for rows in _batches(documents, batch_size):
+        for rows in batch_by_length(documents, batch_size):
             pooled[rows] = _pool(model, [documents[row] for row in rows], begin_id).cpu().numpy()
             bar.update(done := done + len(rows))
     return pooled
@@ -98,7 +96,7 @@ def _pool(model: LSTMLanguageModel, batch: Sequence[Tokens], begin_id: int) -> T
     largest = torch.full((len(batch), size), -torch.inf, device=device)
     hidden, cell = model.zero_state(len(batch))
     states = [(hidden[i : i + 1], cell[i : i + 1]) for i in range(len(model.layers))]
-    for x, y, start in _windows(batch, begin_id, WINDOW, device):
+    for x, y, start in document_windows(batch, [begin_id] * len(batch), window=WINDOW, device=device):
         live = len(x)  # the others have ended
         output, states = model.run_layers(model.embed(x), [_first(state, live) for state in states], None)
         output, read = output.float(), (y >= 0)[..., None]  # (live, time, hidden_size), (live, time, 1)
@@ -111,34 +109,6 @@ def _pool(model: LSTMLanguageModel, batch: Sequence[Tokens], begin_id: int) -> T
     return torch.cat([last, total / lengths, largest], 1)
 
 
-def _batches(documents: Sequence[Tokens], batch_size: int) -> Iterator[list[int]]:
-    """Yield the indices of texts of similar length, the longest first."""
-    order = sorted(range(len(documents)), key=lambda i: -len(documents[i]))
-    for start in range(0, len(order), batch_size):
-        yield order[start : start + batch_size]
-
-
 def _first(state: State, rows: int) -> State:
     """Return the state of the first rows: the texts that have not ended."""
     return state[0][:, :rows], state[1][:, :rows]
-
-
-def _windows(
-    batch: Sequence[Tokens], begin_id: int, window: int, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield the windows of texts sorted by falling length.
-
-    Yields:
-        Inputs and targets (rows, time) of the texts that have not ended, -1 where a target is behind a text's end; and
-        the place of the window's first target in the texts.
-    """
-    longest = len(batch[0])
-    for start in range(0, longest, window):
-        rows = sum(len(document) > start for document in batch)
-        tokens = np.full((rows, min(window, longest - start) + 1), -1, dtype=np.int64)
-        tokens[:, 0] = begin_id if start == 0 else [document[start - 1] for document in batch[:rows]]
-        for row, document in enumerate(batch[:rows]):
-            part = document[start : start + window]
-            tokens[row, 1 : 1 + len(part)] = part
-        both = torch.from_numpy(tokens).to(device)
-        yield both[:, :-1].clamp(min=0), both[:, 1:], start

@@ -18,4 +18,5 @@
 - `lanes`: epochs as lanes and windows; the loader
 - `mixed_lanes`: lanes of several sources
 - `texts`: texts to score
+- `side_by_side`: whole documents in batches of similar length, and in windows
 """
