@@ -14,6 +14,8 @@
 - `memory`: documents of a program as a corpus
 - `mixture`: several sources as one corpus
 - `store`: the encoded corpus on disk
+- `split`: the documents of a split, mapped into memory
+- `shards`: a train split in files that are read one after the other
 - `remote`: the shards of a store at an address, in a cache on the local disk
 - `lanes`: epochs as lanes and windows; the loader
 - `mixed_lanes`: lanes of several sources
