@@ -445,12 +445,12 @@ class Launch:
     def __init__(self, graphs: Graphs, count: int, slots: Sequence[RunningSample | None]) -> None:
         self._graphs, self._count = graphs, count
         self._samples = {id(sample): (place, sample) for place, sample in enumerate(slots) if sample is not None}
+        self._arrived: torch.cuda.Event | None = None
         buffers = graphs.buffers
         # a non-blocking copy from the device goes to pinned memory
         self._drawn, *self._logprobs = (
             part[:count].to("cpu", non_blocking=True, copy=True) for part in (buffers.drawn, *buffers.logprobs)
         )
-        self._arrived: torch.cuda.Event | None = None
         if buffers.drawn.is_cuda:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record(torch.cuda.current_stream(buffers.drawn.device))
