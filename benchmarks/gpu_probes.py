@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from benchmarks.decode import graph_steps
 from benchmarks.machine import describe
 from textgen.config import ModelConfig
+from textgen.decoding.choose import fused_or_cells
 from textgen.decoding.decoders import CellDecoder
 from textgen.errors import first_line
 from textgen.kernels.capture import CudaCapture
@@ -190,6 +191,26 @@ def noise_is_that_of_a_cpu() -> list[Any]:
     return [torch.equal(keys, there.cpu()), float(apart)]
 
 
+@torch.inference_mode()
+def rows_beside_a_row_change_its_logits() -> dict[str, Any]:
+    """Return by number of rows how far a row's logits are from those of the row alone, after three steps.
+
+    By the fused kernels: tiles of up to 16, up to 64 and more rows are compiled to other instructions.
+    """
+    torch.manual_seed(0)
+    size, vocab_size = (32, 300) if SMALL else (1024, 8192)
+    model = LSTMLanguageModel(ModelConfig(embedding_dim=size, hidden_size=size, num_layers=3), vocab_size).to(DEVICE)
+    decoder, logits = fused_or_cells(model.eval(), ""), dict[int, Tensor]()
+    for rows in (1, 2, 16, 17, 64, 65, 512):
+        tokens = torch.arange(5, 5 + rows, device=DEVICE).remainder(vocab_size)
+        state = [torch.zeros(rows, size, device=DEVICE) for _ in range(6)]
+        for _ in range(3):
+            logits[rows], state = decoder.step(tokens, state)
+    return {str(rows): float((values[0] - logits[1][0]).abs().max()) for rows, values in logits.items()} | {
+        "decoder": decoder.description
+    }
+
+
 def packed_weights_give_no_warning() -> dict[str, list[str]]:
     """Return the warnings of a layer's call by dtype: cuDNN may copy weights that are not one block."""
     layer, x, found = new_layer(256), torch.randn(8, 16, 256, device=DEVICE), {}
@@ -264,7 +285,7 @@ def attempt(call: Callable[[], object]) -> Any:
 
 ANYWHERE: list[Callable[[], Any]] = [
     copy_terabytes_per_second, bf16_teraflops, graph_node_microseconds, product_microseconds,
-    lstm_microseconds_per_time_step, noise_is_that_of_a_cpu,
+    lstm_microseconds_per_time_step, noise_is_that_of_a_cpu, rows_beside_a_row_change_its_logits,
 ]  # fmt: skip
 ON_A_GPU: list[Callable[[], Any]] = [
     decoding_step_microseconds, packed_weights_give_no_warning, sum_of_one_process_by_nccl,
