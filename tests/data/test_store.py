@@ -807,21 +807,23 @@ import re, sys
 from pathlib import Path
 from textgen.config import DataConfig, TokenizerConfig
 from textgen.data.store import prepare_store
-data = DataConfig(source="files", files=(sys.argv[1],), cache_dir=sys.argv[2])
+data = DataConfig(source="files", files=(sys.argv[1],), cache_dir=sys.argv[2], shards=int(sys.argv[4]) or None)
 prepare_store(data, TokenizerConfig(path=sys.argv[3]), progress=False)
 print(re.findall("VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[0])
 """
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
-def test_ten_times_the_text_is_prepared_in_the_same_memory(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shards", "fewer"), [(0, 3), (1, 12)])  # megabytes; blocks smaller than a batch need less
+def test_much_more_text_is_prepared_in_the_same_memory(tmp_path: Path, shards: int, fewer: int) -> None:
     char_tokenizer().save(tmp_path / MODEL_NAME)
     long = " ".join(make_texts(20, seed=1))
     peaks = []
-    for megabytes in (3, 30):
+    for megabytes in (fewer, 30):
         texts = [f"{number}: {long}" for number in range(megabytes * 1_000_000 // len(long.encode()))]
         corpus = write_corpus(tmp_path / f"{megabytes}.jsonl", texts)
         argv = [sys.executable, "-c", PREPARE_AND_TELL_MEMORY, corpus, tmp_path / "cache", tmp_path / MODEL_NAME]
+        argv.append(str(shards))
         told = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True, timeout=120)
         peaks.append(int(told.stdout) / 1000)
     assert peaks[1] - peaks[0] < 15, peaks
