@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.losses import all_losses
 from tests.forking import free_port, run_script
 
 ROOT = Path(__file__).parents[2]
@@ -164,12 +165,7 @@ def losses_of_one(matrix_flags: list[str], tmp_path_factory: pytest.TempPathFact
     """Train with one process and no launcher, which also leaves a token store for all lines."""
     run_dir = tmp_path_factory.mktemp("matrix") / "run"
     run_script("train_distributed.py", *matrix_flags, "--run_dir", str(run_dir))
-    return losses(run_dir)
-
-
-def losses(run_dir: Path) -> list[float]:
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [row[name] for row in rows for name in ("train/loss", "valid/loss") if name in row]
+    return all_losses(run_dir)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +186,7 @@ def test_launch_trains_the_promised_world_or_refuses(
     if isinstance(line.wanted, int):
         assert codes == [0] * len(line.launchers), said
         assert worlds == [str(line.wanted)], said
-        assert losses(run_dir) == pytest.approx(losses_of_one, rel=1e-5)
+        assert all_losses(run_dir) == pytest.approx(losses_of_one, rel=1e-5)
         trainer = next(run_dir.glob("checkpoints/*/trainer.json"))
         assert json.loads(trainer.read_text())["processes"] == line.wanted
         return

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.losses import all_losses
 from tests.forking import free_port, run_script, server
 from textgen.files import write_atomic
 from textgen.runs.metrics_file import read_metrics
@@ -53,9 +54,8 @@ def undisturbed(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> l
 
 
 def losses(run: Path) -> list[float]:
-    rows = read_metrics(run)
-    assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, STEPS + 1))
-    return [row[name] for row in rows for name in ("train/loss", "valid/loss") if name in row]
+    assert [row["step"] for row in read_metrics(run) if "train/loss" in row] == list(range(1, STEPS + 1))
+    return all_losses(run)
 
 
 class Agent:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.distributed.losses import train_losses
 from tests.faults.jobs import Job, assert_as_if_nothing_had_happened, fault, finish
 
 Launch = Callable[..., list[dict[str, Any]]]
@@ -18,23 +19,19 @@ pytestmark = pytest.mark.slow
 FLAGS = ("--model.dropout", "0.1", "--ema_decay", "0.9", "--max_grad_norm", "1")
 
 
-def losses(rows: list[dict[str, Any]]) -> list[float]:
-    return [row["train/loss"] for row in rows if "train/loss" in row]
-
-
 def test_resume_on_two_processes_is_bitwise(launch_training: Launch) -> None:
     whole = launch_training("whole", "--max_steps", "30", *FLAGS, processes=2)
     for steps in ("10", "30"):
         rows = launch_training("two", "--max_steps", steps, *FLAGS, processes=2)
-    assert losses(rows) == losses(whole)
+    assert train_losses(rows) == train_losses(whole)
 
 
 def test_two_processes_from_a_base_have_the_losses_of_one(launch_training: Launch, tmp_path: Path) -> None:
     base = tmp_path / "base"
     launch_training(str(base), "--max_steps", "5")
     flags = ("--init_from", str(base), "--tokenizer.vocab_size", "900", "--max_steps", "20", *FLAGS)
-    one = losses(launch_training("from-base-1", *flags))
-    two = losses(launch_training("from-base-2", *flags, processes=2))
+    one = train_losses(launch_training("from-base-1", *flags))
+    two = train_losses(launch_training("from-base-2", *flags, processes=2))
     assert max(abs(a / b - 1) for a, b in zip(one, two, strict=True)) <= 1e-5
 
 
@@ -62,14 +59,14 @@ def test_a_killed_labelled_training_from_a_base_ends_as_an_untouched_one(
 
 def test_any_number_of_processes_goes_on_from_any_other(launch_training: Launch, tmp_path: Path) -> None:
     """All six changes between 1, 2 and 4, over 308 steps in fp32: losses within 1e-5, each window of a lane once."""
-    whole = losses(launch_training("one", "--max_steps", "308", *FLAGS))
+    whole = train_losses(launch_training("one", "--max_steps", "308", *FLAGS))
     for part, processes in enumerate((2, 1, 4, 2, 4, 1, 2), start=1):
         flags = ("--max_steps", str(44 * part), *FLAGS)
         micro_batches = "2" if processes == 1 else "1"
         rows = launch_training(
             "any", *flags, "--gradient_accumulation_steps", micro_batches, processes=processes, journal=tmp_path
         )
-    difference = max(abs(a / b - 1) for a, b in zip(losses(rows), whole, strict=True))
+    difference = max(abs(a / b - 1) for a, b in zip(train_losses(rows), whole, strict=True))
     print(f"largest relative difference {difference:.1e}")
     assert difference <= 1e-5
     read: dict[int, list[tuple[int, int, int]]] = {}
@@ -85,4 +82,4 @@ def test_any_number_of_processes_goes_on_from_any_other(launch_training: Launch,
 def test_training_that_turns_to_nan_stops_all_processes(launch_training: Launch) -> None:
     """No launcher ends them: that they end at all shows that no process waits for another."""
     rows = launch_training("nan", "--max_steps", "6", "--learning_rate", "1e38", processes=2, expect=2)
-    assert len(losses(rows)) < 6
+    assert len(train_losses(rows)) < 6

@@ -10,14 +10,11 @@ from typing import Any
 import pytest
 
 from tests.distributed.conftest import write_real_reviews
+from tests.distributed.losses import train_losses
 
 Launch = Callable[..., list[dict[str, Any]]]
 DROPOUT = ("--model.dropout", "0.1", "--model.weight_drop", "0.2")
 LAYOUTS = [(1, 2), (1, 4), (2, 1), (2, 2), (2, 4), (4, 1)]
-
-
-def losses(rows: list[dict[str, Any]]) -> list[float]:
-    return [row["train/loss"] for row in rows if "train/loss" in row]
 
 
 def norms(rows: list[dict[str, Any]]) -> list[float]:
@@ -42,8 +39,8 @@ def test_any_layout_has_the_losses_of_one_process(
         f"{processes}x{micro_batches}", "--max_steps", "50", *DROPOUT,
         "--gradient_accumulation_steps", str(micro_batches), processes=processes,
     )  # fmt: skip
-    assert len(losses(rows)) == 50
-    assert largest_difference(losses(rows), losses(alone)) <= 1e-5
+    assert len(train_losses(rows)) == 50
+    assert largest_difference(train_losses(rows), train_losses(alone)) <= 1e-5
     # Adam hides the scale of a gradient: averaged over processes instead of summed, it would give the same losses.
     assert largest_difference(norms(rows), norms(alone)) <= 1e-4
     assert rows[-1]["valid/loss"] == pytest.approx(alone[-1]["valid/loss"], rel=1e-5)
@@ -52,7 +49,7 @@ def test_any_layout_has_the_losses_of_one_process(
 def test_another_seed_has_other_losses(launch_training: Launch, alone: list[dict[str, Any]]) -> None:
     """The band above is far below what a different order of data makes."""
     rows = launch_training("seed", "--max_steps", "5", *DROPOUT, "--seed", "43")
-    assert largest_difference(losses(rows), losses(alone)[:5]) > 1e-4
+    assert largest_difference(train_losses(rows), train_losses(alone)[:5]) > 1e-4
 
 
 LABELS = (*DROPOUT, "--data.label_column", "label", "--max_steps", "20", "--batch_size", "32")
@@ -69,7 +66,7 @@ def test_labels_are_the_same_inputs_in_any_layout(
 ) -> None:
     accumulated = ("--gradient_accumulation_steps", str(micro_batches))
     rows = launch_training(f"labels-{processes}", *LABELS, *accumulated, processes=processes)
-    assert largest_difference(losses(rows), losses(labelled)) <= 1e-5
+    assert largest_difference(train_losses(rows), train_losses(labelled)) <= 1e-5
     assert largest_difference(norms(rows), norms(labelled)) <= 1e-4
 
 
@@ -115,8 +112,8 @@ def test_several_sources_have_the_same_losses_in_any_layout(
     name, accumulated = f"mixed-{processes}", ("--gradient_accumulation_steps", str(micro_batches))
     launch_training(name, *mixed, *accumulated, "--max_steps", "12", processes=processes)
     rows = launch_training(name, *mixed)
-    assert len(losses(rows)) == 20
-    assert largest_difference(losses(rows), losses(mixed_alone)) <= 1e-5
+    assert len(train_losses(rows)) == 20
+    assert largest_difference(train_losses(rows), train_losses(mixed_alone)) <= 1e-5
     assert largest_difference(norms(rows), norms(mixed_alone)) <= 1e-4
     for metric in ("valid/loss", "valid/loss/others"):
         assert rows[-1][metric] == pytest.approx(mixed_alone[-1][metric], rel=1e-5)
@@ -129,7 +126,7 @@ def test_bfloat16_on_two_processes_stays_within_its_band(launch_training: Launch
     flags = ("--max_steps", "50", "--mixed_precision", "bf16", "--model.hidden_size", hidden_size)
     alone = launch_training(f"bf16-1x1-{hidden_size}", *flags)
     rows = launch_training(f"bf16-2x2-{hidden_size}", *flags, "--gradient_accumulation_steps", "2", processes=2)
-    assert largest_difference(losses(rows), losses(alone)) <= 5e-4
+    assert largest_difference(train_losses(rows), train_losses(alone)) <= 5e-4
 
 
 SHARDS = (*DROPOUT, "--data.shards", "5", "--max_steps", "20", "--batch_size", "32", "--evaluate_documents", "20")
@@ -148,6 +145,6 @@ def test_a_store_in_shards_has_the_same_losses_in_any_layout(
     name, accumulated = f"shards-{processes}", ("--gradient_accumulation_steps", str(micro_batches))
     launch_training(name, *SHARDS, *accumulated, "--max_steps", "12", processes=processes)
     rows = launch_training(name, *SHARDS)
-    assert len(losses(rows)) == 20
-    assert largest_difference(losses(rows), losses(in_shards)) <= 1e-5
+    assert len(train_losses(rows)) == 20
+    assert largest_difference(train_losses(rows), train_losses(in_shards)) <= 1e-5
     assert largest_difference(norms(rows), norms(in_shards)) <= 1e-4

@@ -32,17 +32,6 @@ CHECKPOINT_FILES = 7  # written one after the other, the manifest last
 Disk = Callable[[str], Path]
 
 
-@pytest.fixture(scope="module")
-def flags(tiny_flags: list[str]) -> list[str]:
-    return [*tiny_flags, *FLAGS]
-
-
-@pytest.fixture(scope="module")
-def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of a run that nothing happened to."""
-    return finish(flags, tmp_path_factory.mktemp("whole") / "run").run_dir
-
-
 class Ext4:
     """An ext4 in a file."""
 

@@ -31,17 +31,6 @@ FLAGS = [
 
 
 @pytest.fixture(scope="module")
-def flags(tiny_flags: list[str]) -> list[str]:
-    return [*tiny_flags, *FLAGS]
-
-
-@pytest.fixture(scope="module")
-def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of a run on one process that nothing happened to."""
-    return finish(flags, tmp_path_factory.mktemp("whole") / "run").run_dir
-
-
-@pytest.fixture(scope="module")
 def whole_of_two(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the directory of a run on two processes that nothing happened to."""
     return finish(flags, tmp_path_factory.mktemp("whole-of-two") / "run", processes=2).run_dir

@@ -11,22 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.jobs import Fault, Job, assert_as_if_nothing_had_happened, fault, finish
+from tests.faults.jobs import Fault, Job, assert_as_if_nothing_had_happened, fault
 
 STOP = f"signal {int(signal.SIGSTOP)}"
 slow = pytest.mark.slow
 FLAGS = ["--max_steps", "12", "--evaluate_every", "5", "--log_every", "1", "--sample_tokens", "12"]
-
-
-@pytest.fixture(scope="module")
-def flags(tiny_flags: list[str]) -> list[str]:
-    return [*tiny_flags, *FLAGS]
-
-
-@pytest.fixture(scope="module")
-def whole(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the directory of a run on a disk with locks that nothing happened to."""
-    return finish(flags, tmp_path_factory.mktemp("whole") / "run").run_dir
 
 
 class Jobs:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.losses import train_losses
 from tests.slurm.conftest import ROOT, Slurm
 from textgen.runs.metrics_file import read_metrics
 
@@ -34,21 +35,17 @@ def flags(tiny_flags: list[str]) -> list[str]:
     return [*tiny_flags, *more]
 
 
-def losses(run_dir: Path) -> list[float]:
-    return [row["train/loss"] for row in read_metrics(run_dir) if "train/loss" in row]
-
-
 @pytest.fixture(scope="module")
 def alone(flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     """Return the losses of one process without Slurm."""
     run_dir = tmp_path_factory.mktemp("alone") / "run"
     command = [sys.executable, "train_distributed.py", *flags, "--run_dir", str(run_dir)]
     subprocess.run(command, cwd=ROOT, check=True, timeout=300)
-    return losses(run_dir)
+    return train_losses(read_metrics(run_dir))
 
 
 def assert_same_losses(run_dir: Path, alone: list[float]) -> None:
-    ours = losses(run_dir)
+    ours = train_losses(read_metrics(run_dir))
     assert len(ours) == len(alone) == STEPS
     assert max(abs(a / b - 1) for a, b in zip(ours, alone, strict=True)) <= 1e-5
 
