@@ -16,6 +16,8 @@
 - `store`: the encoded corpus on disk
 - `split`: the documents of a split, mapped into memory
 - `shards`: a train split in files that are read one after the other
+- `plan`: which documents are kept, on disk for other processes
+- `sharding`: preparing a store in shards, by any number of processes
 - `remote`: the shards of a store at an address, in a cache on the local disk
 - `lanes`: epochs as lanes and windows; the loader
 - `mixed_lanes`: lanes of several sources
