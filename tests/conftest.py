@@ -265,17 +265,13 @@ def labelled_run(tiny_flags: list[str], labelled_reviews: Path, share: Share) ->
 
 
 @pytest.fixture(scope="session")
-def sharded(tiny_flags: list[str], share: Share) -> TokenStore:
+def sharded(tiny_flags: list[str]) -> TokenStore:
     """A store of made-up reviews in shards of some 6 KB; do not change it."""
-    from tests.data.shard_files import SHARDS, write_in_shards  # imports torch
-    from textgen.commands.parsing import parse_train_config
-    from textgen.data.store import TokenStore, prepare_store
+    from textgen.commands.parsing import parse_train_config  # import torch
+    from textgen.data.store import prepare_store
 
-    def write(directory: Path) -> None:
-        config = parse_train_config(tiny_flags, prog="textgen prepare")
-        write_in_shards(prepare_store(config.data, config.tokenizer, progress=False), directory / "store", SHARDS)
-
-    return TokenStore.open(share("sharded-store", write) / "store")
+    config = parse_train_config([*tiny_flags, "--data.shards", "8"], prog="textgen prepare")
+    return prepare_store(config.data, config.tokenizer, progress=False)
 
 
 @pytest.fixture(scope="session")

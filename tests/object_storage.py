@@ -119,6 +119,7 @@ def start_proxy(host: str) -> Iterator[ObjectStorage]:
     """Start a proxy before an HTTP server that is there."""
     proxy = ThreadingHTTPServer(("127.0.0.1", 0), _Proxy)
     proxy.daemon_threads = True
+    proxy.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that has gone
     url = f"http://127.0.0.1:{proxy.server_port}"
     environment = {
         "AWS_ENDPOINT_URL": url,

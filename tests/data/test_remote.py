@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from tests.data.shard_files import SHARDS
 from tests.object_storage import Faults, ObjectStorage
 from textgen.config import DataConfig
 from textgen.data import remote
@@ -22,6 +21,7 @@ from textgen.data.store import TokenStore, open_store
 from textgen.errors import TextgenError
 from textgen.storage import remote_folder
 
+SHARDS = 8
 STEPS = range(180)  # more than three epochs
 
 

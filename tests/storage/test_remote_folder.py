@@ -140,6 +140,15 @@ def test_what_waiting_cannot_mend_is_said_at_once(
     S3FileSystem.clear_instance_cache()
     with pytest.raises(StorageError, match=r"access is denied: .*[Cc]redentials"):
         RemoteFolder(address).fetch("file", tmp_path / "fetched")
+    S3FileSystem.clear_instance_cache()  # the tests that follow have credentials
+
+
+def test_a_full_disk_is_named_at_once(address: str, small_disk: Callable[[str], Path]) -> None:
+    disk = small_disk("256k")
+    with pytest.raises(OSError, match="No space left on device") as failed:
+        RemoteFolder(address).fetch("file", disk / "fetched", size=len(CONTENT))
+    assert failed.value.filename == str(disk / "fetched")
+    assert list(disk.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", ["", "/file", "../file", "a/../../file", "a\\b", "a\nb"])

@@ -124,9 +124,10 @@ from textgen.data.store import open_store
 store = open_store(DataConfig(store=sys.argv[1], cache_dir=sys.argv[2]))
 print(sum(part.num_tokens for part in store.parts("train")))
 """
+    url = f"https://127.0.0.1:{web.server_port}"
     try:
         done = subprocess.run(
-            [sys.executable, "-c", script, f"https://127.0.0.1:{web.server_port}/store", str(tmp_path / "cache")],
+            [sys.executable, "-c", script, f"{url}/{sharded.directory.name}", str(tmp_path / "cache")],
             capture_output=True, text=True, env={"SSL_CERT_FILE": str(certificate), "PYTHONPATH": sys.path[0]},
             check=False,
         )  # fmt: skip

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def find_data(config: TrainConfig) -> tuple[Check, TokenStore | None]:
-    """Find the training's token store, or else its text, without a network.
+    """Find the training's token store, or else its text, without a network unless the store is at an address.
 
     Returns:
         The check, and the store; None if the store does not exist yet.

@@ -99,6 +99,8 @@ class RemoteFolder:
             with aside.open("rb") as file:
                 os.fsync(file.fileno())  # after a power cut the file could have its size and other bytes
             aside.replace(path)
+        except OSError as error:  # a full disk does not say where
+            raise OSError(error.errno, error.strerror, str(path)) from error
         finally:
             with suppress(OSError):
                 aside.unlink(missing_ok=True)
@@ -249,7 +251,7 @@ class RemoteFolder:
                 if isinstance(error, OSError) and error.errno in LOCAL_ERRORS:
                     raise
                 if type(error).__name__ == "FSTimeoutError":
-                    reason = f"slower than {MIN_BYTES_PER_SECOND // 1000} KB a second"
+                    reason = f"no answer, or slower than {MIN_BYTES_PER_SECOND // 1000} KB a second"
             spent = time.monotonic() - started
             if spent + wait > self.patience:
                 raise StorageError(f"{where} cannot be {done}, tried for {spent:.0f} s: {reason}")
