@@ -72,6 +72,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias) if with_gradient else None
         total = torch.zeros((), device=x.device)
         rows = max(LOGITS_CHUNK.get(x.device.type, _OTHER_LOGITS_CHUNK) // len(weight), 1)
+        if rows > 64:  # products of 524 rows took 6 % longer than those of 512 (bfloat16, Zen 4, 2026-11-29)
+            rows -= rows % 64
         for start in range(0, len(x), rows):
             part = low_x[start : start + rows]  # (rows, size)
             logits = part @ low_weight.T  # (rows, vocab_size)
