@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -79,12 +81,14 @@ def train(store: Path, run_dir: Path) -> dict[str, float]:
         "--max_steps", str(STEPS), "--log_every", "1", "--mixed_precision", "no", "--tracking.mode", "disabled",
         "--sample_prompts", "[]",
     ]  # fmt: skip
-    metrics, highest, first = run_dir / "metrics.jsonl", 0.0, 0.0
+    metrics, highest, first, used = run_dir / "metrics.jsonl", 0.0, 0.0, 0.0
     started = time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None:
             if not first and metrics.exists() and '"step"' in metrics.read_text():
                 first = time.perf_counter() - started
+                fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+                used = (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # of user and system
             try:
                 status = Path(f"/proc/{process.pid}/status").read_text()
             except OSError:
@@ -93,7 +97,11 @@ def train(store: Path, run_dir: Path) -> dict[str, float]:
             highest = max([highest, *(int(size) / 1000 for size in found)])
             time.sleep(0.01)
     assert process.returncode == 0
-    return {"seconds_to_first_step": round(first, 2), "highest_anonymous_memory_mb": round(highest)}
+    return {
+        "seconds_to_first_step": round(first, 2),
+        "processor_seconds_to_first_step": round(used, 2),
+        "highest_anonymous_memory_mb": round(highest),
+    }
 
 
 def training(folder: Path) -> dict[str, Any]:
@@ -150,17 +158,19 @@ prepare_store(data, TokenizerConfig(path=model), progress=False)
 
 
 def preparing(folder: Path, megabytes: int) -> dict[str, Any]:
-    """Return the seconds of preparing a text, the tokenizer being given."""
+    """Return the seconds of preparing a text whose tokenizer is given, the start of the processes included."""
     path, model = folder / "large.jsonl", folder / MODEL_NAME
     documents = write_large(path, megabytes)
     Tokenizer(train_tokenizer(reviews(5000), vocab_size=VOCAB_SIZE)).save(model)
 
-    def prepare(cache: str, shards: int, processes: int) -> float:
-        started = time.perf_counter()
+    def prepare(cache: str, shards: int, processes: int) -> dict[str, float]:
+        started, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         argv = [sys.executable, "-c", PREPARE_CODE, str(path), str(folder / cache), str(model), str(shards)]
         started_processes = [subprocess.Popen(argv, cwd=ROOT) for _ in range(processes)]
         assert [process.wait() for process in started_processes] == [0] * processes
-        return round(time.perf_counter() - started, 1)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return {"seconds": round(time.perf_counter() - started, 1), "processor_seconds": round(used, 1)}
 
     data = DataConfig(source="files", files=(str(path),))
     started = time.perf_counter()
@@ -170,13 +180,11 @@ def preparing(folder: Path, megabytes: int) -> dict[str, Any]:
     read = time.perf_counter()
     return {
         "megabytes": round(path.stat().st_size / 1e6), "documents": documents,
-        "seconds": {
-            "deciding which documents are kept": round(decided - started, 1),
-            "reading the train split": round(read - decided, 1),
-            "without shards": prepare("whole", 0, 1),
-            f"{NUM_SHARDS} shards, 1 process": prepare("one", NUM_SHARDS, 1),
-            f"{NUM_SHARDS} shards, 2 processes": prepare("two", NUM_SHARDS, 2),
-        },
+        "deciding which documents are kept": {"seconds": round(decided - started, 1)},
+        "reading the train split": {"seconds": round(read - decided, 1)},
+        "without shards": prepare("whole", 0, 1),
+        f"{NUM_SHARDS} shards, 1 process": prepare("one", NUM_SHARDS, 1),
+        f"{NUM_SHARDS} shards, 2 processes": prepare("two", NUM_SHARDS, 2),
     }  # fmt: skip
 
 
