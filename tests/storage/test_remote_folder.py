@@ -105,7 +105,7 @@ def test_failures_that_last_end_in_one_line_and_leave_what_was_there(
     with pytest.raises(StorageError) as failed:
         RemoteFolder(address, patience=0.5).fetch("file", tmp_path / "fetched", size=len(CONTENT), sha256=SHA256)
     assert reason in str(failed.value)
-    assert f"`{address}/file` cannot be fetched, tried for " in str(failed.value)
+    assert f"`{address}/file` cannot be fetched, tried " in str(failed.value)
     assert "\n" not in str(failed.value)
     assert SECRET not in str(failed.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fetched", "sent"]

@@ -31,6 +31,7 @@ PATIENCE_SECONDS = 300.0
 """for how long an operation is tried again"""
 FIRST_WAIT_SECONDS, LAST_WAIT_SECONDS = 0.5, 30.0
 CONNECT_SECONDS, SILENT_SECONDS = 10.0, 30.0
+DAMAGED_TRIES = 4  # storage may give the right bytes next time
 MIN_BYTES_PER_SECOND = 50_000  # a transfer that is slower has failed
 PACKAGES = {"gs": "gcsfs", "az": "adlfs"}  # each brings its provider's libraries, so they are in no extra
 DENIED = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "CredentialRetrievalError")
@@ -45,6 +46,10 @@ class StorageError(TextgenError):
 
 class MissingFileError(StorageError):
     """A file that storage does not have."""
+
+
+class DamagedFileError(StorageError):
+    """Storage has, or gives, other bytes than it should."""
 
 
 class RemoteFolder:
@@ -82,17 +87,18 @@ class RemoteFolder:
 
         Raises:
             MissingFileError: storage does not have the file.
-            StorageError: it cannot be fetched, or is another file.
+            DamagedFileError: it has another file.
+            StorageError: it cannot be fetched.
             OSError: the local disk is full or cannot be written.
         """
         aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
         def attempt() -> None:
-            self._download(name, aside, size, _DamagedError(f"more than {size} bytes"))
+            self._download(name, aside, size, DamagedFileError(f"more than {size} bytes"))
             if size is not None and (seen := aside.stat().st_size) != size:
-                raise _DamagedError(f"{seen} bytes, wanted {size}")
+                raise DamagedFileError(f"{seen} bytes, wanted {size}")
             if sha256 is not None and (digest := hash_file(aside)) != sha256:
-                raise _DamagedError(f"sha256 {digest[:8]}, wanted {sha256[:8]}")
+                raise DamagedFileError(f"sha256 {digest[:8]}, wanted {sha256[:8]}")
 
         try:
             self._try("fetched", name, attempt)
@@ -109,12 +115,17 @@ class RemoteFolder:
         """Return the bytes of a small file.
 
         Raises:
-            MissingFileError, StorageError, OSError: as `fetch`; the file is longer than `limit` bytes.
+            MissingFileError, DamagedFileError, StorageError, OSError: as `fetch`; damaged if it is longer than `limit`.
         """
         with tempfile.TemporaryDirectory(prefix="textgen-") as folder:
             path = Path(folder, "file")
             longer = StorageError(f"`{self._shown(name)}` is longer than {limit} bytes")
-            self._try("fetched", name, lambda: self._download(name, path, limit, longer))
+            try:
+                self._try("fetched", name, lambda: self._download(name, path, limit, longer))
+            except StorageError as error:
+                if error is longer:
+                    raise DamagedFileError(str(longer)) from None
+                raise
             return path.read_bytes()
 
     def send(self, path: Path, name: str) -> None:
@@ -138,7 +149,7 @@ class RemoteFolder:
             self._files.put_file(str(path), target, **self._within(size))
             self._files.invalidate_cache()
             if (seen := self._files.info(target, **self._within(0))["size"]) != size:
-                raise _DamagedError(f"{seen} bytes arrived, wanted {size}")
+                raise DamagedFileError(f"{seen} bytes arrived, wanted {size}")
 
         self._try("sent", name, attempt)
 
@@ -232,15 +243,15 @@ class RemoteFolder:
 
     def _try(self, done: str, name: str, attempt: Callable[[], T]) -> T:
         """Return what `attempt` returns, calling it again while storage fails and the patience lasts."""
-        started, wait, warned = time.monotonic(), FIRST_WAIT_SECONDS, False
+        started, wait, warned, damaged = time.monotonic(), FIRST_WAIT_SECONDS, False, 0
         where = f"`{self._shown(name)}`"
         while True:
             try:
                 return attempt()
             except TextgenError as error:
-                if not isinstance(error, _DamagedError):
+                if not isinstance(error, DamagedFileError):
                     raise
-                reason = str(error)
+                reason, damaged = str(error), damaged + 1
             except FileNotFoundError as error:
                 raise MissingFileError(f"{where} does not exist") from error
             except Exception as error:  # each library has its own
@@ -250,9 +261,13 @@ class RemoteFolder:
                     raise StorageError(f"{where} cannot be {done}, access is denied: {reason}") from error
                 if isinstance(error, OSError) and error.errno in LOCAL_ERRORS:
                     raise
+                if type(error).__name__ == "FlexibleChecksumError":  # botocore compares a checksum of S3
+                    damaged += 1
                 if type(error).__name__ == "FSTimeoutError":
                     reason = f"no answer, or slower than {MIN_BYTES_PER_SECOND // 1000} KB a second"
             spent = time.monotonic() - started
+            if damaged == DAMAGED_TRIES:
+                raise DamagedFileError(f"{where} cannot be {done}, tried {damaged} times: {reason}")
             if spent + wait > self.patience:
                 raise StorageError(f"{where} cannot be {done}, tried for {spent:.0f} s: {reason}")
             if not warned:
@@ -262,10 +277,6 @@ class RemoteFolder:
                 wait * random.SystemRandom().uniform(0.7, 1)
             )  # processes that fail together do not return together
             wait = min(2 * wait, LAST_WAIT_SECONDS)
-
-
-class _DamagedError(StorageError):
-    """Storage gave other bytes than it should; it may give the right ones next time."""
 
 
 def hash_file(path: Path) -> str:
