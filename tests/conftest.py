@@ -286,6 +286,9 @@ def object_storage(object_server: ObjectStorage, monkeypatch: pytest.MonkeyPatch
     """The S3 server, without faults, and the environment that leads to it."""
     for name, value in object_server.environment.items():
         monkeypatch.setenv(name, value)
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()  # a test may have made one without credentials
     object_server.faults = Faults()
     object_server.requests.clear()
     yield object_server

@@ -20,8 +20,9 @@ ROOT = Path(__file__).parents[1]
 OPTIONS = """
 run_dir batch_size seq_len max_epochs max_steps max_minutes learning_rate seed gradient_accumulation_steps
 mixed_precision lr_schedule warmup_steps max_grad_norm weight_decay adam_betas ema_decay log_every evaluate_every
-evaluate_documents early_stopping_patience save_every sample_prompts sample_temperatures sample_tokens keep_last resume
-resume_override init_from stop_signal gradient_compression distributed_timeout elastic deterministic cuda_graph profile
+evaluate_documents early_stopping_patience save_every sample_prompts sample_temperatures sample_tokens keep_last
+checkpoint_copy resume resume_override init_from stop_signal gradient_compression distributed_timeout elastic
+deterministic cuda_graph profile
 dry_run
 data.source data.dataset data.dataset_config data.files data.text_column data.label_column data.label_folders
 data.txt_documents data.encoding data.on_error data.max_document_bytes data.csv_delimiter data.csv_quoting

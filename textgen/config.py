@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
-from textgen.storage.address import check_address, is_address
+from textgen.storage.address import check_address, is_address, protocol_of
 
 Precision = Literal["no", "bf16", "fp16", "auto"]
 DecoderName = Literal["auto", "plain", "float32", "bfloat16", "int8", "graph"]
@@ -299,6 +299,8 @@ class TrackingConfig:
     """upload checkpoints as W&B artifacts; otherwise artifacts refer to their paths"""
 
 
+COPY_PROTOCOLS = ("file", "s3", "gs", "az")  # that can be written, a file at a time
+
 MAX_PROFILED_STEPS = 10  # more would make traces that viewers cannot open
 
 
@@ -364,6 +366,9 @@ class TrainConfig:
     """tokens of each sample"""
     keep_last: int = 2
     """number of newest checkpoints to keep, in addition to the best one"""
+    checkpoint_copy: str | None = None
+    """address such as s3://bucket/runs/x, to which each checkpoint is copied in the background; one address for each
+    run. A training on an empty disk continues from it"""
     resume: str = "auto"
     """auto: continue from the newest valid checkpoint of `run_dir` if there is one. never: start at step 0. Otherwise
     the path of a checkpoint or run to start from"""
@@ -408,6 +413,14 @@ class TrainConfig:
         )  # fmt: skip
         _require_within(self, 0, math.inf, "warmup_steps", "weight_decay")
         _require_within(self, 0, 1, "ema_decay")
+        if self.checkpoint_copy is not None:
+            try:
+                address = check_address(self.checkpoint_copy)
+            except ValueError as error:
+                raise ValueError(f"`checkpoint_copy`: {error}") from None
+            if (protocol := protocol_of(address)) not in COPY_PROTOCOLS:
+                wanted = ", ".join(f"`{name}`" for name in COPY_PROTOCOLS)
+                raise ValueError(f"`checkpoint_copy` cannot be written by `{protocol}`: wanted one of {wanted}")
         for beta in self.adam_betas:
             if not 0 <= beta < 1:
                 raise ValueError(f"`adam_betas` must be at least 0 and below 1: {self.adam_betas}")

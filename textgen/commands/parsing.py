@@ -59,7 +59,7 @@ HELP_GROUPS = {
         "log_every", "evaluate_every", "evaluate_documents", "sample_prompts", "sample_temperatures", "sample_tokens",
     ),
     "checkpoints, and the end of a training": (
-        "init_from", "save_every", "keep_last", "resume", "resume_override", "stop_signal",
+        "init_from", "save_every", "keep_last", "checkpoint_copy", "resume", "resume_override", "stop_signal",
     ),
     "processes and hardware": (
         "gradient_accumulation_steps", "mixed_precision", "gradient_compression", "distributed_timeout",

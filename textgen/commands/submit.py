@@ -57,8 +57,12 @@ def submit_command(argv: Sequence[str]) -> None:
     else:
         trainings = read_sweep(args.sweep, flags)
         args.array = args.array or f"1-{len(trainings)}"
+        addresses: set[str | None] = set()
         for number in _numbers(args.array):
-            _check_training(_pick(trainings, number, args.sweep), args.nodes * processes)
+            address = _check_training(_pick(trainings, number, args.sweep), args.nodes * processes)
+            if address in addresses:
+                fail(f"`checkpoint_copy` must be another address for each training of a sweep: {address}")
+            addresses |= {address} - {None}
 
     command = sbatch_command(args, flags, processes)
     site = [f"source {shlex.quote(_shown(SLURM / 'site.sh'))}"] if (SLURM / "site.sh").exists() else []
@@ -138,8 +142,8 @@ def _find_preset(name: str) -> Path:
     return presets[name]
 
 
-def _check_training(flags: Sequence[str], processes: int) -> None:
-    """Fail if the settings of a training are wrong; its data is not read."""
+def _check_training(flags: Sequence[str], processes: int) -> str | None:
+    """Return the `checkpoint_copy` of a training. Fail if its settings are wrong; its data is not read."""
     config = parse_train_config(flags, prog="textgen submit --")
     if given_run_dir(flags) is None:  # the job names its folder
         config = replace(config, run_dir=os.devnull)
@@ -149,6 +153,7 @@ def _check_training(flags: Sequence[str], processes: int) -> None:
             f"batch_size {config.batch_size} is not divisible by {processes} processes x "
             f"{config.gradient_accumulation_steps} gradient_accumulation_steps"
         )
+    return config.checkpoint_copy
 
 
 def _shown(path: Path) -> str:

@@ -6,7 +6,9 @@ import hashlib
 import logging
 import os
 import socket
+import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Literal
 
@@ -25,6 +27,9 @@ from textgen.errors import TextgenError, first_line
 from textgen.hardware import has_bfloat16, has_float16, keep_freed_memory, prefers_float16, wants_mps
 
 log = logging.getLogger("textgen")
+
+TOGETHER_SECONDS = 0.2  # between two questions of `wait_together`
+FAILED_SECONDS = 4.0  # a launcher ends all processes with the first one: let the one that failed print its reason
 
 LSTM_DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The dtype of an LSTM's computation for each mixed_precision of accelerate."""
@@ -269,6 +274,49 @@ def assert_same(accelerator: Accelerator, value: object, what: str) -> None:
     """Raise TextgenError unless all processes hold the same value, compared as text. Collective."""
     if count_different(accelerator, value) > 1:
         raise TextgenError(f"{what} is not the same on all {accelerator.num_processes} processes")
+
+
+def from_main(accelerator: Accelerator, value: int) -> int:
+    """Return the integer that the main process holds. Collective."""
+    return int(accelerator.gather(torch.tensor([value], device=accelerator.device))[0])
+
+
+def wait_together(accelerator: Accelerator, action: Callable[[], object] | None) -> None:
+    """Run an action on some processes while the others wait, however long it takes. Collective.
+
+    A collective ends after `distributed_timeout`. So the processes ask each other again and again whether all are done.
+    The action runs in a thread, and a signal interrupts the waiting.
+
+    Args:
+        accelerator: of this process.
+        action: of this process; None to wait only.
+
+    Raises:
+        Exception: the action of this process failed.
+        TextgenError: that of another process failed.
+    """
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            if action is not None:
+                action()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, name="together", daemon=True)
+    thread.start()
+    while True:
+        thread.join(TOGETHER_SECONDS)
+        state = torch.tensor([float(thread.is_alive()), float(bool(errors))], device=accelerator.device)
+        busy, failed = accelerator.reduce(state, "sum").tolist()
+        if errors:
+            raise errors[0]
+        if failed:
+            time.sleep(FAILED_SECONDS)
+            raise TextgenError("another process failed, and says why")
+        if not busy:
+            return
 
 
 def raise_if_stopped(accelerator: Accelerator, stop: StopSignals) -> None:

@@ -17,7 +17,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,14 +67,31 @@ def write_checkpoint(
     Raises:
         OSError: the checkpoint cannot be written; a checkpoint that was to be replaced is found as before.
     """
+
+    def write(aside: Path) -> None:
+        entries = {name: _write(aside / name, content) for name, content in files.items()}
+        manifest = {"format": FORMAT, "step": step, "files": entries}
+        _write(aside / MANIFEST_NAME, [json.dumps(manifest, indent=2).encode() + b"\n"])
+
+    make_checkpoint(directory, write, require=require)
+
+
+def make_checkpoint(
+    directory: Path, write: Callable[[Path], None], *, require: Callable[[], None] | None = None
+) -> None:
+    """Make a checkpoint's directory whole or not at all.
+
+    Args:
+        directory: of the checkpoint. A checkpoint in it is replaced.
+        write: writes all files into the directory that it is called with, and waits until they are on disk.
+        require: as of `write_checkpoint`.
+    """
     # A name of this call alone: a next holder of the run removes the directory, and a late rename then finds nothing.
     aside = directory.with_name(f".{directory.name}-{secrets.token_hex(4)}.tmp")
     replaced = directory.with_name(f"{directory.name}.old")
     try:
         make_directory(aside)
-        entries = {name: _write(aside / name, content) for name, content in files.items()}
-        manifest = {"format": FORMAT, "step": step, "files": entries}
-        _write(aside / MANIFEST_NAME, [json.dumps(manifest, indent=2).encode() + b"\n"])
+        write(aside)
         fsync_directory(aside)
         if require is not None:
             require()
@@ -114,15 +131,25 @@ def _remove(directory: Path) -> None:
         shutil.rmtree(directory.rename(nameless), ignore_errors=True)
 
 
-def prune(run_dir: Path, *, keep_last: int, best_step: int | None) -> None:
-    """Delete checkpoints except the newest `keep_last` and that of `best_step`, and leftovers of killed processes."""
+def prune(run_dir: Path, *, keep_last: int, best_step: int | None, in_use: Collection[int] = ()) -> None:
+    """Delete checkpoints and leftovers of killed processes.
+
+    The newest `keep_last` checkpoints stay, that of `best_step`, and those of steps that are `in_use`.
+    """
     seen: set[int] = set()
     for step, path in checkpoints(run_dir):
         replaced = step in seen
         seen.add(step)
-        if replaced or (len(seen) > keep_last and step != best_step):
+        if replaced or (len(seen) > keep_last and step != best_step and step not in in_use):
             _remove(path)
     remove_leftovers(run_dir)
+
+
+def set_aside(directory: Path) -> None:
+    """Rename a checkpoint that is not valid to `*.invalid`."""
+    invalid = directory.with_name(f"{directory.name}.invalid")
+    shutil.rmtree(invalid, ignore_errors=True)  # of an earlier damage to the same step
+    directory.rename(invalid)
 
 
 def remove_leftovers(run_dir: Path) -> None:
@@ -149,6 +176,7 @@ class Saver:
         before: called in the thread before each checkpoint is written.
         after: called in the thread with the step of each checkpoint that is on disk.
         require: called in the thread before anything is replaced or pruned; raises if the run is no longer held.
+        in_use: called in the thread; returns steps whose checkpoints must not be pruned.
     """
 
     def __init__(
@@ -160,7 +188,9 @@ class Saver:
         before: Callable[[], None] | None = None,
         after: Callable[[int], None] | None = None,
         require: Callable[[], None] | None = None,
+        in_use: Callable[[], Collection[int]] = tuple,
     ) -> None:
+        self._in_use = in_use
         self._run_dir, self._keep_last, self._cuda = run_dir, keep_last, torch.device(device).type == "cuda"
         self._before, self._after, self._require = before, after, require
         self._buffers: dict[tuple[str, str], Tensor] = {}
@@ -230,7 +260,7 @@ class Saver:
                 self._after(step)
             if self._require is not None:
                 self._require()
-            prune(self._run_dir, keep_last=self._keep_last, best_step=best_step)
+            prune(self._run_dir, keep_last=self._keep_last, best_step=best_step, in_use=self._in_use())
             seconds = time.perf_counter() - started
             log.info("step %d: checkpoint written in %.2f s, training paused %.0f ms", step, seconds, pause * 1000)
 
@@ -346,7 +376,11 @@ def verify(directory: Path, names: Sequence[str] | None = None) -> Manifest:
 def _read_manifest(directory: Path) -> Manifest:
     """Read and check manifest.json; raise CheckpointError if it is missing or damaged."""
     path = directory / MANIFEST_NAME
-    values = read_json(path)
+    return parse_manifest(read_json(path), str(path))
+
+
+def parse_manifest(values: Mapping[str, Any], path: str) -> Manifest:
+    """Return the manifest that JSON holds; raise CheckpointError, which names `path`, if it is none."""
     try:
         if values["format"] != FORMAT:
             raise CheckpointError(f"`{path}` is of format {values['format']!r:.40}, wanted {FORMAT}")

@@ -40,6 +40,8 @@ class RunDirectory:
 
         self._lock = FileLock(self.path / LOCK_NAME)
         self._started: object = None
+        self.is_shared = True
+        """whether all processes see this directory; only with `checkpoint_copy` they need not"""
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -63,7 +65,9 @@ class RunDirectory:
             # Of killed trainings; or of a stopped one, which can then no longer replace the status.
             for aside in self.path.glob(f".{STATUS_NAME}.*"):
                 aside.unlink(missing_ok=True)
-            holder = {"started": _now(), "host": socket.gethostname(), "pid": os.getpid()}
+            holder: dict[str, Any] = {"started": _now(), "host": socket.gethostname(), "pid": os.getpid()}
+            if "copy" in read_status(self.path):  # this training may have none
+                holder["copy"] = None
             self._write({"state": "running", "step": None, "total_steps": None, "reason": None, **holder})
             yield
 
@@ -117,6 +121,11 @@ class RunDirectory:
         with self._alone():
             if state != "running" or read_status(self.path).get("state") == "running":
                 self._write({"state": state, "step": step, "total_steps": total_steps, "reason": reason})
+
+    def write_copy(self, copy: dict[str, Any]) -> None:
+        """Write the state of the copy at an address: `address`, newest `step`, `problem` of the last checkpoint."""
+        with self._alone():
+            self._write({"copy": copy})
 
     def end(self, state: Literal["preempted", "failed"], reason: str) -> None:
         """Write the reason of the training's end, on any process, if the disk permits. The first reason is kept."""

@@ -10,6 +10,7 @@
 - `budget`: timed steps, `max_minutes`, the dry run
 - `tuning`: a search of learning rate and batch size by short trainings
 - `resume`: the training state as a checkpoint and back, on any number of processes
+- `copying`: copies of checkpoints at an address: fetched before the first step, finished after the last
 - `optim`: Adam, the learning rate of a step, the update
 - `cuda_graph`: steps from a CUDA graph
 """

@@ -35,6 +35,7 @@ from textgen.tracking.backends import build_trackers, check_trackers, describe_l
 from textgen.tracking.tracker import RunEnd, Tracker
 from textgen.tracking.wandb import choose_wandb_id
 from textgen.training.budget import describe_cost, describe_request, describe_training, fit_steps
+from textgen.training.copying import bring_checkpoint, finish_copying, start_copying
 from textgen.training.metrics import Meter, log_metrics, say_epoch
 from textgen.training.profile import Profile, check_profile
 from textgen.training.resume import (
@@ -105,8 +106,9 @@ def run_training(
         describe_cost(training.learner, training.loader, training.store)
         return
     with hold_run(config, accelerator) as run, _status_of_the_end(run, stop):
+        copier = bring_checkpoint(config, accelerator, run)
         training = build_training(config, accelerator, stop)
-        training.on_row, training.is_trial = on_row, is_trial
+        training.on_row, training.is_trial, training.copier = on_row, is_trial, copier
         with _name_in_errors(run.path):
             train_and_save(training, run)
 
@@ -143,7 +145,12 @@ def hold_run(config: TrainConfig, accelerator: Accelerator) -> Iterator[RunDirec
     with run.hold():
         # A training that finds the directory in use fails before this line, and does not change the other's status.
         accelerator.wait_for_everyone()
-        launch.assert_same(accelerator, run.read_started(), f"`{run.path}` (is it on a disk that all share?)")
+        run.is_shared = launch.count_different(accelerator, run.read_started()) == 1
+        if not run.is_shared and config.checkpoint_copy is None:
+            raise TextgenError(
+                f"`{run.path}` is not the same on all {accelerator.num_processes} processes: wanted a disk that all "
+                "share, or `--checkpoint_copy`"
+            )
         yield run
 
 
@@ -168,6 +175,8 @@ def train_and_save(training: Training, run: RunDirectory) -> None:
             f"`{run.path}` has finished at step {progress.step}: nothing to do; `--init_from {run.path}` with another "
             "`--run_dir` starts a new training from its weights",
         )
+        start_copying(training)  # of a training whose copy is behind
+        finish_copying(training, stopped=False)
         return
     require_space(training, run)
     check_profile(training.learner)
@@ -175,6 +184,7 @@ def train_and_save(training: Training, run: RunDirectory) -> None:
         write_run_files(training)
     tracker = start_tracking(training, run)
     start_saving(training, run, tracker)
+    start_copying(training)
     log.info("%s", describe_training(training.learner, training.store))
     # From here on a signal no longer ends the process at once: the loop saves first. All processes get here before any
     # of them defers signals, so that a signal to all of them rarely finds some before this line and some after it.
@@ -190,6 +200,7 @@ def train_and_save(training: Training, run: RunDirectory) -> None:
             run_steps(training, tracker, run, bar, profile)
             finish_saving(training)
             run.write_status("finished", step=progress.step, total_steps=progress.total_steps)
+            finish_copying(training, stopped=False)
         if accelerator.is_main_process and not training.is_trial:
             measure_decoder(training, run)
     except Interrupted as interrupted:
@@ -198,10 +209,14 @@ def train_and_save(training: Training, run: RunDirectory) -> None:
         run.write_status("preempted", step=progress.step, total_steps=progress.total_steps, reason=str(interrupted))
         interrupted.saved = True
         log.info("%s: saved at step %d; run the same command again to continue", interrupted, progress.step)
+        finish_copying(training, stopped=True)
         raise
     finally:
         if training.saver is not None:
             training.saver.settle()
+            error = sys.exception()
+            if training.copier is not None and error is not None and not isinstance(error, Interrupted):
+                training.copier.finish(stopped=True)
             if not (run.is_lost() or training.is_trial):
                 leave_report(run.path)
         tracker.finish(_describe_end(training, sys.exception()))
@@ -438,11 +453,14 @@ def start_saving(training: Training, run: RunDirectory, tracker: Tracker) -> Non
     """Give the main process a `Saver`, which tells the tracker of every checkpoint that is on disk."""
     learner = training.learner
     config, accelerator, progress = learner.config, learner.accelerator, learner.progression
+    copier = training.copier
 
     def written(step: int) -> None:
         run.write_status("running", step=step, total_steps=progress.total_steps)
         best = {"step": step, "best_step": progress.best_step, "best_loss": progress.best_loss}
         tracker.checkpoint(checkpoint_path(run.path, step), best=step == progress.best_step, metadata=best)
+        if copier is not None:
+            copier.offer(step, best_step=progress.best_step)
 
     if accelerator.is_main_process:
         training.saver = Saver(
@@ -452,6 +470,7 @@ def start_saving(training: Training, run: RunDirectory, tracker: Tracker) -> Non
             before=tracker.sync,
             after=written,
             require=run.require_lock,
+            in_use=lambda: () if copier is None else copier.copying,
         )
         training.saver.reserve(_shapes(learner))
 

@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import time
 import typing
 from collections.abc import Mapping, Sequence
@@ -33,6 +32,7 @@ from textgen.runs.checkpoint import (
     newest_valid,
     read_json,
     remove_leftovers,
+    set_aside,
     verify,
 )
 from textgen.runs.tensors import check_tensors, read_tensors
@@ -51,7 +51,7 @@ SMALL_FILES_BYTES = 64 << 10
 HARMLESS = {
     "log_every", "keep_last", "save_every", "sample_prompts", "sample_temperatures", "sample_tokens", "tracking",
     "evaluate_every", "evaluate_documents", "gradient_accumulation_steps", "distributed_timeout", "stop_signal",
-    "elastic", "deterministic", "cuda_graph",
+    "elastic", "deterministic", "cuda_graph", "checkpoint_copy",
 }  # fmt: skip
 # Dtypes of tensor files that may hold others than float32: an LSTM state has the dtype in which the LSTM computes.
 DTYPES_OF = {"lanes": ("F32", "F16", "BF16")}
@@ -88,10 +88,11 @@ def checkpoint_bytes(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> int
 
 
 def checkpoints_at_a_time(config: TrainConfig, *, total_steps: int, per_epoch: int) -> int:
-    """Return the largest number of checkpoints on disk: those kept, the best, and one being written."""
+    """Return the largest number of checkpoints on disk: those kept, the best, one being written, one being copied."""
     every = config.evaluate_every or per_epoch
     saves = math.ceil(total_steps / min(every, config.save_every or every))
-    return min(config.keep_last + 2, saves + (config.init_from is not None))  # a base is saved before the first step
+    kept = config.keep_last + 2 + (config.checkpoint_copy is not None)  # one that is being copied
+    return min(kept, saves + (config.init_from is not None))  # a base is saved before the first step
 
 
 def save(training: Training) -> float:
@@ -174,7 +175,10 @@ def find_resume_point(training: Training) -> ResumePoint | None:
             or the run has newer checkpoints.
     """
     directory = choose(training)
-    launch.assert_same(training.learner.accelerator, directory, "the checkpoint to resume from")
+    # With a copy, machines may have a disk each, and the checkpoint under another path.
+    by_content = training.learner.config.checkpoint_copy is not None and directory is not None
+    same = (directory / MANIFEST_NAME).read_bytes() if by_content and directory is not None else directory
+    launch.assert_same(training.learner.accelerator, same, "the checkpoint to resume from")
     if directory is None:
         return None
     manifest = verify(directory)
@@ -252,8 +256,9 @@ def choose(training: Training) -> Path | None:
     if config.resume != "auto" and (directory := _choose_named(config.resume, run_dir)) is not None:
         return directory
     chosen = _newest_after_cleaning(run_dir) if main else None
-    training.learner.accelerator.wait_for_everyone()
-    return chosen if main else next((path for _, path in checkpoints(run_dir)), None)
+    # Others do not look for the newest one: a disk of another machine may have a newer one of an earlier start.
+    step = launch.from_main(training.learner.accelerator, -1 if chosen is None else verify(chosen, []).step)
+    return None if step < 0 else checkpoint_path(run_dir, step)
 
 
 def _choose_named(name: str, run_dir: Path) -> Path | None:
@@ -289,9 +294,7 @@ def _newest_after_cleaning(run_dir: Path) -> Path | None:
             chosen,
         )
         for _, path in checkpoints(run_dir)[: len(problems)]:
-            invalid = path.with_name(f"{path.name}.invalid")
-            shutil.rmtree(invalid, ignore_errors=True)  # of an earlier damage to the same step
-            path.rename(invalid)
+            set_aside(path)
     return chosen
 
 
@@ -380,7 +383,8 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
             if not config.resume_override:
                 from_weights = "" if name.startswith("model.") else f", with `--init_from {directory}` from its weights"
                 regardless = "" if differing_labels else "`--resume_override` resumes regardless, "
-                raise CheckpointError(f"{message}: {regardless}another `--run_dir` starts a new run{from_weights}")
+                run_dir = "`--run_dir`" + (" and `--checkpoint_copy`" if config.checkpoint_copy else "")
+                raise CheckpointError(f"{message}: {regardless}another {run_dir} starts a new run{from_weights}")
             overridden = True
         log.info("%s", message)
     if overridden:

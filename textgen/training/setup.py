@@ -24,6 +24,7 @@ from textgen.kernels import amx
 from textgen.kernels.capture import CudaCapture, Replay
 from textgen.model.lstm import LSTMLanguageModel, State
 from textgen.runs.checkpoint import Saver
+from textgen.runs.copies import Copier
 from textgen.training.cuda_graph import Capture, StepGraph
 from textgen.training.optim import build_optimizer
 from textgen.training.step import Learner, Progression, StepLoader, steps_per_epoch
@@ -42,6 +43,8 @@ class Training:
     float64, so a row does not depend on the order of summation or on a resume"""
     saver: Saver | None = None
     """of the main process"""
+    copier: Copier | None = None
+    """of the main process, with `checkpoint_copy`"""
     wandb_id: str | None = None
     origin: str | None = None
     """checkpoint of another run that this one started from"""

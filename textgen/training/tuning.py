@@ -376,6 +376,7 @@ def _settings(config: TrainConfig, store: TokenStore, directory: Path, steps: in
         early_stopping_patience=None,
         save_every=max(steps // 4, 1),
         keep_last=1,
+        checkpoint_copy=None,
         sample_prompts=(),
     )
 
