@@ -57,10 +57,12 @@ def test_a_training_killed_while_its_storage_is_dead_ends_as_one_on_a_local_stor
     while not (tmp_path / "remote").exists() or not steps_of(tmp_path / "remote"):
         assert time.monotonic() < deadline
         assert training.poll() is None
+        time.sleep(0.01)
     object_storage.faults = Faults(refused=True)
     while "trying again for 300 s" not in files["error"].read_text():
         assert time.monotonic() < deadline
         assert training.poll() is None
+        time.sleep(0.01)
     training.kill()
     while training.poll() is None:
         time.sleep(0.01)
