@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from textgen.hardware import processor_model
+from textgen.hardware import processor_model, read_cpuinfo
 
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 """folder of the results"""
@@ -26,13 +26,23 @@ def describe() -> dict[str, Any]:
     except OSError:  # without git figures are kept without the commit
         commit = ""
     return {
-        "processor": processor_model(),
+        "processor": _name_processor(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit,
     }
+
+
+def _name_processor() -> str:
+    """Return the model name with family and model: clouds call several generations `AMD EPYC` or `Intel Xeon Processor`.
+
+    AMD's family 25 is Zen 3 and Zen 4, family 26 Zen 5.
+    """
+    read = read_cpuinfo()
+    numbers = [f"{field.removeprefix('cpu ')} {read[field][0]}" for field in ("cpu family", "model") if read.get(field)]
+    return f"{processor_model()} ({', '.join(numbers)})" if numbers else processor_model()
 
 
 def joules(device: torch.device, powercap: Path = Path("/sys/class/powercap")) -> float:

@@ -33,7 +33,7 @@ def compiled_code() -> ctypes.CDLL | None:
 
 
 # Kinds of arguments: p, a pointer, n, an int64, i, an int, d, a double. ctypes then takes plain numbers; making its own
-# objects at each call took 4 of the 17 microseconds that one row is divided and drawn in (one Zen 5 core, 2026-11-29).
+# objects at each call took 4 of the 17 microseconds that one row is divided and drawn in (one Zen 4 core, 2026-11-29).
 _KINDS: dict[str, type] = {"p": ctypes.c_void_p, "n": ctypes.c_int64, "i": ctypes.c_int, "d": ctypes.c_double}
 _ARGUMENTS = {
     "textgen_draw": "pnnnpppppi",
