@@ -36,7 +36,7 @@ def describe() -> dict[str, Any]:
 
 
 def _name_processor() -> str:
-    """Return the model name with family and model: clouds call several generations `AMD EPYC` or `Intel Xeon Processor`.
+    """Return the model name with family and model: clouds call all generations `AMD EPYC` or `Intel Xeon`.
 
     AMD's family 25 is Zen 3 and Zen 4, family 26 Zen 5.
     """
