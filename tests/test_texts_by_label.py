@@ -22,6 +22,7 @@ from textgen.config import SamplingConfig
 from textgen.decoding.choose import choose_decoder
 from textgen.decoding.generation import generate_stream
 from textgen.decoding.samples import Request, Sample
+from textgen.decoding.sampling import scale_label
 from textgen.model.files import load_model
 
 LABELS = ["negative", "positive"]
@@ -204,8 +205,9 @@ def test_a_batch_file_of_a_state_is_not_continued_after_one_of_another_label(
 # --- label_scale -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("penalty", [1.0, 0.8])
 @pytest.mark.parametrize("prompt", ["", "great"])
-def test_label_scale_multiplies_what_the_label_changes(lm: textgen.LanguageModel, prompt: str) -> None:
+def test_label_scale_multiplies_what_the_label_changes(lm: textgen.LanguageModel, prompt: str, penalty: float) -> None:
     model, tokenizer, scale, ids = lm._decoder.model, lm._tokenizer, 2.5, lm._tokenizer.encode(prompt)
     for label in LABELS:
         drawn: list[int] = []
@@ -214,10 +216,26 @@ def test_label_scale_multiplies_what_the_label_changes(lm: textgen.LanguageModel
             with torch.inference_mode():
                 logprobs = model(rows, model.zero_state(2))[0][:, -1].log_softmax(-1)
             mixed = logprobs[1] + scale * (logprobs[0] - logprobs[1])
+            for token in {*ids, *drawn}:
+                mixed[token] *= penalty if mixed[token] < 0 else 1 / penalty
             mixed[tokenizer.unk_id] = -math.inf
             drawn.append(int(mixed.argmax()))
-        text = lm.generate(prompt, label=label, label_scale=scale, temperature=0, max_new_tokens=6)[0]
+        how = {"label_scale": scale, "repetition_penalty": penalty, "temperature": 0, "max_new_tokens": 6}
+        text = lm.generate(prompt, label=label, **how)[0]
         assert text == tokenizer.decode([*ids, *drawn]).removeprefix(prompt)
+
+
+def test_a_repetition_penalty_sees_logarithms_of_probabilities_beside_a_scale() -> None:
+    """It looks at signs, so a constant of a row must not matter to it; without a penalty all stays bit for bit."""
+    torch.manual_seed(1)
+    logits, unlabelled = torch.randn(2, 4, 50)
+    scale, penalty = torch.tensor([[3.0], [3.0], [1.0], [0.0]]), torch.tensor([[1.3], [1.0], [1.3], [0.5]])
+    scaled = scale_label(logits, unlabelled, scale, penalty)
+    plain = scale_label(logits, unlabelled, scale)
+    assert torch.equal(scaled[1:3], plain[1:3])
+    again = scale_label(logits + 5, unlabelled - 3, scale, penalty)
+    torch.testing.assert_close(again[[0, 3]], scaled[[0, 3]], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(scaled[[0, 3]].softmax(-1), plain[[0, 3]].softmax(-1))
 
 
 def test_a_scaled_sample_depends_on_no_other_row_of_its_batch(labelled_run: Path) -> None:

@@ -177,7 +177,7 @@ def test_scaled_labels_draw_what_single_steps_draw(tokenizer: Tokenizer, rows: i
     decoder = build(tokenizer, labels=("good", "bad"))
     for first in range(0, len(SETTINGS), rows):
         settings = [
-            setting | ({} if i % 3 else {"label_scale": (2.5, 9.0, 0.0)[i // 3 % 3]})
+            setting | ({} if i % 3 or "repetition_penalty" in setting else {"label_scale": (2.5, 9.0, 0.0)[i // 3 % 3]})
             for i, setting in enumerate(SETTINGS[first:] + SETTINGS[:first])
         ]
         steps, _ = compare(*(batch_of(decoder, tokenizer, settings, rows) for _ in range(2)), calls=4)
@@ -346,6 +346,7 @@ def test_settings_that_need_the_host_are_known(tokenizer: Tokenizer) -> None:
     assert all(is_compiled(SamplingConfig(**setting | LONG)) for setting in SETTINGS)
     assert not any(is_compiled(SamplingConfig(**setting)) for setting in HOSTED)
     assert is_compiled(SamplingConfig(label_scale=2.0))
+    assert not is_compiled(SamplingConfig(label_scale=2.0, repetition_penalty=1.2))
     # a new setting has to be put into one of the lists
     known = {name for setting in SETTINGS for name in setting} | set(NOT_COMPILED)
     # a part of another, what ends a text, and what needs a label

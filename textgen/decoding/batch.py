@@ -525,4 +525,4 @@ def _scale_label(decoder: Decoder, logits: Tensor, sampling: SamplingState) -> T
     unlabelled, after = decoder.step(tensors["unlabelled"], parts)
     for part, new in zip(parts, after, strict=True):
         part.copy_(new)
-    return scale_label(logits, unlabelled, tensors["label_scale"])
+    return scale_label(logits, unlabelled, tensors["label_scale"], tensors.get("repetition_penalty"))

@@ -264,6 +264,8 @@ NOT_COMPILED = (
 
 def is_compiled(config: SamplingConfig) -> bool:
     """Return whether compiled code can draw many tokens of a text in one call, see `kernels.decoding.Int8Step`."""
+    if config.label_scale != 1 and config.repetition_penalty != 1:  # see `scale_label`
+        return False
     return all(getattr(config, name) == SamplingConfig.__dataclass_fields__[name].default for name in NOT_COMPILED)
 
 
@@ -436,17 +438,22 @@ def _neutral_tensors(vocab_size: int, device: torch.device) -> Mapping[str, Tens
 # --- a step: process, draw, record -----------------------------------------------------------------------------------
 
 
-def scale_label(logits: Tensor, unlabelled: Tensor, scale: Tensor) -> Tensor:
+def scale_label(logits: Tensor, unlabelled: Tensor, scale: Tensor, repetition_penalty: Tensor | None = None) -> Tensor:
     """Return logits whose difference from those without the label is multiplied (classifier-free guidance).
 
     Sanchez et al. 2023, "Stay on topic with Classifier-Free Guidance", equation 7, whose log-probabilities differ from
-    logits by a constant of each row, which no probability depends on. Rows of scale 1 stay bit for bit.
+    logits by a constant of each row. A probability depends on it only by way of `penalize_repetition`, which looks at
+    signs: rows with such a penalty get log-probabilities. Rows of scale 1 stay bit for bit.
 
     Args:
         logits: (batch, vocab_size), after the label.
         unlabelled: (batch, vocab_size), without it.
         scale: (batch, 1).
+        repetition_penalty: (batch, 1); None if no row has one.
     """
+    if repetition_penalty is not None:
+        penalized = (repetition_penalty != 1) & (scale != 1)
+        logits, unlabelled = (torch.where(penalized, part.log_softmax(-1), part) for part in (logits, unlabelled))
     return torch.where(scale == 1, logits, unlabelled + scale * (logits - unlabelled))
 
 
