@@ -129,7 +129,7 @@ def test_a_finished_training_has_measured_int8_and_auto_takes_it(tiny_flags: lis
         model, _ = load_model(directory)
         chosen = choose_decoder(model, directory=directory)
         cost = figures["bits_per_byte"]["int8"] - figures["bits_per_byte"]["plain"]
-        assert chosen.name == ("int8" if cost <= choose.MOST_BITS_PER_BYTE else "bfloat16")
+        assert (chosen.name == "int8") == (cost <= choose.MOST_BITS_PER_BYTE)
 
 
 @pytest.mark.usefixtures("has_vnni")
@@ -162,6 +162,37 @@ def test_int8_is_not_measured_where_it_is_slow_or_the_text_is_short(
     monkeypatch.setattr(export, "LEAST_PARTS", 10**6)
     assert measure_int8(checkpoint, store) is None
     assert not (checkpoint / "decoder.json").exists()
+
+
+@pytest.mark.usefixtures("has_vnni")
+def test_what_export_measured_stays_at_the_end_of_a_training(checkpoint: Path) -> None:
+    export_command([str(checkpoint), "--limit", "5"])
+    path, store = checkpoint / "decoder.json", store_of(checkpoint)
+    exported = path.read_bytes()
+    assert measure_int8(checkpoint, store) is None
+    assert path.read_bytes() == exported
+    figures = json.loads(exported)
+    without = {name: bits for name, bits in figures["bits_per_byte"].items() if name != "int8"}
+    for other in ({"model_sha256": "0"}, {"bits_per_byte": without}, {"format": "textgen.decoder.0"}):
+        path.write_text(json.dumps(figures | other))
+        assert measure_int8(checkpoint, store) is not None
+        assert json.loads(path.read_text())["tokens"] == PARTS * PART_LENGTH
+
+
+@pytest.mark.usefixtures("has_vnni")
+def test_a_large_model_is_measured_on_fewer_parts_or_not_at_all(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, size = store_of(checkpoint), load_model(checkpoint)[0].num_parameters
+    monkeypatch.setattr(export, "MOST_WORK", 63 * PART_LENGTH * size)
+    with caplog.at_level("INFO", logger="textgen"):
+        assert measure_int8(checkpoint, store) is None
+        assert not (checkpoint / "decoder.json").exists()
+        assert "measuring" not in caplog.text
+        monkeypatch.setattr(export, "MOST_WORK", 65 * PART_LENGTH * size)
+        assert measure_int8(checkpoint, store) is not None
+    assert json.loads((checkpoint / "decoder.json").read_text())["tokens"] == 65 * PART_LENGTH
+    assert f"measuring what int8 costs `{checkpoint.name}`" in caplog.messages
 
 
 @pytest.mark.usefixtures("has_vnni")

@@ -71,7 +71,7 @@ def fused_or_cells(model: LSTMLanguageModel, why: str, *, directory: Path | None
     kernels = triton_kernels()
     if kernels is None:
         return CellDecoder(model, "bfloat16", why=f"{why}; no fused kernels, as Triton cannot be imported")
-    cost, _ = _int8_cost(directory, WEIGHTS_OF_8_BITS)
+    cost, _ = int8_cost(directory, WEIGHTS_OF_8_BITS)
     int8 = cost is not None and cost <= MOST_BITS_PER_BYTE
     decoder = FusedDecoder(
         model, kernels, int8=int8, why=f"{why}, int8 costs {cost:+.5f} bits per byte" if int8 else why
@@ -93,7 +93,7 @@ def _fastest(device: str, directory: Path | None) -> tuple[CellDtype, str]:
     if not multiplies_int8():
         no_int8 = "no int8, as the processor has no VNNI"
     else:
-        cost, no_int8 = _int8_cost(directory)
+        cost, no_int8 = int8_cost(directory)
         if cost is not None and cost <= MOST_BITS_PER_BYTE:
             return "int8", f"it costs {cost:+.5f} bits per byte"
     if has_bfloat16(use_cpu=True):
@@ -101,10 +101,14 @@ def _fastest(device: str, directory: Path | None) -> tuple[CellDtype, str]:
     return "float32", f"the processor has no fast bfloat16; {no_int8}"
 
 
-def _int8_cost(directory: Path | None, name: str = "int8") -> tuple[float | None, str]:
+def int8_cost(directory: Path | None, name: str = "int8") -> tuple[float | None, str]:
     """Return the bits per byte that an int8 decoder costs a checkpoint, and a reason against it for the log.
 
     The cost is None if it was not measured for these very weights.
+
+    Args:
+        directory: of the checkpoint.
+        name: of the decoder in its `decoder.json`.
     """
     path = directory and directory / FIGURES_NAME
     if path is None or not path.is_file():

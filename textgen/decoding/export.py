@@ -10,6 +10,7 @@ In a checkpoint's directory these files are not part of the manifest.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from numpy.typing import NDArray
 from torch.nn import functional as F
 
 from textgen.data.store import TokenStore
-from textgen.decoding.choose import FIGURES_FORMAT, FIGURES_NAME
+from textgen.decoding.choose import FIGURES_FORMAT, FIGURES_NAME, int8_cost
 from textgen.decoding.decoders import CellDecoder, CellDtype, Decoder
 from textgen.decoding.fused import WEIGHTS_OF_8_BITS, FusedDecoder
 from textgen.decoding.products import multiplies_int8
@@ -30,6 +31,8 @@ from textgen.files import write_atomic
 from textgen.model.files import read_model_and_tokenizer, weights_sha256
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.runs.tensors import serialize
+
+log = logging.getLogger("textgen")
 
 DECODER_NAME = "decoder.safetensors"
 ONNX_NAME = "decoder.onnx"
@@ -39,6 +42,10 @@ ONNX_FIGURES_NAME = "onnx.json"
 # bits per byte (model of `quick`, 2026-11-29), a thirteenth of what `auto` may lose.
 PARTS, PART_LENGTH = 128, 64
 LEAST_PARTS = 64
+
+# Parameters times tokens: fewer parts of larger models. This is 109 parts of the preset `large`, all parts up to 67
+# million parameters, and nothing beyond 134 million.
+MOST_WORK = 1 << 39
 
 
 def write_decoder(model: LSTMLanguageModel, out: Path) -> tuple[Path, dict[str, Decoder]]:
@@ -95,13 +102,16 @@ def measure_int8(directory: Path, store: TokenStore) -> float | None:
         store: the data of its training; the train split is taken if the validation split is too short.
 
     Returns:
-        The cost in bits per byte. None, and nothing is written: on a processor without VNNI, where int8 is slow; for a
-        word tokenizer, which loses text; and if both splits are too short.
+        The cost in bits per byte. None, and nothing is written: if it is measured already, as by `textgen export`; on a
+        processor without VNNI, where int8 is slow; for a word tokenizer, which loses text; if both splits are too short
+        or the model is too large.
 
     Raises:
         TextgenError: the model cannot be read.
         OSError: the file cannot be written.
     """
+    if int8_cost(directory)[0] is not None:
+        return None
     splits = (name for name in ("validation", "train") if name in store.record["splits"])
     found = ((name, next(store.parts(name))) for name in splits)  # of a split in shards the first one
     long = ((name, split) for name, split in found if split.num_tokens >= LEAST_PARTS * PART_LENGTH)
@@ -109,7 +119,10 @@ def measure_int8(directory: Path, store: TokenStore) -> float | None:
         return None
     name, split = chosen
     model, tokenizer = read_model_and_tokenizer(directory)
-    parts = min(PARTS, split.num_tokens // PART_LENGTH)
+    parts = min(PARTS, split.num_tokens // PART_LENGTH, MOST_WORK // model.num_parameters // PART_LENGTH)
+    if parts < LEAST_PARTS:
+        return None
+    log.info("measuring what int8 costs `%s`", directory.name)
     places = [i * split.num_tokens // parts for i in range(parts)]
     texts = [split.tokens[place : place + PART_LENGTH] for place in places]
     num_tokens, bits = parts * PART_LENGTH, dict[str, float]()
