@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import functools
 import json
+import platform
 import re
 import shutil
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,31 +19,39 @@ from accelerate.state import AcceleratorState
 
 from benchmarks.train import Shape, textgen_steps
 from tests.kernels.test_training_kernels import build, error, run, threads
+from textgen.cli import train_main
 from textgen.errors import TextgenError
 from textgen.hardware import processor_flags
 from textgen.kernels import amx
 from textgen.kernels import compile as native
 from textgen.kernels import training as training_kernels
+from textgen.training import loop
 
 HEADER = Path(__file__).with_name("emulated_tiles.h")
 SOURCE = Path(training_kernels.__file__).with_name("training.cpp")
-# The rest of the code needs AVX512-BF16. What cannot be compiled here has no tests here; no test is skipped for it.
-WAYS = ["emulated"] * ("avx512_bf16" in processor_flags() and any(map(shutil.which, native.COMPILERS)))
 SHAPE = amx.LayerShape(lanes=3, steps=4, input_size=64, hidden_size=64, threads=1)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def compilable() -> None:
+    """Skip a test of compiled code where there is none."""
+    if "avx512_bf16" not in processor_flags():  # what is around the tile instructions needs it
+        pytest.skip("this processor has no AVX512-BF16")
+    if not any(map(shutil.which, native.COMPILERS)):
+        pytest.skip("there is no C++ compiler")
+
+
+@pytest.fixture(scope="module")
+def library(compilable: None, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native, "FLAGS", (*native.FLAGS, "-include", str(HEADER)))
         return ctypes.CDLL(str(native.compiled(SOURCE, tmp_path_factory.mktemp("cache"))))
 
 
-@pytest.fixture(params=WAYS)
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def tiles(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train by AMX, emulated."""
-    code = request.getfixturevalue("library")
-    monkeypatch.setattr(training_kernels, "compiled_code", lambda: code)
+    monkeypatch.setattr(training_kernels, "compiled_code", lambda: library)
     monkeypatch.setattr(training_kernels, "has_amx", lambda: True)
     monkeypatch.setattr(amx, "is_faster", lambda shape, library: True)
 
@@ -111,14 +124,19 @@ def test_what_amx_is_not_for_is_left_to_torch(tiles: None, monkeypatch: pytest.M
     assert left(64)
 
 
-@pytest.mark.parametrize("options", [("-mamx-tile", "-mamx-bf16")] * len(WAYS))
 def test_the_code_compiles_to_amx_instructions(
-    options: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compilable: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, *options))
-    code = native.compiled(SOURCE, tmp_path / "cache")
-    assert re.search(rb"\xc4\xe2.\x5c", code.read_bytes(), re.DOTALL)  # TDPBF16PS
-    ctypes.CDLL(str(code))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-mamx-tile", "-mamx-bf16"))
+    try:
+        code = native.compiled(SOURCE, tmp_path / "cache")
+    except subprocess.CalledProcessError as error:
+        refusal: bytes = error.stderr
+    else:
+        assert re.search(rb"\xc4\xe2.\x5c", code.read_bytes(), re.DOTALL)  # TDPBF16PS
+        ctypes.CDLL(str(code))
+        return
+    assert re.search(rb"(option|argument).*-mamx", refusal), "compilers before GCC 11 and clang 11 do not know AMX"
 
 
 # --- the choice ------------------------------------------------------------------------------------------------------
@@ -136,13 +154,53 @@ def test_a_measurement_checks_the_result_and_times_both_ways(tiles: None, monkey
 CRASH = "import os, signal; os.kill(os.getpid(), signal.SIGILL)"  # as for an instruction that the processor lacks
 
 
-def test_a_child_that_crashes_or_says_nothing_leaves_the_work_to_torch() -> None:
+def test_a_child_that_crashes_leaves_the_work_to_torch() -> None:
     told = amx.measure_in_child(SHAPE, ("-c", "import sys; print(sys.argv); print('{\"faster\": true}')"))
     assert told == {**SHAPE._asdict(), "faster": True}
-    for program, reason in ((CRASH, "SIGILL"), ("print('hello')", "JSONDecodeError"), ("", "IndexError")):
-        told = amx.measure_in_child(SHAPE, ("-c", program))
-        assert told["faster"] is False
-        assert reason in told["failed"]
+    told = amx.measure_in_child(SHAPE, ("-c", CRASH))
+    assert told["faster"] is False
+    assert "SIGILL" in told["failed"]
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        ("print('hello')", "JSONDecodeError"),
+        ("", "IndexError"),
+        ("import no_such_module", "CalledProcessError"),
+        ("import os; os.kill(os.getpid(), 9)", "CalledProcessError"),  # as for want of memory
+    ],
+)
+def test_a_child_that_fails_in_another_way_is_asked_again(
+    program: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    measure = amx.measure_in_child
+    monkeypatch.setattr(amx, "measure_in_child", lambda shape: measure(shape, ("-c", program)))
+    monkeypatch.setattr(amx, "_measured", functools.cache(amx._measured.__wrapped__))
+    assert not amx.is_faster(SHAPE, tmp_path / "training-1.so")
+    assert f"AMX is not measured: {reason}: " in caplog.text
+    assert list(tmp_path.iterdir()) == []
+    program = "print('{\"faster\": true}')"
+    assert not amx.is_faster(SHAPE, tmp_path / "training-1.so"), "it changed in the midst of a run"
+    amx._measured.cache_clear()  # as in the next process
+    assert amx.is_faster(SHAPE, tmp_path / "training-1.so")
+
+
+@pytest.mark.parametrize("call", ["mkdir", "rename"])
+def test_a_cache_that_cannot_be_written_leaves_the_work_to_torch(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(amx, "measure_in_child", lambda shape: {"faster": True})
+    monkeypatch.setattr(amx, "_measured", amx._measured.__wrapped__)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, call, refuse)
+        assert not amx.is_faster(SHAPE, tmp_path / "training-1.so")
+    assert "Read-only file system" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+    assert amx.is_faster(SHAPE, tmp_path / "training-1.so")
 
 
 def test_a_measurement_is_made_once_and_the_first_of_two_counts(
@@ -154,8 +212,7 @@ def test_a_measurement_is_made_once_and_the_first_of_two_counts(
         nonlocal made
         made += 1
         if made == 2:  # while this process measures, another one has finished
-            next_path = next(path for path in tmp_path.glob("amx-*.json"))
-            assert json.loads(next_path.read_text()) == {"faster": True}
+            assert json.loads(next(tmp_path.glob("amx-*/measured.json")).read_text()) == {"faster": True}
         return {"faster": made == 1}
 
     monkeypatch.setattr(amx, "measure_in_child", measure)
@@ -164,7 +221,8 @@ def test_a_measurement_is_made_once_and_the_first_of_two_counts(
     assert amx.is_faster(SHAPE, library)
     assert made == 1
     kept = next(tmp_path.iterdir())
-    monkeypatch.setattr(Path, "exists", lambda path: path != kept)  # as if the other were not ready yet
+    answers = iter([False, True])  # the other was not ready at first
+    monkeypatch.setattr(Path, "exists", lambda path: path != kept or next(answers))
     amx._measured.cache_clear()
     assert amx.is_faster(SHAPE, library)
     assert made == 2
@@ -200,8 +258,25 @@ def test_a_training_that_asks_for_amx_is_refused_where_there_is_none(monkeypatch
     amx.is_wanted.cache_clear()
 
 
-def test_linux_is_asked_for_tiles() -> None:
+def test_such_a_training_ends_before_the_text_is_encoded(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(amx, "processor_flags", lambda: {"avx2"})
+    monkeypatch.setattr(loop, "prepare_store", None)
+    monkeypatch.setenv("TEXTGEN_AMX", "1")
+    amx.is_wanted.cache_clear()
+    with pytest.raises(SystemExit) as ended:
+        train_main([*tiny_flags, "--run_dir", str(tmp_path / "run")])
+    amx.is_wanted.cache_clear()
+    assert ended.value.code == 2
+    assert "error: `TEXTGEN_AMX` is 1, and this processor has no AMX" in capsys.readouterr().err
+
+
+def test_linux_is_asked_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     assert amx.is_permitted() in ({False, True} if "amx_tile" in processor_flags() else {False})
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")  # where the number is that of getgroups
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(syscall=lambda *_: 0))
+    assert not amx.is_permitted()
 
 
 @pytest.mark.parametrize("flags", [{"avx512_bf16"}, {"avx512_bf16", "amx_bf16"}, {"avx2"}])

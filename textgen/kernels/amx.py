@@ -2,21 +2,23 @@
 
 `TEXTGEN_AMX=1` asks. The code has not run on a processor with AMX yet: its tests emulate the instructions. So a child
 process compares it with torch's LSTM once for each machine and shape, where a wrong result or an illegal instruction
-costs nothing. What it found is kept beside the compiled code, for all processes and later runs. Training alone takes
-it: scores and texts come from torch's operators on these processors.
+costs nothing. What it found is kept beside the compiled code, for all processes and later runs. Only layers in training
+take it: in scores and texts they come from torch's operators on these processors.
 """
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
 import json
 import logging
 import os
+import platform
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +28,14 @@ import torch
 from torch import Tensor
 
 from textgen.errors import TextgenError
+from textgen.files import write_atomic
 from textgen.hardware import processor_flags
 
 log = logging.getLogger("textgen")
 
-# Of Linux's arch_prctl (asm/prctl.h): a process has to ask before its threads may use the 8 KiB of tile registers.
+# Of Linux's arch_prctl on x86-64 (asm/prctl.h): a process has to ask before its threads may use the 8 KiB of tiles.
 _SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 158, 0x1023, 18
+_FOUND_NAME = "measured.json"
 MAX_ERROR = 0.01
 """of outputs and gradients beside float32's, relative; torch's bfloat16 LSTM has up to 0.007"""
 
@@ -62,9 +66,11 @@ def is_wanted() -> bool:
 
 def is_permitted() -> bool:
     """Ask Linux to let this process use tile registers; return whether it does."""
+    if (sys.platform, platform.machine()) != ("linux", "x86_64"):  # elsewhere the number is another call's
+        return False
     number = ctypes.c_long
     arguments = map(number, (_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA))
-    return sys.platform == "linux" and int(ctypes.CDLL(None).syscall(*arguments)) == 0
+    return int(ctypes.CDLL(None).syscall(*arguments)) == 0
 
 
 def is_faster(shape: LayerShape, library: Path) -> bool:
@@ -79,29 +85,54 @@ def is_faster(shape: LayerShape, library: Path) -> bool:
 
 @functools.cache
 def _measured(shape: LayerShape, library: Path) -> dict[str, Any]:
-    """Return the kept measurement; make it if there is none. All processes of a machine get the same one."""
+    """Return the kept measurement; make it if there is none. All processes of a machine get the same one.
+
+    Where it fails or cannot be kept AMX is not faster, for this run.
+    """
     key = hashlib.sha256(repr((library.name, torch.__version__, shape)).encode()).hexdigest()[:16]
-    path = library.with_name(f"amx-{key}.json")
-    if not path.exists():
-        own = path.with_name(f"{path.name}.{os.getpid()}")
-        own.write_text(json.dumps(measure_in_child(shape), indent=2))
-        with contextlib.suppress(FileExistsError):  # another process was first: its measurement counts
-            os.link(own, path)
-        own.unlink()
-    found: dict[str, Any] = json.loads(path.read_text())
-    log.info("AMX for %s: %s", shape, found)
-    return found
+    folder = library.with_name(f"amx-{key}")
+    try:
+        if not folder.exists():
+            _keep(measure_in_child(shape), folder)
+        found: dict[str, Any] = json.loads((folder / _FOUND_NAME).read_bytes())
+        log.info("AMX for %s: %s", shape, found)
+        return {"faster": bool(found["faster"])}
+    except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError) as error:
+        log.warning("torch computes %s, as AMX is not measured: %s: %s", shape, type(error).__name__, error)
+        return {"faster": False}
+
+
+def _keep(found: dict[str, Any], folder: Path) -> None:
+    """Write a measurement into a new folder, unless another process was first: its measurement counts."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
+        made = Path(aside) / folder.name
+        made.mkdir()
+        write_atomic(made / _FOUND_NAME, json.dumps(found, indent=2) + "\n")
+        try:
+            made.rename(
+                folder
+            )  # fails if there is one with a file; some file systems have no links, which would do too
+        except OSError:
+            if not folder.exists():
+                raise
 
 
 def measure_in_child(shape: LayerShape, command: tuple[str, ...] = ("-m", "textgen.kernels.amx")) -> dict[str, Any]:
-    """Return what `measure` returns in a process of its own; if that fails, AMX is not faster, with the reason."""
+    """Return what `measure` returns in a process of its own. If its instructions end that process, AMX is not faster.
+
+    Raises:
+        OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError: the process failed in another way, for
+            want of memory or time; another time it may not.
+    """
     argv = [sys.executable, *command, *map(str, shape)]
     try:
         ended = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=True)
-        found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
-        return {**shape._asdict(), "faster": bool(found["faster"]), **found}
-    except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError) as error:
-        return {**shape._asdict(), "faster": False, "failed": f"{type(error).__name__}: {error}"[:300]}
+    except subprocess.CalledProcessError as error:
+        if error.returncode not in (-signal.SIGILL, -signal.SIGSEGV):
+            raise
+        return {**shape._asdict(), "faster": False, "failed": str(error)}
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    return {**shape._asdict(), "faster": bool(found["faster"]), **found}
 
 
 def measure(shape: LayerShape, turns: int = 7) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from textgen.distributed.signals import Interrupted, StopSignals
 from textgen.errors import DivergedError, TextgenError
 from textgen.files import write_atomic
 from textgen.hardware import sum_dtype
+from textgen.kernels import amx
 from textgen.reporting.report import leave_report
 from textgen.runs.checkpoint import Saver, checkpoint_path
 from textgen.runs.directory import DATA_NAME, SETTINGS_NAME, RunDirectory
@@ -135,6 +136,7 @@ def start_processes(config: TrainConfig) -> Accelerator:
     )
     refuse_graph(config, accelerator)
     check_trackers(config.tracking)
+    amx.is_wanted()  # refuses what this machine lacks before the text is encoded
     return accelerator
 
 
