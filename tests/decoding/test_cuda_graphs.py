@@ -419,6 +419,11 @@ def test_buffers_used_longest_ago_are_dropped(
     assert captures.made == [(1, 8), (2, 8), (4, 8)]
     run(2)
     assert captures.made == [(1, 8), (2, 8), (4, 8), (2, 8)]
+    monkeypatch.setattr(graphs, "MAX_KEPT_BYTES", 0)  # those in use are kept
+    run(2)
+    run(1)
+    run(2)
+    assert captures.made[4:] == [(1, 8), (2, 8)]
 
 
 def test_what_cannot_be_captured_runs_step_by_step(

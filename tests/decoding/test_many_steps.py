@@ -25,7 +25,7 @@ from textgen.tokenizer import Tokenizer, train_tokenizer
 
 compiled = pytest.mark.skipif(
     shutil.which("g++") is None or "avx512_vnni" not in processor_flags(),
-    reason="there is no C++ compiler, or the processor has no AVX512-VNNI",
+    reason="there is no C++ compiler, or this processor has no AVX512-VNNI",
 )
 
 TEXTS = ["it was the best of times, it was the worst of times", "call me ishmael", "é è ü ß 漢字 🙂🙃 naïve café"]

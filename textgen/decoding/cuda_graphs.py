@@ -54,8 +54,10 @@ MAX_ROWS = 512
 # step by step.
 MAX_KINDS = 8
 
-# Buffers and graphs that are kept: a kind of rows and a number of slots, which is a power of two.
+# Buffers and graphs that are kept: a kind of rows and a number of slots, which is a power of two. Their bytes are
+# bounded too: with a large vocabulary and many slots, buffers take hundreds of MB.
 MAX_KEPT = 32
+MAX_KEPT_BYTES = 1 << 30
 
 # Settings that the fused kernels know besides the temperature. A row that has one of them gets neutral values for the
 # others, so that clients with all kinds of these settings need one graph.
@@ -108,6 +110,12 @@ class Buffers:
             tokens.new_empty(steps, num_slots),
             logprobs,
         )
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of all tensors."""
+        tensors = self.tokens, *self.state, *self.sampling.tensors.values(), self.ended, self.drawn, *self.logprobs
+        return sum(tensor.nbytes for tensor in tensors)
 
     def load(self, rows: Batch | Buffers, slots: Sequence[int]) -> None:
         """Copy rows of the same kind into slots, while no graph runs on them that was launched later."""
@@ -200,7 +208,8 @@ class GraphRunner:
         decoder: the decoder of all batches.
         capture: returns a function that runs `steps_in_place` on the given buffers, for the given number of steps, each
             time it is called; default `StepCapture`.
-        max_kept: number of buffers that are kept with their graphs; the least recently used ones are dropped.
+        max_kept: number of buffers that are kept with their graphs; the least recently used ones are dropped, also if
+            the buffers take more than `MAX_KEPT_BYTES`.
     """
 
     def __init__(
@@ -249,9 +258,13 @@ class GraphRunner:
         if key not in self._kept:
             self._kept[key] = Graphs(key, Buffers.like(rows, num_slots))
         self._kept.move_to_end(key)
-        while len(self._kept) > self._max_kept:
+        while len(self._kept) > 1 and (len(self._kept) > self._max_kept or self._num_bytes > MAX_KEPT_BYTES):
             self._kept.popitem(last=False)
         return self._kept[key]
+
+    @property
+    def _num_bytes(self) -> int:
+        return sum(graphs.buffers.num_bytes for graphs in self._kept.values())
 
     def is_captured(self, graphs: Graphs, count: int) -> bool:
         """Return whether there is a graph of `count` steps, after capturing it if enough steps have run."""
