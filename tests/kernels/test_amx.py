@@ -176,13 +176,13 @@ def test_a_child_that_fails_in_another_way_is_asked_again(
 ) -> None:
     measure = amx.measure_in_child
     monkeypatch.setattr(amx, "measure_in_child", lambda shape: measure(shape, ("-c", program)))
-    monkeypatch.setattr(amx, "_measured", functools.cache(amx._measured.__wrapped__))
+    monkeypatch.setattr(amx, "is_faster", functools.cache(amx.is_faster.__wrapped__))
     assert not amx.is_faster(SHAPE, tmp_path / "training-1.so")
     assert f"AMX is not measured: {reason}: " in caplog.text
     assert list(tmp_path.iterdir()) == []
     program = "print('{\"faster\": true}')"
     assert not amx.is_faster(SHAPE, tmp_path / "training-1.so"), "it changed in the midst of a run"
-    amx._measured.cache_clear()  # as in the next process
+    amx.is_faster.cache_clear()  # as in the next process
     assert amx.is_faster(SHAPE, tmp_path / "training-1.so")
 
 
@@ -194,7 +194,7 @@ def test_a_cache_that_cannot_be_written_leaves_the_work_to_torch(
         raise PermissionError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(amx, "measure_in_child", lambda shape: {"faster": True})
-    monkeypatch.setattr(amx, "_measured", amx._measured.__wrapped__)
+    monkeypatch.setattr(amx, "is_faster", amx.is_faster.__wrapped__)
     with monkeypatch.context() as patch:
         patch.setattr(Path, call, refuse)
         assert not amx.is_faster(SHAPE, tmp_path / "training-1.so")
@@ -217,18 +217,18 @@ def test_a_measurement_is_made_once_and_the_first_of_two_counts(
 
     monkeypatch.setattr(amx, "measure_in_child", measure)
     assert amx.is_faster(SHAPE, library)
-    amx._measured.cache_clear()  # as in the next process
+    amx.is_faster.cache_clear()  # as in the next process
     assert amx.is_faster(SHAPE, library)
     assert made == 1
     kept = next(tmp_path.iterdir())
     answers = iter([False, True])  # the other was not ready at first
     monkeypatch.setattr(Path, "exists", lambda path: path != kept or next(answers))
-    amx._measured.cache_clear()
+    amx.is_faster.cache_clear()
     assert amx.is_faster(SHAPE, library)
     assert made == 2
     assert list(tmp_path.iterdir()) == [kept]
     monkeypatch.undo()
-    amx._measured.cache_clear()
+    amx.is_faster.cache_clear()
 
 
 def test_amx_is_taken_only_if_asked_for_and_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,21 +73,16 @@ def is_permitted() -> bool:
     return int(ctypes.CDLL(None).syscall(*arguments)) == 0
 
 
+@functools.cache
 def is_faster(shape: LayerShape, library: Path) -> bool:
-    """Return whether AMX trains a layer of this shape faster than torch does, and right; measured at the first call.
+    """Return whether AMX trains a layer of this shape faster than torch does, and right.
+
+    That is measured once, and all processes of a machine get the same answer. Where the measurement fails or cannot be
+    kept, it is no for this run.
 
     Args:
         shape: of the layer and its window.
         library: the compiled code. Its name depends on source, compiler and processor.
-    """
-    return bool(_measured(shape, library)["faster"])
-
-
-@functools.cache
-def _measured(shape: LayerShape, library: Path) -> dict[str, Any]:
-    """Return the kept measurement; make it if there is none. All processes of a machine get the same one.
-
-    Where it fails or cannot be kept AMX is not faster, for this run.
     """
     key = hashlib.sha256(repr((library.name, torch.__version__, shape)).encode()).hexdigest()[:16]
     folder = library.with_name(f"amx-{key}")
@@ -96,10 +91,10 @@ def _measured(shape: LayerShape, library: Path) -> dict[str, Any]:
             _keep(measure_in_child(shape), folder)
         found: dict[str, Any] = json.loads((folder / _FOUND_NAME).read_bytes())
         log.info("AMX for %s: %s", shape, found)
-        return {"faster": bool(found["faster"])}
+        return bool(found["faster"])
     except (OSError, subprocess.SubprocessError, ValueError, LookupError, TypeError) as error:
         log.warning("torch computes %s, as AMX is not measured: %s: %s", shape, type(error).__name__, error)
-        return {"faster": False}
+        return False
 
 
 def _keep(found: dict[str, Any], folder: Path) -> None:
@@ -109,9 +104,7 @@ def _keep(found: dict[str, Any], folder: Path) -> None:
         made.mkdir()
         write_atomic(made / _FOUND_NAME, json.dumps(found, indent=2) + "\n")
         try:
-            made.rename(
-                folder
-            )  # fails if there is one with a file; some file systems have no links, which would do too
+            made.rename(folder)  # all at once, on any file system
         except OSError:
             if not folder.exists():
                 raise
