@@ -95,7 +95,7 @@ def test_orders_differ_by_epoch_and_by_shard(tmp_path: Path) -> None:
     shards, _ = make_shards(tmp_path, [[8] * 40] * 6)
     course = Course(shards, batch_size=2, seq_len=4, seed=7)
     assert len({tuple(course._order(epoch).tolist()) for epoch in range(5)}) > 3
-    opened = [course.open(course.find(step))._order.tolist() for step in range(0, 2 * course.per_epoch, 39)]
+    opened = [course.epoch_at(course.find(step))._order.tolist() for step in range(0, 2 * course.per_epoch, 39)]
     assert len({tuple(order) for order in opened}) == len(opened) == 12
 
 

@@ -242,8 +242,8 @@ def lay_the_manifest_out_anew(place: Place) -> None:
 
 
 def leave_a_file_out_of_the_manifest_and_damage_it(place: Place) -> None:
-    path = place.file(manifest=False)
     manifest = json.loads((place.directory / MANIFEST_NAME).read_text())
+    path = place.directory / place.draw.choice(sorted(manifest["files"]))
     del manifest["files"][path.name]
     (place.directory / MANIFEST_NAME).write_text(json.dumps(manifest))
     data = bytearray(path.read_bytes())

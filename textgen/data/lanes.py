@@ -236,7 +236,7 @@ class Course:
         place = int(ends.searchsorted(window, side="right"))
         return Place(epoch, int(order[place]), window - int(ends[place] - self._windows[order[place]]))
 
-    def open(self, place: Place) -> Epoch:
+    def epoch_at(self, place: Place) -> Epoch:
         """Return the documents in the order in which a step reads them, cut into lanes and windows.
 
         Raises:
@@ -306,7 +306,7 @@ class _Windows(Dataset[dict[str, Tensor]]):
     def _open_epoch(self, place: Place) -> Epoch:
         if self._epoch is None or self._opened != (place.epoch, place.shard):
             self._epoch = None  # free the old order before the new one is computed
-            self._epoch, self._opened = self._course.open(place), (place.epoch, place.shard)
+            self._epoch, self._opened = self._course.epoch_at(place), (place.epoch, place.shard)
         return self._epoch
 
     def __getitems__(self, rows: Sequence[tuple[int, int]]) -> dict[str, Tensor]:

@@ -119,7 +119,7 @@ def measure_in_child(shape: LayerShape, command: tuple[str, ...] = ("-m", "textg
     """
     argv = [sys.executable, *command, *map(str, shape)]
     try:
-        ended = subprocess.run(argv, capture_output=True, text=True, timeout=300, check=True)
+        ended = subprocess.run(argv, capture_output=True, encoding="utf-8", timeout=300, check=True)
     except subprocess.CalledProcessError as error:
         if error.returncode not in (-signal.SIGILL, -signal.SIGSEGV):
             raise
