@@ -27,7 +27,7 @@ dry_run
 data.source data.dataset data.dataset_config data.files data.text_column data.label_column data.label_folders
 data.txt_documents data.encoding data.on_error data.max_document_bytes data.csv_delimiter data.csv_quoting
 data.csv_escape data.train_on data.validation_fraction data.validation_blocks data.reading_rules data.normalization
-data.cache_dir data.store data.store_cache_gib data.shards data.sources
+data.cache_dir data.store data.store_cache_gib data.shards data.streaming data.sources
 tokenizer.vocab_size tokenizer.model_type tokenizer.path
 model.embedding_dim model.hidden_size model.num_layers model.dropout model.weight_drop
 model.tie_weights model.projection model.layer_norm model.residual

@@ -181,6 +181,9 @@ class DataConfig(TextConfig):
     shards: int | None = None
     """number of files of the train split. Any number of processes can then share the encoding, and a training reads one
     shard after the other, in an order of its own: the losses differ from those of a store that is not in shards"""
+    streaming: bool = False
+    """read a data set of the hub while it arrives, and keep no copy of its text on the disk: each pass over the text
+    fetches it again. Needs `shards`"""
     sources: tuple[SourceConfig, ...] = ()
     """several sources: a list of mappings with a `name`, a `weight`, which is the source's share of the tokens that are
     read, and settings of data of its own, such as `files`, `text_column` or `validation_fraction`. The weights may have
@@ -193,6 +196,10 @@ class DataConfig(TextConfig):
             check_address(self.store)
         if self.shards is not None and not 1 <= self.shards <= MAX_SHARDS:
             raise ValueError(f"`shards` must be from 1 to {MAX_SHARDS}: {self.shards}")
+        if self.streaming and self.source != "hub" and self.dataset is None:
+            raise ValueError(f"`streaming` needs `source` hub or a `dataset`: {self.source}")
+        if self.streaming and self.shards is None:
+            raise ValueError("`streaming` needs `shards`: give their number, such as 64")
         if not self.sources:
             return
         if self.shards is not None:

@@ -25,6 +25,10 @@ class TextgenError(ValueError):
     """Input that cannot be used. The message is one line: what, where, seen, wanted."""
 
 
+class BrokenSourceError(TextgenError):
+    """A source that could not be read to its end; nothing says that its text has changed."""
+
+
 class DivergedError(TextgenError):
     """A training whose loss, gradient or weights are not finite any more."""
 

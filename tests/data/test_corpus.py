@@ -469,3 +469,5 @@ def test_settings_that_are_no_part_of_the_text_keep_the_fingerprint_of_older_ver
     known = "2612c263ac1faf2aee343ed10082610eaf00654833b39d065516fd51f0b6c875"
     for more in ({}, {"shards": 7}, {"store_cache_gib": 1.0}, {"cache_dir": "elsewhere"}):
         assert fingerprint(DataConfig(source="files", files=("a",), **more), "x") == known
+    streamed = DataConfig(dataset="a", streaming=True, shards=7)
+    assert fingerprint(streamed, "x") == fingerprint(DataConfig(dataset="a"), "x")

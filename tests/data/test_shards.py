@@ -255,7 +255,7 @@ def test_the_end_of_a_long_document_is_held_out_of_shards_too(tmp_path: Path) ->
 
 
 PREPARE_SHARDS = """
-import logging, sys, time
+import logging, os, sys, time
 from textgen.config import DataConfig, TokenizerConfig
 from textgen.data import sharding
 from textgen.data.store import prepare_store
@@ -272,7 +272,8 @@ def write_and_stop(directory, name, *args, **kwargs):  # stops while it holds a 
         time.sleep(600)
     return sizes
 sharding.write_split = write_and_stop
-data = DataConfig(source='files', files=(corpus,), cache_dir=cache, shards=int(shards))
+text = dict(dataset=corpus, streaming=True) if os.path.isdir(corpus) else dict(source='files', files=(corpus,))
+data = DataConfig(**text, cache_dir=cache, shards=int(shards))
 print(prepare_store(data, TokenizerConfig(model_type='char', vocab_size=400), progress=False).key)
 """
 

@@ -45,7 +45,7 @@ from textgen.data.labels import (
 from textgen.data.rows import no_column
 from textgen.data.sources import is_saved_dataset, list_files
 from textgen.data.tally import Tally
-from textgen.errors import TextgenError, in_backticks, one_line
+from textgen.errors import BrokenSourceError, TextgenError, in_backticks, one_line
 
 Hashes = NDArray[np.uint64]  # first 8 bytes of the sha256 of each document's UTF-8 text
 Sizes = NDArray[np.uint32]  # bytes of the UTF-8 text of each document; 0 of a document without text
@@ -156,6 +156,10 @@ def open_corpus(config: DataConfig) -> Corpus:
     if config.source == "files":
         corpus = _open_files(config, config.files)
     elif config.dataset is not None and is_saved_dataset(config.dataset):
+        if config.streaming:
+            raise TextgenError(
+                f"`{config.dataset}` was saved by `save_to_disk`: it is read in place without `streaming`"
+            )
         if config.dataset_config is not None:
             raise TextgenError(f"`{config.dataset}` was saved without configurations: {config.dataset_config}")
         corpus = _open_files(config, [config.dataset])
@@ -184,7 +188,7 @@ def require_splits(config: DataConfig, splits: Iterable[str], description: str, 
 def fingerprint(config: DataConfig, *source: object) -> str:
     """Return a hash of a source, and of the settings that decide what is read of it."""
     settings = asdict(config) | {"cache_dir": None, "store": None}
-    for name in ("shards", "store_cache_gib"):  # no part of the text
+    for name in ("shards", "store_cache_gib", "streaming"):  # no part of the text
         del settings[name]
     for name in (*LABEL_SETTINGS, "sources"):  # a corpus without them has the fingerprint of older versions
         if not settings[name]:
@@ -235,25 +239,35 @@ def _open_files(config: DataConfig, files: Sequence[str]) -> Corpus:
 
 
 def _open_hub(config: DataConfig, name: str) -> Corpus:
-    dataset, origin = _load_hub_dataset(name, config.dataset_config)
+    dataset, origin, files = _load_hub_dataset(name, config.dataset_config, streaming=config.streaming)
     title = f"{name} {config.dataset_config}" if config.dataset_config else name
     splits = {split: dataset[split] for split in ("train", "unsupervised", "validation", "test") if split in dataset}
     if "train" not in splits:
         raise TextgenError(f"dataset `{title}` has no split `train`; it has {in_backticks(dataset)}")
     for split, rows in splits.items():
+        columns = rows.column_names
+        if columns is None:  # of json and csv that are streamed
+            columns = list(next(_name_breaks(rows, f"dataset `{title}`"), {}))
         for column in dataset_columns(config):
-            if column not in rows.column_names:
-                raise no_column(f"split `{split}` of dataset `{title}`", column, rows.column_names)
+            if column not in columns:
+                raise no_column(f"split `{split}` of dataset `{title}`", column, columns)
 
     def read(rows: Any, tally: Tally) -> Iterator[str]:
         renamed = IMDB_LABELS if name == IMDB else {}
-        return read_dataset(rows, f"dataset `{title}`", config, tally, renamed=renamed)
+        texts = read_dataset(rows, f"dataset `{title}`", config, tally, renamed=renamed)
+        return texts if files is None else _name_breaks(texts, f"dataset `{title}`")
 
-    sizes = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
+    seen: list[tuple[object, ...]]
+    if files is None:
+        sizes = ", ".join(f"{len(rows)} {split}" for split, rows in splits.items())
+        seen = [(split, rows._fingerprint) for split, rows in splits.items()]
+    else:
+        sizes = f"{', '.join(splits)}, streamed"
+        seen = [(split, repr(rows.features), files[split]) for split, rows in splits.items()]
     tallies = {split: Tally() for split in splits}
     return Corpus(
         description=f"dataset {title} ({origin}): {sizes}",
-        fingerprint=fingerprint(config, name, [(split, rows._fingerprint) for split, rows in splits.items()]),
+        fingerprint=fingerprint(config, name, seen),
         splits={split: partial(read, rows, tallies[split]) for split, rows in splits.items()},
         tallies=tallies,
     )
@@ -262,7 +276,7 @@ def _open_hub(config: DataConfig, name: str) -> Corpus:
 def read_dataset(
     rows: Any, where: str, config: DataConfig, tally: Tally, *, renamed: Mapping[str, str] | None = None
 ) -> Iterator[str]:
-    """Yield the texts of a `datasets.Dataset`, with labels if `config` has a `label_column`.
+    """Yield the texts of a `datasets.Dataset` or `IterableDataset`, with labels if `config` has a `label_column`.
 
     Args:
         rows: the dataset.
@@ -280,32 +294,59 @@ def read_dataset(
     return read_batches(pairs, where, config, tally)
 
 
-def _load_hub_dataset(name: str, configuration: str | None) -> tuple[Mapping[str, Any], str]:
-    """Load a dataset from a folder, else from the local cache, else from the hub if it answers a probe."""
+def _name_breaks(items: Iterable[Any], where: str) -> Iterator[Any]:
+    """Yield what a dataset yields that is streamed.
+
+    Raises:
+        TextgenError: as raised by what reads its texts; a BrokenSourceError if the dataset itself could not be read.
+    """
+    try:
+        yield from items
+    except TextgenError:
+        raise
+    except Exception as error:  # whatever its readers and transports raise, after they have tried again
+        reason = f"{type(error).__name__} {one_line(error)}"
+        raise BrokenSourceError(f"{where} could not be read to its end: {reason}") from error
+
+
+_Files = Mapping[str, list[tuple[object, ...]]]  # split -> its files, each with what changes when it does
+
+
+def _load_hub_dataset(
+    name: str, configuration: str | None, *, streaming: bool
+) -> tuple[Mapping[str, Any], str, _Files | None]:
+    """Load a dataset from a folder, else from the local cache, else from the hub if it answers a probe.
+
+    With `streaming` only open it, from a folder or the hub, and return its files too.
+    """
     from huggingface_hub import constants
 
     if os.path.isdir(name):
-        return _load_dataset(name, configuration), "folder"
+        return _load_dataset(name, configuration, "folder", streaming=streaming)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise TextgenError(f"dataset `{name}` is not an existing folder, and a name on the hub is `OWNER/NAME`")
     cache = Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(constants.HF_HOME, "datasets")))
     # Its folder of `Owner/SomeName` is `Owner___some_name`.
     folders = (folder for folder in cache.glob("*") if _letters(folder.name) == _letters(name))
-    if any(path for folder in folders for path in folder.glob(f"{configuration or '*'}/*/*/dataset_info.json")):
-        return _load_dataset(name, configuration, offline=True), "cache"
+    found = (path for folder in folders for path in folder.glob(f"{configuration or '*'}/*/*/dataset_info.json"))
+    if not streaming and any(found):
+        return _load_dataset(name, configuration, "cache", offline=True)
     where = f"configuration `{configuration}` of dataset `{name}`" if configuration else f"dataset `{name}`"
+    missing = f"{where} is streamed from the hub" if streaming else f"{where} is not in the local cache"
     if constants.HF_HUB_OFFLINE:
-        raise TextgenError(f"{where} is not in the local cache, and HF_HUB_OFFLINE is set")
+        raise TextgenError(f"{missing}, and HF_HUB_OFFLINE is set")
     if not _hub_answers(name):
-        raise TextgenError(f"{where} is not in the local cache, and {constants.ENDPOINT} does not answer")
-    return _load_dataset(name, configuration), "hub"
+        raise TextgenError(f"{missing}, and {constants.ENDPOINT} does not answer")
+    return _load_dataset(name, configuration, "hub", streaming=streaming)
 
 
 def _letters(name: str) -> str:
     return re.sub(r"[/_]", "", name).lower()
 
 
-def _load_dataset(name: str, configuration: str | None, *, offline: bool = False) -> Mapping[str, Any]:
+def _load_dataset(
+    name: str, configuration: str | None, origin: str, *, offline: bool = False, streaming: bool = False
+) -> tuple[Mapping[str, Any], str, _Files | None]:
     import datasets
 
     was_offline, verbosity = datasets.config.HF_HUB_OFFLINE, datasets.logging.get_verbosity()
@@ -313,14 +354,27 @@ def _load_dataset(name: str, configuration: str | None, *, offline: bool = False
     datasets.config.HF_HUB_OFFLINE = was_offline or offline
     datasets.logging.set_verbosity_error()
     try:
-        splits: Mapping[str, Any] = datasets.load_dataset(name, configuration)
-        return splits
+        if not streaming:
+            return datasets.load_dataset(name, configuration), origin, None
+        builder = datasets.load_dataset_builder(name, configuration)
+        return builder.as_streaming_dataset(), origin, _identify_files(builder)
     except Exception as error:  # whatever its readers, builders and transports raise
         setting = f"`dataset_config` {configuration or 'not set'}"
         raise TextgenError(f"dataset `{name}` cannot be loaded with {setting}: {one_line(error)}") from error
     finally:
         datasets.config.HF_HUB_OFFLINE = was_offline
         datasets.logging.set_verbosity(verbosity)
+
+
+def _identify_files(builder: Any) -> _Files:
+    """Return a dataset's files: with time and size on a disk, by the commit in their address on the hub."""
+    return {
+        str(split): [
+            (path, *origin, os.path.getsize(path) if os.path.exists(path) else None)
+            for path, origin in zip(paths, paths.origin_metadata, strict=True)
+        ]
+        for split, paths in builder.config.data_files.items()
+    }
 
 
 def _hub_answers(name: str) -> bool:

@@ -51,7 +51,7 @@ from textgen.data.store import (
     tokenizer_of,
     write_split,
 )
-from textgen.errors import TextgenError
+from textgen.errors import BrokenSourceError, TextgenError
 from textgen.files import write_atomic
 from textgen.runs.lock import FileLock
 from textgen.runs.tensors import build_header
@@ -97,6 +97,8 @@ def prepare_shards(
                 return found
             work = _begin(data, config, corpus, plan, wanted=wanted, own=own)
         store = work.open_store() or _encode(work, data, progress=progress)
+    except BrokenSourceError:
+        raise  # the next start goes on with the plan
     except TextgenError:
         remove_plan(plan)  # perhaps the text has changed since
         raise
