@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,11 @@ from textgen.config import DataConfig
 from textgen.data import remote
 from textgen.data.lanes import Course, LaneSampler, build_loader
 from textgen.data.remote import RemoteShards
+from textgen.data.shards import Shard
 from textgen.data.store import TokenStore, open_store
 from textgen.errors import TextgenError
 from textgen.storage import remote_folder
+from textgen.storage.remote_folder import RemoteFolder, StorageError
 
 SHARDS = 8
 STEPS = range(180)  # more than three epochs
@@ -146,7 +150,7 @@ def test_storage_that_comes_back_is_read_on(
             if number in (20, 60):
                 object_storage.faults = Faults(refused=True, count=4)
             if number in (40, 80):
-                object_storage.faults = Faults(lies=True, cut=number == 80, count=4)
+                object_storage.faults = Faults(lies=True, cut=number == 80, count=3)  # the fourth lie is the last
             yield batch
 
     assert_same(read(), batches(sharded))
@@ -167,6 +171,67 @@ def test_storage_that_fails_for_good_ends_in_one_line(
         list(batches(store))
     assert reason in str(failed.value)
     assert cached(store) == []
+
+
+class Flaky(RemoteFolder):
+    """A folder that gives a shard after some time, or breaks."""
+
+    seconds, dead = 0.0, False
+
+    def _download(self, name: str, path: Path, limit: int | None, longer: StorageError) -> None:
+        time.sleep(self.seconds)
+        if self.dead:
+            raise ConnectionError("dead")
+        path.write_bytes(name.encode())
+
+
+def open_flaky(directory: Path, *, patience: float) -> RemoteShards:
+    directory.mkdir(exist_ok=True)
+    names = [f"train-{index:05}.safetensors" for index in range(10)]
+    records = [Shard(name, len(name), hashlib.sha256(name.encode()).hexdigest(), 1, 1, 1) for name in names]
+    folder = Flaky("file:///nowhere", patience=patience)
+    return RemoteShards(folder, directory, records, dtype="uint16", has_labels=False, cache_bytes=1 << 20)
+
+
+def read_until_it_fails(shards: RemoteShards) -> float:
+    """Return how long the last shard was waited for."""
+    for index in range(1, 10):
+        shards.expect(range(index + 1, 10))
+        started = time.monotonic()
+        try:
+            shards.path(index)
+        except StorageError as error:
+            assert str(error).endswith("dead")  # noqa: PT017
+            return time.monotonic() - started
+        time.sleep(0.1)
+    raise AssertionError("storage was dead")
+
+
+def test_storage_that_is_dead_ends_all_processes_after_one_patience(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_folder, "FIRST_WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(remote_folder, "LAST_WAIT_SECONDS", 0.3)
+    ranks = [open_flaky(tmp_path / "cache", patience=1.0) for _ in range(4)]
+    for shards in ranks:
+        shards.expect(range(1, 5))
+        shards.path(0)
+    wait_until(lambda: len(list((tmp_path / "cache").glob("train-*"))) == 5)
+    monkeypatch.setattr(Flaky, "dead", True)
+    monkeypatch.setattr(Flaky, "seconds", 0.2)
+    with ThreadPoolExecutor() as pool:
+        waited = list(pool.map(read_until_it_fails, ranks))
+    assert max(waited) < 6
+
+
+def test_a_slow_transfer_of_another_process_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Flaky, "seconds", 0.6)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / remote.FAILED_NAME).write_text("earlier\nof an outage that has ended")
+    ranks = [open_flaky(tmp_path / "cache", patience=0.1) for _ in range(3)]
+    with ThreadPoolExecutor() as pool:
+        paths = list(pool.map(lambda shards, index: shards.path(index), ranks, (7, 7, 8)))
+    assert [path.read_bytes() for path in paths] == [path.name.encode() for path in paths]
 
 
 def test_a_shard_that_others_delete_is_read_on(open_remote: Open) -> None:

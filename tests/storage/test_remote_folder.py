@@ -151,6 +151,14 @@ def test_a_full_disk_is_named_at_once(address: str, small_disk: Callable[[str], 
     assert list(disk.iterdir()) == []
 
 
+def test_a_folder_of_this_disk_that_is_missing_is_no_fault_of_storage(address: str, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as failed:
+        RemoteFolder(address).fetch("file", tmp_path / "none" / "fetched")
+    assert failed.value.filename == str(tmp_path / "none" / "fetched")
+    with pytest.raises(FileNotFoundError):
+        RemoteFolder(address).send(tmp_path / "none", "file2")
+
+
 @pytest.mark.parametrize("name", ["", "/file", "../file", "a/../../file", "a\\b", "a\nb"])
 @pytest.mark.parametrize("use", ["fetch", "send", "delete"])
 def test_names_that_lead_out_of_the_folder_are_refused(name: str, use: str, tmp_path: Path) -> None:

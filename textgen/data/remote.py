@@ -3,12 +3,18 @@
 The cache is a folder of the store in `data.cache_dir`. The processes of a machine share it: one fetches a shard, under
 a lock, while the others wait for the file. A shard is fetched while the ones before it are read, since their order is
 known. A shard that is deleted to make room for others stays readable for processes that have mapped it.
+
+Storage that fails is tried again for a shard that a training waits for, and once for the ones that follow. A process
+that has tried for its whole patience leaves its error in a file: the others have waited as long for the lock, and do
+not begin anew.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import accumulate
@@ -17,11 +23,13 @@ from pathlib import Path
 from textgen.data.shards import Shard, Shards
 from textgen.data.split import Split
 from textgen.errors import TextgenError
+from textgen.files import write_atomic
 from textgen.runs.lock import FileLock
 from textgen.storage.remote_folder import RemoteFolder, StorageError
 
 AHEAD = 4  # shards that are fetched before they are read, if the cache has room
 LOCK_NAME = "fetch.lock"
+FAILED_NAME = "fetch.failed"  # the last error of a process that has stopped trying, after a random line
 LOOK_SECONDS = 0.1  # between two looks at whether another process has fetched what is wanted
 
 
@@ -74,7 +82,7 @@ class RemoteShards(Shards):
         room = sum(size <= self._cache_bytes for size in sizes) - 1
         self._following = self._following[:room]
         self._kept = frozenset(self.records[i].name for i in (index, *self._following))
-        path = self._fetch(index)
+        path = self._fetch(index, patience=self._folder.patience)
         with self._mutex:
             if not self._is_fetching_ahead:
                 self._is_fetching_ahead = True  # in a daemon: the end of a training does not wait for it
@@ -104,18 +112,19 @@ class RemoteShards(Shards):
         """Fetch the shards that follow; begin again if the training goes on to another one meanwhile."""
         while True:
             following = self._following
-            for index in following:
-                if self._following is following:
-                    with suppress(TextgenError, OSError):  # `path` meets the error again, if it lasts
-                        self._fetch(index)
+            with suppress(TextgenError, OSError):  # `path` meets the error again, if it lasts
+                for index in following:
+                    if self._following is following:
+                        self._fetch(index, patience=0)
             with self._mutex:
                 if self._following is following:
                     self._is_fetching_ahead = False
                     return
 
-    def _fetch(self, index: int) -> Path:
+    def _fetch(self, index: int, *, patience: float) -> Path:
         record = self.records[index]
         path = self.directory / record.name
+        started, failed = time.monotonic(), self._read_failure()
 
         def is_here() -> bool:
             return path.exists() and path.stat().st_size == record.size
@@ -125,11 +134,32 @@ class RemoteShards(Shards):
             if lock.acquire(seconds=LOOK_SECONDS):
                 with lock.hold():
                     if not is_here():
-                        self._make_room(record.size)
-                        self._folder.fetch(record.name, path, size=record.size, sha256=record.sha256)
+                        left = patience
+                        if (failure := self._read_failure()) != failed:  # what was waited for has failed
+                            left -= time.monotonic() - started
+                            if left <= 0:
+                                raise StorageError(failure.partition("\n")[2])
+                        self._fetch_now(record, path, patience=left)
         with suppress(FileNotFoundError):
             os.utime(path)  # used last; see `_make_room`
         return path
+
+    def _fetch_now(self, record: Shard, path: Path, *, patience: float) -> None:
+        """Fetch a shard that is not here. The lock is held."""
+        self._make_room(record.size)
+        try:
+            self._folder.fetch(record.name, path, size=record.size, sha256=record.sha256, patience=patience)
+        except StorageError as error:
+            if patience:
+                with suppress(OSError):
+                    write_atomic(self.directory / FAILED_NAME, f"{secrets.token_hex(8)}\n{error}")
+            raise
+
+    def _read_failure(self) -> str:
+        try:
+            return (self.directory / FAILED_NAME).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return ""
 
     def _make_room(self, size: int) -> None:
         """Delete the shards that were not used for longest until so many bytes have room. The lock is held."""

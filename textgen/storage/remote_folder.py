@@ -76,7 +76,15 @@ class RemoteFolder:
         """Return the address for messages."""
         return show(self.address)
 
-    def fetch(self, name: str, path: Path, *, size: int | None = None, sha256: str | None = None) -> None:
+    def fetch(
+        self,
+        name: str,
+        path: Path,
+        *,
+        size: int | None = None,
+        sha256: str | None = None,
+        patience: float | None = None,
+    ) -> None:
         """Fetch a file to a local path, which has the whole file afterwards, or what it had before.
 
         Args:
@@ -84,6 +92,7 @@ class RemoteFolder:
             path: of the file here; its folder exists.
             size: bytes that the file must have, if known.
             sha256: hash that it must have, if known.
+            patience: seconds for which it is tried again, 0 for one attempt; None for that of the folder.
 
         Raises:
             MissingFileError: storage does not have the file.
@@ -101,7 +110,8 @@ class RemoteFolder:
                 raise DamagedFileError(f"sha256 {digest[:8]}, wanted {sha256[:8]}")
 
         try:
-            self._try("fetched", name, attempt)
+            aside.touch()  # an error of this disk is none of storage
+            self._try("fetched", name, attempt, patience=patience)
             with aside.open("rb") as file:
                 os.fsync(file.fileno())  # after a power cut the file could have its size and other bytes
             aside.replace(path)
@@ -137,7 +147,8 @@ class RemoteFolder:
         """
         if self.protocol == "https":
             raise StorageError(f"`{self}` cannot be written: `https` is for reading")
-        size = path.stat().st_size
+        with path.open("rb") as file:  # an error of this disk is none of storage
+            size = os.fstat(file.fileno()).st_size
         target = self._path(name)
 
         def attempt() -> None:
@@ -241,8 +252,9 @@ class RemoteFolder:
         timeout = self._within(1 << 30 if limit is None else limit)
         self._files.get_file(self._path(name), str(path), callback=Limit(), **timeout)
 
-    def _try(self, done: str, name: str, attempt: Callable[[], T]) -> T:
+    def _try(self, done: str, name: str, attempt: Callable[[], T], *, patience: float | None = None) -> T:
         """Return what `attempt` returns, calling it again while storage fails and the patience lasts."""
+        patience = self.patience if patience is None else patience
         started, wait, warned, damaged = time.monotonic(), FIRST_WAIT_SECONDS, False, 0
         where = f"`{self._shown(name)}`"
         while True:
@@ -268,10 +280,10 @@ class RemoteFolder:
             spent = time.monotonic() - started
             if damaged == DAMAGED_TRIES:
                 raise DamagedFileError(f"{where} cannot be {done}, tried {damaged} times: {reason}")
-            if spent + wait > self.patience:
+            if spent + wait > patience:
                 raise StorageError(f"{where} cannot be {done}, tried for {spent:.0f} s: {reason}")
             if not warned:
-                log.warning("%s cannot be %s: %s; trying again for %.0f s", where, done, reason, self.patience - spent)
+                log.warning("%s cannot be %s: %s; trying again for %.0f s", where, done, reason, patience - spent)
                 warned = True
             time.sleep(
                 wait * random.SystemRandom().uniform(0.7, 1)
