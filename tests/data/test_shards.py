@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,9 @@ import torch
 import textgen.data.sharding
 from tests.data.test_store import CHAR, ROOT, make_texts, texts_of, write_corpus
 from textgen.config import DataConfig, SourceConfig, TokenizerConfig
+from textgen.data.corpus import clean_corpus, open_corpus
 from textgen.data.lanes import Course, Epoch, LaneSampler, build_loader
+from textgen.data.sharding import _Work
 from textgen.data.shards import Shard, Shards
 from textgen.data.split import Split
 from textgen.data.store import TokenStore, prepare_store
@@ -175,6 +179,21 @@ def test_a_shard_that_is_too_small_for_the_batch_is_refused(tmp_path: Path) -> N
 # --- preparing ---
 
 
+@pytest.fixture(autouse=True)
+def synced() -> Iterator[dict[str, list[str]]]:
+    """The files that were to be synced, of each block or split: 300 blocks would wait half a minute for a busy disk."""
+    seen = {}
+
+    def note(folder: Path) -> None:
+        result = folder.name.partition(".")[0]
+        assert not folder.with_name(result).exists()
+        seen[result] = sorted(path.name for path in folder.iterdir())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(textgen.data.sharding, "_sync_files", note)
+        yield seen
+
+
 def prepare(corpus: Path, cache: Path, tokenizer: TokenizerConfig = CHAR, **data: Any) -> TokenStore:
     settings = DataConfig(source="files", files=(str(corpus),), cache_dir=str(cache), **data)
     return prepare_store(settings, tokenizer, progress=False)
@@ -261,6 +280,7 @@ from textgen.data import sharding
 from textgen.data.store import prepare_store
 logging.basicConfig(level=logging.INFO, format='%(message)s')
 stop_at, corpus, cache, shards = sys.argv[1:]
+sharding._sync_files = lambda folder: None
 write = sharding.write_split
 num_written = 0
 def write_and_stop(directory, name, *args, **kwargs):  # stops while it holds a claim, with a block half written
@@ -331,9 +351,72 @@ def test_what_a_killed_preparation_has_done_stays_done(
     write = textgen.data.sharding.write_split
     monkeypatch.setattr(textgen.data.sharding, "write_split", watched)
     monkeypatch.setattr(textgen.data.sharding, "clean_corpus", refuse)
-    documents = prepare(corpus, tmp_path / "cache", shards=6).record["splits"]["train"]["documents"]
+    (blocks[0].parents[1] / ".train-00001.safetensors.331b0db6").touch()  # of one that is killed while it joins blocks
+    store = prepare(corpus, tmp_path / "cache", shards=6)
+    documents = store.record["splits"]["train"]["documents"]
     num_blocks = -(-documents // (documents // 48))
     assert sorted([*written, *(block.name for block in blocks)]) == [f"block-{i:07}" for i in range(num_blocks)]
+    assert not list(store.directory.glob(".*"))
+
+
+def test_blocks_and_splits_are_on_disk_before_they_have_their_names(
+    corpus: Path, tmp_path: Path, synced: dict[str, list[str]]
+) -> None:
+    prepare(corpus, tmp_path / "cache", shards=1)
+    files = ["train.bytes.uint32", "train.offsets.int64", "train.tokens.uint16"]
+    blocks = {f"block-{number:07}": ["hashes", "sums.json", *files, "unigram.int64"] for number in range(9)}
+    assert synced == blocks | {"validation": [name.replace("train", "validation") for name in files]}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+def zero(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize("damage", [cut, zero, Path.unlink])
+def test_what_a_disk_has_lost_of_a_killed_preparation_is_encoded_again(
+    corpus: Path, tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = prepare(corpus, tmp_path / "alone", shards=6)
+    process = start(corpus, tmp_path / "cache", stop_at=20)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stopped\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    work = next((tmp_path / "cache").glob("*.work"))
+    names = ("train.tokens.uint16", "train.offsets.int64", "train.bytes.uint32", "unigram.int64", "hashes", "sums.json")
+    damaged = [work / "parts" / f"block-{number:07}" / name for number, name in enumerate(names)]
+    damaged += [work / "validation.tokens.uint16"]
+    for path in damaged:
+        damage(path)
+    with caplog.at_level(logging.WARNING, logger="textgen"):
+        store = prepare(corpus, tmp_path / "cache", shards=6)
+    assert len(caplog.messages) == len(damaged)
+    assert all("damaged: encoding" in message for message in caplog.messages)
+    assert store.record == alone.record
+    for path in alone.directory.iterdir():
+        assert path.read_bytes() == (store.directory / path.name).read_bytes(), path.name
+
+
+def test_the_work_of_other_preparations_is_named(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "cache" / "0123.work" / "parts").mkdir(parents=True)
+    (tmp_path / "cache" / "0123.work" / "parts" / "file").write_bytes(bytes(2_500_000))
+    with caplog.at_level(logging.INFO, logger="textgen"):
+        prepare(corpus, tmp_path / "cache", shards=3)
+    (said,) = (message for message in caplog.messages if ".work" in message)
+    assert "0123.work` holds 0.0025 GB of a preparation that has not ended" in said
+
+
+def test_the_work_on_many_shards_is_listed_once(corpus: Path, tmp_path: Path) -> None:
+    data = DataConfig(source="files", files=(str(corpus),), cache_dir=str(tmp_path), shards=40)
+    work = _Work(tmp_path / "store", "key", clean_corpus(open_corpus(data), data), 40)
+    assert work.blocks is work.blocks
+    assert work.shards is work.shards
 
 
 @pytest.mark.parametrize("given", [False, True])

@@ -10,7 +10,8 @@ once and encodes what no other one has claimed:
 
 A claim is a file lock, and ends with its holder. What is claimed is written aside and then renamed, so it is whole or
 not there, and its content depends on the text and the settings alone. So a process may be killed at any time, and what
-it has finished stays. The last step writes `store.json` and gives the folder the name of the store.
+it has finished stays. A block has the hashes of its files, which are compared before it is used: a disk may have lost
+its bytes. The last step writes `store.json` and gives the folder the name of the store.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import secrets
 import shutil
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
@@ -52,15 +54,17 @@ from textgen.data.store import (
     write_split,
 )
 from textgen.errors import BrokenSourceError, TextgenError
-from textgen.files import write_atomic
+from textgen.files import fsync_directory, write_atomic
 from textgen.runs.lock import FileLock
 from textgen.runs.tensors import build_header
+from textgen.storage.remote_folder import hash_file
 from textgen.tokenizer import MODEL_NAME, Tokenizer
 
 log = logging.getLogger("textgen")
 
 PARTS = "parts"  # folder of what is not in the finished store: blocks, locks
-HASHES_NAME = "hashes"
+HASHES_NAME = "hashes"  # of the documents of a block
+SUMS_NAME = "sums.json"  # sha256 of each file of a block
 # More blocks mix the text better; a larger block is encoded by more cores at a time.
 BLOCKS_PER_SHARD, MAX_BLOCK_DOCUMENTS = 8, 1 << 15
 
@@ -125,6 +129,8 @@ def _begin(
     key = store_key(clean, wanted, shards=data.shards)
     work = _Work(plan.parent.parent / key[:16], key, clean, data.shards)
     if work.open_store() is None:
+        if not work.parts.exists():
+            _name_others(work.aside)
         work.parts.mkdir(parents=True, exist_ok=True)
         if not (work.aside / MODEL_NAME).exists():
             (own or tokenizer_of(clean, config)).save(work.aside / MODEL_NAME)
@@ -176,20 +182,20 @@ class _Work:
         fitting = self.clean.counts["train_documents"] // (self.num_shards * BLOCKS_PER_SHARD)
         return max(1, min(fitting, MAX_BLOCK_DOCUMENTS))
 
-    @property
+    @cached_property
     def blocks(self) -> list[Path]:
         """The folders of the blocks in their order."""
         num_blocks = -(-self.clean.counts["train_documents"] // self.block_documents)
         return [self.parts / f"block-{number:07}" for number in range(num_blocks)]
 
-    @property
+    @cached_property
     def shards(self) -> list[Path]:
         """The files of the shards in their order."""
         return [self.aside / f"train-{index:05}.safetensors" for index in range(self.num_shards)]
 
     @property
     def held_out(self) -> list[Path]:
-        """The files that hold the sizes of the splits besides train, written when a split is done."""
+        """The files that hold sizes and hashes of the splits besides train, written when a split is done."""
         return [self.parts / f"{split}.json" for split in self.clean.digests if split != "train"]
 
     def open_store(self) -> TokenStore | None:
@@ -243,9 +249,19 @@ class _Work:
         split = result.stem
         with _aside_of(result) as aside:
             sizes = self._write_split(aside, split, self.clean.documents(split))
+            sums = _hash_files(aside)
+            _sync_files(aside)
             for path in aside.iterdir():
                 path.replace(self.aside / path.name)
-            write_atomic(result, json.dumps(sizes))
+            write_atomic(result, json.dumps({"sizes": sizes, "sums": sums}))
+
+    def read_held_out(self, result: Path) -> dict[str, Any]:
+        """Return sizes and hashes of a split that is done; it is encoded again if its files are damaged."""
+        record: dict[str, Any] = json.loads(result.read_bytes())
+        if not _are_whole(self.aside, record["sums"]):
+            log.warning("the files of `%s` in `%s` are damaged: encoding them again", result.stem, self.aside)
+            self._write_held_out(result)
+        return record
 
     def _write_split(self, directory: Path, split: str, texts: Iterable[str], **more: Any) -> dict[str, int]:
         more.setdefault("labels", self.clean.labels.get(split))
@@ -279,13 +295,27 @@ class _Work:
             own = None if labels is None else labels[first : first + self.block_documents]
             self._write_split(aside, "train", texts(), labels=own)
             hashes.close()
+            (aside / SUMS_NAME).write_text(json.dumps(_hash_files(aside)))
+            _sync_files(aside)
             aside.rename(block)
 
     def _do_shards(self, left: list[Path]) -> None:
-        for shard in left:
-            with self._claim(shard) as is_ours:
-                if is_ours:
-                    self._write_shard(shard, self.blocks[self.shards.index(shard) :: self.num_shards])
+        wanted = set(left)
+        for index, shard in enumerate(self.shards):
+            if shard in wanted:
+                with self._claim(shard) as is_ours:
+                    if is_ours:
+                        blocks = self.blocks[index :: self.num_shards]
+                        self._mend(blocks)
+                        self._write_shard(shard, blocks)
+
+    def _mend(self, blocks: list[Path]) -> None:
+        """Encode again those blocks of a shard that are damaged. The shard is claimed."""
+        damaged = [block for block in blocks if not _is_whole(block)]
+        for block in damaged:
+            log.warning("`%s` is damaged: encoding it again", block)
+            shutil.rmtree(block)
+        self._share(damaged, lambda left: self._do_blocks(self.blocks, left, progress=False))
 
     def _write_shard(self, shard: Path, blocks: list[Path]) -> None:
         """Join blocks to a shard, and remove their tokens."""
@@ -343,6 +373,45 @@ def _aside_of(result: Path) -> Iterator[Path]:
         shutil.rmtree(aside, ignore_errors=True)
 
 
+def _hash_files(folder: Path) -> dict[str, str]:
+    """Return the sha256 of each file of a folder by name."""
+    return {path.name: hash_file(path) for path in folder.iterdir()}
+
+
+def _sync_files(folder: Path) -> None:
+    """Wait until the files of a folder are on disk."""
+    for path in folder.iterdir():
+        fsync_directory(path)  # a file is synced in the same way
+
+
+def _are_whole(folder: Path, sums: Mapping[str, str]) -> bool:
+    """Return whether files of a folder have the sha256 that they had."""
+    try:
+        return all(hash_file(folder / name) == digest for name, digest in sums.items())
+    except FileNotFoundError:
+        return False
+
+
+def _is_whole(block: Path) -> bool:
+    try:
+        return _are_whole(block, json.loads((block / SUMS_NAME).read_bytes()))
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _name_others(aside: Path) -> None:
+    """Log the folders of other preparations that have not ended, and their sizes."""
+    for other in sorted(aside.parent.glob("*.work")):
+        size = 0
+        for folder, _, names in os.walk(other):  # which passes over folders that vanish meanwhile
+            for name in names:
+                with suppress(FileNotFoundError):
+                    size += os.stat(os.path.join(folder, name)).st_size
+        log.info(
+            "`%s` holds %.3g GB of a preparation that has not ended: remove it if you gave it up", other, size / 1e9
+        )
+
+
 def _finish(work: _Work, data: DataConfig) -> TokenStore:
     """Write the record of a store whose shards and splits are done, and give its folder the store's name."""
     clean, tokenizer = work.clean, work.tokenizer
@@ -356,15 +425,17 @@ def _finish(work: _Work, data: DataConfig) -> TokenStore:
         raise TextgenError(f"{clean.description} changed while it was encoded: prepare it again")
     records = [json.loads((work.parts / f"{shard.name}.json").read_bytes()) for shard in work.shards]
     splits = {"train": _sum_sizes(records)}
-    splits |= {path.stem: json.loads(path.read_bytes()) for path in work.held_out}
+    held_out = {path.stem: work.read_held_out(path) for path in work.held_out}
+    splits |= {split: its["sizes"] for split, its in held_out.items()}
     record = store_record(work.key, data, clean, tokenizer, splits)
     record |= {"format": SHARDS_FORMAT, "order": ORDER, "shards": records}
-    (work.aside / UNIGRAM_NAME).write_bytes(counts.data)
-    whole = [
-        work.aside / UNIGRAM_NAME,
-        *(path for split in work.held_out for path in work.aside.glob(f"{split.stem}.*")),
-    ]
-    record["files"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(whole)}
+    write_atomic(work.aside / UNIGRAM_NAME, [counts.tobytes()])
+    sums = {UNIGRAM_NAME: hash_file(work.aside / UNIGRAM_NAME)}
+    for its in held_out.values():
+        sums |= its["sums"]
+    record["files"] = dict(sorted(sums.items()))
+    for left in work.aside.glob(".*"):  # of a process that was killed
+        left.unlink()
     write_atomic(work.aside / STORE_NAME, json.dumps(record, indent=2) + "\n")
     shutil.rmtree(work.directory, ignore_errors=True)  # a damaged one
     work.aside.rename(work.directory)
