@@ -67,9 +67,9 @@ class Place:
     draw: random.Random
 
     def file(self, *, manifest: bool = True) -> Path:
-        """Return a file, drawn by chance."""
-        names = sorted(path.name for path in self.directory.iterdir())
-        return self.directory / self.draw.choice([name for name in names if manifest or name != MANIFEST_NAME])
+        """Return a file of the checkpoint, drawn by chance; figures of int8, which lie beside it, are none."""
+        files = json.loads((self.directory / MANIFEST_NAME).read_text())["files"]
+        return self.directory / self.draw.choice(sorted([*files, MANIFEST_NAME] if manifest else files))
 
 
 # --- damages ---------------------------------------------------------------------------------------------------------
@@ -242,8 +242,8 @@ def lay_the_manifest_out_anew(place: Place) -> None:
 
 
 def leave_a_file_out_of_the_manifest_and_damage_it(place: Place) -> None:
+    path = place.file(manifest=False)
     manifest = json.loads((place.directory / MANIFEST_NAME).read_text())
-    path = place.directory / place.draw.choice(sorted(manifest["files"]))
     del manifest["files"][path.name]
     (place.directory / MANIFEST_NAME).write_text(json.dumps(manifest))
     data = bytearray(path.read_bytes())
