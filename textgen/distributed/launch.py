@@ -308,9 +308,13 @@ def wait_together(accelerator: Accelerator, action: Callable[[], object] | None)
     thread.start()
     while True:
         thread.join(TOGETHER_SECONDS)
-        state = torch.tensor([float(thread.is_alive()), float(bool(errors))], device=accelerator.device)
+        # In this order: an action that fails between the two is seen as busy and failed, not as done. And only what the
+        # others have been told is raised: it may fail while they are told that it is busy, and ask again.
+        alive = thread.is_alive()
+        mine = bool(errors)
+        state = torch.tensor([float(alive), float(mine)], device=accelerator.device)
         busy, failed = accelerator.reduce(state, "sum").tolist()
-        if errors:
+        if mine:
             raise errors[0]
         if failed:
             time.sleep(FAILED_SECONDS)
