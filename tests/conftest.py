@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.forking import run_script
-from tests.object_storage import Faults, ObjectStorage, start_object_storage
+from tests.object_storage import Faults, ObjectStorage, leads_elsewhere, start_object_storage
 from textgen.runs.lock import FileLock
 
 if TYPE_CHECKING:
@@ -283,11 +283,15 @@ def object_server() -> Iterator[ObjectStorage]:
 
 @pytest.fixture
 def object_storage(object_server: ObjectStorage, monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStorage]:
-    """The S3 server, without faults, and the environment that leads to it."""
+    """The S3 server, without faults, and the environment that leads to it and nowhere else."""
+    for name in filter(leads_elsewhere, list(os.environ)):
+        monkeypatch.delenv(name)
     for name, value in object_server.environment.items():
         monkeypatch.setenv(name, value)
+    import fsspec.config
     from s3fs import S3FileSystem
 
+    monkeypatch.setattr(fsspec.config, "conf", {})  # read when it was imported
     S3FileSystem.clear_instance_cache()  # a test may have made one without credentials
     object_server.faults = Faults()
     object_server.requests.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -95,12 +96,18 @@ class ObjectStorage:
         return content
 
 
+def leads_elsewhere(name: str) -> bool:
+    """Return whether a variable of the environment may lead to another storage, or past this one."""
+    return name.startswith(("AWS_", "FSSPEC_")) or name.lower().endswith("_proxy")
+
+
 @contextmanager
 def start_object_storage() -> Iterator[ObjectStorage]:
     """Start the server and its proxy; end both at the end."""
     process = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+        env={name: value for name, value in os.environ.items() if not leads_elsewhere(name)},
+    )  # fmt: skip
     assert process.stdout is not None
     assert process.stdin is not None
     try:
@@ -129,6 +136,8 @@ def start_proxy(host: str) -> Iterator[ObjectStorage]:
         "AWS_EC2_METADATA_DISABLED": "true",
         "AWS_CONFIG_FILE": "/dev/null",
         "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
+        "FSSPEC_CONFIG_DIR": "/dev/null",
+        "no_proxy": "127.0.0.1",
         "MOTO_HOST": host,
     }
     proxy.storage = ObjectStorage(url, environment)  # type: ignore[attr-defined]

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import fsspec.config
 import pytest
 from s3fs import S3FileSystem
 
@@ -43,6 +44,18 @@ def test_what_is_sent_is_fetched_listed_and_deleted(address: str, tmp_path: Path
     folder.delete("deep/er/file2")
     folder.delete("deep/er/file2")
     assert folder.names() == ["file"]
+
+
+def test_these_tests_need_no_settings_of_a_developer(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A profile, another endpoint, a proxy and settings of fsspec would lead elsewhere."""
+    nowhere = "http://127.0.0.1:9"
+    for name in ("AWS_ENDPOINT_URL_S3", "http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, nowhere)
+    monkeypatch.setenv("AWS_PROFILE", "work")
+    monkeypatch.setattr(fsspec.config, "conf", {"s3": {"anon": True, "endpoint_url": nowhere}})
+    assert RemoteFolder(request.getfixturevalue("address"), patience=0.2).names() == ["file"]
 
 
 def test_a_folder_of_a_shared_disk_has_an_address_too(tmp_path: Path) -> None:
