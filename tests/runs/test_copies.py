@@ -104,6 +104,7 @@ def test_the_newest_copies_and_the_best_are_kept(remote: RemoteFolder, make: Mak
     assert copied_steps(remote) == [5, 4, 2]
     left = {Path(name).parts[1] for name in remote.names("checkpoints")}
     assert len(left) == 3, "files of deleted copies are left"
+    assert {path.name for path in (tmp_path / "far" / "away" / "checkpoints").iterdir()} == left
 
 
 def test_a_checkpoint_that_was_made_again_never_mixes_with_the_one_before(

@@ -402,3 +402,6 @@ class Copier:
             for name in sorted(files, key=lambda name: name != MANIFEST_NAME):
                 self.require()
                 self.remote.delete(f"{folder}/{name}")
+            if self.remote.protocol == "file":  # object storage has no folders
+                with suppress(OSError):
+                    Path(self.remote.address.removeprefix("file://"), folder).rmdir()
