@@ -716,8 +716,8 @@ def test_a_trainer_without_what_is_read_of_it_is_refused(child: Child, checkpoin
     "values",
     [
         {"config": []}, {"config": None}, {"config": "data"}, {"config": 5}, {"config": {"data": 5}},
-        {"progression": []}, {"wandb_id": {}}, {"wandb_id": 5}, {"scaler": []}, {"scaler": "x"}, {"data": {}},
-        {"data": "0" * 64}, {"mixed_precision": {}},
+        {"progression": []}, {"wandb_id": {}}, {"wandb_id": 5}, {"run_id": 5}, {"scaler": []}, {"scaler": "x"},
+        {"data": {}}, {"data": "0" * 64}, {"mixed_precision": {}},
     ],
     ids=brief,
 )  # fmt: skip

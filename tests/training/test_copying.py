@@ -14,7 +14,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from tests.faults.jobs import Job, assert_as_if_nothing_had_happened, fault, finish, rows
+from tests.faults.jobs import Job, assert_as_if_nothing_had_happened, finish, newest, rows
 from tests.forking import free_port, server
 from tests.object_storage import SECRET, Faults, ObjectStorage
 from tests.training.test_resume import assert_same_end, flags_for, steps_of
@@ -23,10 +23,11 @@ from textgen.runs.copies import find_copies
 from textgen.runs.directory import read_status
 from textgen.storage import remote_folder
 from textgen.storage.remote_folder import RemoteFolder
-from textgen.training import copying
+from textgen.training import copying, resume
 
 Capture = pytest.CaptureFixture[str]
 STEPS = ["--max_steps", "8", "--log_every", "1", "--evaluate_every", "4", "--save_every", "2", "--sample_tokens", "4"]
+SHORT = ["--sample_tokens", "4"]
 DROPS = ["--model.dropout", "0.2", "--ema_decay", "0.9"]
 
 
@@ -66,6 +67,14 @@ def copied(address: str) -> list[int]:
     return [copy.step for copy in find_copies(RemoteFolder(address))]
 
 
+def files_of(directory: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def run_id_of(checkpoint: Path) -> str:
+    return str(json.loads((checkpoint / "trainer.json").read_text())["run_id"])
+
+
 def refusal(capsys: Capture, *argv: str) -> str:
     """Return the line with which a training is refused."""
     capsys.readouterr()
@@ -95,6 +104,9 @@ def test_a_training_goes_on_from_its_copy_on_an_empty_disk_bit_for_bit(
     train_main(flags_for(tiny_flags, tmp_path / "two", *flags))
     assert_same_end(whole, tmp_path / "two")
     assert (tmp_path / "two" / "samples.md").read_bytes() == (whole / "samples.md").read_bytes()
+    ids = {run_id_of(path) for name in ("one", "two") for path in (tmp_path / name / "checkpoints").iterdir()}
+    assert len(ids) == 1
+    assert ids != {run_id_of(newest(whole))}
     assert copied(bucket) == steps_of(tmp_path / "two")
     assert copied(bucket)[0] == 8
     written = [path for name in ("one", "two") for path in (tmp_path / name).rglob("*") if path.is_file()]
@@ -102,11 +114,14 @@ def test_a_training_goes_on_from_its_copy_on_an_empty_disk_bit_for_bit(
 
 
 def test_a_training_killed_while_it_copies_goes_on_elsewhere(
-    tiny_flags: list[str], tmp_path: Path, bucket: str, object_storage: ObjectStorage, whole: Path
-) -> None:
+    tiny_flags: list[str], tmp_path: Path, bucket: str, object_storage: ObjectStorage, whole: Path,
+    stop_at: Callable[[int | None], None],
+) -> None:  # fmt: skip
     """Step 3 is copied, a later one half, and the disk is lost."""
     flags = [*tiny_flags, *STEPS, *DROPS, "--checkpoint_copy", bucket]
-    assert Job(flags, tmp_path / "one", fault("signal 15", at="stepping", call=3)).end() == 128 + 15
+    stop_at(3)
+    with pytest.raises(SystemExit):
+        train_main(flags_for(flags, tmp_path / "one"))
     assert copied(bucket)[0] == 3
     object_storage.faults, started = Faults(silent=True, only="/model.safetensors"), len(object_storage.requests)
     job = Job(flags, tmp_path / "one")
@@ -131,7 +146,8 @@ def test_two_machines_without_a_shared_disk_go_on_from_the_copy_of_one(
 ) -> None:
     """One process each. What the first one has is not copied yet; the second one has another checkpoint of the step."""
     flags = [*tiny_flags, *STEPS, *DROPS]
-    finish([*flags, "--checkpoint_copy", bucket, "--max_steps", "4", "--lr_schedule", "constant"], tmp_path / "one")
+    short = ["--max_steps", "4", "--lr_schedule", "constant"]
+    train_main(flags_for(flags, tmp_path / "one", "--checkpoint_copy", bucket, *short))
     assert copied(bucket)[0] == 4
     (latest,) = [copy for copy in find_copies(RemoteFolder(bucket)) if copy.step == 4]
     RemoteFolder(bucket).delete(f"{latest.folder}/manifest.json")
@@ -215,23 +231,58 @@ def test_what_cannot_be_continued_is_refused_in_a_line_and_nothing_is_deleted(
     tiny_flags: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     far = f"file://{tmp_path}/far"
-    train_main(flags_for(tiny_flags, tmp_path / "run", "--checkpoint_copy", far, "--save_every", "2"))
-    before = {path: path.read_bytes() for path in (tmp_path / "far").rglob("*") if path.is_file()}
-    train_main(flags_for(tiny_flags, tmp_path / "other", "--seed", "7"))
+    train_main(flags_for(tiny_flags, tmp_path / "run", "--checkpoint_copy", far, "--save_every", "2", *SHORT))
+    before = files_of(tmp_path / "far")
 
     def refused(run_dir: str, *flags: str) -> str:
         return refusal(capsys, *flags_for(tiny_flags, tmp_path / run_dir, "--checkpoint_copy", far, *flags))
 
-    assert "holds copies of another training up to step 4" in refused("other", "--seed", "7", "--max_steps", "6")
     assert "`--resume never` would overwrite" in refused("new", "--resume", "never")
-    branch = str(tmp_path / "other" / "checkpoints" / "step-000004")
+    branch = str(tmp_path / "run" / "checkpoints" / "step-000004")
     assert "holds copies of another training" in refused("new", "--resume", branch)
+    assert f"`seed` is 7, wanted 42 as in `{far}/checkpoints/step-000004-" in refused("new", "--seed", "7")
     assert not (tmp_path / "new").exists()
-    assert "`seed` is 7" in refused("new", "--seed", "7")
-    assert {path: path.read_bytes() for path in (tmp_path / "far").rglob("*") if path.is_file()} == before
+    assert files_of(tmp_path / "far") == before
     for path in (tmp_path / "far" / "checkpoints").rglob("model.safetensors"):
         path.write_bytes(b"damaged")
     assert "no copy at" in refused("empty")
+
+
+def test_copies_of_another_run_are_neither_fetched_nor_deleted(
+    tiny_flags: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    """Of a run that differs in one setting and was here longer, and of one that differs in its length alone."""
+    far, constant = f"file://{tmp_path}/far", [*SHORT, "--lr_schedule", "constant"]
+    train_main(flags_for(tiny_flags, tmp_path / "other", *constant, "--checkpoint_copy", far))
+    newer, older = ["--max_steps", "6", "--weight_decay", "0.1"], ["--max_steps", "2"]
+    for name, flags in (("newer", newer), ("older", older)):
+        train_main(flags_for(tiny_flags, tmp_path / name, *constant, *flags))
+        before = files_of(tmp_path / "far"), files_of(tmp_path / name / "checkpoints")
+        for more in ([], ["--resume_override"]):
+            argv = flags_for(tiny_flags, tmp_path / name, *constant, *flags, "--checkpoint_copy", far, *more)
+            assert refusal(capsys, *argv) == (
+                f"error: `{far}` holds copies of another training up to step 4: name another `--checkpoint_copy`"
+            )
+        assert (files_of(tmp_path / "far"), files_of(tmp_path / name / "checkpoints")) == before
+    train_main(flags_for(tiny_flags, tmp_path / "older", *constant, "--max_steps", "3"))
+    assert steps_of(tmp_path / "older")[0] == 3
+    train_main(flags_for(tiny_flags, tmp_path / "branch", *constant, "--resume", str(newest(tmp_path / "older"))))
+    assert run_id_of(newest(tmp_path / "branch")) != run_id_of(newest(tmp_path / "older"))
+
+
+def test_checkpoints_of_a_version_without_ids_are_compared_by_their_settings(
+    tiny_flags: list[str], tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    describe, far = resume._describe, f"file://{tmp_path}/far"
+    flags = [*SHORT, "--lr_schedule", "constant", "--checkpoint_copy"]
+    with monkeypatch.context() as older:
+        older.setattr(resume, "_describe", lambda it: {k: v for k, v in describe(it).items() if k != "run_id"})
+        train_main(flags_for(tiny_flags, tmp_path / "run", *flags, far))
+        train_main(flags_for(tiny_flags, tmp_path / "other", "--seed", "7", *flags, f"{far}2"))
+    assert "another training" in refusal(capsys, *flags_for(tiny_flags, tmp_path / "other", "--seed", "7", *flags, far))
+    train_main(flags_for(tiny_flags, tmp_path / "run", "--max_steps", "5", *flags, far))
+    assert copied(far)[0] == 5
+    assert run_id_of(newest(tmp_path / "run"))
 
 
 def test_a_new_training_is_refused_if_its_address_cannot_be_read_or_written(

@@ -6,6 +6,7 @@ fetches it by its first process.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from pathlib import Path
 from typing import Any
@@ -36,10 +37,12 @@ from textgen.runs.copies import (
     fetch_run_files,
     find_copies,
     folder_of,
+    read_manifest,
     read_small,
 )
 from textgen.runs.directory import RunDirectory
 from textgen.storage.remote_folder import RemoteFolder, StorageError
+from textgen.training.resume import find_difference
 from textgen.training.setup import Training
 
 log = logging.getLogger("textgen")
@@ -47,7 +50,7 @@ log = logging.getLogger("textgen")
 # A storage that does not answer does not keep a training waiting that has a checkpoint on its disk.
 LOOK_SECONDS = 30.0
 
-# Trainings that differ in these are not one training.
+# Checkpoints of an older version have no id of their run. Then trainings that differ in these are not one training.
 IDENTITY = ("data", "tokenizer", "origin")
 IDENTITY_SETTINGS = ("model", "seed", "batch_size", "seq_len", "learning_rate", "init_from")
 
@@ -71,7 +74,7 @@ def bring_checkpoint(config: TrainConfig, accelerator: Accelerator, run: RunDire
     def look() -> None:
         nonlocal newest
         assert copier is not None
-        newest = _fetch_newer(config, copier, run_dir)
+        newest = _fetch_newer(config, accelerator, copier, run_dir)
 
     launch.wait_together(accelerator, None if copier is None else look)
     newest = launch.from_main(accelerator, newest)
@@ -94,7 +97,7 @@ def _digest(run_dir: Path, step: int) -> int:
     return digest_of(path.read_bytes()) if path.exists() else -1
 
 
-def _fetch_newer(config: TrainConfig, copier: Copier, run_dir: Path) -> int:
+def _fetch_newer(config: TrainConfig, accelerator: Accelerator, copier: Copier, run_dir: Path) -> int:
     """Fetch the newest copy if it is newer than what is here; return the newest valid step here, -1 for none."""
     remove_leftovers(run_dir)
     local, _ = newest_valid(run_dir)
@@ -109,7 +112,7 @@ def _fetch_newer(config: TrainConfig, copier: Copier, run_dir: Path) -> int:
                 f"`{remote}` holds copies of a training and `--resume never` would overwrite them: "
                 "remove them or name another `--checkpoint_copy`"
             )
-        _refuse_other(config, copier, copies, local)
+        _refuse_other(config, accelerator, copier, copies, local)
         fetched, copier.damaged = fetch_newest(remote, copies, run_dir, after=step)
         if fetched is not None:
             fetch_run_files(remote, run_dir)
@@ -128,10 +131,14 @@ def _fetch_newer(config: TrainConfig, copier: Copier, run_dir: Path) -> int:
     return step
 
 
-def _refuse_other(config: TrainConfig, copier: Copier, copies: list[Copy], local: Path | None) -> None:
+def _refuse_other(
+    config: TrainConfig, accelerator: Accelerator, copier: Copier, copies: list[Copy], local: Path | None
+) -> None:
     """Raise CheckpointError if the copies are of another training, which this one would delete."""
-    theirs = next(filter(None, (_read_trainer(copier, copy) for copy in copies)), None)
-    if theirs is None:
+    for copy in copies:
+        if (theirs := _read_trainer(copier, copy)) is not None:
+            break
+    else:
         return
     if local is not None:
         other = _is_other(read_json(local / TRAINER_NAME), theirs)
@@ -143,23 +150,32 @@ def _refuse_other(config: TrainConfig, copier: Copier, copies: list[Copy], local
             f"`{copier.remote}` holds copies of another training up to step {copies[0].step}: "
             "name another `--checkpoint_copy`"
         )
+    if local is None and not config.resume_override and (difference := find_difference(config, accelerator, theirs)):
+        raise CheckpointError(
+            f"{difference} as in `{copier.remote}/{copy.folder}`: another `--checkpoint_copy` starts a new run, "
+            "`--resume_override` resumes regardless"
+        )
 
 
 def _read_trainer(copier: Copier, copy: Copy) -> dict[str, Any] | None:
     """Return trainer.json of a copy; None if it is damaged, which is found out and said when the copy is fetched."""
     try:
-        return parse_json(read_small(copier.remote, copy, TRAINER_NAME))
+        content = read_small(copier.remote, copy, TRAINER_NAME)
+        _, digest = read_manifest(copier.remote, copy)[0].files[TRAINER_NAME]
+        return parse_json(content) if hashlib.sha256(content).hexdigest() == digest else None
     except UnreadableError:
         raise
-    except ValueError:
+    except (ValueError, KeyError):
         return None
 
 
 def _is_other(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
-    """Return whether two trainer.json are of trainings with other results.
+    """Return whether two trainer.json are of different runs.
 
-    One training may get another W&B run, and it may get other settings by `--resume_override`; hardly both.
+    Without an id of the run: a run may get another W&B run, and other settings by `--resume_override`; hardly both.
     """
+    if "run_id" in ours and "run_id" in theirs:
+        return bool(ours["run_id"] != theirs["run_id"])
 
     def identity(trainer: dict[str, Any]) -> list[Any]:
         config = trainer.get("config")

@@ -144,6 +144,7 @@ def _describe(training: Training) -> dict[str, Any]:
         "tokenizer": training.store.tokenizer.sha256,
         "processes": learner.accelerator.num_processes,
         "scaler": scaler.state_dict() if scaler else None,
+        "run_id": training.run_id,
         "wandb_id": training.wandb_id,
         "origin": training.origin,
         **({} if training.base is None else {"base": training.base}),
@@ -197,6 +198,7 @@ def load_training(training: Training, point: ResumePoint) -> None:
     config, progress = learner.config, replace(point.progression)
     if point.directory.resolve().parent == checkpoint_path(Path(config.run_dir), 0).resolve().parent:
         training.wandb_id, training.origin = point.trainer["wandb_id"], point.trainer["origin"]
+        training.run_id = point.trainer.get("run_id", training.run_id)  # an older version wrote none
     else:  # a checkpoint of another run, whose tracker and best checkpoint stay its own
         training.origin = str(point.directory.resolve())
         progress.best_loss = progress.best_step = None
@@ -312,7 +314,7 @@ def read_trainer(directory: Path, manifest: Manifest) -> tuple[dict[str, Any], P
         "origin": str | None,
     }  # fmt: skip
     sound = all(name in trainer and isinstance(trainer[name], kind) for name, kind in kinds.items())
-    if not sound or not isinstance(trainer.get("base", {}), dict):
+    if not sound or not isinstance(trainer.get("base", {}), dict) or not isinstance(trainer.get("run_id", ""), str):
         raise CheckpointError(f"`{path}` is of another version of textgen: it lacks settings")
     wanted = {CONFIG_NAME, WEIGHTS_NAME, "optimizer.safetensors", "lanes.safetensors", MODEL_NAME, TRAINER_NAME}
     if trainer["config"].get("ema_decay") is not None:
@@ -350,22 +352,11 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
     """
     config = training.learner.config
     differing_labels = _compare_labels(training, directory)
-    # defaults are for settings that the checkpoint's version did not have
-    saved, current = _flat(TrainConfig()) | flatten(complete_record(trainer["config"])), _flat(config)
-    saved["mixed_precision"] = trainer["mixed_precision"]
-    current["mixed_precision"] = training.learner.accelerator.mixed_precision
+    saved, current, harmless = _settings(config, training.learner.accelerator, trainer)
     if saved["data.source"] == current["data.source"] == "memory":  # the store's name is a hash of the texts
         saved["data.store"] = current["data.store"]
     if trainer.get("tokenizer") == training.store.tokenizer.sha256:  # that of a base has another path after a resume
         saved |= {name: value for name, value in current.items() if name.startswith("tokenizer.")}
-    # A resume does not look at the base: its name may be left out, or written in another way.
-    if config.init_from is None or _is_same_place(config.init_from, saved["init_from"]):
-        saved["init_from"] = config.init_from
-    harmless = HARMLESS
-    if config.early_stopping_patience is not None:
-        harmless = harmless - {"evaluate_every", "evaluate_documents"}  # they decide when the training stops
-    if config.lr_schedule == "constant":
-        harmless = harmless | {"max_steps", "max_epochs", "max_minutes"}  # no step depends on how many there will be
     if trainer["data"] == training.store.training_key:
         harmless = harmless | {"data", "tokenizer"}  # the tokens are the same
     elif all(current[name] == saved[name] for name in current if name.startswith(("data.", "tokenizer."))):
@@ -393,6 +384,44 @@ def compare_settings(training: Training, trainer: dict[str, Any], directory: Pat
             "`--run_dir` takes its weights alone",
             directory,
         )
+
+
+def find_difference(config: TrainConfig, accelerator: Accelerator, trainer: Mapping[str, Any]) -> str | None:
+    """Return the first setting by which a run of these settings would have another result than a checkpoint.
+
+    Data and tokenizer are not compared, which `compare_settings` does by content, once the data are there.
+
+    Args:
+        config: the settings.
+        accelerator: with their precision.
+        trainer: trainer.json of the checkpoint, which may be a stranger's.
+    """
+    if not (isinstance(trainer.get("config"), dict) and isinstance(trainer.get("mixed_precision"), str)):
+        return None  # `read_trainer` says what is wrong
+    saved, current, harmless = _settings(config, accelerator, trainer)
+    for name, value in current.items():
+        group = name.split(".")[0]
+        if value != saved[name] and not (group in harmless | {"data", "tokenizer"} or name in COMMAND_SETTINGS):
+            return f"`{name}` is {value}, wanted {saved[name]}"
+    return None
+
+
+def _settings(
+    config: TrainConfig, accelerator: Accelerator, trainer: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], set[str]]:
+    """Return a checkpoint's settings and these, by dotted name, and those (or their groups) that may differ."""
+    # defaults are for settings that the checkpoint's version did not have
+    saved, current = _flat(TrainConfig()) | flatten(complete_record(trainer["config"])), _flat(config)
+    saved["mixed_precision"], current["mixed_precision"] = trainer["mixed_precision"], accelerator.mixed_precision
+    # A resume does not look at the base: its name may be left out, or written in another way.
+    if config.init_from is None or _is_same_place(config.init_from, saved["init_from"]):
+        saved["init_from"] = config.init_from
+    harmless = set(HARMLESS)
+    if config.early_stopping_patience is not None:
+        harmless -= {"evaluate_every", "evaluate_documents"}  # they decide when the training stops
+    if config.lr_schedule == "constant":
+        harmless |= {"max_steps", "max_epochs", "max_minutes"}  # no step depends on how many there will be
+    return saved, current, harmless
 
 
 def _weights(flat: Mapping[str, Any]) -> dict[str, float]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ class Training:
     copier: Copier | None = None
     """of the main process, with `checkpoint_copy`"""
     wandb_id: str | None = None
+    run_id: str = field(default_factory=lambda: secrets.token_hex(8))
+    """of the run, in each of its checkpoints: by it the copies of another run are recognized. Drawn for a new run; only
+    that of the main process is written"""
     origin: str | None = None
     """checkpoint of another run that this one started from"""
     base: dict[str, Any] | None = None
