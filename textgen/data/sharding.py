@@ -295,7 +295,7 @@ class _Work:
             own = None if labels is None else labels[first : first + self.block_documents]
             self._write_split(aside, "train", texts(), labels=own)
             hashes.close()
-            (aside / SUMS_NAME).write_text(json.dumps(_hash_files(aside)))
+            (aside / SUMS_NAME).write_text(json.dumps(_hash_files(aside)), encoding="utf-8")
             _sync_files(aside)
             aside.rename(block)
 
