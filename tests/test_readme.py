@@ -50,6 +50,7 @@ def test_readme_training_commands_parse(command: str, monkeypatch: pytest.Monkey
     flags = (
         re.split(r"train_distributed\.py|textgen prepare|textgen train", command)[1].split("`")[0].split(", then")[0]
     )
+    flags = flags.replace("--shards", "--data.shards")  # as `textgen prepare` does
     parse_train_config(shlex.split(flags.replace("...", "launch/presets/quick.yaml")))
 
 

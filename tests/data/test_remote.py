@@ -119,7 +119,7 @@ def test_batches_are_those_of_a_local_store_within_the_cache(
 def test_the_next_shards_come_while_one_is_read(open_remote: Open, object_storage: ObjectStorage) -> None:
     store = open_remote()
     next(batches(store))
-    wait_until(lambda: len(cached(store)) == 1 + remote.AHEAD)
+    wait_until(lambda: len(cached(store)) == len(gets(object_storage)) == 1 + remote.AHEAD)
     order = Course(store.train, batch_size=16, seq_len=32, seed=7)._order(0).tolist()
     assert store.shards is not None
     assert gets(object_storage) == [store.shards.records[index].name for index in order[: 1 + remote.AHEAD]]
