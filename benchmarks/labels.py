@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import textgen
-from benchmarks.machine import RESULTS, save
+from benchmarks.machine import load, save
 from textgen.classification.decision import fit_temperature
 from textgen.classification.figures import compute_figures, wilson_interval
 from textgen.commands.model_argument import open_model
@@ -195,10 +195,8 @@ def measure_all(folder: Path, seeds: Sequence[int], count: int) -> None:
 
 def keep(name: str, figures: dict[str, Any]) -> None:
     """Print figures, and put them into the file of results under a name."""
-    path = RESULTS / "labels.json"
-    before = json.loads(path.read_text())["figures"] if path.exists() else {}
     print(json.dumps(figures, indent=2))
-    save("labels", before | {name: figures})
+    save("labels", load("labels") | {name: figures})
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -61,6 +61,13 @@ def joules(device: torch.device, powercap: Path = Path("/sys/class/powercap")) -
         return 0.0
 
 
+def load(name: str) -> dict[str, Any]:
+    """Return the figures that `save` wrote under this name; {} if there are none."""
+    path = RESULTS / f"{name}.json"
+    figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
+    return figures
+
+
 def save(name: str, figures: Any) -> None:
     """Write figures with the machine's description to NAME.json in RESULTS; a kill leaves what was there before."""
     RESULTS.mkdir(exist_ok=True, parents=True)

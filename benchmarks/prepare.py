@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, save
+from benchmarks.machine import load, save
 from textgen.config import DataConfig
 from textgen.data.corpus import open_corpus
 from textgen.data.store import encode_batches
@@ -158,8 +158,7 @@ def main() -> None:
     parser.add_argument("--folder", default=None, help="where it is written for a while (default: a temporary one)")
     parser.add_argument("--note", default=None, help="kept with its figures, as `beside other work`")
     args = parser.parse_args()
-    path = RESULTS / "prepare.json"
-    figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
+    figures = load("prepare")
     if "tokenizing" in args.parts:
         texts = reviews(args.documents)
         figures["megabytes_per_second"] = tokenizing(texts, train_tokenizer(texts, vocab_size=VOCAB_SIZE))

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, describe
+from benchmarks.machine import load, save
 from tests.object_storage import Faults, ObjectStorage, start_object_storage
 from textgen.commands.parsing import parse_train_config
 from textgen.data.store import TokenStore, prepare_store
@@ -131,13 +131,12 @@ def bytes_read(store: TokenStore, tokens_per_second: float) -> float:
 
 def main(parts: Sequence[str]) -> None:
     """Measure the parts, all by default, and keep their figures beside those of the others."""
-    path = RESULTS / "remote.json"
-    figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
+    figures = load("remote")
 
     def keep(name: str, measured: Any) -> None:
         figures[name] = {"load": round(os.getloadavg()[0], 1), "measured": measured}
         print(name, json.dumps(figures[name]), flush=True)
-        path.write_text(json.dumps({"machine": describe(), "figures": figures}, indent=2) + "\n")
+        save("remote", figures)
 
     with tempfile.TemporaryDirectory() as name, start_object_storage() as storage:
         folder = Path(name)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import RESULTS, save
+from benchmarks.machine import load, save
 from benchmarks.prepare import VOCAB_SIZE, reviews, write_large
 from textgen.config import DataConfig
 from textgen.data.corpus import clean_corpus, open_corpus
@@ -196,8 +196,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=100, help="size of the text to prepare (default: 100)")
     parser.add_argument("--note", default=None, help="kept with the figures, as `beside other work`")
     args = parser.parse_args()
-    path = RESULTS / "shards.json"
-    figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
+    figures = load("shards")
     note = {"note": args.note} if args.note else {}
     with tempfile.TemporaryDirectory() as folder:
         if "training" in args.parts:

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from benchmarks.machine import RESULTS, save
+from benchmarks.machine import load, save
 from benchmarks.wavefront import WavefrontModel
 from textgen.config import ModelConfig, TrainConfig
 from textgen.hardware import keep_freed_memory
@@ -884,8 +884,7 @@ def main() -> None:
         return
     everything = not (args.profile or args.memory or args.kernels)
     name = args.name or ("train_cuda" if cuda else "train")
-    path = RESULTS / f"{name}.json"
-    figures: dict[str, Any] = json.loads(path.read_text())["figures"] if path.exists() else {}
+    figures = load(name)
     if everything and cuda:
         measure_on_cuda(
             chosen, figures, name, minutes=args.minutes, rounds=args.rounds, steps=args.steps, ways=args.ways

@@ -86,11 +86,11 @@ def make_directory(path: Path) -> None:
     missing = [place for place in (path, *path.parents) if not place.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for place in missing:
-        fsync_directory(place.parent)
+        fsync_path(place.parent)
 
 
-def fsync_directory(path: Path) -> None:
-    """Wait until a directory's entries are on disk; some file systems do not support it."""
+def fsync_path(path: Path) -> None:
+    """Wait until a file, or a directory's entries, are on disk; some file systems do not support it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -305,6 +305,14 @@ def start(corpus: Path, cache: Path, *, stop_at: int = -1, shards: int = 6) -> s
     )  # fmt: skip
 
 
+def kill_stopped(process: subprocess.Popen[str]) -> None:
+    """Kill a preparation when it holds the claim at which `start` lets it stop."""
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stopped\n", process.communicate()
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
 def test_four_processes_of_which_two_are_killed_make_the_store_of_one(corpus: Path, tmp_path: Path) -> None:
     alone = prepare(corpus, tmp_path / "alone", shards=6)
     cache = tmp_path / "cache"
@@ -332,11 +340,7 @@ def test_four_processes_of_which_two_are_killed_make_the_store_of_one(corpus: Pa
 def test_what_a_killed_preparation_has_done_stays_done(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = start(corpus, tmp_path / "cache", stop_at=20)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "stopped\n"
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    kill_stopped(start(corpus, tmp_path / "cache", stop_at=20))
     blocks = list((tmp_path / "cache").glob("*.work/parts/block-???????"))
     assert len(blocks) == 18  # after the validation split; the last one was not finished
     written = []
@@ -381,11 +385,7 @@ def test_what_a_disk_has_lost_of_a_killed_preparation_is_encoded_again(
     corpus: Path, tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     alone = prepare(corpus, tmp_path / "alone", shards=6)
-    process = start(corpus, tmp_path / "cache", stop_at=20)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "stopped\n"
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    kill_stopped(start(corpus, tmp_path / "cache", stop_at=20))
     work = next((tmp_path / "cache").glob("*.work"))
     names = ("train.tokens.uint16", "train.offsets.int64", "train.bytes.uint32", "unigram.int64", "hashes", "sums.json")
     damaged = [work / "parts" / f"block-{number:07}" / name for number, name in enumerate(names)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 
 import textgen.data.sharding
 from tests.data.test_corpus import run_open, write_cache
-from tests.data.test_shards import start
+from tests.data.test_shards import kill_stopped, start
 from tests.data.test_store import CHAR, make_texts
 from textgen.config import DataConfig
 from textgen.data.corpus import open_corpus
@@ -93,11 +92,7 @@ def test_a_streamed_dataset_makes_the_store_of_a_loaded_one_and_leaves_no_copy_o
 def test_what_a_killed_preparation_of_a_stream_has_done_stays_done(
     dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    process = start(dataset, tmp_path / "cache", stop_at=20)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "stopped\n", process.communicate()
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=60)
+    kill_stopped(start(dataset, tmp_path / "cache", stop_at=20))
     done = {path.name for path in (tmp_path / "cache").glob("*.work/parts/block-???????")}
     assert len(done) == 18  # after the validation split; the last one was not finished
     written, write = [], textgen.data.sharding.write_split

@@ -54,7 +54,7 @@ from textgen.data.store import (
     write_split,
 )
 from textgen.errors import BrokenSourceError, TextgenError
-from textgen.files import fsync_directory, write_atomic
+from textgen.files import fsync_path, write_atomic
 from textgen.runs.lock import FileLock
 from textgen.runs.tensors import build_header
 from textgen.storage.remote_folder import hash_file
@@ -381,7 +381,7 @@ def _hash_files(folder: Path) -> dict[str, str]:
 def _sync_files(folder: Path) -> None:
     """Wait until the files of a folder are on disk."""
     for path in folder.iterdir():
-        fsync_directory(path)  # a file is synced in the same way
+        fsync_path(path)
 
 
 def _are_whole(folder: Path, sums: Mapping[str, str]) -> bool:

@@ -18,7 +18,7 @@ from textgen.config import TrainConfig
 from textgen.diagnosis.process_group import ProcessGroup
 from textgen.diagnosis.results import Check
 from textgen.errors import TextgenError
-from textgen.files import fsync_directory, write_atomic
+from textgen.files import fsync_path, write_atomic
 from textgen.model.lstm import LSTMLanguageModel
 from textgen.runs.directory import RunDirectory
 from textgen.runs.lock import SILENT_SECONDS, FileLock
@@ -112,7 +112,7 @@ def _write_probe(probe: Path) -> dict[str, float]:
     write_atomic(probe / "replaced", "new")
     (probe / "aside").mkdir()
     (probe / "aside").rename(probe / "renamed")
-    fsync_directory(probe)
+    fsync_path(probe)
     if (probe / "replaced").read_text(encoding="utf-8") != "new" or not (probe / "renamed").is_dir():
         raise OSError(0, "a renamed file or directory does not appear under its new name")
     return {"write_mb_per_s": len(content) / seconds / 1e6, "rename_ms": (time.perf_counter() - started) * 1e3}

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from textgen.errors import CheckpointError, UnreadableError
-from textgen.files import JSON_BYTES, fsync_directory, make_directory, memory_bytes, parse_json
+from textgen.files import JSON_BYTES, fsync_path, make_directory, memory_bytes, parse_json
 from textgen.runs.tensors import serialize
 from textgen.tokenizer.tokenizer import MAX_MODEL_BYTES
 
@@ -92,14 +92,14 @@ def make_checkpoint(
     try:
         make_directory(aside)
         write(aside)
-        fsync_directory(aside)
+        fsync_path(aside)
         if require is not None:
             require()
         if directory.exists():  # between the two renames, `checkpoints` finds the old one as `step-*.old`
             _remove(replaced)
             directory.rename(replaced)
         aside.rename(directory)
-        fsync_directory(directory.parent)
+        fsync_path(directory.parent)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(error, OSError):  # the error of a full disk names no file

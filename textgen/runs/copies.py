@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from textgen.errors import CheckpointError, TextgenError, UnreadableError, first_line
-from textgen.files import JSON_BYTES, fsync_directory, make_directory, parse_json
+from textgen.files import JSON_BYTES, fsync_path, make_directory, parse_json
 from textgen.runs.checkpoint import (
     MANIFEST_NAME,
     Manifest,
@@ -139,9 +139,9 @@ def fetch_copy(remote: RemoteFolder, copy: Copy, run_dir: Path) -> None:
         for name, (bytes_, digest) in manifest.files.items():
             path = aside / name
             _fetched(remote, copy, partial(remote.fetch, f"{copy.folder}/{name}", path, size=bytes_, sha256=digest))
-            fsync_directory(path)  # a file is synced in the same way
+            fsync_path(path)
         (aside / MANIFEST_NAME).write_bytes(content)
-        fsync_directory(aside / MANIFEST_NAME)
+        fsync_path(aside / MANIFEST_NAME)
 
     make_checkpoint(directory, fetch, require=lambda: set_aside(directory) if directory.exists() else None)
     seconds = time.perf_counter() - started
