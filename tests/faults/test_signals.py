@@ -335,7 +335,9 @@ def test_killed_job_stays_running_and_the_next_one_starts_at_once(
 def test_crash_of_any_process_is_told_in_the_status(
     processes: int, rank: int, flags: list[str], tmp_path: Path
 ) -> None:
-    job = Job(flags, tmp_path / "run", fault("raise", at="stepping", call=7, rank=rank), processes=processes)
+    crash = fault("raise", at="stepping", call=7, rank=rank)
+    slow_disk = fault("sleep 2", at="saving")  # the crash comes while the checkpoint of step 5 is being written
+    job = Job(flags, tmp_path / "run", crash, slow_disk, processes=processes)
     assert job.end() == 1
     assert job.status["state"] == "failed"
     assert job.status["reason"] == "RuntimeError: made to fail"

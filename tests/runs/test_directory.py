@@ -67,7 +67,7 @@ def test_second_holder_is_refused_with_the_first_one_and_changes_nothing(
 
 
 def test_first_reason_of_the_end_stays(tmp_path: Path) -> None:
-    """Whichever process had it; what was under way in the main process does not turn it back to running."""
+    """Whichever process had it; a checkpoint under way in the main process adds its step alone."""
     main, last = RunDirectory(tmp_path / "run", main=True), RunDirectory(tmp_path / "run", main=False)
     with main.hold():
         assert main.read_started() == last.read_started() is not None
@@ -75,7 +75,7 @@ def test_first_reason_of_the_end_stays(tmp_path: Path) -> None:
         main.write_status("running", step=5, total_steps=9)
         main.end("failed", "the first process")
         status = read_status(main.path)
-        assert (status["state"], status["reason"], status["step"]) == ("failed", "the last process", None)
+        assert (status["state"], status["reason"], status["step"]) == ("failed", "the last process", 5)
 
 
 def test_next_training_starts_with_a_new_status(tmp_path: Path) -> None:

@@ -115,12 +115,14 @@ class RunDirectory:
         return self._started
 
     def write_status(self, state: RunState, *, step: int, total_steps: int, reason: str | None = None) -> None:
-        """Write the state of the training. The state `running` never replaces the reason of an end."""
+        """Write the state of the training. The state `running` never replaces the reason of an end: only its step."""
         if not self._main:
             return
+        values: dict[str, Any] = {"step": step, "total_steps": total_steps}
         with self._alone():
             if state != "running" or read_status(self.path).get("state") == "running":
-                self._write({"state": state, "step": step, "total_steps": total_steps, "reason": reason})
+                values |= {"state": state, "reason": reason}
+            self._write(values)  # a checkpoint may get to the disk after the end that a failure wrote
 
     def write_copy(self, copy: dict[str, Any]) -> None:
         """Write the state of the copy at an address: `address`, newest `step`, `problem` of the last checkpoint."""
