@@ -68,10 +68,16 @@ def load(name: str) -> dict[str, Any]:
     return figures
 
 
-def save(name: str, figures: Any) -> None:
-    """Write figures with the machine's description to NAME.json in RESULTS; a kill leaves what was there before."""
+def save(name: str, figures: Any, *, beside: bool = False) -> None:
+    """Write figures with the machine's description to NAME.json in RESULTS; a kill leaves what was there before.
+
+    With `beside`, other figures that the file has of the same machine, versions and commit stay.
+    """
     RESULTS.mkdir(exist_ok=True, parents=True)
-    text = json.dumps({"machine": describe(), "figures": figures}, indent=2) + "\n"
+    path, machine = RESULTS / f"{name}.json", describe()
+    if beside and path.exists() and (before := json.loads(path.read_text()))["machine"] == machine:
+        figures = before["figures"] | figures
+    text = json.dumps({"machine": machine, "figures": figures}, indent=2) + "\n"
     new = RESULTS / f".{name}.json.new"
     new.write_text(text)
-    new.replace(RESULTS / f"{name}.json")
+    new.replace(path)
