@@ -52,6 +52,7 @@ def library(compilable: None, tmp_path_factory: pytest.TempPathFactory) -> ctype
 def tiles(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train by AMX, emulated."""
     monkeypatch.setattr(training_kernels, "compiled_code", lambda: library)
+    monkeypatch.setattr(training_kernels, "suits_lstm", lambda: True)
     monkeypatch.setattr(training_kernels, "has_amx", lambda: True)
     monkeypatch.setattr(amx, "is_faster", lambda shape, library: True)
 
@@ -277,15 +278,3 @@ def test_linux_is_asked_for_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "aarch64")  # where the number is that of getgroups
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(syscall=lambda *_: 0))
     assert not amx.is_permitted()
-
-
-@pytest.mark.parametrize("flags", [{"avx512_bf16"}, {"avx512_bf16", "amx_bf16"}, {"avx2"}])
-def test_compiled_code_is_loaded_on_a_processor_with_amx_only_if_asked_for(
-    flags: set[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(training_kernels, "processor_flags", lambda: flags)
-    monkeypatch.setattr(training_kernels, "library", lambda source: source)
-    for asked in (False, True):
-        monkeypatch.setattr(amx, "is_wanted", lambda asked=asked: asked)
-        loaded = training_kernels.compiled_code.__wrapped__() == "training.cpp"
-        assert loaded == ("avx512_bf16" in flags and ("amx_bf16" not in flags or asked))

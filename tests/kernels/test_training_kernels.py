@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from benchmarks.train import Shape, textgen_steps
 from textgen.hardware import processor_flags
+from textgen.kernels import amx
 from textgen.kernels import compile as native
 from textgen.kernels import training as training_kernels
 from textgen.model.lstm import LSTMLayer, State, cross_entropy_of_logits, summed_cross_entropy
@@ -30,9 +34,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture
-def compiled() -> None:
-    """Skip a test of compiled code alone where there is none."""
-    if training_kernels.compiled_code() is None:
+def compiled_lstm() -> None:
+    """Skip a test of the compiled LSTM alone where there is none."""
+    if training_kernels.compiled_lstm() is None:
         pytest.skip("no compiler, or this processor has no AVX512-BF16 or has AMX")
 
 
@@ -70,8 +74,38 @@ def error(seen: Tensor, wanted: Tensor) -> float:
 
 
 def test_the_code_is_compiled_where_processor_and_compiler_are_there() -> None:
-    flags = processor_flags()
-    assert (training_kernels.compiled_code() is not None) == ("avx512_bf16" in flags and "amx_bf16" not in flags)
+    flags, has_compiler = processor_flags(), any(map(shutil.which, native.COMPILERS))
+    assert (training_kernels.compiled_code() is not None) == ("avx512f" in flags and has_compiler)
+    of_lstm = "avx512_bf16" in flags and ("amx_bf16" not in flags or amx.is_wanted())
+    assert (training_kernels.compiled_lstm() is not None) == (of_lstm and has_compiler)
+
+
+F, BF16, AMX = {"avx2", "avx512f"}, {"avx2", "avx512f", "avx512_bf16"}, {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "asked", "loss", "lstm"),
+    [
+        (set(), False, False, False),
+        ({"avx2"}, False, False, False),
+        (F, False, True, False),
+        (BF16, False, True, True),
+        (AMX, False, True, False),
+        (AMX, True, True, True),
+    ],
+)
+def test_what_a_processor_takes_is_decided_by_its_flags(
+    flags: set[str], asked: bool, loss: bool, lstm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = SimpleNamespace(textgen_lstm_forward=None)
+    loaded, suits = training_kernels.compiled_code.__wrapped__, training_kernels.suits_lstm.__wrapped__
+    monkeypatch.setattr(training_kernels, "processor_flags", lambda: flags)
+    monkeypatch.setattr(training_kernels, "library", lambda source: code)
+    monkeypatch.setattr(training_kernels, "compiled_code", loaded)
+    monkeypatch.setattr(training_kernels, "suits_lstm", suits)
+    monkeypatch.setattr(amx, "is_wanted", lambda: asked)
+    assert (training_kernels.compiled_code() is code) == loss
+    assert (training_kernels.compiled_lstm() is code) == lstm
 
 
 # every number of rows that a tile may have, alone and after full ones
@@ -85,7 +119,7 @@ def test_layer_in_bfloat16_is_as_close_to_float32_as_torchs(way: str, lanes: int
     assert max(error(a, b) for a, b in zip(seen, exact, strict=True)) < 0.01
 
 
-def test_neither_threads_nor_other_lanes_change_a_bit_of_a_layer(compiled: None) -> None:
+def test_neither_threads_nor_other_lanes_change_a_bit_of_a_layer(compiled_lstm: None) -> None:
     layer, x, state = build(9, 6)
     with threads(1):
         alone = run(layer, x, state, low=True)
@@ -120,14 +154,60 @@ def test_shapes_that_do_not_fit_are_an_error(way: str) -> None:
 def test_a_compiler_that_does_not_know_the_processor_leaves_the_work_to_torch(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-avx512bf16"))
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-mno-avx512f"))
     monkeypatch.setattr(native, "CACHE", tmp_path / "cache")
     with caplog.at_level("INFO", logger="textgen"):
         assert native.library.__wrapped__("training.cpp") is None
-    assert "knows no bfloat16" in caplog.text
+    assert "knows no registers of 512 bits" in caplog.text
 
 
-def test_a_second_backward_pass_is_refused_and_not_wrong(compiled: None) -> None:
+@pytest.fixture(scope="module")
+def without_bf16(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Compile for processors with AVX512 and without AVX512-BF16, as many of Intel's are."""
+    if training_kernels.compiled_code() is None:
+        pytest.skip("no compiler, or this processor has no AVX512")
+    source = Path(training_kernels.__file__).with_name("training.cpp")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "FLAGS", [flag.replace("=native", "=skylake-avx512") for flag in native.FLAGS])
+        return ctypes.CDLL(str(native.compiled(source, tmp_path_factory.mktemp("cache"))))
+
+
+def test_a_compiler_that_knows_no_avx512_bf16_leaves_the_lstm_to_torch(
+    without_bf16: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_kernels, "compiled_code", lambda: without_bf16)
+    monkeypatch.setattr(training_kernels, "suits_lstm", lambda: True)
+    layer, x, state = build(2, 4)
+    assert training_kernels.lstm(x, state, layer.weight_ih, layer.weight_hh, layer.bias) is None
+    assert training_kernels.cross_entropy(torch.zeros(2, 8), torch.zeros(8), torch.tensor([1, 2]), None) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_cross_entropy_has_the_same_bits_on_processors_without_avx512_bf16(
+    without_bf16: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    rows, size = 300, 500
+    logits, bias, targets = torch.randn(rows, size), torch.randn(size), torch.randint(0, size, (rows,))
+    logits *= torch.logspace(-3, 3, rows)[:, None]  # to gradients of 0 and 1, and to subnormal ones
+    logits[-1] = 1.0  # equal
+    for row, value in enumerate((float("nan"), -float("nan"), float("inf"), float("-inf"))):
+        logits[row, 3], logits[row + 4, size - 1], logits[row + 8] = value, value, value
+    targets[20::7] = -1
+    last_nan = torch.full((size,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)  # rounding up would overflow
+    found: list[list[Tensor]] = []
+    for code in (training_kernels.compiled_code(), without_bf16):
+        monkeypatch.setattr(training_kernels, "compiled_code", lambda code=code: code)
+        found.append([])
+        for some_bias in (bias, last_nan):
+            grad_logits, grad_bias = logits.to(dtype, copy=True), torch.zeros(size)
+            nats = training_kernels.cross_entropy(grad_logits, some_bias, targets, grad_bias)
+            assert nats is not None
+            found[-1] += [t.view(torch.uint8) for t in (nats, grad_logits, grad_bias)]  # nan is not equal to itself
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_a_second_backward_pass_is_refused_and_not_wrong(compiled_lstm: None) -> None:
     layer, x, state = build(2, 3)
     with torch.autocast("cpu", torch.bfloat16):
         y, _ = layer(x, state)

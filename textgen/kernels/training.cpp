@@ -1,9 +1,10 @@
 // An LSTM layer over a window, forward and backward, and cross-entropy with its gradient: see training.py.
-// For processors that multiply bfloat16 in registers of 512 bits. Products are summed in float32. The order of each sum
-// does not depend on the number of threads; only the gradient of the output bias is summed thread by thread.
+// For processors with registers of 512 bits; the LSTM for those that multiply bfloat16 in them. Products are summed in
+// float32. The order of each sum does not depend on the number of threads; only the gradient of the output bias is summed
+// thread by thread.
 
-#ifndef __AVX512BF16__
-#error "the compiler knows no bfloat16 of this processor"
+#ifndef __AVX512F__
+#error "the compiler knows no registers of 512 bits of this processor"
 #endif
 
 #include <immintrin.h>
@@ -27,7 +28,20 @@ static inline __m512 load(const bf16* p) {  // a bfloat16 is the upper half of a
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
 }
-static inline __m256i rounded(__m512 x) { return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)); }
+// Round to bfloat16: to the nearest, ties to even, subnormal values to zero; nan stays nan.
+static inline __m256i rounded(__m512 x) {
+#ifdef __AVX512BF16__
+    return reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x));
+#else  // the same bits by integers
+    const __m512i bits = _mm512_castps_si512(x), size = _mm512_and_si512(bits, _mm512_set1_epi32(0x7fffffff));
+    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    __m512i sum = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+    const __mmask16 subnormal = _mm512_cmplt_epi32_mask(size, _mm512_set1_epi32(0x00800000));
+    sum = _mm512_mask_andnot_epi32(sum, subnormal, _mm512_set1_epi32(0x7fffffff), bits);  // the sign
+    sum = _mm512_mask_or_epi32(sum, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), bits, _mm512_set1_epi32(0x00400000));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(sum, 16));
+#endif
+}
 static inline void store(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
 static inline void store(bf16* p, __m512 x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(x)); }
 
@@ -54,6 +68,8 @@ static inline __m512 hyperbolic_tangent(__m512 x) {  // 2 sigmoid(2x) - 1
 }
 
 // --- the LSTM --------------------------------------------------------------------------------------------------------
+
+#ifdef __AVX512BF16__
 
 // Arguments of a call; _WindowArguments in training.py has the same fields. Arrays are row-major. A unit is one of the
 // hidden_size components of hidden state and cell. Gates are in torch's order: input, forget, cell, output.
@@ -373,6 +389,8 @@ static void window(const WindowArguments& w, bool forward) {
 
 extern "C" void textgen_lstm_forward(const WindowArguments* w) { window<Forward>(*w, true); }
 extern "C" void textgen_lstm_backward(const WindowArguments* w) { window<Backward>(*w, false); }
+
+#endif
 
 // --- cross-entropy ---------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,9 @@
 """Compiled code for training on a CPU: an LSTM layer over a window, and cross-entropy with its gradient (training.cpp).
 
 Both round no more often than torch's operators do under autocast: within a window the LSTM's cells stay in float32, and
-gates are rounded only in the copy that is kept for the backward pass. Every function returns None on processors that
-the code is not for and without a compiler; the caller then uses torch's operators.
+gates are rounded only in the copy that is kept for the backward pass. Cross-entropy is for all processors with AVX512,
+the LSTM for those that multiply bfloat16 by it. Every function returns None on other processors and without a compiler;
+the caller then uses torch's operators.
 """
 
 from __future__ import annotations
@@ -24,13 +25,23 @@ State = tuple[Tensor, Tensor]
 
 @functools.cache
 def compiled_code() -> ctypes.CDLL | None:
-    """Return the compiled code; None on processors where it is not the fastest.
+    """Return the compiled code; None on processors without registers of 512 bits, and without a compiler."""
+    return library("training.cpp") if "avx512f" in processor_flags() else None
+
+
+def compiled_lstm() -> ctypes.CDLL | None:
+    """Return the compiled code if it computes LSTM layers here; None if torch does."""
+    code = compiled_code() if suits_lstm() else None
+    return code if hasattr(code, "textgen_lstm_forward") else None  # the compiler may be older than the processor
+
+
+@functools.cache
+def suits_lstm() -> bool:
+    """Return whether compiled LSTM layers are for this processor: it has AVX512-BF16.
 
     With AMX torch's own code is faster than this code without: it is used if a user asks for AMX here.
     """
-    if "avx512_bf16" not in processor_flags() or (has_amx() and not amx.is_wanted()):
-        return None
-    return library("training.cpp")
+    return "avx512_bf16" in processor_flags() and (not has_amx() or amx.is_wanted())
 
 
 def has_amx() -> bool:
@@ -153,7 +164,7 @@ def _call(name: str, shape: tuple[int, ...] | torch.Size, **tensors: Tensor | No
         tensors: by field of `_WindowArguments`, contiguous; None is a null pointer.
     """
     assert all(tensor is None or tensor.is_contiguous() for tensor in tensors.values())
-    weight_hh, code = tensors["weight_hh"], compiled_code()
+    weight_hh, code = tensors["weight_hh"], compiled_lstm()
     assert code is not None
     assert weight_hh is not None
     lanes, steps, input_size = shape
@@ -181,7 +192,7 @@ def lstm(x: Tensor, state: State, weight_ih: Tensor, weight_hh: Tensor, bias: Te
     weights, (lanes, steps, input_size), hidden_size = (weight_ih, weight_hh, bias), x.shape, weight_hh.shape[1]
     if lanes == 0 or steps < 2 or input_size % 16 or hidden_size % 64 or not all(map(_is_float32_array, weights)):
         return None
-    code, with_gradient = compiled_code(), torch.is_grad_enabled()
+    code, with_gradient = compiled_lstm(), torch.is_grad_enabled()
     if code is None:
         return None
     if by_amx := has_amx():
