@@ -160,8 +160,8 @@ class CellDecoder(Decoder):
             # bounded needs a separate scale, so it gets a separate product.
             for i, layer in enumerate(layers[1:], 1):
                 joined = dtype != "int8" or is_bounded(i)
-                weight = torch.cat([layer.weight_ih, layer.weight_hh], 1) if joined else layer.weight_hh
-                self._recurrent.append(pack(gates_last(weight), gates_last(layer.bias), bounded=True))
+                weight = gates_last(layer.weight_ih, layer.weight_hh) if joined else gates_last(layer.weight_hh)
+                self._recurrent.append(pack(weight, gates_last(layer.bias), bounded=True))
                 self._inputs.append(None if joined else pack(gates_last(layer.weight_ih), bounded=False))
             # Projection, if the model has one, then the output layer. The result of a projection is not bounded.
             projection, bounded = model.projection, is_bounded(config.num_layers)
@@ -255,7 +255,14 @@ def table_parts(model: LSTMLanguageModel, first: LSTMLayer, dtype: torch.dtype) 
     return model.input_weight().to(dtype), weight.to(dtype), bias.to(dtype)
 
 
-def gates_last(weight: Tensor) -> Tensor:
-    """Return rows in the order input, forget, output, cell, from torch's order input, forget, cell, output."""
-    i, f, g, o = weight.chunk(4)
-    return torch.cat([i, f, o, g])
+def gates_last(*weights: Tensor) -> Tensor:
+    """Return weights (4 x hidden_size, ...) side by side, with rows in the order input, forget, output, cell.
+
+    torch's order is input, forget, cell, output. Every weight is copied once, as copies take much of a short command.
+    """
+    first, chunks = weights[0], [weight.detach().chunk(4) for weight in weights]
+    width = [sum(weight.shape[1] for weight in weights)] if first.dim() > 1 else []
+    joined = first.new_empty(len(first), *width)
+    for out, gate in zip(joined.chunk(4), (0, 1, 3, 2), strict=True):
+        torch.cat([parts[gate] for parts in chunks], -1, out=out)
+    return joined

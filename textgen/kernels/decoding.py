@@ -364,8 +364,9 @@ class Int8Step:
             product.outputs, product.inputs = parts[0].shape
             weight, *others = (part if part is None else _in_panels(part, gates=i < num_layers) for part in parts)
             assert weight is not None
-            # vpdpbusd multiplies 4 inputs with 4 weights of each output: (panels, inputs / 4, 64 outputs, 4 inputs)
-            weight = weight.view(len(weight), 64, -1, 4).transpose(1, 2).contiguous()
+            # vpdpbusd multiplies 4 inputs with 4 weights of each output: (panels, inputs / 4, 64 outputs, 4 inputs).
+            # The copy takes half the time if 4 inputs are an int32.
+            weight = weight.view(torch.int32).transpose(1, 2).contiguous()
             for name, tensor in zip(("weight", "scale", "offset", "bias"), (weight, *others), strict=True):
                 if tensor is not None:
                     setattr(product, name, tensor.data_ptr())
