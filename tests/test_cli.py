@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import re
 import signal
@@ -197,3 +199,32 @@ def test_wrong_flag_is_answered_within_a_second() -> None:
         return time.perf_counter() - started
 
     assert min(seconds() for _ in range(3)) < 1  # 0.17 s, where torch alone takes 1.5 (2 cores, 2026-11-23)
+
+
+# --- garbage ---------------------------------------------------------------------------------------------------------
+
+AT_EXIT = """
+import atexit, gc, sys
+atexit.register(lambda: print(gc.get_threshold()[0], gc.get_freeze_count() > 0))  # after the handlers of `main`
+from textgen.cli import main
+main()
+"""
+
+
+@pytest.mark.parametrize("verb", ["sample", "train"])
+def test_a_command_ends_without_a_search_for_garbage(verb: str) -> None:
+    done = subprocess.run([sys.executable, "-c", AT_EXIT, verb, "--unknown"], capture_output=True, text=True)
+    assert done.returncode == 2
+    threshold, frozen = done.stdout.split()
+    assert frozen == "True"
+    assert (threshold == "10000") == (verb == "sample")
+
+
+def test_a_caller_of_main_keeps_its_collector(capsys: Capture) -> None:
+    def collector() -> tuple[object, ...]:
+        return gc.get_threshold(), gc.get_freeze_count(), atexit._ncallbacks()
+
+    before = collector()
+    with pytest.raises(SystemExit):
+        main(["sample", "--unknown"])
+    assert collector() == before

@@ -9,6 +9,7 @@ Exit codes: 0 done, 1 a fault of the program, 2 wrong input, 130 Ctrl-C, 141 the
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
@@ -119,22 +120,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     Args:
         argv: the command and its flags; None for those of this process.
     """
-    if argv is None:
-        use_utf8()
+    if is_process := argv is None:
+        _prepare_process()
     argv = sys.argv[1:] if argv is None else list(argv)
     name, rest = (argv[0], argv[1:]) if argv else ("", [])
     if name == "train":
         train_main(rest, prog="textgen train")
     elif name in COMMANDS:
-        # An import of torch leaves 275,000 objects. Looking through them for garbage, at every 700 new ones, takes
-        # 0.15 of the 1.7 s of a short command. A training keeps the default: garbage may hold memory of a GPU.
-        gc.set_threshold(10_000)
+        if is_process:
+            # An import of torch leaves 275,000 objects. To look through them for garbage at every 700 new ones takes
+            # 0.15 of the 1.7 s of a short command. A training keeps that number: garbage may hold memory of a GPU.
+            gc.set_threshold(10_000)
         run(lambda: getattr(import_module(f"textgen.commands.{name}"), f"{name}_command")(rest))
     elif argv in (["--help"], ["-h"]):
         print(_usage(), end="")
     else:
         known = ", ".join(f"`{command}`" for command in COMMANDS)
         fail(f"`textgen` wants one of {known}" + (f": {name}" if argv else ""))
+
+
+def _prepare_process() -> None:
+    """Do what only a process of its own may do: a caller of `main` or `train_main` keeps its streams and objects."""
+    use_utf8()
+    # At exit the interpreter looks for garbage among all of torch's objects, 0.5 s after the last output, but not among
+    # frozen ones. The first handler is the last one to run.
+    atexit.register(gc.freeze)
 
 
 def _usage() -> str:
@@ -158,6 +168,6 @@ def train_main(argv: Sequence[str] | None = None, *, prog: str | None = None) ->
         prog: the name of the program in `--help`.
     """
     if argv is None:
-        use_utf8()
+        _prepare_process()
     end_with_launcher()
     run(lambda: train_command(argv, prog=prog))
