@@ -153,6 +153,13 @@ def test_help_of_training_names_values_and_defaults(monkeypatch: pytest.MonkeyPa
         assert text in out
 
 
+def test_short_help_ends_a_list(capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as end:
+        train_main(["--data.files", "a.txt", "-h"])
+    assert end.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: ")
+
+
 def test_help_of_training_begins_with_a_screen_of_basics(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     groups = help_of_training(monkeypatch, capsys).split("\n\n")
     basics = next(group for group in groups if group.startswith("the basics:"))

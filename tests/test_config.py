@@ -236,6 +236,7 @@ def test_fraction_is_refused_where_a_whole_number_is_wanted(name: str, capsys: p
         ("data: {source: files, files: a.txt}", "`data.files` must be a list of texts: a.txt"),
         ("data: {source: files}", "`data.source` is files but `data.files` is empty"),
         ("run_dir: ''", "`run_dir` must name a folder"),
+        ("run_dir: s3://bucket/run", "`run_dir` must be a folder; `checkpoint_copy` may be an address"),
         ("seed: 4294967296", "`seed` must be at least 0 and below 2^32: 4294967296"),
         ("model: 3", "`model` in `FILE` must be a group of settings: 3"),
         ("model:", "`model` in `FILE` must be a group of settings: null"),

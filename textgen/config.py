@@ -447,6 +447,8 @@ class TrainConfig:
             )
         if not self.run_dir:
             raise ValueError("`run_dir` must name a folder: it is empty")
+        if "://" in self.run_dir:
+            raise ValueError(f"`run_dir` must be a folder; `checkpoint_copy` may be an address: {self.run_dir}")
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"batch_size {self.batch_size} is not divisible by "

@@ -21,6 +21,10 @@ DISK_ERRORS = (
 UNIX_MODULES = ("fcntl", "resource")
 
 
+# What torch says, in a plain RuntimeError, if a processor's memory is too small for a tensor.
+MEMORY_MESSAGES = ("can't allocate memory", "Storage size calculation overflowed")
+
+
 class TextgenError(ValueError):
     """Input that cannot be used. The message is one line: what, where, seen, wanted."""
 
@@ -49,7 +53,17 @@ def user_error(error: BaseException) -> str | None:
         return f"{error.strerror or error}" + (f": `{error.filename}`" if error.filename else "")
     if isinstance(error, ModuleNotFoundError) and error.name in UNIX_MODULES:
         return f"this command needs Linux or macOS: Python has no module `{error.name}` here"
+    if _is_lack_of_memory(error):
+        reason = first_line(error).rpartition("err == 0. ")[2]  # without the place in torch's sources
+        return f"not enough memory; a smaller model, `batch_size` or `seq_len` needs less: {reason}"
     return str(error) if isinstance(error, TextgenError | TokenizerError) else None
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Tell whether memory was too small. The error of a GPU is known by its name, since torch may not be imported."""
+    if isinstance(error, RuntimeError) and any(message in str(error) for message in MEMORY_MESSAGES):
+        return True
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
 
 
 def first_line(error: BaseException) -> str:

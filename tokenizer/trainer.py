@@ -43,8 +43,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 8192, model_type:
         raise TokenizerError(f"model_type must be `unigram`, `bpe`, `char` or `word`: `{model_type}`")
     has_symbol = model_type in ("unigram", "bpe")
     smallest = 3 + 256 * (model_type != "word") + has_symbol
+    where = "(setting `tokenizer.vocab_size`)"  # the size may come from a preset: the user may not know its name
     if vocab_size < smallest:
-        raise TokenizerError(f"vocab_size {vocab_size} is too small: `{model_type}` needs at least {smallest}")
+        raise TokenizerError(f"vocab_size {vocab_size} is too small: `{model_type}` needs at least {smallest} {where}")
     lines = _count_words(take_training_texts(texts), breaks=f"{LINE_BREAK}|{RESERVED}" if has_symbol else RESERVED)
     if not lines:
         raise TokenizerError("no text to train a tokenizer on")
@@ -81,12 +82,11 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int = 8192, model_type:
         )
     except RuntimeError as error:
         if found := re.search(r"smaller than required_chars\. \d+ vs (\d+)", str(error)):
-            raise TokenizerError(f"vocab_size {vocab_size} is too small: the characters need {found[1]}") from None
+            needs = f"the characters of the text need {found[1]} {where}"
+            raise TokenizerError(f"vocab_size {vocab_size} is too small: {needs}") from None
         raise TokenizerError(f"SentencePiece cannot train: {' '.join(str(error).split())}") from None
     largest = _num_pieces(model.getvalue())
     if has_symbol and largest < vocab_size:
-        # The size may come from a preset: a user who never typed it needs the setting's name.
-        where = "(setting `tokenizer.vocab_size`)"
         raise TokenizerError(f"vocab_size {vocab_size} is too large for this text: at most {largest} fit {where}")
     return model.getvalue()
 

@@ -115,6 +115,8 @@ def test_unknown_key_of_a_file_is_refused_with_the_nearest_name(refuse_training:
         ": False (YAML reads a bare `no` as false: put it in quotes)"
     )
     assert refuse_training("--config", "nope.yaml") == "`nope.yaml` cannot be read: No such file or directory"
+    presets = "`default`, `large`, `original-char`, `quick`"
+    assert refuse_training("--config", "quik").endswith(f"No such file or directory; the presets are {presets}")
     file.write_bytes(b"run_dir: \xff\n")
     assert refuse_training("--config", str(file)) == f"`{file}` is not UTF-8: byte 0xff at position 9"
 
@@ -239,6 +241,14 @@ def test_too_few_tokens_are_refused_with_sizes_that_fit(
     train_main([*flags, "--batch_size", fitting, "--dry_run"])
     line = refusal(lambda: train_main([*flags, "--batch_size", str(int(fitting) + 1)]), capsys)
     assert line.endswith(f": batch_size {fitting} would fit")
+
+
+def test_model_that_memory_cannot_hold_is_refused(tiny_flags: list[str], tmp_path: Path, capsys: Capture) -> None:
+    for size in ("10000000", "10000000000"):  # 1.6 petabytes, and more than torch can count
+        flags = [*tiny_flags, "--run_dir", str(tmp_path / "run"), "--model.hidden_size", size]
+        line = refusal(lambda: train_main(flags), capsys)  # noqa: B023
+        assert line.startswith("not enough memory; a smaller model, `batch_size` or `seq_len` needs less: ")
+    assert not (tmp_path / "run").exists()
 
 
 def test_vocabulary_larger_than_the_text_allows_is_refused_with_the_largest(refuse_training: Refuse) -> None:

@@ -68,7 +68,9 @@ def test_packaged_imdb_holds_out_a_tenth_and_says_what_it_did(caplog: pytest.Log
 
 
 def test_package_has_no_unsupervised_split_and_says_so() -> None:
-    with pytest.raises(TextgenError, match="has no split `unsupervised`; it has `train`"):
+    with pytest.raises(
+        TextgenError, match=r"`data.train_on` is train.unsupervised, but .* has no split `unsup.*has `train`"
+    ):
         open_corpus(DataConfig(source="package", train_on="train+unsupervised"))
 
 

@@ -118,9 +118,12 @@ def test_paths_that_hold_nothing_are_refused(folder: Path) -> None:
     assert refusal(folder / "blank.txt") == f"no documents in `{folder}/blank.txt`"
     wanted = (
         "`.txt`, `.jsonl`, `.json`, `.csv`, `.tsv`, `.parquet`, `.arrow`, and texts compressed as "
-        "`.gz`, `.zst`, `.xz`, `.bz2`"
+        "`.gz`, `.zst`, `.xz`, `.bz2`; a plain text needs a name in `.txt`"
     )
     assert refusal(folder / "a.docx") == f"`{folder}/a.docx` is not one of {wanted}"
+    address = "s3://bucket/a.txt"
+    with pytest.raises(TextgenError, match=f"`{address}` is an address: texts are read from a disk"):
+        list_files([address])
     (folder / "sub").mkdir()
     assert refusal(folder / "sub") == f"`{folder}/sub` holds no file of {wanted}"
 
@@ -174,7 +177,7 @@ def test_archives_are_refused_by_name_and_named_in_folders(
 
 def test_a_folder_without_a_text_says_what_it_holds(folder: Path) -> None:
     (folder / "a.docx").write_bytes(b"x")
-    assert refusal(folder).endswith("`.bz2`; it holds 1 .docx")
+    assert refusal(folder).endswith("`.txt`; it holds 1 .docx")
 
 
 def test_brackets_in_the_name_of_a_folder_are_not_part_of_a_glob(folder: Path) -> None:

@@ -122,6 +122,18 @@ def test_a_run_directory_is_no_file(tmp_path: Path) -> None:
         raise AssertionError
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "store.json", "model.safetensors", "tune.json"])
+def test_a_folder_of_another_kind_is_refused_and_not_changed(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("precious")
+    run = RunDirectory(tmp_path, main=True)
+    with pytest.raises(TextgenError, match=f"holds `{name}` and is not a run: name another `--run_dir`"), run.hold():
+        raise AssertionError
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    (tmp_path / "checkpoints").mkdir()  # a run whose status was lost
+    with run.hold():
+        assert (tmp_path / name).read_text() == "precious"
+
+
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\0"])
 def test_damaged_status_is_none_and_hinders_nothing(content: str, tmp_path: Path) -> None:
     (tmp_path / "status.json").write_text(content)

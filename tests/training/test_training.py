@@ -344,6 +344,14 @@ def test_other_minutes_are_refused_where_the_schedule_depends_on_them(
     assert "`max_minutes` is 0.02" in refusal(other, capsys)
 
 
+def test_a_finished_run_goes_on_to_more_steps_within_the_same_minutes(tiny_flags: list[str], tmp_path: Path) -> None:
+    flags = flags_for(tiny_flags, tmp_path / "run", "--max_minutes", "60")
+    train_main([*flags, "--max_steps", "3"])
+    train_main([*flags, "--max_steps", "5", "--resume_override"])
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["state"], status["step"], status["total_steps"]) == ("finished", 5, 5)
+
+
 def test_past_epochs_are_let_go(tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An epoch holds the order of all documents: the last one is freed before the next one is made."""
     import gc

@@ -29,7 +29,7 @@ from textgen.config import (
     DataConfig,
     TrainConfig,
 )
-from textgen.errors import TextgenError
+from textgen.errors import TextgenError, in_backticks
 from textgen.files import decode_text
 from textgen.settings import build_settings, in_words, settings_of, unknown_setting
 
@@ -345,7 +345,7 @@ def _plain_flags(argv: Sequence[str], kinds: Mapping[str, Any]) -> list[str]:
         is_list = typing.get_origin(kind) is tuple
         # A list takes all words up to the next flag; a switch and `--config` take one.
         takes_one = kind is bool or flag == "--config"
-        while not equals and rest and not rest[0].startswith("--") and (is_list or (takes_one and not values)):
+        while not equals and rest and not re.match("--|-h$", rest[0]) and (is_list or (takes_one and not values)):
             values.append(rest.pop(0))
         if kind is bool and not values:
             values = ["true"]
@@ -380,7 +380,9 @@ def _check_config_file(path: str) -> list[str]:
         # Only the names are checked here. jsonargparse reads the values: PyYAML reads 1e-4 as text.
         content = yaml.safe_load(decode_text(Path(path).read_bytes(), f"`{path}`"))
     except OSError as error:
-        raise TextgenError(f"`{path}` cannot be read: {error.strerror}") from error
+        presets = in_backticks(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+        hint = "" if Path(path).suffix or Path(path).is_dir() else f"; the presets are {presets}"
+        raise TextgenError(f"`{path}` cannot be read: {error.strerror}{hint}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark else ""

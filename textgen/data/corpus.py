@@ -182,7 +182,8 @@ def require_splits(config: DataConfig, splits: Iterable[str], description: str, 
     """Raise TextgenError if a source lacks a split to train on."""
     for split in config.train_on.split("+"):
         if split not in splits:
-            raise TextgenError(f"{description} has no split `{split}`; it has {in_backticks(splits)}{note}")
+            wanted = f"`data.train_on` is {config.train_on}, but {description} has no split `{split}`"
+            raise TextgenError(f"{wanted}; it has {in_backticks(splits)}{note}")
 
 
 def fingerprint(config: DataConfig, *source: object) -> str:

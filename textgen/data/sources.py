@@ -91,6 +91,8 @@ def _expand(given: str, rules: int) -> tuple[str, list[str]]:
         matches = sorted(glob.glob(pattern, recursive=True), key=_natural)
         if not matches:
             raise TextgenError(f"`{given}` matches no file")
+    elif "://" in given:
+        raise TextgenError(f"`{given}` is an address: texts are read from a disk; `data.store` may be an address")
     else:
         raise TextgenError(f"`{given}` does not exist")
     found = _Found()
@@ -143,7 +145,8 @@ def _endings(rules: int) -> tuple[str, ...]:
 def _wanted(rules: int) -> str:
     if rules == 1:
         return f"{in_backticks(EXTENSIONS_1)}; `--data.reading_rules 2` reads compressed files"
-    return f"{in_backticks(EXTENSIONS)}, and texts compressed as {in_backticks(COMPRESSIONS)}"
+    compressed = f"and texts compressed as {in_backticks(COMPRESSIONS)}"
+    return f"{in_backticks(EXTENSIONS)}, {compressed}; a plain text needs a name in `.txt`"
 
 
 def _literal_folder(given: str) -> tuple[str, str]:

@@ -18,6 +18,8 @@ from textgen.files import make_directory, write_atomic
 SETTINGS_NAME = "config.yaml"
 DATA_NAME = "data.json"
 STATUS_NAME = "status.json"
+# Files that begin a folder of another kind: settings, a token store, a published model, a search of `textgen tune`.
+OTHER_KINDS = (SETTINGS_NAME, "store.json", "model.safetensors", "tune.json")
 LOCK_NAME, LEASE_NAME = ".lock", ".lock.lease"
 
 # A requeued job may start while the last moments of the job before hold the lock.
@@ -50,7 +52,7 @@ class RunDirectory:
         A training that fails before its first step removes a directory that it made.
 
         Raises:
-            TextgenError: another process holds the lock, or the path is that of a file.
+            TextgenError: another process holds the lock, or the path is that of a file or of another kind of folder.
         """
         if not self._main:
             yield
@@ -58,6 +60,7 @@ class RunDirectory:
         if self.path.is_file():
             raise TextgenError(f"`run_dir` must be a folder, not a file: `{self.path}`")
         made = not self.path.exists()
+        self._refuse_other_kinds()
         make_directory(self.path)
         if not self._lock.acquire(seconds=LOCK_SECONDS):
             raise TextgenError(f"`{self.path}` is in use by {self._lock.describe_holder() or self._holder()}")
@@ -70,6 +73,14 @@ class RunDirectory:
                 holder["copy"] = None
             self._write({"state": "running", "step": None, "total_steps": None, "reason": None, **holder})
             yield
+
+    def _refuse_other_kinds(self) -> None:
+        """Raise TextgenError if the folder is none of a run, and holds a file of another kind of folder."""
+        if any((self.path / name).exists() for name in (STATUS_NAME, "checkpoints")):
+            return
+        for name in OTHER_KINDS:
+            if (self.path / name).exists():
+                raise TextgenError(f"`{self.path}` holds `{name}` and is not a run: name another `--run_dir`")
 
     @contextmanager
     def _leave_nothing_new(self, made: bool) -> Iterator[None]:

@@ -386,7 +386,8 @@ def decide_total_steps(training: Training, point: ResumePoint | None) -> int:
     config, total = training.learner.config, training.learner.progression.total_steps
     if config.max_minutes is None:
         return total
-    if point is not None and point.trainer["config"].get("max_minutes") == config.max_minutes:
+    limits = ("max_minutes", "max_steps", "max_epochs")
+    if point is not None and all(point.trainer["config"].get(name) == getattr(config, name) for name in limits):
         return min(total, point.progression.total_steps)  # timed when the run started
     return min(total, fit_steps(training.learner, training.loader))
 
