@@ -112,6 +112,7 @@ def _export(args: Any) -> None:
         "bits_per_byte": bits,
     }
     write_atomic(path, json.dumps(figures, indent=2) + "\n")
+    width = max(map(len, bits))
     for name, value in bits.items():
-        print(f"{name:12} {value:.6f} bits per byte {value - plain.bits_per_byte:+.6f}")
+        print(f"{name:{width}} {value:.6f} bits per byte {value - plain.bits_per_byte:+.6f}")
     print(path)
