@@ -82,7 +82,7 @@ def test_export_keeps_what_int8_costs_and_the_choice_goes_by_it(
     assert figures["documents"] == 5
     assert printed.splitlines()[-1] == str(checkpoint / "decoder.json")
     for name in ("plain", "bfloat16", "int8", "bfloat16 x int8"):
-        assert f"{name:12} {bits[name]:.6f} bits per byte" in printed
+        assert f"{name:15} {bits[name]:.6f} bits per byte" in printed
         assert bits[name] == pytest.approx(bits["plain"], abs=0.01)
     assert len(set(bits.values())) == 4
     verify(checkpoint)  # none of it is in the manifest, and the checkpoint is whole as before
