@@ -341,6 +341,7 @@ def main() -> None:
         metavar="N",
         help="vocabulary, embedding, hidden size and layers (default: by device)",
     )
+    parser.add_argument("--name", help="of the results on a CPU", default="decode")
     parser.add_argument("--checkpoint", help="count on this one how often other tokens are drawn, and nothing else")
     args = parser.parse_args()
     if args.checkpoint is not None:
@@ -386,7 +387,7 @@ def main() -> None:
                 f"reading {name}": reading(weight_count(model) * size, device) for name, size in BYTES.items()
             }  # fmt: skip
             figures["steps"][str(rows)] = report(*compare(variants | readings, args.rounds, device), rows)
-            keep("decode" if device.type == "cpu" else "decode_cuda", figures)
+            keep(args.name if device.type == "cpu" else "decode_cuda", figures)
 
 
 def keep(name: str, figures: dict[str, Any]) -> None:

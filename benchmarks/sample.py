@@ -201,9 +201,8 @@ def report_whole(times: Mapping[tuple[str, str], list[dict[str, float]]], title:
     for (case, kind), turns in times.items():
         parts = {name: [turn[name] for turn in turns] for name in turns[0]}
         if case == "one token":
-            for name in ("first", "processor"):
-                imports = [turn[name] for turn in times["import torch", "textgen"]]
-                parts[f"{name}, beyond torch"] = [a - b for a, b in zip(parts[name], imports, strict=True)]
+            imports = [turn["first"] for turn in times["import torch", "textgen"]]
+            parts["first, beyond torch"] = [a - b for a, b in zip(parts["first"], imports, strict=True)]
         for name, seconds in parts.items():
             figure = {key: round(value, 3) for key, value in spread(seconds).items()}
             figures.setdefault(case, {}).setdefault(kind, {})[name] = figure
@@ -243,6 +242,7 @@ def main() -> None:
     cases = ("one token", "500 tokens", "32 texts", "prompts")
     parser.add_argument("--cases", nargs="+", default=cases, choices=cases, help="of `--whole`")
     parser.add_argument("--prompts", type=int, default=10_000, help="of the case `prompts`, of 20 tokens each")
+    parser.add_argument("--name", help="of the results; default: sample, or sample_whole")
     parser.add_argument("--turn", nargs=4, help=argparse.SUPPRESS)  # kind, checkpoint, rows, clock: of a turn's process
     args = parser.parse_args()
     if args.turn is not None:
@@ -255,7 +255,7 @@ def main() -> None:
 
     for checkpoint in map(os.path.abspath, args.checkpoints):
         measure = measure_whole if args.whole else measure_tokens
-        save("sample_whole" if args.whole else "sample", measure(checkpoint, folders, args), beside=True)
+        save(args.name or ("sample_whole" if args.whole else "sample"), measure(checkpoint, folders, args), beside=True)
 
 
 if __name__ == "__main__":

@@ -198,6 +198,26 @@ def test_a_compiled_int8_step_is_that_of_the_operators_bit_for_bit(shape: ModelC
         assert all(torch.equal(part, other) for part, other in zip(state, wanted_state, strict=True))
 
 
+@compiler
+@vnni
+@torch.inference_mode()
+def test_a_step_of_many_rows_by_several_threads_is_that_of_one_bit_for_bit() -> None:
+    decoder = CellDecoder(build(ModelConfig(embedding_dim=32, hidden_size=64, num_layers=3)), "int8")
+    rows = 303  # more multiplications than SMALL_STEP
+    tokens = torch.randint(300, (rows,), generator=torch.Generator().manual_seed(5))
+    start = [part.repeat(rows, 1) for part in decoder.prefill([1, 2, 3])]
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            logits, state = decoder.step(tokens, start)
+            results.append(torch.cat([logits, *state], 1))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+
+
 @pytest.mark.parametrize(
     "shape",
     [
