@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from itertools import pairwise
@@ -19,6 +20,7 @@ from textgen.errors import TextgenError
 from textgen.files import JSON_BYTES, JSON_DEPTH, parse_json
 from textgen.model.files import load_model, model_files, read_model, save_model
 from textgen.model.lstm import LSTMLanguageModel
+from textgen.runs import tensors as tensor_files
 from textgen.runs.checkpoint import Saver, checkpoint_path, verify
 from textgen.runs.tensors import DTYPES, read_header, read_tensors, serialize
 from textgen.tokenizer import MODEL_NAME, Tokenizer
@@ -155,6 +157,20 @@ def test_names_and_shapes_other_than_expected_are_refused(tmp_path: Path, change
     with pytest.raises(TextgenError) as refused:
         read_tensors(path, change(shapes_of(tensors)))
     assert message in str(refused.value)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "ours.safetensors", {"a": torch.zeros(2, 3)})
+
+    def shorten() -> int:  # called after the header was read
+        os.truncate(path, path.stat().st_size - 4)
+        return 1 << 40
+
+    monkeypatch.setattr(tensor_files, "memory_bytes", shorten)
+    with pytest.raises(TextgenError, match="cannot be read: it has become shorter"):
+        read_tensors(path, {"a": (2, 3)})
 
 
 def test_a_dtype_other_than_expected_is_refused(tmp_path: Path) -> None:

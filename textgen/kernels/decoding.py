@@ -297,6 +297,8 @@ class _Rows(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("unk", "eos", "history_length", "repeat_length", "xtc_noise")),
         *((name, ctypes.c_int64) for name in ("num_scaled", "num_kept")),
     )
+    pointed: list[Tensor]
+    """the tensors that it points into, which must live as long"""
 
 
 _NO_ROWS = torch.empty(0, dtype=torch.int64)
@@ -477,18 +479,8 @@ class Int8Step:
         kept = empty(most_steps, len(kept_rows), self._vocab_size)
         state = [part.contiguous() for part in state]
         before = self._pointers(*[part.data_ptr() for part in state])
-        read = [items, sampling["key"].contiguous(), sampling["step"], torch.tensor(lengths)]
-        read += [scaled, torch.tensor(kept_rows, dtype=torch.int64)]
-        rows = _Rows(*(tensor.data_ptr() for tensor in read))
-        for name, dtype in _ROW_SETTINGS:
-            if (tensor := sampling.get(name)) is not None:
-                tensor = tensor.log() if name == "min_p" else tensor
-                assert tensor.dtype == dtype
-                assert tensor.is_contiguous() or name not in _RECORDS
-                read.append(tensor.contiguous())
-                setattr(rows, name, read[-1].data_ptr())
+        rows = _rows_of(sampling, items, torch.tensor(lengths), scaled, torch.tensor(kept_rows, dtype=torch.int64))
         rows.unk, rows.eos, rows.repeat_length, rows.xtc_noise = unk_id, eos_id, repeat_length, xtc_noise
-        rows.history_length = sampling["history"].shape[1] if "history" in sampling else 0
         rows.num_scaled, rows.num_kept = len(scaled), len(kept_rows)
         steps = self._draw_many(
             self._address,
@@ -515,6 +507,24 @@ class Int8Step:
         new_state = list(after[:, :count].unbind(0))
         doubtful = logits[:count] if steps < 0 else None
         return Drawn(drawn[:, :count], new_state, doubtful, kept_rows, kept[: abs(steps)])
+
+
+def _rows_of(
+    sampling: Mapping[str, Tensor], items: Tensor, lengths: Tensor, scaled_rows: Tensor, kept_rows: Tensor
+) -> _Rows:
+    """Return the structure of rows with its pointers and `history_length`; the caller sets the other numbers."""
+    pointed = [items, sampling["key"].contiguous(), sampling["step"], lengths, scaled_rows, kept_rows]
+    rows = _Rows(*(tensor.data_ptr() for tensor in pointed))
+    for name, dtype in _ROW_SETTINGS:
+        if (tensor := sampling.get(name)) is not None:
+            tensor = tensor.log() if name == "min_p" else tensor
+            assert tensor.dtype == dtype
+            assert tensor.is_contiguous() or name not in _RECORDS
+            pointed.append(tensor.contiguous())
+            setattr(rows, name, pointed[-1].data_ptr())
+    rows.history_length = sampling["history"].shape[1] if "history" in sampling else 0
+    rows.pointed = pointed
+    return rows
 
 
 def _in_panels(x: Tensor, *, gates: bool) -> Tensor:
