@@ -169,7 +169,7 @@ def test_a_file_that_becomes_shorter_while_it_is_read_is_refused(
         return 1 << 40
 
     monkeypatch.setattr(tensor_files, "memory_bytes", shorten)
-    with pytest.raises(TextgenError, match="cannot be read: it has become shorter"):
+    with pytest.raises(TextgenError, match="cannot be read"):
         read_tensors(path, {"a": (2, 3)})
 
 
