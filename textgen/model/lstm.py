@@ -82,6 +82,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
             if grad_x is not None and grad_weight is not None:
                 torch.mm(grad_logits, low_weight, out=grad_x[start : start + rows])
                 grad_weight += grad_logits.T @ part  # (vocab_size, size)
+            del logits, grad_logits  # else they live until the next chunk has its own
         if grad_x is not None and grad_weight is not None and grad_bias is not None:
             ctx.save_for_backward(grad_x, grad_weight, grad_bias)
             ctx.x_dtype = x.dtype  # type: ignore[attr-defined]
