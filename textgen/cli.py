@@ -127,9 +127,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if name == "train":
         train_main(rest, prog="textgen train")
     elif name in COMMANDS:
-        if is_process:
+        if is_process and name in ("sample", "score"):
             # An import of torch leaves 275,000 objects. To look through them for garbage at every 700 new ones takes
-            # 0.15 of the 1.7 s of a short command. A training keeps that number: garbage may hold memory of a GPU.
+            # 0.15 of the 1.7 s of a short command. Those that train keep that number: garbage may hold memory of a GPU.
             gc.set_threshold(10_000)
         run(lambda: getattr(import_module(f"textgen.commands.{name}"), f"{name}_command")(rest))
     elif argv in (["--help"], ["-h"]):

@@ -262,7 +262,7 @@ static const int64_t ROWS = 6;  // of a tile: 24 sums, 4 weights and an input fi
 
 // A step of fewer multiplications runs in one thread. It takes less than 0.1 ms, and threads wait for each other after
 // each product: beside other work until the processor is given to both.
-static const int64_t SMALL_STEP = 1 << 23;
+static const int64_t SMALL_STEP = 1 << 22;
 
 static inline __m512 sigmoid(Exp exp, __m512 x) {  // 1 / (1 + exp(-x)), in torch's order of operations
     const __m512 power = exp(_mm512_sub_ps(_mm512_setzero_ps(), x));
