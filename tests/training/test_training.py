@@ -7,6 +7,8 @@ import math
 import re
 import signal
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from textgen.cli import train_main
 from textgen.commands.parsing import parse_train_config
 from textgen.config import TrainConfig
 from textgen.runs.metrics_file import read_metrics
+from textgen.training import loop
 from textgen.training.optim import learning_rate_at
 
 ROOT = Path(__file__).parents[2]
@@ -350,6 +353,34 @@ def test_a_finished_run_goes_on_to_more_steps_within_the_same_minutes(tiny_flags
     train_main([*flags, "--max_steps", "5", "--resume_override"])
     status = json.loads((tmp_path / "run" / "status.json").read_text())
     assert (status["state"], status["step"], status["total_steps"]) == ("finished", 5, 5)
+
+
+def test_other_limits_never_end_a_run_before_the_steps_that_its_minutes_promised(
+    tiny_flags: list[str],
+    tmp_path: Path,
+    stop_at: Callable[[int | None], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a machine that seems slower at every resume."""
+
+    def resume(*flags: str, fitting: int | None, stop: int | None) -> tuple[str, int, int]:
+        def fit(*_: object) -> int:
+            assert fitting is not None, "the minutes have decided already"
+            return fitting
+
+        monkeypatch.setattr(loop, "fit_steps", fit)
+        stop_at(stop)
+        with nullcontext() if stop is None else pytest.raises(SystemExit):
+            train_main(flags_for(tiny_flags, tmp_path / "run", "--lr_schedule", "constant", *flags))
+        status = json.loads((tmp_path / "run" / "status.json").read_text())
+        return status["state"], status["step"], status["total_steps"]
+
+    hour = ["--max_minutes", "60"]
+    assert resume(*hour, "--max_steps", "6", fitting=9, stop=4) == ("preempted", 4, 6)
+    assert resume(*hour, "--max_steps", "20", fitting=3, stop=5) == ("preempted", 5, 6)  # 6 fitted before
+    assert resume(*hour, "--max_steps", "30", fitting=None, stop=None) == ("finished", 6, 6)
+    assert resume("--max_minutes", "90", "--max_steps", "30", fitting=8, stop=7) == ("preempted", 7, 8)
+    assert resume("--max_minutes", "30", "--max_steps", "30", fitting=3, stop=None) == ("finished", 7, 7)
 
 
 def test_past_epochs_are_let_go(tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -382,14 +382,27 @@ def resume_or_start(training: Training) -> None:
 
 
 def decide_total_steps(training: Training, point: ResumePoint | None) -> int:
-    """Return the number of steps of the whole training: by epochs, `max_steps` and `max_minutes`. Collective."""
+    """Return the number of steps of the whole training: by epochs, `max_steps` and `max_minutes`. Collective.
+
+    What the minutes decided once stays. A resume times steps only if it may take more of them: epochs or `max_steps`,
+    which are more now, had decided, or the minutes are others. It never ends a training before the steps that were
+    taken, or promised within the same minutes.
+    """
     config, total = training.learner.config, training.learner.progression.total_steps
     if config.max_minutes is None:
         return total
-    limits = ("max_minutes", "max_steps", "max_epochs")
-    if point is not None and all(point.trainer["config"].get(name) == getattr(config, name) for name in limits):
-        return min(total, point.progression.total_steps)  # timed when the run started
-    return min(total, fit_steps(training.learner, training.loader))
+    taken = promised = 0
+    if point is not None:
+        saved, taken = point.trainer["config"], point.progression.step
+        if saved.get("max_minutes") == config.max_minutes:
+            promised = point.progression.total_steps
+            limit = saved.get("max_epochs", config.max_epochs) * training.loader.per_epoch
+            if promised >= total or promised < min(limit, saved.get("max_steps") or limit):
+                return min(total, promised)
+    fitting = fit_steps(training.learner, training.loader)
+    if taken and fitting <= taken:
+        log.info("the time is over: %d steps are taken", taken)
+    return min(total, max(fitting, taken, promised))
 
 
 def require_space(training: Training, run: RunDirectory) -> None:
