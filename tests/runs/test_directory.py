@@ -129,9 +129,24 @@ def test_a_folder_of_another_kind_is_refused_and_not_changed(name: str, tmp_path
     with pytest.raises(TextgenError, match=f"holds `{name}` and is not a run: name another `--run_dir`"), run.hold():
         raise AssertionError
     assert [path.name for path in tmp_path.iterdir()] == [name]
-    (tmp_path / "checkpoints").mkdir()  # a run whose status was lost
-    with run.hold():
-        assert (tmp_path / name).read_text() == "precious"
+
+
+@pytest.mark.parametrize("other", ["checkpoints/epoch=0-step=100.ckpt", "status.json"])
+def test_names_that_other_programs_use_too_make_no_run(other: str, tmp_path: Path) -> None:
+    (tmp_path / other).parent.mkdir(exist_ok=True)
+    (tmp_path / other).write_text('{"status": "ok"}')
+    (tmp_path / "config.yaml").write_text("trainer:\n  max_epochs: 3\n")
+    with pytest.raises(TextgenError, match=r"holds `config.yaml` and is not a run"):
+        RunDirectory(tmp_path, main=True).hold().__enter__()
+
+
+@pytest.mark.parametrize(("settings", "checkpoint"), [("run_dir: runs/a\n", ""), ("{", "checkpoints/step-000004")])
+def test_a_run_that_lost_its_status_is_a_run(settings: str, checkpoint: str, tmp_path: Path) -> None:
+    """A folder with config.yaml alone trains again by the command that the run's report shows."""
+    (tmp_path / "config.yaml").write_text(settings)
+    (tmp_path / checkpoint).mkdir(parents=True, exist_ok=True)
+    with RunDirectory(tmp_path, main=True).hold():
+        assert (tmp_path / "config.yaml").read_text() == settings
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\0"])

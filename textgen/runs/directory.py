@@ -76,10 +76,11 @@ class RunDirectory:
 
     def _refuse_other_kinds(self) -> None:
         """Raise TextgenError if the folder is none of a run, and holds a file of another kind of folder."""
-        if any((self.path / name).exists() for name in (STATUS_NAME, "checkpoints")):
+        if "state" in read_status(self.path) or any(self.path.glob("checkpoints/step-*")):
             return
         for name in OTHER_KINDS:
-            if (self.path / name).exists():
+            path = self.path / name
+            if path.exists() and not (name == SETTINGS_NAME and _holds_settings(path)):
                 raise TextgenError(f"`{self.path}` holds `{name}` and is not a run: name another `--run_dir`")
 
     @contextmanager
@@ -207,6 +208,17 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) else {}
+
+
+def _holds_settings(path: Path) -> bool:
+    """Return whether a file holds the settings of a training, as a run's own folder keeps them."""
+    import yaml
+
+    try:
+        settings = yaml.safe_load(path.read_bytes())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    return isinstance(settings, dict) and "run_dir" in settings
 
 
 def _now() -> str:
