@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pandas
@@ -490,6 +491,19 @@ print(json.dumps([run.status["state"], run.newest.name, run.status["step"], sign
     state, newest, step, restored = json.loads((tmp_path / "out").read_text().splitlines()[-1])
     assert (state, newest, restored) == ("preempted", f"step-{step:06d}", True)
     assert (tmp_path / "err").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("no memory"), MemoryError(), RuntimeError("can't allocate memory")]
+)
+def test_a_lack_of_memory_keeps_its_class(
+    error: Exception, settings: dict[str, Any], documents: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Programs that try again with a smaller batch know it by that."""
+    monkeypatch.setattr("textgen.training.loop.train_step", Mock(side_effect=error))
+    with pytest.raises(type(error)) as raised:
+        textgen.train(texts=documents, **settings)
+    assert raised.value is error
 
 
 def test_an_exception_of_on_row_ends_the_training(settings: dict[str, Any], documents: list[str]) -> None:

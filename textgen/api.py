@@ -36,7 +36,7 @@ from textgen.decoding.steering import normalize_settings
 from textgen.distributed.process import process_as_before
 from textgen.distributed.signals import Interrupted
 from textgen.distributed.world import slurm_variables
-from textgen.errors import TextgenError, in_backticks, user_error
+from textgen.errors import TextgenError, in_backticks, is_lack_of_memory, user_error
 from textgen.model.files import weights_sha256
 from textgen.reporting.compare import read_settings
 from textgen.reporting.report import report_summary
@@ -61,13 +61,16 @@ logging.getLogger("textgen").addHandler(logging.NullHandler())
 
 @contextmanager
 def _user_errors() -> Iterator[None]:
-    """Raise every error that the user can fix as a TextgenError; do not change errors of the program."""
+    """Raise every error that the user can fix as a TextgenError; do not change errors of the program.
+
+    Nor of memory: programs that try again with smaller batches know them by their class.
+    """
     try:
         yield
     except TextgenError:
         raise
     except Exception as error:
-        if (line := user_error(error)) is None:
+        if (line := user_error(error)) is None or is_lack_of_memory(error):
             raise
         raise TextgenError(line) from error
 

@@ -24,7 +24,7 @@ from textgen.commands.train import train_command
 from textgen.console import use_utf8
 from textgen.distributed.signals import Interrupted, end_siblings, end_with_launcher
 from textgen.distributed.world import slurm_variables
-from textgen.errors import TextgenError, user_error
+from textgen.errors import TextgenError, is_lack_of_memory, user_error
 
 # Command NAME is the function NAME_command of textgen/commands/NAME.py.
 COMMAND_GROUPS = {
@@ -92,7 +92,11 @@ def _try(action: Callable[[], None]) -> None:
     except Exception as error:
         if (line := user_error(error)) is None:
             _crash()
-        fail(line)
+        try:
+            fail(line)
+        finally:
+            if is_lack_of_memory(error):  # perhaps of this process alone, and the others wait for it
+                end_siblings()
 
 
 def _require_current_folder() -> None:

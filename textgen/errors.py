@@ -46,20 +46,22 @@ class UnreadableError(CheckpointError):
 
 
 def user_error(error: BaseException) -> str | None:
-    """Return the line of an error that the user can fix; None for an error of the program."""
+    """Return the line of an error that ends a command with exit code 2; None for an error of the program."""
     from textgen.tokenizer import TokenizerError  # not a TextgenError: the tokenizer does not import textgen
 
     if isinstance(error, OSError) and error.errno in DISK_ERRORS:
         return f"{error.strerror or error}" + (f": `{error.filename}`" if error.filename else "")
     if isinstance(error, ModuleNotFoundError) and error.name in UNIX_MODULES:
         return f"this command needs Linux or macOS: Python has no module `{error.name}` here"
-    if _is_lack_of_memory(error):
+    if is_lack_of_memory(error):
         reason = first_line(error).rpartition("err == 0. ")[2]  # without the place in torch's sources
-        return f"not enough memory; a smaller model, `batch_size` or `seq_len` needs less: {reason}"
+        # a MemoryError is mostly of a text that Python holds
+        advice = "" if isinstance(error, MemoryError) else "; a smaller model, `batch_size` or `seq_len` needs less"
+        return f"not enough memory{advice}: {reason}"
     return str(error) if isinstance(error, TextgenError | TokenizerError) else None
 
 
-def _is_lack_of_memory(error: BaseException) -> bool:
+def is_lack_of_memory(error: BaseException) -> bool:
     """Tell whether memory was too small. The error of a GPU is known by its name, since torch may not be imported."""
     if isinstance(error, RuntimeError) and any(message in str(error) for message in MEMORY_MESSAGES):
         return True

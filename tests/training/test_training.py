@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import re
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +22,9 @@ from tests.forking import run_script, server
 from textgen.cli import train_main
 from textgen.commands.parsing import parse_train_config
 from textgen.config import TrainConfig
+from textgen.errors import TextgenError
 from textgen.runs.metrics_file import read_metrics
+from textgen.tracking.tracker import RunEnd, Tracker
 from textgen.training import loop
 from textgen.training.optim import learning_rate_at
 
@@ -381,6 +385,50 @@ def test_other_limits_never_end_a_run_before_the_steps_that_its_minutes_promised
     assert resume(*hour, "--max_steps", "30", fitting=None, stop=None) == ("finished", 6, 6)
     assert resume("--max_minutes", "90", "--max_steps", "30", fitting=8, stop=7) == ("preempted", 7, 8)
     assert resume("--max_minutes", "30", "--max_steps", "30", fitting=3, stop=None) == ("finished", 7, 7)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("no memory"),
+        MemoryError(),
+        RuntimeError("can't allocate memory"),
+        PermissionError(errno.EACCES, "Permission denied", "a"),
+        OSError(errno.EINVAL, "Invalid argument"),
+        RuntimeError("made to fail"),
+    ],
+)
+def test_status_trackers_and_exit_code_agree_about_the_end(
+    error: Exception,
+    tiny_flags: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ends: list[RunEnd] = []
+    monkeypatch.setattr(Tracker, "finish", lambda _, end: ends.append(end))
+    monkeypatch.setattr(loop, "validate", Mock(side_effect=error))
+    with pytest.raises(SystemExit) as ended:
+        train_main(flags_for(tiny_flags, tmp_path / "run"))
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (ended.value.code, status["reason"]) == (ends[0].exit_code, ends[0].reason)
+    assert (f"error: {status['reason']}\n" in capsys.readouterr().err) == (ended.value.code == 2)
+    place = "not enough memory after step 4, in train_and_save > run_steps > evaluate_and_save\n"
+    assert (place in caplog.text) == ("not enough memory" in status["reason"])
+
+
+def test_a_lack_of_memory_of_one_process_ends_the_others(
+    tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would wait for it in their next collective call."""
+    ended = Mock()
+    monkeypatch.setattr("textgen.cli.end_siblings", ended)
+    for error, calls in ((TextgenError("wrong"), 0), (MemoryError(), 1)):
+        monkeypatch.setattr(loop, "start_processes", Mock(side_effect=error))
+        with pytest.raises(SystemExit) as stop:
+            train_main(flags_for(tiny_flags, tmp_path / "run"))
+        assert (stop.value.code, ended.call_count) == (2, calls)
 
 
 def test_past_epochs_are_let_go(tiny_flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

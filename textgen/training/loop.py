@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from textgen.console import Progress, say
 from textgen.data.store import prepare_store
 from textgen.distributed import launch
 from textgen.distributed.signals import Interrupted, StopSignals
-from textgen.errors import DivergedError, TextgenError
+from textgen.errors import DivergedError, TextgenError, is_lack_of_memory, user_error
 from textgen.files import write_atomic
 from textgen.hardware import sum_dtype
 from textgen.kernels import amx
@@ -212,6 +213,12 @@ def train_and_save(training: Training, run: RunDirectory) -> None:
         interrupted.saved = True
         log.info("%s: saved at step %d; run the same command again to continue", interrupted, progress.step)
         finish_copying(training, stopped=True)
+        raise
+    except Exception as failure:
+        if is_lack_of_memory(failure):  # of which the command line prints one line, not the place
+            frames = traceback.extract_tb(failure.__traceback__)
+            place = " > ".join(f.name for f in frames if Path(__file__).parents[1] in Path(f.filename).parents)
+            log.error("not enough memory after step %d, in %s", progress.step, place)
         raise
     finally:
         if training.saver is not None:
@@ -521,8 +528,8 @@ def _status_of_the_end(run: RunDirectory, stop: StopSignals) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """Return an error as one line; with its type unless it is a user's error or one of the operating system."""
-    message = str(error).partition("\n")[0]
-    if isinstance(error, ValueError | OSError) and message:
+    message = (user_error(error) or str(error)).partition("\n")[0]
+    if user_error(error) or (isinstance(error, ValueError | OSError) and message):
         return message
     named = f"{type(error).__name__}: {message}"
     if isinstance(error, torch.distributed.DistError) or "gloo" in message:
@@ -551,4 +558,4 @@ def _describe_end(training: Training, error: BaseException | None) -> RunEnd:
         return RunEnd("finished", 0, f"step {progress.step} of {progress.total_steps}{best}")
     if isinstance(error, Interrupted):
         return RunEnd("preempted", error.exit_code, f"{error}: saved at step {progress.step}")
-    return RunEnd("failed", 2 if isinstance(error, TextgenError | OSError) else 1, _reason(error))
+    return RunEnd("failed", 1 if user_error(error) is None else 2, _reason(error))
