@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -119,6 +121,20 @@ def test_unknown_key_of_a_file_is_refused_with_the_nearest_name(refuse_training:
     assert refuse_training("--config", "quik").endswith(f"No such file or directory; the presets are {presets}")
     file.write_bytes(b"run_dir: \xff\n")
     assert refuse_training("--config", str(file)) == f"`{file}` is not UTF-8: byte 0xff at position 9"
+
+
+def test_presets_are_named_only_where_there_is_no_file(
+    refuse_training: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denied = PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    monkeypatch.setattr(Path, "read_bytes", Mock(side_effect=denied))
+    assert refuse_training("--config", "mine") == "`mine` cannot be read: Permission denied"
+
+
+def test_an_advice_on_memory_is_about_tensors(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python's own memory mostly holds texts."""
+    monkeypatch.setattr("textgen.commands.tokenize.tokenize_command", Mock(side_effect=MemoryError()))
+    assert refusal(lambda: main(["tokenize", str(tmp_path)]), capsys) == "not enough memory: MemoryError"
 
 
 def test_flag_without_a_value_and_stray_words_are_refused(refuse_training: Refuse, capsys: Capture) -> None:

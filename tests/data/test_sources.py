@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,9 +122,9 @@ def test_paths_that_hold_nothing_are_refused(folder: Path) -> None:
         "`.gz`, `.zst`, `.xz`, `.bz2`; a plain text needs a name in `.txt`"
     )
     assert refusal(folder / "a.docx") == f"`{folder}/a.docx` is not one of {wanted}"
-    address = "s3://bucket/a.txt"
-    with pytest.raises(TextgenError, match=f"`{address}` is an address: texts are read from a disk"):
-        list_files([address])
+    for address in ("s3://bucket/a.txt", "s3://bucket/*.txt"):
+        with pytest.raises(TextgenError, match=f"`{re.escape(address)}` is an address: texts are read from a disk"):
+            list_files([address])
     (folder / "sub").mkdir()
     assert refusal(folder / "sub") == f"`{folder}/sub` holds no file of {wanted}"
 

@@ -381,7 +381,8 @@ def _check_config_file(path: str) -> list[str]:
         content = yaml.safe_load(decode_text(Path(path).read_bytes(), f"`{path}`"))
     except OSError as error:
         presets = in_backticks(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
-        hint = "" if Path(path).suffix or Path(path).is_dir() else f"; the presets are {presets}"
+        is_name = isinstance(error, FileNotFoundError) and not Path(path).suffix
+        hint = f"; the presets are {presets}" if is_name else ""
         raise TextgenError(f"`{path}` cannot be read: {error.strerror}{hint}") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)

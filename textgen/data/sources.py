@@ -86,13 +86,13 @@ def _expand(given: str, rules: int) -> tuple[str, list[str]]:
         return os.path.dirname(os.path.abspath(given)), [given]
     if mode is not None:
         root, matches = given, [given]
+    elif "://" in given:
+        raise TextgenError(f"`{given}` is an address: texts are read from a disk; `data.store` may be an address")
     elif glob.has_magic(given):
         root, pattern = _literal_folder(given)
         matches = sorted(glob.glob(pattern, recursive=True), key=_natural)
         if not matches:
             raise TextgenError(f"`{given}` matches no file")
-    elif "://" in given:
-        raise TextgenError(f"`{given}` is an address: texts are read from a disk; `data.store` may be an address")
     else:
         raise TextgenError(f"`{given}` does not exist")
     found = _Found()
