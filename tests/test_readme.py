@@ -83,11 +83,11 @@ def test_verbs_of_a_document_run(
     (tmp_path / "long.txt").write_text("A long text, and more of it. " * 9)
     (tmp_path / "launch").symlink_to(ROOT / "launch")
     (tmp_path / "runs" / "sweep-1234").mkdir(parents=True)
-    for run in ("quick", "books", "first", "python", "sweep-1234/1", "sweep-1234/2"):
+    for run in ("quick", "books", "first", "profiled", "python", "sweep-1234/1", "sweep-1234/2"):
         shutil.copytree(tiny_run, tmp_path / "runs" / run)  # an export leaves something in it
-    (tmp_path / "runs" / "quick" / "profile").mkdir()
+    (tmp_path / "runs" / "profiled" / "profile").mkdir()
     trace = b'{"traceEvents": [], "textgen": {"first": 20, "last": 23}}'
-    (tmp_path / "runs" / "quick" / "profile" / "process-0-of-1.json.gz").write_bytes(gzip.compress(trace))
+    (tmp_path / "runs" / "profiled" / "profile" / "process-0-of-1.json.gz").write_bytes(gzip.compress(trace))
     shutil.copytree(labelled_run, tmp_path / "runs" / "reviews")
     monkeypatch.chdir(tmp_path)
     for command in (command for of_document, command in VERBS if of_document == document):
