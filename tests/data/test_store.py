@@ -69,6 +69,21 @@ def random_lengths(count: int, *, longest: int = 2000, seed: int = 0) -> list[in
     return [draw.choice([1, 2, draw.randint(1, 20), draw.randint(1, longest)]) for _ in range(count)]
 
 
+@pytest.mark.parametrize("count", [1 << 20, 6400, 640])
+def test_a_sample_is_of_evenly_spaced_blocks(count: int) -> None:
+    split = split_of(random_lengths(60)).part(7, 40)
+    first, end = int(split.offsets[0]), int(split.offsets[-1])
+    sample = split.sample(count)
+    assert sample.dtype == np.int64
+    if count > end - first:
+        assert np.array_equal(sample, split.tokens[first:end])
+    else:
+        starts = sample.reshape(64, -1)[:, 0]
+        assert np.array_equal(sample.reshape(64, -1), starts[:, None] + np.arange(count // 64))
+        assert (starts[0], sample[-1]) == (first, end - 1)
+        assert np.ptp(np.diff(starts)) <= 1
+
+
 @pytest.mark.parametrize(("batch_size", "seq_len"), [(1, 7), (4, 16), (6, 1), (8, 64), (3, 300)])
 def test_lanes_partition_the_corpus(batch_size: int, seq_len: int) -> None:
     split = split_of(random_lengths(60, longest=200))

@@ -226,6 +226,15 @@ class Course:
         self.per_epoch = int(self._windows.sum())
         """optimizer steps of an epoch"""
 
+    @property
+    def first_part(self) -> Split:
+        """The part of the text that the first step reads: the split, or one of its shards.
+
+        Raises:
+            TextgenError: the shard is missing or damaged.
+        """
+        return self._text if isinstance(self._text, Split) else self._text.split(int(self._order(0)[0]))
+
     def find(self, step: int) -> Place:
         """Return where a step reads."""
         epoch, window = divmod(step, self.per_epoch)

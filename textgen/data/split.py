@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+SAMPLE_BLOCKS = 64
 READ_AHEAD_BELOW = 1 << 28  # bytes of a file
 
 
@@ -44,6 +45,15 @@ class Split:
     def num_tokens(self) -> int:
         """Number of tokens, one end-of-text for each document included."""
         return int(self.offsets[-1] - self.offsets[0])
+
+    def sample(self, count: int) -> NDArray[np.int64]:
+        """Return all tokens if they are at most `count`, else those of some evenly spaced blocks: (at most count,)."""
+        first, end = int(self.offsets[0]), int(self.offsets[-1])
+        if end - first <= count:
+            return self.tokens[first:end].astype(np.int64)
+        length = count // SAMPLE_BLOCKS
+        starts = np.linspace(first, end - length, SAMPLE_BLOCKS).astype(int).tolist()
+        return np.concatenate([self.tokens[start : start + length] for start in starts]).astype(np.int64)
 
     def part(self, first: int, count: int) -> Split:
         """Return some documents that follow each other, as a split."""

@@ -51,7 +51,7 @@ from textgen.training.resume import (
     state_shapes,
 )
 from textgen.training.setup import Training, build, refuse_graph
-from textgen.training.start import start_from_base
+from textgen.training.start import start_from_base, start_from_neighbours
 from textgen.training.step import Learner, span, step_batches, train_step
 from textgen.training.validation import draw_curve, log_validation, measure_decoder, update_best, validate
 
@@ -381,6 +381,8 @@ def resume_or_start(training: Training) -> None:
         load_training(training, point)
     elif learner.config.init_from is not None:
         start_from_base(training)
+    else:
+        start_from_neighbours(training)
     progress = learner.progression
     if total != progress.total_steps:
         progress.total_steps, progress.finished = total, progress.step >= total

@@ -1,7 +1,9 @@
-"""Starting a new training from the weights of another model, its base: `--init_from`.
+"""The weights that a new training starts from: with `--init_from` those of another model, its base.
 
-Of the base, config.json, model.safetensors and tokenizer.model are read, the header of its card, and of a checkpoint
-its manifest and settings. A run that has a checkpoint continues from it and never looks at the base again.
+Without a base they are random, but the embedding starts from the training text (see model/neighbours.py).
+
+Of a base, config.json, model.safetensors and tokenizer.model are read, the header of its card, and of a checkpoint its
+manifest and settings. A run that has a checkpoint continues from it and never looks at the base again.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 
 from textgen.config import TokenizerConfig, TrainConfig
 from textgen.distributed import launch
@@ -27,6 +30,7 @@ from textgen.model.files import (
     weights_sha256,
 )
 from textgen.model.lstm import LSTMLanguageModel
+from textgen.model.neighbours import NUM_TOKENS, embed_by_neighbours
 from textgen.reporting.card import origin_of
 from textgen.runs.checkpoint import MANIFEST_NAME, TRAINER_NAME, checkpoints, find_checkpoint, read_json, verify
 from textgen.settings import build_settings, complete_record, flatten
@@ -164,6 +168,35 @@ def start_from_base(training: Training) -> None:
     }  # fmt: skip
     at = "" if step is None else f" step {step}"
     log.info("starting from `%s`%s: %s of %s pieces kept", name, at, f"{kept:,}", f"{tokenizer.vocab_size:,}")
+
+
+@torch.no_grad()
+def start_from_neighbours(training: Training) -> None:
+    """Set the embedding of a new training from the neighbours of its tokens in the text. Collective.
+
+    The main process computes it, in one thread: its bits do not depend on the number of processes.
+
+    Raises:
+        TextgenError: a shard of the text is missing or damaged.
+    """
+    learner = training.learner
+    model, weight = learner.unwrapped_model, learner.unwrapped_model.embedding.weight
+    if learner.accelerator.is_main_process:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        rows, known = embed_by_neighbours(
+            training.loader.sample(NUM_TOKENS),
+            vocab_size=model.vocab_size,
+            embedding_dim=model.config.embedding_dim,
+            generator=torch.Generator().manual_seed(learner.config.seed),
+        )
+        torch.set_num_threads(threads)
+        if model.labels:
+            known[training.store.tokenizer.eos_id] = False  # `remember_labels` has set it
+        weight[known.to(weight.device)] = rows[known].to(weight.device)
+    broadcast(weight)
+    if learner.average is not None:
+        learner.average.load_state_dict(model.state_dict())
 
 
 @torch.no_grad()

@@ -193,6 +193,16 @@ class StepLoader:
             return self.mixture.begun(step)
         return np.full(self._sampler.num_lanes, self._course.find(step).window == 0)
 
+    def sample(self, count: int) -> NDArray[np.int64]:
+        """Return a sample of the training text, of each source as much as its share: (at most count,) tokens.
+
+        Of a text in shards it is of the shard that the first step reads too.
+        """
+        if self.mixture is None:
+            return self._course.first_part.sample(count)
+        shares = self.mixture.shares
+        return np.concatenate([s.split.sample(int(count * shares[s.name])) for s in self.mixture.sources])
+
     def read(self, first_step: int, last_step: int) -> Iterator[tuple[list[dict[str, Tensor]], float]]:
         """Yield the micro-batches of each step from `first_step` up to `last_step`, and the seconds waited for them."""
         self._sampler.steps = range(first_step, last_step)
