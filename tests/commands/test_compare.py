@@ -24,7 +24,7 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture(scope="session")
 def worse_run(tiny_flags: list[str], share: Callable[..., Path]) -> Path:
     """Return the directory of a tiny training that four steps at a high learning rate have spoilt."""
-    flags = [*tiny_flags, "--learning_rate", "0.02", "--model.dropout", "0.1", "--log_every", "1"]
+    flags = [*tiny_flags, "--learning_rate", "0.3", "--model.dropout", "0.1", "--log_every", "1"]
 
     def train(directory: Path) -> None:
         run_script("train_distributed.py", *flags, "--run_dir", str(directory / "worse"))
@@ -74,7 +74,7 @@ def test_figures_are_those_of_the_files(tiny_run: Path, worse_run: Path, capsys:
 def test_settings_are_those_that_differ(tiny_run: Path, worse_run: Path, capsys: Capture) -> None:
     better, worse = compare(capsys, tiny_run, worse_run)
     assert better["settings"] == {"learning_rate": 0.001, "log_every": 10, "model.dropout": 0.0}
-    assert worse["settings"] == {"learning_rate": 0.02, "log_every": 1, "model.dropout": 0.1}
+    assert worse["settings"] == {"learning_rate": 0.3, "log_every": 1, "model.dropout": 0.1}
     (alone,) = compare(capsys, tiny_run)
     assert alone["settings"] == {}
 
@@ -90,7 +90,7 @@ def test_table_has_a_line_for_each_run_the_best_first(
     header, *lines = out.splitlines()
     assert [line.split()[0] for line in lines] == [str(tiny_run), str(worse_run), str(begun)]
     start = header.index("learning_rate")
-    assert [line[start:].split()[0] for line in lines] == ["0.001", "0.02", "0.001"]
+    assert [line[start:].split()[0] for line in lines] == ["0.001", "0.3", "0.001"]
     start = header.index("bits/byte")
     final = f"{rows(tiny_run)[-1]['valid/bits_per_byte']:.4f}"
     assert [line[start:].split()[0] for line in (lines[0], lines[2])] == [final, "-"]
@@ -103,7 +103,7 @@ def test_narrow_terminal_gets_a_column_for_each_run(
     main(["compare", str(worse_run), str(tiny_run)])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["run", str(tiny_run), str(worse_run)]
-    assert ["learning_rate", "0.001", "0.02"] in [line.split() for line in lines]
+    assert ["learning_rate", "0.001", "0.3"] in [line.split() for line in lines]
 
 
 def test_best_is_the_lowest_and_order_that_of_the_last(copy: Callable[[str], Path], capsys: Capture) -> None:

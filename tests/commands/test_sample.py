@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -324,7 +325,12 @@ def test_a_file_of_prompts_gives_samples_in_order_each_as_if_alone(
         alone += [f"--{name}={prompt[name]}" for name in ("temperature", "logprobs") if name in prompt]
         id_ = {"id": prompt["id"]} if "id" in prompt else {}
         wanted += [id_ | record for record in objects(sample(*alone, *flags, "--json"))]
-    assert records == wanted
+    # Probabilities may differ in the last bits, since the batches differ in size.
+    number = re.compile(r"-\d+\.\d+")
+    seen, alone_seen = json.dumps(records), json.dumps(wanted)
+    assert number.sub("", seen) == number.sub("", alone_seen)
+    told, told_alone = ([float(its) for its in number.findall(text)] for text in (seen, alone_seen))
+    assert told == pytest.approx(told_alone, abs=3e-6)
     assert len(records) == 80
 
 

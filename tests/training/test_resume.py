@@ -218,13 +218,14 @@ def test_sampling_takes_the_newest_valid_checkpoint(saved_run: Path, caplog: pyt
 
 
 def test_the_best_checkpoint_is_found_by_validation(tiny_flags: list[str], tmp_path: Path, capsys: Capture) -> None:
-    """A learning rate that soon does harm: the best step is neither the first nor the last."""
-    flags = ["--learning_rate", "0.3", "--evaluate_every", "1", "--max_steps", "5", "--keep_last", "1"]
+    """A rate that grows to 0.75 helps at first and then does harm: the best step is neither the first nor the last."""
+    flags = ["--learning_rate", "25", "--warmup_steps", "1000", "--max_steps", "30", "--evaluate_every", "3"]
+    flags += ["--keep_last", "1"]
     train_main(flags_for(tiny_flags, tmp_path / "run", *flags))
     valid = {row["step"]: row["valid/loss"] for row in read_metrics(tmp_path / "run") if "valid/loss" in row}
     best = min(valid, key=lambda step: valid[step])
-    assert 1 < best < 5
-    assert steps_of(tmp_path / "run") == [5, best]
+    assert 3 < best < 30
+    assert steps_of(tmp_path / "run") == [30, best]
     model, _ = load_model(tmp_path / "run", best=True)
     wanted = load_file(tmp_path / "run" / "checkpoints" / f"step-{best:06d}" / "model.safetensors")
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_tensors().items())
