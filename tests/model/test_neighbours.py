@@ -14,13 +14,13 @@ KINDS, OF_A_KIND = 5, 8
 VOCAB = KINDS * OF_A_KIND + 2  # the last two never occur
 
 
-def text(seed: int = 0, count: int = 40_000) -> NDArray[np.int64]:
+def text(seed: int = 0, count: int = 40_000) -> NDArray[np.int32]:
     """Return a text in which kinds of tokens follow each other in turn; which token of its kind is drawn."""
     draw = np.random.default_rng(seed)
-    return np.arange(count) % KINDS * OF_A_KIND + draw.integers(0, OF_A_KIND, count)
+    return (np.arange(count) % KINDS * OF_A_KIND + draw.integers(0, OF_A_KIND, count)).astype(np.int32)
 
 
-def embed(tokens: NDArray[np.int64], *, size: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
+def embed(tokens: NDArray[np.int32], *, size: int = 16, seed: int = 0) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return embed_by_neighbours(tokens, vocab_size=VOCAB, embedding_dim=size, generator=generator)
 
@@ -57,7 +57,7 @@ def test_rows_follow_from_text_and_seed(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize("tokens", [[3, 4], [3, 3, 3, 3], [3, 4, 5, 3, 4]])
 def test_a_text_of_a_few_tokens_has_finite_rows(tokens: list[int]) -> None:
-    rows, known = embed(np.array(tokens))
+    rows, known = embed(np.array(tokens, dtype=np.int32))
     assert rows.isfinite().all()
     assert rows[known].norm(dim=1).tolist() == pytest.approx([LENGTH] * int(known.sum()))
 

@@ -24,7 +24,7 @@ from textgen.runs.checkpoint import checkpoints
 from textgen.training.setup import Training
 from textgen.training.start import start_from_neighbours
 
-TokensOf = Callable[[TokenStore], NDArray[np.int64]]
+TokensOf = Callable[[TokenStore], NDArray[np.int32]]
 
 
 @pytest.fixture(autouse=True)
@@ -57,12 +57,12 @@ def start_of(flags: list[str], run_dir: Path, *more: str) -> dict[str, Tensor]:
     return load_file(checkpoints(run_dir)[0][1] / "model.safetensors")
 
 
-def rows_of(tokens: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
+def rows_of(tokens: NDArray[np.int32]) -> tuple[Tensor, Tensor]:
     return embed_by_neighbours(tokens, vocab_size=340, embedding_dim=16, generator=torch.Generator().manual_seed(42))
 
 
-def whole(store: TokenStore) -> NDArray[np.int64]:
-    return store.split("train").tokens.astype(np.int64)
+def whole(store: TokenStore) -> NDArray[np.int32]:
+    return store.split("train").tokens.astype(np.int32)
 
 
 def test_an_embedding_starts_from_the_text(tiny_flags: list[str], stores: list[TokenStore], tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_text_in_shards_is_counted_in_the_shard_that_is_read_first(
     assert opened[0] == opened[1]  # the first one is for the start, the second for the first step
     shards = stores[0].shards
     assert shards is not None
-    rows, known = rows_of(split(shards, opened[0]).tokens.astype(np.int64))
+    rows, known = rows_of(split(shards, opened[0]).tokens.astype(np.int32))
     assert torch.allclose(weight[known], rows[known], atol=1e-6)
 
 

@@ -46,14 +46,14 @@ class Split:
         """Number of tokens, one end-of-text for each document included."""
         return int(self.offsets[-1] - self.offsets[0])
 
-    def sample(self, count: int) -> NDArray[np.int64]:
+    def sample(self, count: int) -> NDArray[np.int32]:
         """Return all tokens if they are at most `count`, else those of some evenly spaced blocks: (at most count,)."""
         first, end = int(self.offsets[0]), int(self.offsets[-1])
         if end - first <= count:
-            return self.tokens[first:end].astype(np.int64)
+            return self.tokens[first:end].astype(np.int32)
         length = count // SAMPLE_BLOCKS
         starts = np.linspace(first, end - length, SAMPLE_BLOCKS).astype(int).tolist()
-        return np.concatenate([self.tokens[start : start + length] for start in starts]).astype(np.int64)
+        return np.concatenate([self.tokens[start : start + length] for start in starts]).astype(np.int32)
 
     def part(self, first: int, count: int) -> Split:
         """Return some documents that follow each other, as a split."""

@@ -27,7 +27,7 @@ LENGTH = 4.0
 
 @torch.no_grad()
 def embed_by_neighbours(
-    tokens: NDArray[np.int64], *, vocab_size: int, embedding_dim: int, generator: torch.Generator
+    tokens: NDArray[np.int32], *, vocab_size: int, embedding_dim: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Return embeddings whose directions are similar for tokens with similar neighbours.
 
@@ -38,7 +38,7 @@ def embed_by_neighbours(
     section 3.3). A random rotation spreads the strong ones over all dimensions.
 
     Args:
-        tokens: (count,), text of the training.
+        tokens: (count,), text of the training. The counting takes some 20 bytes a token.
         vocab_size: number of tokens; `tokens` are below it.
         embedding_dim: size of an embedding.
         generator: for the decomposition, which is a randomized one, and the rotation.
@@ -49,7 +49,7 @@ def embed_by_neighbours(
     """
     counts = np.bincount(tokens, minlength=vocab_size)
     width = min(MAX_NEIGHBOURS, vocab_size, MAX_COUNTS // vocab_size)
-    column = np.full(vocab_size, -1)
+    column = np.full(vocab_size, -1, dtype=np.int32)
     column[np.argsort(-counts, kind="stable")[:width]] = np.arange(width)
     columns = column[tokens]
     information = torch.cat(
@@ -64,7 +64,7 @@ def embed_by_neighbours(
     return rows @ rotation[:rank], information.any(dim=1)
 
 
-def _information(tokens: NDArray[np.int64], columns: NDArray[np.int64], place: int, shape: tuple[int, int]) -> Tensor:
+def _information(tokens: NDArray[np.int32], columns: NDArray[np.int32], place: int, shape: tuple[int, int]) -> Tensor:
     """Return the positive pointwise mutual information of tokens and their neighbours at a place: `shape`, float32."""
     own, beside = (tokens[:-place], columns[place:]) if place > 0 else (tokens[-place:], columns[:place])
     kept = beside >= 0

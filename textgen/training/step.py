@@ -193,7 +193,7 @@ class StepLoader:
             return self.mixture.begun(step)
         return np.full(self._sampler.num_lanes, self._course.find(step).window == 0)
 
-    def sample(self, count: int) -> NDArray[np.int64]:
+    def sample(self, count: int) -> NDArray[np.int32]:
         """Return a sample of the training text, of each source as much as its share: (at most count,) tokens.
 
         Of a text in shards it is of the shard that the first step reads too.
