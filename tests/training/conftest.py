@@ -1,16 +1,25 @@
-"""A signal in the middle of a training."""
+"""A signal in the middle of a training, and trainings of several precisions in one process."""
 
 from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from textgen.training import loop as training
+
+
+@pytest.fixture
+def any_precision() -> Iterator[None]:
+    """Accelerate fixes the precision of a process with its first Accelerator."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -5,12 +5,10 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate.state import AcceleratorState
 
 from textgen.cli import main
 from textgen.model.files import load_model
@@ -19,6 +17,8 @@ from textgen.reporting.report import read_run_files
 from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics_file import read_metrics
 
+pytestmark = pytest.mark.usefixtures("any_precision")
+
 Capture = pytest.CaptureFixture[str]
 
 OLD_RUN = Path(__file__).parents[1] / "fixtures" / "run_of_0_1"
@@ -26,14 +26,6 @@ EXPECTED = json.loads((OLD_RUN / "expected.json").read_text())
 
 # Float32 sums depend on the processor in the last bits; a state that is not restored changes losses far more.
 TOLERANCE = 1e-5
-
-
-@pytest.fixture(autouse=True)
-def _any_precision() -> Iterator[None]:
-    """Accelerate fixes the precision of a process with its first Accelerator."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from accelerate.state import AcceleratorState
 
 import textgen
 from tests.training.test_resume import assert_same_end, flags_for
@@ -29,16 +28,10 @@ from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics_file import read_metrics
 from textgen.training import loop as training
 
+pytestmark = pytest.mark.usefixtures("any_precision")
+
 ROOT = Path(__file__).parents[2]
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture(autouse=True)
-def _any_precision() -> Iterator[None]:
-    """Accelerate fixes the precision of a process with its first Accelerator."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def sources_of(tiny_flags: list[str], labelled_reviews: Path, *weights: float) -> str:

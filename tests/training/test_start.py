@@ -6,13 +6,12 @@ import hashlib
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 
@@ -28,17 +27,11 @@ from textgen.reporting.card import origin_of
 from textgen.runs.checkpoint import checkpoints
 from textgen.runs.metrics_file import read_metrics
 
+pytestmark = pytest.mark.usefixtures("any_precision")
+
 Capture = pytest.CaptureFixture[str]
 Log = pytest.LogCaptureFixture
 StopAt = Callable[[int | None], None]
-
-
-@pytest.fixture(autouse=True)
-def _any_precision() -> Iterator[None]:
-    """Accelerate fixes the precision of a process with its first Accelerator."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="module")

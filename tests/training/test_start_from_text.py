@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
@@ -24,15 +22,7 @@ from textgen.runs.checkpoint import checkpoints
 from textgen.training.setup import Training
 from textgen.training.start import start_from_neighbours
 
-TokensOf = Callable[[TokenStore], NDArray[np.int32]]
-
-
-@pytest.fixture(autouse=True)
-def _any_precision() -> Iterator[None]:
-    """Accelerate fixes the precision of a process with its first Accelerator."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
+pytestmark = pytest.mark.usefixtures("any_precision")
 
 
 @pytest.fixture
