@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,12 @@ def test_help_of_every_verb_is_printed_and_exits_with_0(verb: str | None, capsys
     out, err = capsys.readouterr()
     assert out.startswith(f"usage: textgen {verb or ''}")
     assert err == ""
+
+
+def test_version_is_that_of_the_package_and_needs_no_torch(capsys: Capture) -> None:
+    main(["--version"])
+    assert capsys.readouterr().out == f"textgen {version('textgen')}\n"
+    assert answers_without_torch("cli.main(['--version'])")
 
 
 def help_of_training(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> str:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn
 
+import textgen
 from textgen.commands.parsing import PEER_WAIT_SECONDS, fail
 from textgen.commands.train import train_command
 from textgen.console import use_utf8
@@ -138,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(lambda: getattr(import_module(f"textgen.commands.{name}"), f"{name}_command")(rest))
     elif argv in (["--help"], ["-h"]):
         print(_usage(), end="")
+    elif argv == ["--version"]:
+        print(f"textgen {textgen.__version__}")
     else:
         known = ", ".join(f"`{command}`" for command in COMMANDS)
         fail(f"`textgen` wants one of {known}" + (f": {name}" if argv else ""))

@@ -259,6 +259,16 @@ def test_too_few_tokens_are_refused_with_sizes_that_fit(
     assert line.endswith(f": batch_size {fitting} would fit")
 
 
+def test_a_dry_run_refuses_the_folder_that_its_training_would(
+    tiny_flags: list[str], tmp_path: Path, capsys: Capture
+) -> None:
+    (tmp_path / "config.yaml").write_text("mine: true\n")
+    flags = [*tiny_flags, "--run_dir", str(tmp_path)]
+    dry = refusal(lambda: train_main([*flags, "--dry_run"]), capsys)
+    assert dry == refusal(lambda: train_main(flags), capsys)
+    assert dry == f"`{tmp_path}` holds `config.yaml` and is not a run: name another `--run_dir`"
+
+
 def test_model_that_memory_cannot_hold_is_refused(tiny_flags: list[str], tmp_path: Path, capsys: Capture) -> None:
     for size in ("10000000", "10000000000"):  # 1.6 petabytes, and more than torch can count
         flags = [*tiny_flags, "--run_dir", str(tmp_path / "run"), "--model.hidden_size", size]

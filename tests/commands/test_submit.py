@@ -110,6 +110,17 @@ def test_folder_for_the_logs_is_made_since_slurm_makes_none(sbatch: Path) -> Non
     assert sbatch.exists()
 
 
+def test_folder_of_another_kind_is_refused_before_the_job_waits(
+    tmp_path: Path, sbatch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").touch()
+    assert refused("-- --run_dir mine", capsys) == (
+        "`mine` holds `model.safetensors` and is not a run: name another `--run_dir`"
+    )
+    assert not sbatch.exists()
+
+
 def test_paths_are_whole_where_the_checkout_is_another_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,6 +21,7 @@ from textgen.config import TrainConfig
 from textgen.console import use_utf8
 from textgen.errors import TextgenError
 from textgen.files import UTF8_MARK, decode_text, refuse_wide
+from textgen.runs.directory import refuse_other_kinds
 from textgen.settings import settings_of, unknown_setting
 
 HOME = Path(__file__).resolve().parents[2]
@@ -143,10 +144,11 @@ def _find_preset(name: str) -> Path:
 
 
 def _check_training(flags: Sequence[str], processes: int) -> str | None:
-    """Return the `checkpoint_copy` of a training. Fail if its settings are wrong; its data is not read."""
+    """Return the `checkpoint_copy` of a training. Fail if settings or folder are wrong; its data is not read."""
     config = parse_train_config(flags, prog="textgen submit --")
     if given_run_dir(flags) is None:  # the job names its folder
         config = replace(config, run_dir=os.devnull)
+    refuse_other_kinds(Path(config.run_dir))
     config = take_base(config, flags)
     if config.batch_size % (processes * config.gradient_accumulation_steps):
         fail(

@@ -57,10 +57,8 @@ class RunDirectory:
         if not self._main:
             yield
             return
-        if self.path.is_file():
-            raise TextgenError(f"`run_dir` must be a folder, not a file: `{self.path}`")
+        refuse_other_kinds(self.path)
         made = not self.path.exists()
-        self._refuse_other_kinds()
         make_directory(self.path)
         if not self._lock.acquire(seconds=LOCK_SECONDS):
             raise TextgenError(f"`{self.path}` is in use by {self._lock.describe_holder() or self._holder()}")
@@ -73,15 +71,6 @@ class RunDirectory:
                 holder["copy"] = None
             self._write({"state": "running", "step": None, "total_steps": None, "reason": None, **holder})
             yield
-
-    def _refuse_other_kinds(self) -> None:
-        """Raise TextgenError if the folder is none of a run, and holds a file of another kind of folder."""
-        if "state" in read_status(self.path) or any(self.path.glob("checkpoints/step-*")):
-            return
-        for name in OTHER_KINDS:
-            path = self.path / name
-            if path.exists() and not (name == SETTINGS_NAME and _holds_settings(path)):
-                raise TextgenError(f"`{self.path}` holds `{name}` and is not a run: name another `--run_dir`")
 
     @contextmanager
     def _leave_nothing_new(self, made: bool) -> Iterator[None]:
@@ -208,6 +197,21 @@ def read_status(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return status if isinstance(status, dict) else {}
+
+
+def refuse_other_kinds(path: Path) -> None:
+    """Check that a folder can be a run's, before a training holds it; it may be missing.
+
+    Raises:
+        TextgenError: the path is that of a file, or the folder is none of a run and holds a file of another kind.
+    """
+    if path.is_file():
+        raise TextgenError(f"`run_dir` must be a folder, not a file: `{path}`")
+    if "state" in read_status(path) or any(path.glob("checkpoints/step-*")):
+        return
+    for name in OTHER_KINDS:
+        if (path / name).exists() and not (name == SETTINGS_NAME and _holds_settings(path / name)):
+            raise TextgenError(f"`{path}` holds `{name}` and is not a run: name another `--run_dir`")
 
 
 def _holds_settings(path: Path) -> bool:

@@ -31,7 +31,7 @@ from textgen.hardware import sum_dtype
 from textgen.kernels import amx
 from textgen.reporting.report import leave_report
 from textgen.runs.checkpoint import Saver, checkpoint_path
-from textgen.runs.directory import DATA_NAME, SETTINGS_NAME, RunDirectory
+from textgen.runs.directory import DATA_NAME, SETTINGS_NAME, RunDirectory, refuse_other_kinds
 from textgen.runs.environment import ENVIRONMENT_NAME, describe_environment
 from textgen.tracking.backends import build_trackers, check_trackers, describe_launch
 from textgen.tracking.tracker import RunEnd, Tracker
@@ -104,6 +104,7 @@ def run_training(
 ) -> None:
     """Train, or print what a training would cost. Collective. Nothing of the training is left after the return."""
     if config.dry_run:
+        refuse_other_kinds(Path(config.run_dir))
         training = build_training(config, accelerator, stop)
         describe_cost(training.learner, training.loader, training.store)
         return
@@ -530,8 +531,9 @@ def _status_of_the_end(run: RunDirectory, stop: StopSignals) -> Iterator[None]:
 
 def _reason(error: BaseException) -> str:
     """Return an error as one line; with its type unless it is a user's error or one of the operating system."""
-    message = (user_error(error) or str(error)).partition("\n")[0]
-    if user_error(error) or (isinstance(error, ValueError | OSError) and message):
+    line = user_error(error)
+    message = (line or str(error)).partition("\n")[0]
+    if line is not None or (isinstance(error, ValueError | OSError) and message):
         return message
     named = f"{type(error).__name__}: {message}"
     if isinstance(error, torch.distributed.DistError) or "gloo" in message:
