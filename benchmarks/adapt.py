@@ -27,7 +27,7 @@ from textgen.data.csv_files import read_csv
 from textgen.runs.checkpoint import find_checkpoint
 from textgen.training import loop, start
 
-OWN = {"tokenizer.vocab_size": 4000}  # as many pieces as the base has, learned from the snippets
+OWN = {"tokenizer.vocab_size": 4000}  # pieces learned from the snippets
 
 
 def write_snippets(path: Path) -> None:

@@ -91,7 +91,7 @@ CPU_SHAPES = {
     "3 x 1024, 128 x 128": Shape(4000, 1024, 1024, 3, 128, 128),
     "2 x 256 (the peers' own)": Shape(4000, 256, 256, 2, 64, 35),
     "1 x 512, embedding 256": Shape(4000, 256, 512, 1, 128, 128),
-    "quick": Shape(4000, 256, 512, 1, 32, 32),
+    "quick": Shape(4000, 256, 512, 1, 32, 32),  # that of the preset until 2026-11-30: its figures stay comparable
     "bare defaults": Shape(8192, 256, 512, 2, 128, 64),
 }
 CUDA_SHAPES = {
