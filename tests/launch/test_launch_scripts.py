@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from textgen.runs.directory import read_status
+from textgen.runs.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
 LOCAL = ROOT / "launch" / "local.sh"
@@ -195,7 +196,7 @@ def test_sigusr1_to_local_saves_on_two_processes(tiny_flags: list[str], tmp_path
         text=True,
     ) as process:  # fmt: skip
         deadline = time.monotonic() + 120
-        while not (tmp_path / "run" / "metrics.jsonl").exists():
+        while not read_metrics(tmp_path / "run"):  # the file is there before the processes note signals
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.1)
