@@ -203,7 +203,7 @@ def refuse_other_kinds(path: Path) -> None:
     """Check that a folder can be a run's, before a training holds it; it may be missing.
 
     Raises:
-        TextgenError: the path is that of a file, or the folder is none of a run and holds a file of another kind.
+        TextgenError: the path is a file, or the folder is not a run's and holds a file of another kind of folder.
     """
     if path.is_file():
         raise TextgenError(f"`run_dir` must be a folder, not a file: `{path}`")
